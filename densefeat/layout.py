@@ -1,0 +1,164 @@
+"""The on-disk layout, defined once: names, chunk and shard encoding, and how codes become floats.
+
+A store is a Zarr v3 group that any Zarr library opens, with core codecs only::
+
+    zarr.json                  attributes: format version, configuration and its hash, software versions
+    features/                  [rows, k, H, W] int8 or float16; one chunk an image, one shard object a run of rows
+    pca/                       mean [C], components [k, C], explained_variance [k], explained_variance_ratio [k]
+    step                       [k] float32, int8 only: feature = code * step
+    index.parquet              one record a row
+    manifest.parquet           one record a shard, when all are done
+    _ledger/000000.parquet     one file a finished shard, until (and after) they are merged into the two above
+
+Encoding here, rather than through zarr-python, because a shard is made in memory and written with one request; the
+bytes are the same (tests/test_layout.py compares them).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numcodecs.zstd
+import numpy as np
+import numpy.typing as npt
+
+FORMAT_VERSION = 1
+
+ATTRIBUTES = "zarr.json"
+ATTRIBUTES_KEY = "densefeat"
+FEATURES = "features"
+PCA = "pca"
+STEP = "step"
+INDEX = "index.parquet"
+MANIFEST = "manifest.parquet"
+LEDGER = "_ledger"
+
+ZSTD_LEVEL = 1  # higher levels cost time and gain little on quantized features
+INT8_NO_DATA = -128  # the fill value; codes are -127 … 127
+_ABSENT = 2**64 - 1  # how a shard index says that a chunk is not there
+_CRC_BYTES = 4
+
+
+@dataclass(frozen=True)
+class FeatureLayout:
+    """Shape and cutting of the ``features`` array.
+
+    Attributes:
+        rows: images, failed ones included.
+        components: k.
+        height: of the stored features, pixels.
+        width: of the stored features, pixels.
+        dtype: ``"int8"`` or ``"float16"``.
+        shard_rows: rows in one shard object; the last shard may hold fewer.
+    """
+
+    rows: int
+    components: int
+    height: int
+    width: int
+    dtype: str
+    shard_rows: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[k, H, W] of one image's features."""
+        return (self.components, self.height, self.width)
+
+    @property
+    def image_nbytes(self) -> int:
+        """Bytes of one image's features before compression."""
+        return self.components * self.height * self.width * np.dtype(self.dtype).itemsize
+
+    @property
+    def shards(self) -> int:
+        """Number of shard objects."""
+        return -(-self.rows // self.shard_rows)
+
+    def rows_of(self, shard: int) -> range:
+        """The rows in a shard."""
+        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows))
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, Any]) -> "FeatureLayout":
+        """Read the layout off the array's ``zarr.json``."""
+        rows, components, height, width = metadata["shape"]
+        shard_rows = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
+        return cls(rows, components, height, width, metadata["data_type"], shard_rows)
+
+
+def shard_key(shard: int) -> str:
+    """Key of a shard object, as Zarr's default chunk key encoding has it."""
+    return f"{FEATURES}/c/{shard}/0/0/0"
+
+
+def ledger_key(shard: int) -> str:
+    """Key of a shard's ledger record."""
+    return f"{LEDGER}/{shard:06d}.parquet"
+
+
+def encode_chunk(features: npt.NDArray[Any]) -> bytes:
+    """Encode one image's features [k, H, W] as the codecs say: bytes (little endian) → zstd → crc32c."""
+    little = features.astype(features.dtype.newbyteorder("<"), order="C", copy=False)
+    return _with_crc(numcodecs.zstd.compress(little.reshape(-1).view(np.uint8), ZSTD_LEVEL))
+
+
+def decode_chunk(data: bytes, layout: FeatureLayout) -> npt.NDArray[Any]:
+    """Decode one image's features [k, H, W].
+
+    Raises:
+        ValueError: the checksum does not fit: the bytes are not those that were written.
+    """
+    body = numcodecs.zstd.decompress(_without_crc(data, "the chunk"))
+    return np.frombuffer(body, dtype=np.dtype(layout.dtype).newbyteorder("<")).reshape(layout.image_shape)
+
+
+def pack_shard(chunks: Sequence[bytes | None], shard_rows: int) -> tuple[bytes, list[tuple[int, int] | None]]:
+    """Join encoded chunks (None: no data) into a shard object.
+
+    Returns:
+        The object's bytes, and where in it each of ``chunks`` lies: (offset, size) in bytes.
+    """
+    index = np.full((shard_rows, 2), _ABSENT, dtype="<u8")
+    places: list[tuple[int, int] | None] = []
+    end = 0
+    for i, chunk in enumerate(chunks):
+        if chunk is None:
+            places.append(None)
+            continue
+        index[i] = end, len(chunk)
+        places.append((end, len(chunk)))
+        end += len(chunk)
+    body = [chunk for chunk in chunks if chunk is not None]
+    return b"".join([*body, _with_crc(index.tobytes())]), places
+
+
+def unpack_shard_index(data: bytes, shard_rows: int) -> list[tuple[int, int] | None]:
+    """Read the index at the end of a shard object: (offset, size) of each chunk, None where there is no data.
+
+    Raises:
+        ValueError: the object is too short, or the index does not fit its checksum.
+    """
+    size = shard_rows * 16 + _CRC_BYTES
+    if len(data) < size:
+        raise ValueError(f"the shard object has {len(data)} bytes, fewer than the {size} of its index: it was cut off")
+    index = np.frombuffer(_without_crc(data[-size:], "the shard index"), dtype="<u8").reshape(shard_rows, 2)
+    return [None if offset == _ABSENT else (int(offset), int(nbytes)) for offset, nbytes in index]
+
+
+def dequantize(codes: npt.NDArray[Any], step: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32]:
+    """Stored values [k, …] as float32: ``code * step`` for int8 (``step`` [k]), the value itself for float16."""
+    if step is None:
+        return codes.astype(np.float32)
+    return codes * step.reshape(-1, *[1] * (codes.ndim - 1))
+
+
+def _with_crc(data: bytes) -> bytes:
+    return data + int(google_crc32c.value(data)).to_bytes(_CRC_BYTES, "little")
+
+
+def _without_crc(data: bytes, what: str) -> bytes:
+    body, crc = data[:-_CRC_BYTES], int.from_bytes(data[-_CRC_BYTES:], "little")
+    if google_crc32c.value(body) != crc:
+        raise ValueError(f"{what} does not fit its crc32c checksum: its bytes changed after they were written")
+    return body

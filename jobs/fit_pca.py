@@ -1,0 +1,57 @@
+"""Fit a PCA basis on a dataset's low-resolution features, for several stores to share (train and validation, say).
+
+python -m jobs.fit_pca --images photos/ --output basis.npz
+python -m jobs.upsample_imagenet --images others/ --store features/ --pca basis.npz
+"""
+
+import logging
+from pathlib import PurePosixPath
+
+from densefeat.objects import Objects
+from jobs.command_line import DONE, run
+from jobs.upsample_imagenet import open_workers
+from pipeline.plan import DEFAULT_COMPONENTS, feature_spec
+from pipeline.prepare import fit_basis
+from pipeline.store import explain_storage_error
+from schemas.config import FitPcaConfig
+
+logger = logging.getLogger(__name__)
+
+
+def fit_pca(config: FitPcaConfig) -> int:
+    """Run the job; returns its exit code.
+
+    Raises:
+        JobError: it cannot be done as asked.
+    """
+    spec, references, backbone = feature_spec(config)
+    k = config.components or min(DEFAULT_COMPONENTS, backbone.num_chs)
+    with open_workers(spec, config.workers, attempts=3, stall_timeout_s=1800) as workers:
+        basis = fit_basis(references, k, config.pca_images, workers)
+    parent, name = str(PurePosixPath(config.output).parent), PurePosixPath(config.output).name
+    if "://" in config.output:
+        parent = config.output.removesuffix(f"/{name}")  # a path would lose a slash
+    provenance = {
+        "backbone": backbone.identity(),
+        "size": list(config.size_px),
+        "fit": config.fit,
+        "images": config.images,
+        "fitted_on_images": min(config.pca_images or references.num_rows, references.num_rows),
+    }
+    try:
+        Objects(parent).put(name, basis.to_npz(provenance))
+    except Exception as error:
+        explained = explain_storage_error(error, config.output)
+        if explained is None:
+            raise
+        raise explained from error
+    for count in sorted({1, 8, 32, 64, 128, k}):
+        if count <= k:
+            share = 100 * basis.explained_variance_ratio[:count].sum()
+            logger.info("%4d components explain %5.1f %% of the variance", count, share)
+    logger.info("wrote %s", config.output)
+    return DONE
+
+
+if __name__ == "__main__":
+    run(FitPcaConfig, fit_pca, __doc__ or "")

@@ -1,0 +1,128 @@
+"""The main job: images in, a store of dense, high-resolution features out.
+
+On this machine::
+
+    python -m jobs.upsample_imagenet --images photos/ --store features/
+
+On a Ray cluster::
+
+    ray job submit --working-dir . -- python jobs/upsample_imagenet.py --images s3://… --store s3://…
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from densefeat.objects import Objects
+from densefeat.store import FeatureStore
+from jobs.command_line import DONE, FAILED, run
+from pipeline.feature_worker import WorkerSpec
+from pipeline.plan import Plan, make_plan
+from pipeline.prepare import prepare
+from pipeline.progress import Progress
+from pipeline.report import Report
+from pipeline.store import finish, finished_shards, reopen
+from pipeline.worker import Encoding
+from pipeline.workers import InlineWorkers, TaskFailed, Workers
+from schemas.config import UpsampleConfig
+from schemas.ledger import LedgerRecord
+
+logger = logging.getLogger(__name__)
+
+
+def upsample(config: UpsampleConfig) -> int:
+    """Run the job; returns its exit code.
+
+    Raises:
+        JobError: it cannot be done as asked.
+    """
+    started = time.monotonic()
+    plan = make_plan(config)
+    logger.info("%s", plan.describe())
+    if config.dry_run:
+        return DONE
+    report = carry_out(plan, started)
+    logger.info("%s", report.describe())
+    return FAILED if report.given_up or report.failed_share > config.max_failed_share else DONE
+
+
+def carry_out(plan: Plan, started: float) -> Report:
+    """Make what is missing of the store, and finish it when nothing is.
+
+    Args:
+        plan: of the job.
+        started: ``time.monotonic()`` when the job began, for the report.
+    """
+    config, objects = plan.config, Objects(plan.config.store)
+    done = finished_shards(objects) if config.resume and plan.stored else {}
+    to_do = [shard for shard in plan.shards if shard not in done]
+    made: dict[int, LedgerRecord] = {}
+    given_up: dict[int, str] = {}
+    making_seconds = 0.0
+    if to_do:
+        with open_workers(plan.spec, config.workers, config.attempts, config.stall_timeout_s) as workers:
+            encoding = prepare(plan, objects, workers)
+            reopen(objects)
+            making = time.monotonic()
+            mine = [record for shard, record in done.items() if shard in plan.shards]
+            made, given_up = make_shards(plan, objects, workers, encoding, to_do, mine)
+            making_seconds = time.monotonic() - making
+    # Other jobs may have made other shards meanwhile.
+    records = list(finished_shards(objects).values()) if config.shards else [*done.values(), *made.values()]
+    report = Report(
+        store=config.store,
+        shards=plan.features.shards,
+        records=sorted(records, key=lambda record: record.shard),
+        made=list(made),
+        given_up=given_up,
+        explained_variance=FeatureStore(config.store).attributes["explained_variance"],
+        seconds=time.monotonic() - started,
+        making_seconds=making_seconds,
+    )
+    if report.complete:
+        finish(objects, report.records)
+    return report
+
+
+def make_shards(
+    plan: Plan,
+    objects: Objects,
+    workers: Workers,
+    encoding: Encoding,
+    to_do: list[int],
+    done: list[LedgerRecord],
+) -> tuple[dict[int, LedgerRecord], dict[int, str]]:
+    """Make the shards ``to_do``; returns the records of those made, and the reasons for those given up."""
+    made: dict[int, LedgerRecord] = {}
+    given_up: dict[int, str] = {}
+    shared = workers.share(encoding)
+    tasks = [(objects, shard, plan.shard_references(shard), shared) for shard in to_do]
+    images = sum(len(plan.features.rows_of(shard)) for shard in plan.shards)
+    with Progress(len(plan.shards), images, done) as progress:
+        for task, result in workers.map("make_shard", tasks, progress.advance):
+            if isinstance(result, TaskFailed):
+                given_up[to_do[task]] = f"tried {result.attempts} times; the last time: {result.reason}"
+            else:
+                made[to_do[task]] = result
+                progress.shard_done(result)
+    return made, given_up
+
+
+@contextmanager
+def open_workers(spec: WorkerSpec, count: int | None, attempts: int, stall_timeout_s: float) -> Iterator[Workers]:
+    """Workers on the Ray cluster, or with ``count`` 0 in this process; gone at the end."""
+    if count == 0:
+        yield InlineWorkers(spec)
+        return
+    from pipeline import runner  # ray takes a second to import
+
+    with (
+        runner.connected(),
+        runner.ray_workers(spec, count, attempts=attempts, stall_timeout_s=stall_timeout_s) as workers,
+    ):
+        yield workers
+
+
+if __name__ == "__main__":
+    run(UpsampleConfig, upsample, __doc__ or "")

@@ -1,0 +1,59 @@
+"""Read a store back, every byte, and compare it with what its ledger recorded.
+
+    python -m jobs.verify_store --store features/
+
+Exit code 0: whole; 1: damaged or unfinished. ``--repair`` takes damaged shards out of the ledger, so that the main job
+with ``--resume`` makes them anew.
+"""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from densefeat.objects import Objects
+from jobs.command_line import DONE, FAILED, run
+from pipeline.verify import StoreCheck, repair
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Which store, and what to do about damage."""
+
+    # The store to verify.
+    store: str
+    # Take damaged shards out of the ledger, so that --resume makes them anew.
+    repair: bool = False
+    # Shards read at the same time; each is held in memory whole.
+    threads: int = 4
+
+
+def verify(config: VerifyConfig) -> int:
+    """Run the job; returns its exit code.
+
+    Raises:
+        StoreError: there is no store.
+    """
+    check = StoreCheck(config.store)
+    damaged: dict[int, list[str]] = {}
+    with ThreadPoolExecutor(config.threads) as pool:
+        for shard, problems in zip(check.recorded, pool.map(check.shard, check.recorded), strict=True):
+            if problems:
+                damaged[shard] = problems
+                logger.error("shard %d: %s", shard, "; ".join(problems))
+    for problem in (general := check.store()):
+        logger.error("store: %s", problem)
+    missing = check.layout.shards - len(check.recorded)
+    logger.info(
+        "%s: %d of %d shards recorded, %d damaged, %d not done; %.1f MB read",
+        config.store, len(check.recorded), check.layout.shards, len(damaged), missing, check.nbytes / 1e6,
+    )  # fmt: skip
+    if config.repair and damaged:
+        repair(Objects(config.store), list(damaged))
+        logger.info("taken out of the ledger: run the main job with --resume to make them anew")
+    return FAILED if damaged or general or missing else DONE
+
+
+if __name__ == "__main__":
+    run(VerifyConfig, verify, __doc__ or "")

@@ -1,0 +1,1 @@
+"""Upsampling operations: a public op, its plain-torch reference, and one file an implementation."""

@@ -1,0 +1,131 @@
+"""Images to low-resolution features on one device: what every job needs, and all that fitting a PCA basis needs."""
+
+import os
+import socket
+import threading
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+
+from pipeline.backbone import build_backbone
+from pipeline.batches import BatchLoader
+from pipeline.decode import Decoded, Geometry
+from pipeline.errors import JobError
+from pipeline.pca import Moments
+from pipeline.source import Kind
+from pipeline.stage_seconds import StageSeconds
+from schemas.config import FeatureConfig
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Everything a worker needs to build its stages, on whatever machine it runs.
+
+    Attributes:
+        config: the job's configuration.
+        source_kind: ``Source.kind``.
+        image_column: ``Source.image_column``.
+        threads: CPU threads of this worker.
+        identities: by stage ("backbone", "upsampler"): what the driver found it to be.
+    """
+
+    config: FeatureConfig
+    source_kind: Kind
+    image_column: str | None
+    threads: int
+    identities: dict[str, Any]
+
+    def on(self, device: Literal["cpu", "cuda"], threads: int) -> "WorkerSpec":
+        """The same, for a worker on ``device`` with ``threads`` CPU threads."""
+        return replace(self, config=replace(self.config, device=device), threads=threads)
+
+
+class FeatureWorker:
+    """Loader and backbone on a device.
+
+    Attributes:
+        images_done: rows through the backbone, all the worker's life long; progress is read off it.
+
+    Raises:
+        JobError: the backbone is not the driver's (other weights on this machine), or there is no such device.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        config = spec.config
+        self.device = torch.device(pick_device(config.device))
+        if self.device.type == "cpu":
+            torch.set_num_threads(spec.threads)
+        self.batch_size = config.batch_size or _DEFAULT_BATCH_SIZE[self.device.type]
+        self.geometry = Geometry(config.size_px, config.fit, config.output_size_px)
+        self.loader = BatchLoader(
+            self.geometry,
+            self.batch_size,
+            source_kind=spec.source_kind,
+            image_column=spec.image_column,
+            max_pixels=config.max_pixels,
+            min_side=config.min_side,
+            threads=spec.threads,
+        )
+        self.backbone = build_backbone(
+            config.backbone, size=config.size_px, weights=config.weights, layer=config.layer
+        ).to(self.device)
+        self.check_identity("backbone", self.backbone.identity())
+        self.images_done = 0
+        self.device_lock = threading.Lock()  # one shard computes at a time; others read, encode or write meanwhile
+
+    def check_identity(self, stage: str, identity: dict[str, Any]) -> None:
+        """Compare a stage built here with the driver's.
+
+        Raises:
+            JobError: they differ.
+        """
+        if identity != self.spec.identities[stage]:
+            raise JobError(
+                f"the {stage} on {socket.gethostname()} is not the driver's: got {identity}, expected "
+                f"{self.spec.identities[stage]}; every node must load the same weights with the same version of timm"
+            )
+
+    def moments(self, references: pa.Table) -> tuple[Moments, str | None]:
+        """Moments of the low-resolution features of some images, and the first error among those left out."""
+        total, first_error = Moments.none(self.backbone.num_chs), None
+        for batch in self.loader.batches(references, StageSeconds()):
+            errors = [str(image) for image in batch.decoded if not isinstance(image, Decoded)]
+            first_error = first_error or next(iter(errors), None)
+            if batch.usable_rows.any():
+                with self.device_lock:
+                    features = self.backbone(batch.pixels.to(self.device))
+                valid = batch.valid_cells(self.backbone.grid, self.geometry.output_size).to(self.device)
+                total = total.merged(Moments.of(features, valid & features.isfinite().all(1)))
+            self.images_done += len(batch.decoded)
+        return total, first_error
+
+    def made_by(self) -> dict[str, str]:
+        """What may differ between the shards of one store: for the ledger."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return {
+            "host": socket.gethostname(),
+            "pid": str(os.getpid()),
+            "device": device,
+            "batch_size": str(self.batch_size),
+            "torch": torch.__version__,
+        }
+
+
+# Enough to fill the device, few enough to fit its memory with k = 256 at 224 px.
+_DEFAULT_BATCH_SIZE = {"cpu": 8, "cuda": 32}
+
+
+def pick_device(device: str) -> str:
+    """ "auto" → "cuda" where there is one, else "cpu".
+
+    Raises:
+        JobError: "cuda" was asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise JobError("--device cuda, but torch finds no CUDA device here: use --device cpu, or check the driver")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device

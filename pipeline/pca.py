@@ -1,0 +1,162 @@
+"""PCA of the backbone's features: one basis for a whole dataset.
+
+Moments are gathered in float64, image batch by image batch on any number of workers, and merged exactly (Chan, Golub,
+LeVeque 1979); merged in the same order they give the same bits.
+"""
+
+import hashlib
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from densefeat import layout
+from densefeat.store import FeatureStore
+from pipeline.errors import JobError
+
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean [C] and scatter [C, C] (sum of outer products about the mean) of feature vectors, float64."""
+
+    count: int
+    mean: Doubles
+    scatter: Doubles
+
+    @classmethod
+    def none(cls, num_chs: int) -> "Moments":
+        """Of no vectors."""
+        return cls(0, np.zeros(num_chs), np.zeros((num_chs, num_chs)))
+
+    @classmethod
+    def of(cls, features: Tensor, valid: Tensor) -> "Moments":
+        """Of the feature vectors [B, C, h, w] where ``valid`` [B, h, w] is True."""
+        vectors = features.movedim(1, -1)[valid].double()
+        if len(vectors) == 0:
+            return cls.none(features.shape[1])
+        mean = vectors.mean(0)
+        centred = vectors - mean
+        return cls(len(vectors), mean.cpu().numpy(), (centred.T @ centred).cpu().numpy())
+
+    def merged(self, other: "Moments") -> "Moments":
+        """Of both sets of vectors together."""
+        count = self.count + other.count
+        if count == 0:
+            return self
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        scatter = self.scatter + other.scatter + np.outer(delta, delta) * (self.count * other.count / count)
+        return Moments(count, mean, scatter)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A PCA basis.
+
+    Attributes:
+        mean: [C] float32.
+        components: [k, C] float32, orthonormal rows, by falling variance; of each row the entry of greatest magnitude
+            is positive, so that the signs are the same everywhere.
+        explained_variance: [k] float64, along each component.
+        explained_variance_ratio: [k] float64, the same as shares of the total.
+    """
+
+    mean: npt.NDArray[np.float32]
+    components: npt.NDArray[np.float32]
+    explained_variance: Doubles
+    explained_variance_ratio: Doubles
+
+    @classmethod
+    def of_store(cls, store: FeatureStore) -> "Basis":
+        """The basis that a store's features are in."""
+        variance, ratio = (
+            store.array(f"{layout.PCA}/{name}").astype(np.float64)
+            for name in ("explained_variance", "explained_variance_ratio")
+        )
+        return cls(store.mean, store.components, variance, ratio)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of mean and components: what the features depend on."""
+        sha = hashlib.sha256()
+        for array in (self.mean, self.components):
+            sha.update(f"{array.shape}".encode())
+            sha.update(array.astype("<f4").tobytes())
+        return sha.hexdigest()
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Mean and components as tensors."""
+        # Copies: arrays that came through Ray's object store are read-only, which tensors cannot be.
+        return torch.tensor(self.mean), torch.tensor(self.components)
+
+    def truncated(self, k: int) -> "Basis":
+        """The first ``k`` components.
+
+        Raises:
+            JobError: the basis has fewer.
+        """
+        if k > len(self.components):
+            raise JobError(f"--components {k}, but the basis has only {len(self.components)}: fit a larger one")
+        return Basis(self.mean, self.components[:k], self.explained_variance[:k], self.explained_variance_ratio[:k])
+
+    def to_npz(self, provenance: dict[str, Any]) -> bytes:
+        """The basis as the bytes of a NumPy .npz file; ``provenance`` says what it was fitted on."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **self.__dict__, provenance=np.array(json.dumps(provenance)))
+        return buffer.getvalue()
+
+    @classmethod
+    def from_npz(cls, data: bytes) -> tuple["Basis", dict[str, Any]]:
+        """The basis and its provenance.
+
+        Raises:
+            ValueError: not such a file.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                names = ("mean", "components", "explained_variance", "explained_variance_ratio")
+                return cls(*(arrays[name] for name in names)), json.loads(str(arrays["provenance"]))
+        except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"not a basis made by jobs/fit_pca.py: {error}") from error
+
+
+def fit(moments: Moments, k: int) -> Basis:
+    """The ``k`` components of greatest variance.
+
+    Raises:
+        JobError: the vectors do not span k dimensions.
+    """
+    # Divided by count, not count − 1: one or a million vectors alike, and variances are only compared.
+    covariance = moments.scatter / max(moments.count, 1)
+    values, vectors = np.linalg.eigh(covariance)  # ascending
+    values, components = values[::-1].clip(min=0), vectors[:, ::-1].T
+    rank = int((values > values[0] * 1e-10).sum()) if values[0] > 0 else 0
+    if rank < k:
+        raise JobError(
+            f"PCA found {rank} independent components in {moments.count:,} feature vectors, fewer than the {k} asked "
+            "for: lower --components, or fit on more images (--pca-images)"
+        )
+    strongest = np.abs(components[:k]).argmax(1)
+    signs = np.sign(components[np.arange(k), strongest])
+    return Basis(
+        moments.mean.astype(np.float32),
+        np.ascontiguousarray(components[:k] * signs[:, None], dtype=np.float32),
+        values[:k].copy(),
+        values[:k] / values.sum(),
+    )
+
+
+def sample_rows(rows: int, images: int) -> list[int]:
+    """Rows to fit on: ``images`` of them (0: all) spread evenly over the dataset, in order, always the same."""
+    if images == 0 or images >= rows:
+        return list(range(rows))
+    return [i * rows // images for i in range(images)]

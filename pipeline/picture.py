@@ -1,0 +1,84 @@
+"""Pictures of features beside their images: photo | low-resolution features | high-resolution features."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from densefeat.objects import Objects
+from densefeat.store import FeatureStore
+from pipeline.backbone import Backbone
+from pipeline.decode import Geometry, decode
+from pipeline.errors import JobError
+
+Pixels = npt.NDArray[np.uint8]
+
+_GAP_PX = 8
+_PERCENTILES = (1, 99)  # a few extreme values must not make everything else grey
+
+
+def feature_colours(features: Sequence[npt.NDArray[np.float32]]) -> list[Pixels]:
+    """First three components as red, green and blue, on one scale for all of ``features`` ([k, H, W] each, k ≥ 3)."""
+    values = np.concatenate([image[:3].reshape(3, -1) for image in features], axis=1)
+    low, high = np.percentile(values, _PERCENTILES, axis=1)
+    scale = np.maximum(high - low, np.finfo(np.float32).tiny)[:, None, None]
+    return [
+        (np.clip((image[:3] - low[:, None, None]) / scale, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
+        for image in features
+    ]
+
+
+def stored_geometry(store: FeatureStore) -> Geometry:
+    """The geometry that a store was made with."""
+    geometry = store.attributes["configuration"]["geometry"]
+    return Geometry(tuple(geometry["size"]), geometry["fit"], tuple(geometry["output_size"]))
+
+
+def read_photo(store: FeatureStore, row: int) -> npt.NDArray[np.uint8]:
+    """The image of a row as the backbone saw it, uint8 [3, H, W], read again from where the index says it is.
+
+    Raises:
+        JobError: it cannot be read from there (only images that are files of their own can).
+    """
+    uri = store.index["uri"][row].as_py()
+    if store.attributes["configuration"]["source"]["kind"] != "folder":
+        raise JobError(f"row {row} lies inside {uri}: pictures can be made of images that are files of their own")
+    parent, _, name = uri.rpartition("/")
+    try:
+        return decode(Objects(parent).get(name), stored_geometry(store)).pixels
+    except OSError as error:
+        raise JobError(f"the image of row {row} cannot be read from {uri}: {error}") from error
+
+
+def comparison(store: FeatureStore, rows: Sequence[int], backbone: Backbone | None) -> Image.Image:
+    """A picture with a line for each row: photo | low-resolution features (with a backbone) | stored features.
+
+    Both kinds of features are coloured by the store's first three components, each kind on one scale for all rows.
+    """
+    photos = [read_photo(store, row) for row in rows]
+    high = feature_colours([store.read(row) for row in rows])
+    columns: list[list[Pixels]] = [[photo.transpose(1, 2, 0) for photo in photos]]
+    if backbone is not None:
+        with torch.inference_mode():
+            features = backbone(torch.from_numpy(np.stack(photos))).numpy()
+        centred = features - store.mean[:, None, None]
+        columns.append(feature_colours(list(np.einsum("kc,bchw->bkhw", store.components[:3], centred))))
+    columns.append(high)
+    return _grid(columns, photos[0].shape[1:])
+
+
+def _grid(columns: Sequence[Sequence[Pixels]], size: tuple[int, ...]) -> Image.Image:
+    """Tiles of ``size`` (height, width) on white. Pixels are enlarged as they are: resolution is what is shown."""
+    height, width = size
+    picture = Image.new(
+        "RGB",
+        (len(columns) * (width + _GAP_PX) - _GAP_PX, len(columns[0]) * (height + _GAP_PX) - _GAP_PX),
+        "white",
+    )
+    for x, column in enumerate(columns):
+        for y, tile in enumerate(column):
+            enlarged = Image.fromarray(np.ascontiguousarray(tile)).resize((width, height), Image.Resampling.NEAREST)
+            picture.paste(enlarged, (x * (width + _GAP_PX), y * (height + _GAP_PX)))
+    return picture

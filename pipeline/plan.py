@@ -1,0 +1,275 @@
+"""What a job is going to do, found out and checked before it does anything."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from densefeat.layout import ZSTD_LEVEL, FeatureLayout
+from densefeat.objects import Objects
+from densefeat.store import FeatureStore
+from pipeline.backbone import Backbone, build_backbone
+from pipeline.errors import JobError
+from pipeline.feature_worker import WorkerSpec
+from pipeline.pca import Basis
+from pipeline.source import list_images
+from pipeline.store import check_writable, existing_store, explain_storage_error, stored_index
+from pipeline.upsample import Upsampler, build_upsampler
+from schemas.attributes import StoreAttributes, differences
+from schemas.config import FeatureConfig, UpsampleConfig
+from schemas.index import REFERENCES
+
+DEFAULT_COMPONENTS = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A checked job.
+
+    Attributes:
+        config: what was asked.
+        references: the images, one row each (``schemas.index.REFERENCES``).
+        class_names: of their labels.
+        features: shape and cutting of the array.
+        configuration: what the features will depend on, but for the basis if it is yet to be fitted.
+        basis: given by ``--pca``; None: to be fitted.
+        stored: attributes of the store that is to be resumed or overwritten.
+        spec: for the workers.
+    """
+
+    config: UpsampleConfig
+    references: pa.Table
+    class_names: tuple[str, ...]
+    features: FeatureLayout
+    configuration: dict[str, Any]
+    basis: Basis | None
+    stored: StoreAttributes | None
+    spec: WorkerSpec
+
+    @property
+    def shards(self) -> range:
+        """The shards that this job is to make, if they are not done."""
+        return self.config.shard_range(self.features.shards)
+
+    def shard_references(self, shard: int) -> pa.Table:
+        """The images of a shard."""
+        rows = self.features.rows_of(shard)
+        return self.references.slice(rows.start, len(rows))
+
+    def describe(self) -> str:
+        """The plan for a person."""
+        layout, config = self.features, self.config
+        k, height, width = layout.image_shape
+        nbytes = layout.rows * layout.image_nbytes
+        lines = [
+            f"images      {layout.rows:,} from {config.images}"
+            + (f", {len(self.class_names):,} classes" if self.class_names else ""),
+            f"store       {config.store}" + (" (resumed)" if config.resume and self.stored else ""),
+            f"features    {k} components, {height}×{width}, {layout.dtype}",
+            f"shards      {layout.shards:,} of {layout.shard_rows} images"
+            + (f", {len(self.shards):,} of them by this job ({config.shards})" if config.shards else ""),
+            f"bytes       at most {_size(nbytes)} (what it is before compression)",
+        ]
+        for stage, settings in self.configuration.items():
+            text = ", ".join(f"{name} {_short(value)}" for name, value in settings.items() if name != "name")
+            lines.append(f"{stage:11} " + " ".join(filter(None, [settings.get("name"), text and f"({text})"])))
+        return "\n".join(lines)
+
+
+def make_plan(config: UpsampleConfig) -> Plan:
+    """Look at source, store, backbone and upsampler, and check that they fit together.
+
+    Raises:
+        JobError: they do not; the message says why and what to do.
+    """
+    stored = _stored_attributes(config)
+    resumed = stored if config.resume else None
+    backbone = _checked_backbone(config)
+    upsampler = build_upsampler(config.upsampler, config.upsampler_weights, backbone.num_chs)
+    _check_upsampler(upsampler, backbone, config)
+    basis = None if config.pca is None else read_basis(config.pca, backbone)
+    k = _components(config, backbone, basis)
+    source, references, class_names = _source(config, resumed)
+    identities = {"backbone": backbone.identity(), "upsampler": upsampler.identity()}
+    plan = Plan(
+        config=config,
+        references=references,
+        class_names=class_names,
+        features=FeatureLayout(references.num_rows, k, *config.output_size_px, config.dtype, config.shard_rows),
+        configuration={
+            "source": source,
+            "backbone": identities["backbone"],
+            "geometry": {
+                "size": list(config.size_px),
+                "fit": config.fit,
+                "output_size": list(config.output_size_px),
+                "max_pixels": config.max_pixels,
+                "min_side": config.min_side,
+            },
+            "pca": _pca_configuration(config, k, basis, references.num_rows),
+            "upsampler": identities["upsampler"],
+            "storage": _storage_configuration(config),
+        },
+        basis=None if basis is None else basis.truncated(k),
+        stored=stored,
+        spec=WorkerSpec(config, source["kind"], source["image_column"], os.cpu_count() or 1, identities),
+    )
+    if not plan.shards:
+        raise JobError(f"--shards {config.shards} holds none of the {plan.features.shards} shards of this dataset")
+    if resumed:
+        _check_same(resumed, plan.configuration, config.store)
+    return plan
+
+
+def feature_spec(config: FeatureConfig) -> tuple[WorkerSpec, pa.Table, Backbone]:
+    """For jobs that need low-resolution features only: the workers' spec, the images, the backbone.
+
+    Raises:
+        JobError: as ``make_plan``.
+    """
+    backbone = _checked_backbone(config)
+    source = list_images(config.images, limit=config.limit, image_column=config.image_column)
+    identities = {"backbone": backbone.identity()}
+    spec = WorkerSpec(config, source.kind, source.image_column, os.cpu_count() or 1, identities)
+    return spec, source.references, backbone
+
+
+def read_basis(uri: str, backbone: Backbone) -> Basis:
+    """A basis from ``jobs/fit_pca.py`` (.npz) or from another store, checked against the backbone.
+
+    Raises:
+        JobError: it cannot be read, or was fitted on other features.
+    """
+    if uri.endswith(".npz"):
+        try:
+            basis, provenance = Basis.from_npz(Objects(str(Path(uri).parent)).get(Path(uri).name))
+        except (OSError, ValueError) as error:
+            raise JobError(f"--pca {uri} cannot be read: {error}; make one with jobs/fit_pca.py") from error
+    else:
+        store = FeatureStore(uri)
+        basis, provenance = Basis.of_store(store), store.attributes["configuration"]
+    other, own = provenance["backbone"], json.loads(json.dumps(backbone.identity()))
+    if other != own:
+        raise JobError(
+            f"--pca {uri} was fitted on other features: "
+            + "; ".join(differences(other, own))
+            + ". Fit a basis on this backbone, or leave --pca out"
+        )
+    return basis
+
+
+def _stored_attributes(config: UpsampleConfig) -> StoreAttributes | None:
+    """What is at ``--store``, if it may be gone on with or deleted, and the storage takes writes."""
+    try:
+        objects = Objects(config.store)
+        stored = existing_store(objects)
+        if stored is None and objects.list():
+            raise JobError(f"--store {config.store} holds other things: choose an empty place for the store")
+        if stored and not (config.resume or config.overwrite):
+            raise JobError(
+                f"--store {config.store} exists: --resume goes on with it, --overwrite deletes it and begins anew"
+            )
+        if not config.dry_run:
+            check_writable(objects)
+    except JobError:
+        raise
+    except Exception as error:
+        explained = explain_storage_error(error, f"--store {config.store}")
+        if explained is None:
+            raise
+        raise explained from error
+    return stored
+
+
+def _checked_backbone(config: FeatureConfig) -> Backbone:
+    backbone = build_backbone(config.backbone, size=config.size_px, weights=config.weights, layer=config.layer)
+    if config.components is not None and config.components > backbone.num_chs:
+        raise JobError(
+            f"--components {config.components}, but {config.backbone} has {backbone.num_chs} channels at layer "
+            f"{backbone.layer}: ask for at most {backbone.num_chs}"
+        )
+    return backbone
+
+
+def _check_upsampler(upsampler: Upsampler, backbone: Backbone, config: UpsampleConfig) -> None:
+    """Try the upsampler on one channel of zeros of the backbone's grid."""
+    low = torch.zeros(1, 1, *backbone.grid)
+    try:
+        with torch.inference_mode():
+            upsampler(low, torch.zeros(1, 3, *config.size_px, dtype=torch.uint8), config.output_size_px)
+    except ValueError as error:
+        raise JobError(
+            f"--upsampler {config.upsampler} does not take the {backbone.grid[0]}×{backbone.grid[1]} features of "
+            f"{config.backbone} at layer {backbone.layer}: {error}. Choose a larger --size or an earlier --layer"
+        ) from error
+
+
+def _components(config: UpsampleConfig, backbone: Backbone, basis: Basis | None) -> int:
+    if config.components is not None:
+        return config.components
+    return min(DEFAULT_COMPONENTS, backbone.num_chs if basis is None else len(basis.components))
+
+
+def _source(
+    config: UpsampleConfig, resumed: StoreAttributes | None
+) -> tuple[dict[str, Any], pa.Table, tuple[str, ...]]:
+    """The source's part of the configuration, its images, its classes.
+
+    A store that is resumed has its images in its index: they are not listed again, so that rows stay where they are.
+    """
+    asked = {"images": _absolute(config.images), "limit": config.limit}
+    if resumed and resumed.setup_complete:
+        references = stored_index(Objects(config.store)).select(REFERENCES.names)
+        return {**resumed.configuration["source"], **asked}, references, resumed.class_names
+    source = list_images(config.images, limit=config.limit, image_column=config.image_column)
+    known = {"kind": source.kind, "image_column": source.image_column, "rows": source.references.num_rows}
+    digest = hashlib.sha256("\n".join(source.references["key"].to_pylist()).encode()).hexdigest()
+    return {**asked, **known, "keys_sha256": digest}, source.references, source.class_names
+
+
+def _pca_configuration(config: UpsampleConfig, k: int, basis: Basis | None, rows: int) -> dict[str, Any]:
+    if basis is not None:
+        return {"components": k, "basis": basis.truncated(k).digest}
+    return {"components": k, "fitted_on_images": min(config.pca_images or rows, rows)}
+
+
+def _storage_configuration(config: UpsampleConfig) -> dict[str, Any]:
+    floor = {"error_floor": config.error_floor} if config.dtype == "int8" else {}
+    return {"dtype": config.dtype, **floor, "shard_images": config.shard_rows, "zstd_level": ZSTD_LEVEL}
+
+
+def _check_same(stored: StoreAttributes, configuration: dict[str, Any], store: str) -> None:
+    """Refuse to mix two configurations in one store."""
+    old = {**stored.configuration, "pca": dict(stored.configuration["pca"])}
+    if "fitted_on_images" in old["pca"]:
+        old["pca"].pop("basis", None)  # what came of fitting; asked for is only how to fit
+    different = differences(old, json.loads(json.dumps(configuration)))
+    if different:
+        raise JobError(
+            f"--resume: the store {store} was made with another configuration:\n  "
+            + "\n  ".join(different)
+            + "\nGive the options it was begun with, or another --store, or --overwrite to begin anew"
+        )
+
+
+def _absolute(uri: str) -> str:
+    """The same text for the same place, wherever the job is started."""
+    return uri if "://" in uri else str(Path(uri).absolute())
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 60 or os.sep in text else f"{text[:12]}…"
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"

@@ -1,0 +1,123 @@
+"""From a plan to a store that takes shards: fit the basis, choose the quantization steps, set the store up."""
+
+import importlib.metadata
+import logging
+import platform
+import shutil
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from densefeat.objects import Objects
+from densefeat.store import FeatureStore
+from pipeline.errors import JobError
+from pipeline.pca import Basis, Moments, fit, sample_rows
+from pipeline.plan import Plan
+from pipeline.store import explain_storage_error, set_up
+from pipeline.worker import Encoding
+from pipeline.workers import TaskFailed, Workers
+from schemas.attributes import StoreAttributes
+from schemas.index import pending_index
+
+logger = logging.getLogger(__name__)
+
+_IMAGES_IN_TASK = 64  # images of the PCA sample in one task
+_CALIBRATION_IMAGES = 64  # images whose upsampled features set the quantization steps
+_SOFTWARE = ("densefeat", "torch", "timm", "numpy", "pillow", "zarr", "numba", "ray")
+
+
+def prepare(plan: Plan, objects: Objects, workers: Workers) -> Encoding:
+    """Make the store ready for shards, or find it ready.
+
+    Raises:
+        JobError: the sample cannot be used, the store does not fit on the disk, somebody else set it up meanwhile.
+    """
+    if plan.config.resume and plan.stored and plan.stored.setup_complete:
+        return _stored_encoding(objects)
+    basis = plan.basis or fit_basis(plan.references, plan.features.components, plan.config.pca_images, workers)
+    explained = float(basis.explained_variance_ratio.sum())
+    logger.info("PCA: %d components explain %.1f %% of the variance", len(basis.components), 100 * explained)
+    step, image_nbytes = _sample_encoding(plan, basis, workers)
+    _check_space(plan, objects, image_nbytes)
+    attributes = StoreAttributes(
+        configuration={**plan.configuration, "pca": {**plan.configuration["pca"], "basis": basis.digest}},
+        versions={"python": platform.python_version(), **{name: _version(name) for name in _SOFTWARE}},
+        class_names=plan.class_names,
+        explained_variance=explained,
+    )
+    if plan.config.overwrite and plan.stored:
+        objects.delete_all()
+    claimed = plan.config.resume and plan.stored is not None
+    try:
+        set_up(objects, attributes, plan.features, basis, step, pending_index(plan.references), claimed=claimed)
+    except FileExistsError:
+        raise JobError(f"another job set up {objects.uri} in the meantime: use --resume to work with it") from None
+    except Exception as error:
+        raise explain_storage_error(error, objects.uri) or error from error
+    return Encoding(basis, step, attributes.hash)
+
+
+def fit_basis(references: pa.Table, k: int, images: int, workers: Workers) -> Basis:
+    """Fit ``k`` components on a sample of the images, spread over the workers.
+
+    Raises:
+        JobError: too few images can be used.
+    """
+    rows = sample_rows(references.num_rows, images)
+    logger.info("PCA: fitting %d components on %d images", k, len(rows))
+    sample = references.take(rows)
+    tasks = [(sample.slice(first, _IMAGES_IN_TASK),) for first in range(0, len(rows), _IMAGES_IN_TASK)]
+    results: dict[int, tuple[Moments, str | None]] = {}
+    for task, result in workers.map("moments", tasks):
+        if isinstance(result, TaskFailed):
+            raise JobError(f"PCA: a part of the sample failed {result.attempts} times: {result.reason}")
+        results[task] = result
+    # In the order of the tasks, so that the bits do not depend on who was first.
+    moments = [results[task][0] for task in range(len(tasks))]
+    total = moments[0]
+    for other in moments[1:]:
+        total = total.merged(other)
+    if total.count == 0:
+        first_error = next((error for _, error in results.values() if error), "no error was recorded")
+        raise JobError(f"none of the {len(rows)} sampled images could be used; the first says: {first_error}")
+    return fit(total, k)
+
+
+def _sample_encoding(plan: Plan, basis: Basis, workers: Workers) -> tuple[np.ndarray[Any, Any] | None, float]:
+    sample = plan.references.take(sample_rows(plan.references.num_rows, _CALIBRATION_IMAGES))
+    ((_, result),) = workers.map("sample_encoding", [(sample, basis)])
+    if isinstance(result, TaskFailed):
+        raise JobError(f"measuring the features of a sample failed {result.attempts} times: {result.reason}")
+    return result[0], result[1]
+
+
+def _check_space(plan: Plan, objects: Objects, image_nbytes: float) -> None:
+    """Compare what the store will take with what a local disk has."""
+    images = sum(len(plan.features.rows_of(shard)) for shard in plan.shards)
+    needed = image_nbytes * images
+    logger.info("store: about %.2f MB an image, %.2f GB in all", image_nbytes / 1e6, needed / 1e9)
+    folder = objects.local_path
+    if folder is None:
+        return
+    free = shutil.disk_usage(next(path for path in [folder, *folder.parents] if path.exists())).free
+    if needed > free:
+        raise JobError(
+            f"no space for {objects.uri}: about {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; "
+            "free some, choose another --store, fewer --components, a smaller --output-size or a greater --error-floor"
+        )
+
+
+def _stored_encoding(objects: Objects) -> Encoding:
+    store = FeatureStore(objects.uri)
+    basis = Basis.of_store(store)
+    if basis.digest != store.attributes["configuration"]["pca"]["basis"]:
+        raise JobError(f"the PCA basis in {objects.uri} is not the one that its attributes name: use --overwrite")
+    return Encoding(basis, store.step, store.attributes["configuration_hash"])
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # densefeat itself, where the job's checkout is shipped and not installed

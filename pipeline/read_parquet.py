@@ -1,0 +1,121 @@
+"""Cells of a Parquet column of images, streamed from the row groups that are needed."""
+
+import time
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import ImageError
+from pipeline.read_fetch import BACKOFF_S, Fetch, Outcome, is_transient, unreadable
+
+__all__ = ["Reference", "read_batches"]
+
+# Of a column chunk, which may be hundreds of megabytes, so much is read at a time.
+_BUFFER_BYTES = 4 << 20
+
+
+class Reference(NamedTuple):
+    """A row of ``Source.references``, without its key and label."""
+
+    uri: str
+    offset: int | None
+    nbytes: int | None
+
+
+def read_batches(
+    rows: Sequence[Reference], column: str, fetch: Fetch, batch_size: int
+) -> Iterator[list[Outcome | str]]:
+    """Yield the cells of ``rows`` in order, at most ``batch_size`` at a time.
+
+    Only row groups with one of the rows are read, each from its start to the last row needed. Network errors are
+    tried again from the row they hit.
+
+    Args:
+        rows: references into Parquet files; ``offset`` is the row in the file.
+        column: binary, a string, or ``struct<bytes, path>``.
+        fetch: gives the filesystem and the bound on an image's bytes.
+        batch_size: rows.
+
+    Yields:
+        For every row the image's bytes, the absolute URI to read them from, or an ``ImageError``.
+    """
+    for run in _runs(rows):
+        uri, numbers = run[0].uri, [row.offset or 0 for row in run]
+        done = attempt = 0
+        while done < len(run):
+            try:
+                for cells in _stream(uri, numbers[done:], column, fetch, batch_size):
+                    done += len(cells)
+                    yield cells
+            except Exception as error:  # of pyarrow, or of any storage package
+                if attempt < len(BACKOFF_S) and is_transient(uri, error):
+                    time.sleep(BACKOFF_S[attempt])
+                    attempt += 1
+                    continue
+                yield [unreadable(uri, error)] * (len(run) - done)
+                break
+
+
+def _runs(rows: Sequence[Reference]) -> Iterator[list[Reference]]:
+    """Stretches within one file that one pass can read: rows ascending."""
+    run: list[Reference] = []
+    for row in rows:
+        if row.offset is None:
+            raise ValueError(f"read_images: got a row of {row.uri} without offset, expected its row in the file.")
+        if run and (row.uri != run[0].uri or row.offset <= (run[-1].offset or 0)):
+            yield run
+            run = []
+        run.append(row)
+    if run:
+        yield run
+
+
+def _stream(
+    uri: str, numbers: Sequence[int], column: str, fetch: Fetch, batch_size: int
+) -> Iterator[list[Outcome | str]]:
+    """One pass over a file for the rows of these numbers, ascending; raises whatever storage or pyarrow does."""
+    filesystem, path = fetch.open_filesystem(uri)
+    # Without pre_buffer, which would hold whole column chunks.
+    with filesystem.open(path, "rb") as raw, pq.ParquetFile(raw, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
+        if numbers[-1] >= file.metadata.num_rows:
+            raise EOFError(f"row {numbers[-1]} was listed, but the file has {file.metadata.num_rows}: it has changed")
+        groups, in_groups = _groups(file.metadata, numbers)
+        wanted, missing = frozenset(numbers), len(numbers)
+        for batch in file.iter_batches(batch_size, row_groups=groups, columns=[column], use_threads=False):
+            # The batch comes first in zip: the other way round, its end would cost a number.
+            cells = [
+                _cell(value, uri, fetch) for value, n in zip(batch.column(0), in_groups, strict=False) if n in wanted
+            ]
+            missing -= len(cells)
+            if cells:
+                yield cells
+            if not missing:
+                return
+
+
+def _groups(metadata: pq.FileMetaData, numbers: Sequence[int]) -> tuple[list[int], Iterator[int]]:
+    """The row groups that hold any of the rows, and the numbers of all rows in them, in order."""
+    groups, ranges = [], []
+    first = 0
+    for group in range(metadata.num_row_groups):
+        end = first + metadata.row_group(group).num_rows
+        if bisect_left(numbers, first) < bisect_left(numbers, end):
+            groups.append(group)
+            ranges.append(range(first, end))
+        first = end
+    return groups, chain.from_iterable(ranges)
+
+
+def _cell(value: pa.Scalar, parquet_uri: str, fetch: Fetch) -> Outcome | str:
+    content = value.as_py()
+    if isinstance(content, dict):  # Hugging Face: the bytes, or where they are
+        content = content.get("path") if content.get("bytes") is None else content["bytes"]
+    if content is None:
+        return ImageError("unreadable", f"{parquet_uri}: the row's image is null.")
+    if isinstance(content, str):
+        return content if "://" in content or content.startswith("/") else f"{parquet_uri.rpartition('/')[0]}/{content}"
+    return fetch.check(content, parquet_uri)

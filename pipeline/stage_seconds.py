@@ -1,0 +1,30 @@
+"""Where the time goes: busy seconds by stage of the pipeline."""
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class StageSeconds:
+    """Busy seconds by stage, added up from any thread."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time inside the block for the stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._seconds[name] += time.perf_counter() - start
+
+    def total(self) -> dict[str, float]:
+        """Seconds by stage, in milliseconds' precision."""
+        with self._lock:
+            return {name: round(seconds, 3) for name, seconds in self._seconds.items()}

@@ -1,0 +1,255 @@
+"""Writing a store: set it up once, write shards in any order from anywhere, finish it.
+
+A shard counts as done when its ledger record is there; the record is written after the object. What a crash can leave
+behind (a store that is half set up, an object without a record) is written again by the next run.
+"""
+
+import errno
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
+
+from densefeat import layout
+from densefeat.layout import FeatureLayout
+from densefeat.objects import Objects
+from densefeat.store import read_attributes
+from pipeline.errors import JobError
+from pipeline.pca import Basis
+from pipeline.stage_seconds import StageSeconds
+from schemas.attributes import StoreAttributes
+from schemas.index import REFERENCES, pending_index, with_outcomes
+from schemas.ledger import LedgerRecord, RowOutcome, manifest, outcomes_table
+
+_PARALLEL_REQUESTS = 32
+
+
+def existing_store(objects: Objects) -> StoreAttributes | None:
+    """Attributes of the store that is there, None if nothing is.
+
+    Raises:
+        StoreError: what is there is not a densefeat store, or one of another format version.
+    """
+    if not objects.exists(layout.ATTRIBUTES):
+        return None
+    return StoreAttributes.from_dict(read_attributes(objects))
+
+
+def check_writable(objects: Objects) -> None:
+    """Write an object, read it, and take it away.
+
+    Raises:
+        OSError: with the storage's reason.
+    """
+    probe = "_probe"
+    objects.put(probe, b"densefeat")
+    objects.get(probe)
+    objects.delete(probe)
+
+
+def set_up(
+    objects: Objects,
+    attributes: StoreAttributes,
+    features: FeatureLayout,
+    basis: Basis,
+    step: np.ndarray[Any, Any] | None,
+    index: pa.Table,
+    *,
+    claimed: bool = False,
+) -> StoreAttributes:
+    """Write everything but shards; afterwards the store can be opened, and every row is pending.
+
+    ``zarr.json`` comes first, create-only, so that of two jobs that set up the same store one stops here; it comes
+    again at the end to say that setup is complete.
+
+    Args:
+        objects: where the store goes.
+        attributes: with ``setup_complete`` False.
+        features: shape and cutting.
+        basis: PCA basis.
+        step: [k] float32 for int8, else None.
+        index: ``schemas.index.pending_index`` of the source.
+        claimed: an earlier run of the same configuration claimed the store and died.
+
+    Raises:
+        FileExistsError: somebody else set up a store here in the meantime.
+    """
+    documents = _zarr_documents(attributes.completed(), features, basis, step)
+    if not claimed:
+        claim = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes.to_dict()}, indent=2)
+        objects.create(layout.ATTRIBUTES, claim.encode())
+    objects.put(layout.INDEX, _parquet(index))
+    root = documents.pop(layout.ATTRIBUTES)
+    for key, data in documents.items():
+        objects.put(key, data)
+    objects.put(layout.ATTRIBUTES, root)
+    return attributes.completed()
+
+
+def _zarr_documents(
+    attributes: StoreAttributes, features: FeatureLayout, basis: Basis, step: np.ndarray[Any, Any] | None
+) -> dict[str, bytes]:
+    """Key → bytes of all metadata and small arrays, made by zarr-python in memory."""
+    store = MemoryStore()
+    group = zarr.create_group(store, zarr_format=3, attributes=attributes.to_dict())
+    group.create_array(
+        layout.FEATURES,
+        shape=(features.rows, *features.image_shape),
+        dtype=features.dtype,
+        chunks=(1, *features.image_shape),
+        shards=(features.shard_rows, *features.image_shape),
+        filters=None,
+        compressors=[ZstdCodec(level=layout.ZSTD_LEVEL), Crc32cCodec()],
+        fill_value=layout.INT8_NO_DATA if features.dtype == "int8" else float("nan"),
+        dimension_names=("row", "component", "y", "x"),
+    )
+    pca = group.create_group(layout.PCA)
+    for name, array in basis.__dict__.items():
+        pca.create_array(name, data=array, chunks=array.shape)
+    if step is not None:
+        group.create_array(layout.STEP, data=step, chunks=step.shape)
+    return {key: buffer.to_bytes() for key, buffer in store._store_dict.items()}
+
+
+def write_shard(
+    objects: Objects,
+    shard: int,
+    shard_rows: int,
+    chunks: Sequence[bytes | None],
+    outcomes: Sequence[RowOutcome],
+    seconds: StageSeconds,
+    facts: dict[str, Any],
+) -> LedgerRecord:
+    """Write a shard's object, whole, then its ledger record: the commit.
+
+    Args:
+        objects: the store.
+        shard: its number.
+        shard_rows: rows of a full shard (the last one may have fewer).
+        chunks: encoded features of its rows, None where a row failed.
+        outcomes: of its rows; the place of each chunk is filled in here.
+        seconds: that the shard took so far; writing is added.
+        facts: the other fields of the record: configuration_hash, clipped, made_by.
+
+    Raises:
+        JobError: the shard is recorded already with other bytes: two jobs with different results write this store.
+        OSError: the storage's reason.
+    """
+    data, places = layout.pack_shard(chunks, shard_rows)
+    for outcome, place in zip(outcomes, places, strict=True):
+        outcome.chunk_offset, outcome.chunk_nbytes = place or (None, None)
+    ok = sum(outcome.ok for outcome in outcomes)
+    with seconds.stage("write"):
+        objects.put(layout.shard_key(shard), data)
+    record = LedgerRecord(
+        shard=shard,
+        rows_ok=ok,
+        rows_failed=len(outcomes) - ok,
+        nbytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        seconds=seconds.total(),
+        outcomes=outcomes_table(outcomes),
+        **facts,
+    )
+    try:
+        objects.create(layout.ledger_key(shard), record.to_bytes())
+    except FileExistsError:
+        # Our own answer that got lost, or another job that made the same shard: fine, if it made the same bytes.
+        other = read_record(objects, layout.ledger_key(shard))
+        if other.sha256 != record.sha256:
+            raise JobError(
+                f"shard {shard} of {objects.uri} is in the ledger with other bytes (made by {other.made_by}): another "
+                "job with other hardware or software writes the same shards; stop one of them, then run "
+                "jobs/verify_store.py --repair and resume"
+            ) from None
+    return record
+
+
+def read_record(objects: Objects, key: str) -> LedgerRecord:
+    """A ledger record."""
+    return LedgerRecord.from_bytes(objects.get(key))
+
+
+def finished_shards(objects: Objects) -> dict[int, LedgerRecord]:
+    """Records of the shards that are done: in the ledger, readable, and with an object of the recorded size.
+
+    Records that fail this are removed, so that their shards are made again.
+    """
+    keys = list(objects.list(layout.LEDGER))
+    sizes = objects.list(f"{layout.FEATURES}/c")
+
+    def check(key: str) -> LedgerRecord | None:
+        try:
+            record = read_record(objects, key)
+        except ValueError:
+            record = None
+        if record is None or sizes.get(layout.shard_key(record.shard)) != record.nbytes:
+            objects.delete(key)
+            return None
+        return record
+
+    return {record.shard: record for record in _parallel(check, keys) if record is not None}
+
+
+def stored_index(objects: Objects) -> pa.Table:
+    """The index as it lies in the store (``FeatureStore.index`` also merges the ledger of an unfinished one)."""
+    return pq.read_table(pa.BufferReader(objects.get(layout.INDEX)))
+
+
+def reopen(objects: Objects) -> None:
+    """Make a finished store unfinished again, because a shard of it is to be made anew: every row is pending until
+    its shard's record says otherwise. Nothing happens to a store that is not finished.
+    """
+    if objects.exists(layout.MANIFEST):
+        index = stored_index(objects)
+        objects.delete(layout.MANIFEST)
+        objects.put(layout.INDEX, _parquet(pending_index(index.select(REFERENCES.names))))
+
+
+def finish(objects: Objects, records: Sequence[LedgerRecord]) -> None:
+    """Merge the outcomes of all shards into the index, and write the manifest: the store is complete."""
+    ordered = sorted(records, key=lambda record: record.shard)
+    merged = with_outcomes(stored_index(objects), pa.concat_tables(record.outcomes for record in ordered))
+    objects.put(layout.INDEX, _parquet(merged))
+    objects.put(layout.MANIFEST, _parquet(manifest(ordered)))
+    objects.delete_temporary()
+
+
+def explain_storage_error(error: BaseException, uri: str) -> JobError | None:
+    """What to do about a storage error that trying again will not mend; None for any other error."""
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"):
+        return JobError(
+            f"no credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the "
+            "machine a role; on a cluster, on every node"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return JobError(
+            f"no space left for {uri} ({error.strerror}): free some and run the job again with --resume; finished "
+            "shards are kept"
+        )
+    if isinstance(error, PermissionError) or getattr(error, "errno", None) in (errno.EROFS, errno.EACCES):
+        return JobError(f"no permission to write {uri}: {error}; choose another --store, or ask for the right to write")
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return JobError(f"{uri} cannot be written: {error}; the bucket or the file system must be there")
+    if isinstance(error, ImportError):
+        return JobError(f"{uri} needs a package that is not installed: {error}")
+    return None
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def _parallel(function: Any, items: Iterable[Any]) -> list[Any]:
+    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+        return list(pool.map(function, items))

@@ -1,0 +1,1 @@
+"""What is written down: job configuration, index and ledger tables, the store's attributes."""

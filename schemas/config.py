@@ -1,0 +1,170 @@
+"""What a person can ask of a job. Every field is an option of the command line; its comment is the help text."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+# The issue in numbers: int8 shards of 64 images are about 120 MB before compression at k = 128, 224 px, as are
+# float16 shards of 8; large enough for object storage, small enough to redo.
+SHARD_IMAGES = {"int8": 64, "float16": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+    """Which images, and which low-resolution features of them: what all jobs share."""
+
+    # Folder, WebDataset tar shards ({000..099} patterns) or Parquet; local, s3://, gs:// or http(s)://.
+    images: str
+    # Parquet: the column with image bytes or URIs; found by itself if not given.
+    image_column: str | None = None
+    # Only the first N images.
+    limit: int | None = None
+    # Any timm model, as "architecture" or "architecture.tag".
+    backbone: str = "vit_small_patch14_dinov2.lvd142m"
+    # "pretrained" (timm downloads), "random" (tests), or a .safetensors/.pth file or URI.
+    weights: str = "pretrained"
+    # Block of a ViT or stage of a ConvNet whose output is taken; negative counts from the end.
+    layer: int = -1
+    # Input pixels: "224", or "HEIGHTxWIDTH".
+    size: str = "224"
+    # How an image of another shape gets there: centre crop, pad at the right or bottom, or squash.
+    fit: Literal["crop", "pad", "squash"] = "crop"
+    # Components to keep; not given: 128, or all channels if the backbone has fewer.
+    components: int | None = None
+    # Images to fit the PCA basis on, spread evenly over the dataset; 0: all.
+    pca_images: int = 2000
+    # Images in one pass of the backbone; not given: 32 on a GPU, 8 on a CPU.
+    batch_size: int | None = None
+    # "auto", "cpu" or "cuda".
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Ray actors; not given: one per GPU of the cluster, or one per CPU node. 0: this process, without Ray.
+    workers: int | None = None
+    # Images with more pixels than this are not opened (decompression bombs).
+    max_pixels: int = 178_956_970
+    # Images with a shorter side are not used.
+    min_side: int = 8
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without looking at anything."""
+        _at_least("--limit", self.limit, 1)
+        _at_least("--components", self.components, 1)
+        _at_least("--pca-images", self.pca_images, 0)
+        _at_least("--batch-size", self.batch_size, 1)
+        _at_least("--workers", self.workers, 0)
+        _at_least("--min-side", self.min_side, 1)
+        _at_least("--max-pixels", self.max_pixels, self.min_side**2)
+        parse_size("--size", self.size)
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """Input (height, width)."""
+        return parse_size("--size", self.size)
+
+    @property
+    def output_size_px(self) -> tuple[int, int]:
+        """(height, width) of the features that geometry (affine maps, valid boxes) refers to."""
+        return self.size_px
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpsampleConfig(FeatureConfig):
+    """Images in, a feature store out."""
+
+    # Where the store goes: a folder, s3://bucket/prefix or gs://bucket/prefix.
+    store: str
+    # How features get their resolution: "jbu" or "bilinear".
+    upsampler: str = "jbu"
+    # Checkpoint of the upsampler (FeatUp's for jbu); without one, jbu is training-free.
+    upsampler_weights: str | None = None
+    # Pixels of the stored features, "224" or "HEIGHTxWIDTH"; not given: those of --size.
+    output_size: str | None = None
+    # Basis to use, from jobs/fit_pca.py (.npz) or another store (its URI); not given: fitted on these images.
+    pca: str | None = None
+    # How features are stored.
+    dtype: Literal["int8", "float16"] = "int8"
+    # int8: common error floor of all components, in units of their root mean square. More is smaller and coarser.
+    error_floor: float = 0.1
+    # Images in a shard; not given: 64 for int8, 8 for float16.
+    shard_images: int | None = None
+    # Only shards a up to (not including) b, "a:b": for splitting one store over several jobs.
+    shards: str | None = None
+    # Go on with a store that was begun.
+    resume: bool = False
+    # Delete the store that is there and begin anew.
+    overwrite: bool = False
+    # Print the plan and stop.
+    dry_run: bool = False
+    # Exit with 1 if more than this share of the images failed.
+    max_failed_share: float = 0.01
+    # Times a shard is tried before it is given up.
+    attempts: int = 3
+    # A worker that shows no progress for this long is replaced.
+    stall_timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without looking at anything."""
+        super().__post_init__()
+        _at_least("--shard-images", self.shard_images, 1)
+        _at_least("--attempts", self.attempts, 1)
+        _at_least("--error-floor", self.error_floor, 0)
+        _at_least("--stall-timeout-s", self.stall_timeout_s, 1)
+        if not 0 <= self.max_failed_share <= 1:
+            raise ValueError(f"--max-failed-share is a share: got {self.max_failed_share}, expected 0 … 1")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume goes on with the store, --overwrite deletes it: give one of them")
+        if self.output_size is not None:
+            parse_size("--output-size", self.output_size)
+        self.shard_range(1)
+
+    @property
+    def output_size_px(self) -> tuple[int, int]:
+        """(height, width) of the stored features."""
+        return self.size_px if self.output_size is None else parse_size("--output-size", self.output_size)
+
+    @property
+    def shard_rows(self) -> int:
+        """Images in a shard."""
+        return self.shard_images or SHARD_IMAGES[self.dtype]
+
+    def shard_range(self, shards: int) -> range:
+        """The shards that this job is to make, of a store that has ``shards``."""
+        if self.shards is None:
+            return range(shards)
+        match = re.fullmatch(r"(\d*):(\d*)", self.shards)
+        if not match:
+            raise ValueError(f'--shards is a range "a:b", "a:" or ":b": got {self.shards!r}')
+        first, end = int(match[1] or 0), int(match[2]) if match[2] else None
+        if end is not None and end <= first:
+            raise ValueError(f"--shards {self.shards} is empty: the end must be greater than the start")
+        return range(first, shards)[: None if end is None else end - first]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitPcaConfig(FeatureConfig):
+    """Images in, a PCA basis out."""
+
+    # The .npz file or URI to write.
+    output: str
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without looking at anything."""
+        super().__post_init__()
+        if not self.output.endswith(".npz"):
+            raise ValueError(f"--output is a NumPy file: got {self.output!r}, expected a name that ends in .npz")
+
+
+def parse_size(option: str, text: str) -> tuple[int, int]:
+    """ "224" → (224, 224); "224x336" → (224, 336): height, width.
+
+    Raises:
+        ValueError: not a size.
+    """
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if not match:
+        raise ValueError(f'{option} is in pixels, "224" or "HEIGHTxWIDTH": got {text!r}')
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _at_least(option: str, value: float | None, least: float) -> None:
+    if value is not None and value < least:
+        raise ValueError(f"{option} must be at least {least}: got {value}")

@@ -1,0 +1,61 @@
+"""The index: one record a row of the store, in the order of the rows.
+
+Written before the first shard with what the source tells; completed with each row's outcome when all shards are done.
+"""
+
+import pyarrow as pa
+
+OK = "ok"
+PENDING = "pending"  # its shard is not done
+FAILED = ("unreadable", "corrupt", "unsupported", "too_large", "too_small", "nonfinite")
+
+# What a source gives: where the image is, and what is known before it is opened.
+REFERENCE_FIELDS: tuple[pa.Field, ...] = (
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("uri", pa.string(), nullable=False),
+    pa.field("offset", pa.int64()),  # tar: byte offset of the member's data; Parquet: row in the file
+    pa.field("nbytes", pa.int64()),  # encoded image, where the listing tells
+    pa.field("label", pa.int64()),
+)
+REFERENCES = pa.schema(REFERENCE_FIELDS)
+
+# What becomes of it in its shard.
+OUTCOME_FIELDS: tuple[pa.Field, ...] = (
+    pa.field("status", pa.string(), nullable=False),  # OK, PENDING or one of FAILED
+    pa.field("error", pa.string()),
+    pa.field("height", pa.int32()),  # of the original, as displayed (after EXIF rotation)
+    pa.field("width", pa.int32()),
+    # Row-major 2×3 map from original pixels (x, y, 1) to feature pixels (x, y), both with corners at integers:
+    # pixel i covers [i, i + 1).
+    pa.field("affine", pa.list_(pa.float64(), 6)),
+    pa.field("valid_box", pa.list_(pa.int32(), 4)),  # y0, x0, y1, x1 in feature pixels; outside it is padding
+    pa.field("chunk_offset", pa.int64()),  # where the row's chunk lies in its shard object: one range request reads it
+    pa.field("chunk_nbytes", pa.int64()),
+)
+OUTCOMES = pa.schema([pa.field("row", pa.int64(), nullable=False), *OUTCOME_FIELDS])
+
+INDEX = pa.schema([pa.field("row", pa.int64(), nullable=False), *REFERENCE_FIELDS, *OUTCOME_FIELDS])
+
+
+def pending_index(references: pa.Table) -> pa.Table:
+    """The index as it is before any shard is done: ``references`` numbered, every outcome pending."""
+    rows = references.num_rows
+    outcomes = [
+        pa.array([PENDING] * rows) if field.name == "status" else pa.nulls(rows, field.type) for field in OUTCOME_FIELDS
+    ]
+    return pa.table([pa.array(range(rows), pa.int64()), *references.columns, *outcomes], schema=INDEX)
+
+
+def with_outcomes(index: pa.Table, outcomes: pa.Table) -> pa.Table:
+    """``index`` with the outcomes of all its rows, given in the order of the rows.
+
+    Raises:
+        ValueError: the rows are not the same.
+    """
+    if not index["row"].equals(outcomes["row"]):
+        raise ValueError(
+            f"the index has {index.num_rows} rows and the ledger records {outcomes.num_rows}, or their order differs: "
+            "run jobs/verify_store.py to see which shards are damaged"
+        )
+    columns = [index[name] for name in ("row", *REFERENCES.names)]
+    return pa.table([*columns, *[outcomes[field.name] for field in OUTCOME_FIELDS]], schema=INDEX)

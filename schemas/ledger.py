@@ -1,0 +1,120 @@
+"""The ledger: one record a finished shard, written after its object. A shard without a record is not done.
+
+A record is a small Parquet file: the outcome of each of its rows as a table (``schemas.index.OUTCOMES``), and what is
+true of the whole shard in the file's metadata. All records together make the manifest.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.index import OK, OUTCOMES
+
+_METADATA_KEY = b"densefeat"
+
+MANIFEST = pa.schema(
+    [
+        pa.field("shard", pa.int64(), nullable=False),
+        pa.field("rows_ok", pa.int64(), nullable=False),
+        pa.field("rows_failed", pa.int64(), nullable=False),
+        pa.field("nbytes", pa.int64(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("configuration_hash", pa.string(), nullable=False),
+        pa.field("clipped", pa.int64(), nullable=False),
+        pa.field("seconds", pa.map_(pa.string(), pa.float64())),
+        pa.field("made_by", pa.map_(pa.string(), pa.string())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class LedgerRecord:
+    """One finished shard.
+
+    Attributes:
+        shard: its number.
+        rows_ok: rows with features.
+        rows_failed: rows without, each with its error in ``outcomes``.
+        nbytes: size of the shard object.
+        sha256: hex digest of the shard object.
+        configuration_hash: of the configuration that made it.
+        clipped: values that lay outside the int8 range (always 0 for float16).
+        seconds: busy time by stage; stages overlap, so the sum exceeds the wall time.
+        made_by: host, device, batch size and versions: what may differ between shards of one store.
+        outcomes: table of ``schemas.index.OUTCOMES``, one record a row.
+    """
+
+    shard: int
+    rows_ok: int
+    rows_failed: int
+    nbytes: int
+    sha256: str
+    configuration_hash: str
+    clipped: int
+    seconds: dict[str, float]
+    made_by: dict[str, str]
+    outcomes: pa.Table = field(compare=False)
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the outcomes, JSON-able; a row of the manifest."""
+        return {name: value for name, value in self.__dict__.items() if name != "outcomes"}
+
+    def to_bytes(self) -> bytes:
+        """The record as the bytes of a Parquet file."""
+        table = self.outcomes.replace_schema_metadata({_METADATA_KEY: json.dumps(self.facts())})
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "LedgerRecord":
+        """Read a record.
+
+        Raises:
+            ValueError: the bytes are not a ledger record.
+        """
+        try:
+            table = pq.read_table(io.BytesIO(data))
+            facts = json.loads(table.schema.metadata[_METADATA_KEY])
+            return cls(**facts, outcomes=table.replace_schema_metadata(None).cast(OUTCOMES))
+        except (pa.ArrowException, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a ledger record: {error}") from error
+
+
+@dataclass
+class RowOutcome:
+    """What became of one row; becomes a record of ``schemas.index.OUTCOMES``."""
+
+    row: int
+    status: str
+    error: str | None = None
+    height: int | None = None
+    width: int | None = None
+    affine: tuple[float, ...] | None = None
+    valid_box: tuple[int, ...] | None = None
+    chunk_offset: int | None = None
+    chunk_nbytes: int | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the row has features."""
+        return self.status == OK
+
+
+def outcomes_table(outcomes: Sequence[RowOutcome]) -> pa.Table:
+    """Outcomes as a table of ``schemas.index.OUTCOMES``."""
+    return pa.Table.from_pylist([asdict(outcome) for outcome in outcomes], schema=OUTCOMES)
+
+
+def manifest(records: Sequence[LedgerRecord]) -> pa.Table:
+    """All records, one row a shard, in the order of the shards."""
+    rows = []
+    for record in sorted(records, key=lambda record: record.shard):
+        facts = record.facts()
+        rows.append({**facts, "seconds": list(facts["seconds"].items()), "made_by": list(facts["made_by"].items())})
+    return pa.Table.from_pylist(rows, schema=MANIFEST)
