@@ -9,9 +9,10 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pipeline.errors import JobError
-from pipeline.source_files import REFERENCE_SCHEMA, File, Found, explained, find_files, scan_in_order, suffix_of, uri_of
+from pipeline.source_files import File, Found, explained, find_files, scan_in_order, suffix_of, uri_of
 from pipeline.source_parquet import find_columns, scan_parquet
 from pipeline.source_tar import scan_tar
+from schemas.index import REFERENCES
 
 __all__ = ["Kind", "Source", "list_images"]
 
@@ -38,7 +39,7 @@ class Source:
 
     Attributes:
         kind: how they are stored.
-        references: ``REFERENCE_SCHEMA`` of ``pipeline.source_files``, one row an image: ``key`` (string), ``uri``
+        references: ``schemas.index.REFERENCES``, one row an image: ``key`` (string), ``uri``
             (string, absolute), ``offset`` (int64; tar: byte, Parquet: row, folder: null), ``nbytes`` (int64, null if
             not known), ``label`` (int64, null if none). Keys of a folder are unique, others need not be.
         class_names: name of each label; empty if there are no names.
@@ -144,7 +145,7 @@ def _list_folder(found: Found, files: list[File], limit: int | None, image_colum
         [file.nbytes for file in files],
         labels,
     ]
-    return Source("folder", pa.table(columns, schema=REFERENCE_SCHEMA).slice(0, limit), tuple(class_names), None)
+    return Source("folder", pa.table(columns, schema=REFERENCES).slice(0, limit), tuple(class_names), None)
 
 
 def _list_tars(found: Found, files: list[File], limit: int | None, image_column: str | None) -> Source:

@@ -1,4 +1,4 @@
-"""The files behind a path, a pattern or a URL, and the table in which references to images are kept."""
+"""The files behind a path, a pattern or a URL, and scanning them in order."""
 
 import itertools
 import os
@@ -14,9 +14,9 @@ from fsspec import AbstractFileSystem, get_filesystem_class
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import JobError
+from schemas.index import REFERENCES
 
 __all__ = [
-    "REFERENCE_SCHEMA",
     "File",
     "Found",
     "explained",
@@ -26,17 +26,6 @@ __all__ = [
     "suffix_of",
     "uri_of",
 ]
-
-# One row an image. `uri` is absolute: a plain path if local, else with its protocol.
-REFERENCE_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("offset", pa.int64()),  # tar: first byte of the image; Parquet: row in that file; else null
-        pa.field("nbytes", pa.int64()),  # of the encoded image, where known
-        pa.field("label", pa.int64()),
-    ]
-)
 
 _PARALLEL_SCANS = 8
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -168,8 +157,8 @@ def scan_in_order(scan: Callable[[str, int | None], pa.Table], paths: Sequence[s
     """
     if limit is None:
         with ThreadPoolExecutor(_PARALLEL_SCANS) as pool:
-            return pa.concat_tables([REFERENCE_SCHEMA.empty_table(), *pool.map(scan, paths, itertools.repeat(None))])
-    tables = [REFERENCE_SCHEMA.empty_table()]
+            return pa.concat_tables([REFERENCES.empty_table(), *pool.map(scan, paths, itertools.repeat(None))])
+    tables = [REFERENCES.empty_table()]
     for path in paths:
         missing = limit - sum(table.num_rows for table in tables)
         if missing <= 0:

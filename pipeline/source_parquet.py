@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from pipeline.errors import JobError
-from pipeline.source_files import REFERENCE_SCHEMA, uri_of
+from pipeline.source_files import uri_of
+from schemas.index import REFERENCES
 
 __all__ = ["Columns", "find_columns", "is_uri_type", "scan_parquet"]
 
@@ -59,7 +60,7 @@ def scan_parquet(filesystem: AbstractFileSystem, path: str, limit: int | None, *
     Without a key column, the key is the path in the image column where there is one, else ``<file stem>:<row>``.
 
     Returns:
-        ``REFERENCE_SCHEMA``, at most ``limit`` rows; ``offset`` is the row in the file.
+        ``REFERENCES``, at most ``limit`` rows; ``offset`` is the row in the file.
 
     Raises:
         JobError: the file lacks one of the columns, or is not Parquet.
@@ -80,7 +81,7 @@ def scan_parquet(filesystem: AbstractFileSystem, path: str, limit: int | None, *
     stem = PurePosixPath(path).stem
     keys = [f"{stem}:{row}" if key is None else key for row, key in enumerate(_keys(table, columns, rows))]
     nothing = pa.nulls(rows, pa.int64())
-    return pa.table([keys, [uri] * rows, range(rows), nothing, _labels(table, columns, rows)], schema=REFERENCE_SCHEMA)
+    return pa.table([keys, [uri] * rows, range(rows), nothing, _labels(table, columns, rows)], schema=REFERENCES)
 
 
 def is_uri_type(kind: pa.DataType) -> bool:

@@ -12,7 +12,8 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 
 from pipeline.errors import JobError
-from pipeline.source_files import REFERENCE_SCHEMA, uri_of
+from pipeline.source_files import uri_of
+from schemas.index import REFERENCES
 
 __all__ = ["scan_tar"]
 
@@ -55,7 +56,7 @@ def scan_tar(
         image_extension: everything after the basename's first dot, e.g. ``jpg`` or ``left.png``.
 
     Returns:
-        ``REFERENCE_SCHEMA``, in the order of the members. ``label`` is from ``.cls`` members (ASCII integers).
+        ``REFERENCES``, in the order of the members. ``label`` is from ``.cls`` members (ASCII integers).
 
     Raises:
         JobError: the tar is compressed, truncated or damaged; it names the file and the byte.
@@ -105,7 +106,7 @@ class _Grouping:
 
     def table(self) -> pa.Table:
         keys, offsets, sizes, labels = zip(*self._rows, strict=True) if self._rows else ((), (), (), ())
-        return pa.table([keys, [self.uri] * len(keys), offsets, sizes, labels], schema=REFERENCE_SCHEMA)
+        return pa.table([keys, [self.uri] * len(keys), offsets, sizes, labels], schema=REFERENCES)
 
     def _is_image(self, extension: str) -> bool:
         if self._extension is not None:

@@ -12,7 +12,7 @@ FAILED = ("unreadable", "corrupt", "unsupported", "too_large", "too_small", "non
 # What a source gives: where the image is, and what is known before it is opened.
 REFERENCE_FIELDS: tuple[pa.Field, ...] = (
     pa.field("key", pa.string(), nullable=False),
-    pa.field("uri", pa.string(), nullable=False),
+    pa.field("uri", pa.string(), nullable=False),  # absolute: a plain path if local, else with its protocol
     pa.field("offset", pa.int64()),  # tar: byte offset of the member's data; Parquet: row in the file
     pa.field("nbytes", pa.int64()),  # encoded image, where the listing tells
     pa.field("label", pa.int64()),

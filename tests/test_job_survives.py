@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -170,21 +171,23 @@ def test_refused_with_a_message_and_code_2(
 def test_submitted_to_a_cluster(photographs: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     """``ray job submit`` as the README has it, on a cluster started here."""
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
-    environment = {
-        **os.environ,
-        "RAY_TMPDIR": str(tmp_path / "ray"),
-        "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:18265",
-    }
     ports = ["--port=16379", "--dashboard-port=18265", "--dashboard-agent-listen-port=18266"]
-    subprocess.run([*ray, "start", "--head", *ports], cwd=tmp_path, env=environment, check=True, timeout=120)
-    try:
-        store = tmp_path / "store"
-        arguments = ["python", "jobs/upsample_imagenet.py", *command(photographs, store)[3:]]
-        submitted = subprocess.run(
-            [*ray, "job", "submit", "--working-dir", str(ROOT), "--", *arguments],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False,
-        )  # fmt: skip
-        assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-        assert shard_bytes(store) == undisturbed
-    finally:
-        subprocess.run([*ray, "stop", "--force"], env=environment, check=False, timeout=60)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short path: Ray puts sockets there
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_TMPDIR": folder,
+            "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:18265",
+        }
+        subprocess.run([*ray, "start", "--head", *ports], cwd=tmp_path, env=environment, check=True, timeout=120)
+        try:
+            store = tmp_path / "store"
+            arguments = ["python", "jobs/upsample_imagenet.py", *command(photographs, store)[3:]]
+            submitted = subprocess.run(
+                [*ray, "job", "submit", "--working-dir", str(ROOT), "--", *arguments],
+                cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False,
+            )  # fmt: skip
+            assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+            assert shard_bytes(store) == undisturbed
+        finally:
+            subprocess.run([*ray, "stop", "--force"], env=environment, check=False, timeout=60)

@@ -23,7 +23,7 @@ from pipeline import read_fetch, read_parquet
 from pipeline.errors import ImageError, JobError
 from pipeline.read import read_images
 from pipeline.source import Source, list_images
-from pipeline.source_files import REFERENCE_SCHEMA
+from schemas.index import REFERENCES
 from tests.images import photo
 
 PHOTO = photo(16, 16)
@@ -115,7 +115,7 @@ class TestFolder:
         put(root, files)
         source = list_images(root)
         assert source.kind == "folder"
-        assert source.references.schema == REFERENCE_SCHEMA
+        assert source.references.schema == REFERENCES
         assert column(source, "key") == ["a/x.jpeg", "b/10.png", "b/2.JPG"]
         assert column(source, "label") == [0, 1, 1]
         assert source.class_names == ("a", "b")
@@ -491,7 +491,7 @@ class TestReading:
 
     def test_bad_arguments(self) -> None:
         with ThreadPoolExecutor(1) as pool:
-            nothing = REFERENCE_SCHEMA.empty_table()
+            nothing = REFERENCES.empty_table()
             with pytest.raises(ValueError, match="ahead=0"):
                 read_images(nothing, image_column=None, kind="folder", pool=pool, ahead=0)
             with pytest.raises(ValueError, match="image_column"):

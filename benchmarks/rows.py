@@ -1,0 +1,50 @@
+"""Rows of results: one JSON object a line, each with what it was measured on."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def measured_on() -> dict[str, Any]:
+    """Device, versions, commit, day."""
+    import torch
+
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    packages = ("torch", "timm", "ray", "numpy", "zarr", "numba", "pillow")
+    return {
+        "device": device,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "commit": commit.stdout.strip(),
+        "day": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def append(name: str, row: dict[str, Any]) -> None:
+    """Add a row to ``results/NAME.jsonl``."""
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """All rows of ``results/NAME.jsonl``, oldest first."""
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
