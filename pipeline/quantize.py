@@ -5,6 +5,8 @@ its own size, components of little variance would cost as many bits as the first
 step/√12, so a floor f costs about f²/24 of cosine similarity: 0.9996 at 0.1, 0.997 at 0.25.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 INT8_MAX = 127
 RANGE_SIGMAS = 8  # codes reach 8 σ of a component before they clip
+_ROWS_IN_CACHE = 8  # of 128 components at 224 px: 0.9 MB of float32
 
 
 def steps(mean_square: npt.NDArray[np.float64], floor: float) -> npt.NDArray[np.float32]:
@@ -34,13 +37,34 @@ def quantize(features: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor, int
         Codes [B, k, H, W] (int8 −127 … 127, or float16); [B] bool, False for images with a NaN or infinity (or
         beyond float16); and how many values were clipped to the int8 range.
     """
-    if step is None:
-        stored = features.to(torch.float16)
-        # A sum is finite only if every term is, and costs one pass; float64, so that finite terms cannot overflow it.
-        return stored.contiguous(), stored.sum((1, 2, 3), dtype=torch.float64).isfinite(), 0
-    scaled = features / step[:, None, None]
-    finite = scaled.sum((1, 2, 3)).isfinite()
-    scaled.round_()
-    clipped = int((scaled.abs() > INT8_MAX)[finite].sum())
-    codes = scaled.nan_to_num_(0).clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
-    return codes.contiguous(), finite, clipped
+    stored = torch.empty(
+        features.shape, dtype=torch.int8 if step is not None else torch.float16, device=features.device
+    )
+    finite = torch.ones(len(features), dtype=torch.bool, device=features.device)
+    clipped = torch.zeros(len(features), dtype=torch.int64, device=features.device)
+    for images, rows in _blocks(features):
+        block = features[images, :, rows]
+        if step is None:
+            stored[images, :, rows] = block
+            # A sum is finite only if every term is, and takes one pass; in float64 finite terms cannot overflow it.
+            finite[images] &= stored[images, :, rows].sum((1, 2, 3), dtype=torch.float64).isfinite()
+            continue
+        scaled = (block / step[:, None, None]).round_()
+        finite[images] &= scaled.sum((1, 2, 3), dtype=torch.float64).isfinite()
+        clipped[images] += (scaled.abs() > INT8_MAX).sum((1, 2, 3))
+        stored[images, :, rows] = scaled.nan_to_num_(0).clamp_(-INT8_MAX, INT8_MAX)
+    return stored, finite, int(clipped[finite].sum())
+
+
+def _blocks(features: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(images, rows) to work on at a time: everything on a GPU; on a CPU few enough rows to stay in its cache.
+
+    Three times as fast there as whole batches, which go through memory once an operation.
+    """
+    images, _, height, _ = features.shape
+    if features.is_cuda:
+        yield slice(None), slice(None)
+        return
+    for image in range(images):
+        for row in range(0, height, _ROWS_IN_CACHE):
+            yield slice(image, image + 1), slice(row, row + _ROWS_IN_CACHE)

@@ -40,9 +40,10 @@ def test_outliers_are_clipped_and_counted() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("step", [None, torch.full((2,), 0.1)])
 def test_one_bad_image_is_found_and_spoils_no_other(bad: float, step: torch.Tensor | None) -> None:
-    x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 2, 20, 4, generator=torch.Generator().manual_seed(0))
     clean, _, _ = quantize(x, step)
-    x[1, 0, 2, 3] = bad
+    x[1, 0, 2, 3] = 1e4  # also clipped, which does not count where the image fails
+    x[1, 0, 12, 3] = bad
     codes, finite, clipped = quantize(x, step)
     assert finite.tolist() == [True, False, True]
     assert torch.equal(codes[[0, 2]], clean[[0, 2]])
