@@ -27,7 +27,8 @@ class Objects:
     """
 
     def __init__(self, uri: str, storage_options: dict[str, Any] | None = None) -> None:
-        self.uri = uri.rstrip("/") if len(uri) > 1 else uri
+        # A worker on another machine, or in another folder, must find the same place.
+        self.uri = uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
         self.storage_options = storage_options
         self._opened: tuple[int, Any, str] | None = None
 

@@ -46,6 +46,7 @@ class FeatureWorker:
     """Loader and backbone on a device.
 
     Attributes:
+        computing: to be held while the device computes.
         images_done: rows through the backbone, all the worker's life long; progress is read off it.
 
     Raises:
@@ -57,7 +58,10 @@ class FeatureWorker:
         config = spec.config
         self.device = torch.device(pick_device(config.device))
         if self.device.type == "cpu":
-            torch.set_num_threads(spec.threads)
+            # Parallel over shards, not inside operations: threads that wait for each other at every operation lose
+            # most of their time where decoding and compression want the same cores.
+            torch.set_num_threads(1)
+        self.computing = threading.BoundedSemaphore(shards_computing(self.device.type, spec.threads))
         self.batch_size = config.batch_size or _DEFAULT_BATCH_SIZE[self.device.type]
         self.geometry = Geometry(config.size_px, config.fit, config.output_size_px)
         self.loader = BatchLoader(
@@ -74,7 +78,6 @@ class FeatureWorker:
         ).to(self.device)
         self.check_identity("backbone", self.backbone.identity())
         self.images_done = 0
-        self.device_lock = threading.Lock()  # one shard computes at a time; others read, encode or write meanwhile
 
     def check_identity(self, stage: str, identity: dict[str, Any]) -> None:
         """Compare a stage built here with the driver's.
@@ -95,7 +98,7 @@ class FeatureWorker:
             errors = [str(image) for image in batch.decoded if not isinstance(image, Decoded)]
             first_error = first_error or next(iter(errors), None)
             if batch.usable_rows.any():
-                with self.device_lock:
+                with self.computing:
                     features = self.backbone(batch.pixels.to(self.device))
                 valid = batch.valid_cells(self.backbone.grid, self.geometry.output_size).to(self.device)
                 total = total.merged(Moments.of(features, valid & features.isfinite().all(1)))
@@ -114,8 +117,19 @@ class FeatureWorker:
         }
 
 
-# Enough to fill the device, few enough to fit its memory with k = 256 at 224 px.
-_DEFAULT_BATCH_SIZE = {"cpu": 8, "cuda": 32}
+# Enough to fill the device, few enough to fit its memory with k = 256 at 224 px; on a CPU for each shard that computes.
+_DEFAULT_BATCH_SIZE = {"cpu": 4, "cuda": 32}
+_MOST_SHARDS_COMPUTING = 16  # on a CPU: bounds memory
+
+
+def shards_computing(device: str, threads: int) -> int:
+    """How many shards compute at the same time in a worker: one on a GPU, one a core on a CPU."""
+    return min(threads, _MOST_SHARDS_COMPUTING) if device == "cpu" else 1
+
+
+def shards_in_worker(device: str, threads: int) -> int:
+    """How many shards a worker is given: those that compute, and one that reads or writes meanwhile."""
+    return shards_computing(device, threads) + 1
 
 
 def pick_device(device: str) -> str:

@@ -22,8 +22,8 @@ from schemas.index import pending_index
 
 logger = logging.getLogger(__name__)
 
-_IMAGES_IN_TASK = 64  # images of the PCA sample in one task
-_CALIBRATION_IMAGES = 64  # images whose upsampled features set the quantization steps
+_IMAGES_IN_TASK = 32  # images of the PCA sample in one task
+_CALIBRATION_IMAGES = 32  # images whose upsampled features set the quantization steps
 _SOFTWARE = ("densefeat", "torch", "timm", "numpy", "pillow", "zarr", "numba", "ray")
 
 

@@ -19,9 +19,9 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from pipeline.errors import JobError
-from pipeline.feature_worker import FeatureWorker, WorkerSpec
+from pipeline.feature_worker import FeatureWorker, WorkerSpec, shards_in_worker
 from pipeline.worker import make_worker
-from pipeline.workers import SHARDS_IN_WORKER, TaskFailed
+from pipeline.workers import TaskFailed
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +77,10 @@ class RayWorkers:
     ) -> None:
         self.count = count
         self._spec = ray.put(spec)
+        self._tasks_at_once = shards_in_worker("cuda" if gpus else "cpu", spec.threads)
         # Its tasks and the progress call run at the same time, in threads.
         self._actor_class = ray.remote(WorkerActor).options(
-            num_gpus=gpus, num_cpus=cpus, max_concurrency=SHARDS_IN_WORKER + 1
+            num_gpus=gpus, num_cpus=cpus, max_concurrency=self._tasks_at_once + 1
         )
         self._attempts = attempts
         self._stall_timeout_s = stall_timeout_s
@@ -139,7 +140,7 @@ class RayWorkers:
 
     def _hand_out(self, method: str, tasks: Sequence[tuple[Any, ...]], waiting: deque[int], tried: list[int]) -> None:
         """Give waiting tasks to actors with room: breadth first, so that the last tasks spread over all of them."""
-        for room in range(SHARDS_IN_WORKER):
+        for room in range(self._tasks_at_once):
             for actor in self._actors:
                 if not waiting:
                     return

@@ -70,7 +70,7 @@ class ShardWorker(FeatureWorker):
         for batch in self.loader.batches(references, StageSeconds()):
             usable = batch.usable_rows
             if usable.any():
-                with self.device_lock:
+                with self.computing:
                     high = self._upsampled(batch, basis, StageSeconds())[usable.to(self.device)]
                 square = high.square().mean((2, 3), dtype=torch.float64).cpu().numpy()
                 finite = np.isfinite(square).all(1)
@@ -129,7 +129,7 @@ class ShardWorker(FeatureWorker):
             self.images_done += rows
             return np.empty(rows), np.zeros(rows, bool), 0
         with seconds.stage("wait for device"):
-            self.device_lock.acquire()
+            self.computing.acquire()
         try:
             high = self._upsampled(batch, encoding.basis, seconds)
             with seconds.stage("quantize"):
@@ -137,7 +137,7 @@ class ShardWorker(FeatureWorker):
                 codes, finite, clipped = quantize(high, step)
                 codes, finite = codes.cpu(), finite.cpu()
         finally:
-            self.device_lock.release()
+            self.computing.release()
         self.images_done += rows
         return codes.numpy(), finite.numpy(), clipped
 

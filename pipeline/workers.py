@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
-from pipeline.feature_worker import WorkerSpec
+from pipeline.feature_worker import WorkerSpec, shards_in_worker
 from pipeline.worker import make_worker
 
-SHARDS_IN_WORKER = 2  # one computes while another reads or writes
 _POLL_S = 0.5
 
 
@@ -67,6 +66,7 @@ class InlineWorkers:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._worker = make_worker(spec)
+        self._tasks_at_once = shards_in_worker(self._worker.device.type, spec.threads)
 
     def __enter__(self) -> "InlineWorkers":
         return self
@@ -85,11 +85,11 @@ class InlineWorkers:
     ) -> Iterator[tuple[int, Any]]:
         """As ``Workers.map``."""
         before = self._worker.images_done
-        with ThreadPoolExecutor(SHARDS_IN_WORKER) as pool:
+        with ThreadPoolExecutor(self._tasks_at_once) as pool:
             waiting = iter(enumerate(tasks))
             running: dict[Future[Any], int] = {}
             while True:
-                while len(running) < SHARDS_IN_WORKER and (task := next(waiting, None)) is not None:
+                while len(running) < self._tasks_at_once and (task := next(waiting, None)) is not None:
                     running[pool.submit(getattr(self._worker, method), *task[1])] = task[0]
                 if not running:
                     return
