@@ -1,42 +1,43 @@
 # make demo: see it work.  make test: see that it works.  Both make their environment in .venv first.
 PYTHON ?= python3
-EXTRAS ?= dev
 BIN := .venv/bin
 
 .PHONY: demo test test-slow test-all lint types check format clean
 
-demo: .venv/.installed
+demo: .venv/.demo
 	$(BIN)/python -m jobs.demo
 
-test: .venv/.installed
+test: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: .venv/.installed
+test-slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow
 
 test-all: test test-slow
 
-lint: .venv/.installed
+lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m benchmarks.tables --check
 
-types: .venv/.installed
+types: .venv/.dev
 	$(BIN)/mypy
 
 check: lint types test
 
-format: .venv/.installed
+format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# uv where it is there (seconds), else venv and pip (minutes).
-.venv/.installed: pyproject.toml constraints.txt
+# .venv with the extra of that name; with uv where it is there (seconds), else with venv and pip (minutes).
+.venv/.%: pyproject.toml constraints.txt
+	@echo "installing densefeat[$*] into .venv, some GB: torch comes with CUDA …"
 	@if command -v uv >/dev/null 2>&1; then \
 		uv venv --quiet --allow-existing --python $(PYTHON) .venv && \
-		uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[$(EXTRAS)]'; \
+		uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[$*]'; \
 	else \
 		$(PYTHON) -m venv .venv && \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'; \
 	fi
 	@touch $@
 
