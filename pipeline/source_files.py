@@ -95,7 +95,7 @@ def explained(images: str) -> Iterator[None]:
     except PermissionError as error:
         raise JobError(
             f"Images {images!r}: not allowed to read: {error}. Give this user the permission to list and to read, or "
-            "other credentials (storage_options, or the environment)."
+            "other credentials."
         ) from error
     except ImportError as error:
         raise JobError(
@@ -106,7 +106,7 @@ def explained(images: str) -> Iterator[None]:
         if "Credentials" in type(error).__name__:
             raise JobError(
                 f"Images {images!r}: no credentials ({error}). Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
-                "AWS_PROFILE, run where a role gives them, or pass storage_options={'anon': True} if it is public."
+                "AWS_PROFILE, run where a role gives them, or set FSSPEC_S3_ANON=true if it is public."
             ) from error
         package = type(error).__module__.partition(".")[0]
         if not isinstance(error, OSError | ValueError) and package not in _STORAGE_PACKAGES:

@@ -8,7 +8,6 @@ import json
 import socket
 import tarfile
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -71,35 +70,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield f"memory://{tmp_path.name}"
         fsspec.filesystem("memory").store.clear()
     else:
-        bucket = request.getfixturevalue("bucket")
-        yield f"s3://{bucket}/data"
-
-
-@pytest.fixture(scope="module")
-def s3_endpoint() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    filesystem_class = fsspec.get_filesystem_class("s3")
-    filesystem_class.clear_instance_cache()
-    name = f"bucket-{time.time_ns()}"
-    fsspec.filesystem("s3").mkdir(name)
-    return name
+        yield request.getfixturevalue("s3_bucket") + "/data"
 
 
 class TestFolder:
@@ -366,7 +337,7 @@ class TestErrors:
             list_images("memory://x")
 
     @pytest.mark.s3
-    def test_no_s3_credentials(self, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_no_s3_credentials(self, s3_bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -374,7 +345,7 @@ class TestErrors:
         monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
         fsspec.get_filesystem_class("s3").clear_instance_cache()
         with pytest.raises(JobError, match=r"no credentials.*AWS_ACCESS_KEY_ID"):
-            list_images(f"s3://{bucket}/data")
+            list_images(f"{s3_bucket}/data")
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
