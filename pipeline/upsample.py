@@ -106,7 +106,7 @@ class JBU(Upsampler):
 
     name = "jbu"
     # Chosen by looking at the first three components of EfficientNet-Lite0's features (14×14 -> 224) of COCO photos,
-    # σ_spatial 1…3 pixels × σ_range 0.05…0.2. From σ_spatial 1 the low-res grid shows through; at 3, or 2 and more on
+    # σ_spatial 1…3 pixels × σ_range 0.05…0.2. At (1, 0.05) the low-res grid shows through; at 3, or 2 and more on
     # stripes, texture prints into the features and small objects fade; at σ_range 0.2 edges no longer snap.
     radius = 3
     sigma_spatial = 1.5

@@ -1,6 +1,7 @@
 """The main job as a command on Ray: killed, interrupted, refused. Nothing here is mocked."""
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -171,23 +172,29 @@ def test_refused_with_a_message_and_code_2(
 def test_submitted_to_a_cluster(photographs: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     """``ray job submit`` as the README has it, on a cluster started here."""
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
-    ports = ["--port=16379", "--dashboard-port=18265", "--dashboard-agent-listen-port=18266"]
+    ports = ["--port=26379", "--dashboard-port=28265", "--dashboard-agent-listen-port=28266"]
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short path: Ray puts sockets there
         environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_TMPDIR": folder,
-            "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:18265",
+            "RAY_AUTH_MODE": "token",  # the default of newer Ray versions
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:28265",
         }
-        subprocess.run([*ray, "start", "--head", *ports], cwd=tmp_path, env=environment, check=True, timeout=120)
+        head = subprocess.Popen(
+            [*ray, "start", "--head", "--block", *ports], cwd=tmp_path, env=environment, start_new_session=True
+        )
         try:
+            submit = [*ray, "job", "submit", "--working-dir", str(ROOT), "--"]
+            wait_for(lambda: subprocess.run([*ray, "job", "list"], env=environment, check=False).returncode == 0)
             store = tmp_path / "store"
             arguments = ["python", "jobs/upsample_imagenet.py", *command(photographs, store)[3:]]
             submitted = subprocess.run(
-                [*ray, "job", "submit", "--working-dir", str(ROOT), "--", *arguments],
-                cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False,
-            )  # fmt: skip
+                [*submit, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+            )
             assert submitted.returncode == 0, submitted.stdout + submitted.stderr
             assert shard_bytes(store) == undisturbed
         finally:
-            subprocess.run([*ray, "stop", "--force"], env=environment, check=False, timeout=60)
+            os.killpg(head.pid, signal.SIGTERM)  # not "ray stop", which stops other people's Ray too
+            head.wait(60)
