@@ -6,6 +6,7 @@ into another process, forked or spawned.
 
 import contextlib
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ class Objects:
 
     def __init__(self, uri: str, storage_options: dict[str, Any] | None = None) -> None:
         # A worker on another machine, or in another folder, must find the same place.
-        self.uri = uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
+        self.uri = uri.rstrip("/") if "://" in uri else absolute_path(uri)
         self.storage_options = storage_options
         self._opened: tuple[int, Any, str] | None = None
 
@@ -94,17 +95,20 @@ class Objects:
         with contextlib.suppress(FileNotFoundError):
             fs.rm_file(f"{root}/{key}")
 
-    def delete_all(self) -> None:
-        """Remove everything below the URI, and on a file system the folder itself."""
-        fs, root = self._open()
-        with contextlib.suppress(FileNotFoundError):
-            fs.rm(root, recursive=True)
+    def tidy(self) -> None:
+        """Remove what killed processes of this machine left half-written, and folders that are empty.
 
-    def delete_temporary(self) -> None:
-        """Remove what killed processes left half-written. Only while nobody writes to this store."""
-        fs, root = self._open()
-        if isinstance(fs, LocalFileSystem) and fs.exists(f"{root}/{TEMPORARY}"):
-            fs.rm(f"{root}/{TEMPORARY}", recursive=True)
+        Safe while others write: what belongs to a living process, or to another machine, stays.
+        """
+        root = self.local_path
+        if root is None or not root.exists():
+            return
+        for path in (root / TEMPORARY).glob(f"{socket.gethostname()}-*"):
+            if not _is_alive(int(path.name.rsplit("-", 2)[1])):
+                path.unlink(missing_ok=True)
+        for folder in (root / TEMPORARY, root):
+            with contextlib.suppress(OSError):  # not empty, or gone
+                folder.rmdir()
 
 
 def _with_parents(path: Path) -> Path:
@@ -112,12 +116,41 @@ def _with_parents(path: Path) -> Path:
     return path
 
 
+def absolute_path(path: str) -> str:
+    """A local path, the same text for the same place: absolute, without ``~`` and ``..``."""
+    return os.path.abspath(Path(path).expanduser())  # noqa: PTH100 - Path.absolute keeps "..", resolve follows links
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Folder and name of a local path or URI, e.g. for ``Objects(folder).get(name)``."""
+    folder, _, name = (uri if "://" in uri else absolute_path(uri)).rpartition("/")
+    return folder or "/", name
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+def _make_temporary(folder: Path) -> tuple[int, str]:
+    """A new file named after this process. ``tidy`` may remove the empty folder at any moment: then once more."""
+    prefix = f"{socket.gethostname()}-{os.getpid()}-"
+    for _ in range(10):
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return tempfile.mkstemp(dir=folder, prefix=prefix)
+    return tempfile.mkstemp(dir=folder, prefix=prefix)
+
+
 @contextlib.contextmanager
 def _temporary_file(root: Path, data: bytes) -> Iterator[Path]:
     """``data`` on disk (synced) under a name of its own; gone afterwards unless renamed."""
-    folder = root / TEMPORARY
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=folder)
+    descriptor, name = _make_temporary(root / TEMPORARY)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)

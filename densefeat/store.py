@@ -44,9 +44,7 @@ class FeatureStore:
         self.attributes = read_attributes(self._objects)
         if not self.attributes["setup_complete"]:
             raise StoreError(f"{uri} is still being set up; if the job that did it died, run it again with --resume")
-        self.layout = FeatureLayout.from_metadata(
-            json.loads(self._objects.get(f"{layout.FEATURES}/{layout.ATTRIBUTES}"))
-        )
+        self.layout = _read_layout(self._objects)
         self.shape = self.layout.image_shape
 
     def __len__(self) -> int:
@@ -68,10 +66,10 @@ class FeatureStore:
 
         Of a store that is not finished: what the shards done so far recorded.
         """
+        # In this order: a job that finishes in between has merged the index before it wrote the manifest.
+        finished = self._objects.exists(layout.MANIFEST)
         index = _read_table(self._objects, layout.INDEX)
-        if self._objects.exists(layout.MANIFEST):
-            return index
-        return _with_finished_shards(index, self._objects)
+        return index if finished else _with_finished_shards(index, self._objects)
 
     @property
     def keys(self) -> list[str]:
@@ -210,13 +208,24 @@ class FeatureStore:
         return MissingFeatures(row, status, f"row {row} ({key}) has no features: {status}: {error}")
 
     def array(self, name: str) -> Floats:
-        """A small array of the store as float32, e.g. ``"pca/explained_variance"``."""
+        """A small array of the store as float32, e.g. ``"pca/explained_variance"``.
+
+        Raises:
+            StoreError: it is damaged, or a part of it is missing.
+        """
         fetched = {key: self._objects.get(key) for key in self._objects.list(name)}
         buffer = zarr.core.buffer.default_buffer_prototype().buffer
         store = MemoryStore({key: buffer.from_bytes(data) for key, data in fetched.items()})
-        return np.asarray(zarr.open_array(store, path=name, mode="r", zarr_format=3)[...], dtype=np.float32)
+        try:
+            array = np.asarray(zarr.open_array(store, path=name, mode="r", zarr_format=3)[...], dtype=np.float32)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise StoreError(f"{self.uri}: the array {name} is damaged: {error}; {_BEGIN_ANEW}") from error
+        if np.isnan(array).any():  # the fill value: a chunk that is not there
+            raise StoreError(f"{self.uri}: a part of the array {name} is missing; {_BEGIN_ANEW}")
+        return array
 
 
+_BEGIN_ANEW = "copy it from a copy of the store, or make the store anew with --overwrite"
 _REPAIR = "verify the store with jobs/verify_store.py --repair and make it again with --resume"
 
 
@@ -228,17 +237,29 @@ def read_attributes(objects: Objects) -> dict[str, Any]:
     """
     try:
         metadata = json.loads(objects.get(layout.ATTRIBUTES))
+        attributes: dict[str, Any] | None = metadata.get("attributes", {}).get(layout.ATTRIBUTES_KEY)
     except FileNotFoundError:
         raise StoreError(f"{objects.uri} is not a feature store: it has no {layout.ATTRIBUTES}") from None
-    attributes: dict[str, Any] | None = metadata.get("attributes", {}).get(layout.ATTRIBUTES_KEY)
+    except (ValueError, AttributeError) as error:
+        raise StoreError(
+            f"{objects.uri} is not a feature store: its {layout.ATTRIBUTES} is damaged: {error}"
+        ) from error
     if attributes is None:
         raise StoreError(f"{objects.uri} is a Zarr group, but not a feature store: it has no densefeat attributes")
-    if attributes["format_version"] != layout.FORMAT_VERSION:
+    if attributes.get("format_version") != layout.FORMAT_VERSION:
         raise StoreError(
-            f"{objects.uri} has format version {attributes['format_version']}, this densefeat knows "
+            f"{objects.uri} has format version {attributes.get('format_version')}, this densefeat knows "
             f"{layout.FORMAT_VERSION}: use the densefeat release that made it"
         )
     return attributes
+
+
+def _read_layout(objects: Objects) -> FeatureLayout:
+    key = f"{layout.FEATURES}/{layout.ATTRIBUTES}"
+    try:
+        return FeatureLayout.from_metadata(json.loads(objects.get(key)))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise StoreError(f"{objects.uri}: {key} is missing or damaged: {error}; {_BEGIN_ANEW}") from error
 
 
 def _read_table(objects: Objects, key: str) -> pa.Table:
@@ -248,6 +269,10 @@ def _read_table(objects: Objects, key: str) -> pa.Table:
 def _with_finished_shards(index: pa.Table, objects: Objects) -> pa.Table:
     """The index of an unfinished store, completed from the ledger as far as there are records."""
     columns = {name: index[name].to_pylist() for name in index.column_names}
+    # Whatever an earlier merge left: only the ledger says what is done.
+    columns["status"] = ["pending"] * index.num_rows
+    columns["chunk_offset"] = [None] * index.num_rows
+    columns["chunk_nbytes"] = [None] * index.num_rows
     for key in objects.list(layout.LEDGER):
         for outcome in _read_table(objects, key).to_pylist():
             row = outcome.pop("row")

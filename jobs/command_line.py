@@ -1,6 +1,6 @@
 """What all jobs do around their work: read options, set up logging, turn errors into messages and exit codes.
 
-Exit codes: 0 done; 1 done, but too much failed; 2 it cannot be done as asked; 130 interrupted.
+Exit codes: 0 done; 1 done, but too much failed; 2 it cannot be done as asked; 70 a fault in densefeat; 130 interrupted.
 """
 
 import importlib.metadata
@@ -15,7 +15,7 @@ import tyro
 
 from densefeat.errors import DensefeatError
 
-DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, REFUSED, FAULT, INTERRUPTED = 0, 1, 2, 70, 130
 
 _APPLICATION = ("pipeline", "kernels", "jobs", "schemas")
 
@@ -23,8 +23,17 @@ logger = logging.getLogger(__name__)
 Config = TypeVar("Config")
 
 
-def run(config_class: type[Config], job: Callable[[Config], int], description: str) -> None:
-    """Read the command line into ``config_class``, run ``job`` on it, exit with its code."""
+def run(
+    config_class: type[Config], job: Callable[[Config], int], description: str, *, interrupted: str = "stopped"
+) -> None:
+    """Read the command line into ``config_class``, run ``job`` on it, exit with its code.
+
+    Args:
+        config_class: its fields are the options.
+        job: returns an exit code.
+        description: for ``--help``.
+        interrupted: what to say to somebody who interrupts it.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("timm").setLevel(logging.WARNING)
     # A cluster's way to ask a job to stop; then it ends as on Ctrl-C, saying how to go on.
@@ -39,8 +48,11 @@ def run(config_class: type[Config], job: Callable[[Config], int], description: s
     except DensefeatError as error:
         _refuse(error)
     except KeyboardInterrupt:
-        logger.error("interrupted; finished shards are kept: run the same command with --resume to go on")
+        logger.error("interrupted: %s", interrupted)
         code = INTERRUPTED
+    except Exception:
+        logger.exception("this is a fault in densefeat, or of the machine; please report it with what stands here")
+        code = FAULT
     sys.exit(code)
 
 

@@ -5,9 +5,8 @@ python -m jobs.upsample_imagenet --images others/ --store features/ --pca basis.
 """
 
 import logging
-from pathlib import PurePosixPath
 
-from densefeat.objects import Objects
+from densefeat.objects import Objects, split_uri
 from jobs.command_line import DONE, run
 from jobs.upsample_imagenet import open_workers
 from pipeline.plan import DEFAULT_COMPONENTS, feature_spec
@@ -28,9 +27,6 @@ def fit_pca(config: FitPcaConfig) -> int:
     k = config.components or min(DEFAULT_COMPONENTS, backbone.num_chs)
     with open_workers(spec, config.workers, attempts=3, stall_timeout_s=1800) as workers:
         basis = fit_basis(references, k, config.pca_images, workers)
-    parent, name = str(PurePosixPath(config.output).parent), PurePosixPath(config.output).name
-    if "://" in config.output:
-        parent = config.output.removesuffix(f"/{name}")  # a path would lose a slash
     provenance = {
         "backbone": backbone.identity(),
         "size": list(config.size_px),
@@ -39,7 +35,9 @@ def fit_pca(config: FitPcaConfig) -> int:
         "fitted_on_images": min(config.pca_images or references.num_rows, references.num_rows),
     }
     try:
-        Objects(parent).put(name, basis.to_npz(provenance))
+        folder, name = split_uri(config.output)
+        Objects(folder).put(name, basis.to_npz(provenance))
+        Objects(folder).tidy()
     except Exception as error:
         explained = explain_storage_error(error, config.output)
         if explained is None:

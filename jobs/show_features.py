@@ -29,6 +29,11 @@ class ShowConfig:
     # Weights of the backbone as given to the main job; "none" leaves the low-resolution features out.
     weights: str = "pretrained"
 
+    def __post_init__(self) -> None:
+        """Check what can be checked without looking at anything."""
+        if self.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            raise ValueError(f"--output is a picture, .png, .jpg or .webp: got {self.output}")
+
 
 def show(config: ShowConfig) -> int:
     """Run the job; returns its exit code.
@@ -40,6 +45,8 @@ def show(config: ShowConfig) -> int:
     store = FeatureStore(config.store)
     statuses = store.index["status"].to_pylist()
     rows = config.rows or [row for row, status in enumerate(statuses) if status == OK][:4]
+    if unknown := [row for row in rows if not -len(store) <= row < len(store)]:
+        raise JobError(f"--rows {unknown}: the store has rows 0 … {len(store) - 1}")
     if not rows:
         raise JobError(f"no row of {config.store} has features yet")
     backbone = None

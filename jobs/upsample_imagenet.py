@@ -55,7 +55,7 @@ def carry_out(plan: Plan, started: float) -> Report:
         started: ``time.monotonic()`` when the job began, for the report.
     """
     config, objects = plan.config, Objects(plan.config.store)
-    done = finished_shards(objects) if config.resume and plan.stored else {}
+    done = finished_shards(objects, plan.stored.hash) if config.resume and plan.stored else {}
     to_do = [shard for shard in plan.shards if shard not in done]
     made: dict[int, LedgerRecord] = {}
     given_up: dict[int, str] = {}
@@ -68,15 +68,17 @@ def carry_out(plan: Plan, started: float) -> Report:
             mine = [record for shard, record in done.items() if shard in plan.shards]
             made, given_up = make_shards(plan, objects, workers, encoding, to_do, mine)
             making_seconds = time.monotonic() - making
+    attributes = FeatureStore(config.store).attributes
     # Other jobs may have made other shards meanwhile.
-    records = list(finished_shards(objects).values()) if config.shards else [*done.values(), *made.values()]
+    records = finished_shards(objects, attributes["configuration_hash"]) if config.shards else {**done, **made}
     report = Report(
         store=config.store,
         shards=plan.features.shards,
-        records=sorted(records, key=lambda record: record.shard),
+        own=plan.shards,
+        records=[records[shard] for shard in sorted(records)],
         made=list(made),
         given_up=given_up,
-        explained_variance=FeatureStore(config.store).attributes["explained_variance"],
+        explained_variance=attributes["explained_variance"],
         seconds=time.monotonic() - started,
         making_seconds=making_seconds,
     )
@@ -125,4 +127,4 @@ def open_workers(spec: WorkerSpec, count: int | None, attempts: int, stall_timeo
 
 
 if __name__ == "__main__":
-    run(UpsampleConfig, upsample, __doc__ or "")
+    run(UpsampleConfig, upsample, __doc__ or "", interrupted="finished shards are kept; --resume goes on from them")

@@ -28,6 +28,11 @@ class VerifyConfig:
     # Shards read at the same time; each is held in memory whole.
     threads: int = 4
 
+    def __post_init__(self) -> None:
+        """Check what can be checked without looking at anything."""
+        if self.threads < 1:
+            raise ValueError(f"--threads must be at least 1: got {self.threads}")
+
 
 def verify(config: VerifyConfig) -> int:
     """Run the job; returns its exit code.

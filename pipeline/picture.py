@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from densefeat.objects import Objects
+from densefeat.objects import Objects, split_uri
 from densefeat.store import FeatureStore
 from pipeline.backbone import Backbone
 from pipeline.decode import Geometry, decode
@@ -45,9 +45,9 @@ def read_photo(store: FeatureStore, row: int) -> npt.NDArray[np.uint8]:
     uri = store.index["uri"][row].as_py()
     if store.attributes["configuration"]["source"]["kind"] != "folder":
         raise JobError(f"row {row} lies inside {uri}: pictures can be made of images that are files of their own")
-    parent, _, name = uri.rpartition("/")
+    folder, name = split_uri(uri)
     try:
-        return decode(Objects(parent).get(name), stored_geometry(store)).pixels
+        return decode(Objects(folder).get(name), stored_geometry(store)).pixels
     except OSError as error:
         raise JobError(f"the image of row {row} cannot be read from {uri}: {error}") from error
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,16 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from densefeat.errors import DensefeatError
 from densefeat.layout import ZSTD_LEVEL, FeatureLayout
-from densefeat.objects import Objects
+from densefeat.objects import Objects, absolute_path, split_uri
 from densefeat.store import FeatureStore
 from pipeline.backbone import Backbone, build_backbone
 from pipeline.errors import JobError
 from pipeline.feature_worker import WorkerSpec
 from pipeline.pca import Basis
 from pipeline.source import list_images
-from pipeline.store import check_writable, existing_store, explain_storage_error, stored_index
+from pipeline.store import check_writable, existing_store, explain_storage_error, foreign_keys, stored_index
 from pipeline.upsample import Upsampler, build_upsampler
 from schemas.attributes import StoreAttributes, differences
 from schemas.config import FeatureConfig, UpsampleConfig
@@ -73,7 +76,7 @@ class Plan:
             f"features    {k} components, {height}×{width}, {layout.dtype}",
             f"shards      {layout.shards:,} of {layout.shard_rows} images"
             + (f", {len(self.shards):,} of them by this job ({config.shards})" if config.shards else ""),
-            f"bytes       at most {_size(nbytes)} (what it is before compression)",
+            f"bytes       at most {readable_size(nbytes)} (what it is before compression)",
         ]
         for stage, settings in self.configuration.items():
             text = ", ".join(f"{name} {_short(value)}" for name, value in settings.items() if name != "name")
@@ -87,6 +90,7 @@ def make_plan(config: UpsampleConfig) -> Plan:
     Raises:
         JobError: they do not; the message says why and what to do.
     """
+    _check_apart(config)
     stored = _stored_attributes(config)
     resumed = stored if config.resume else None
     backbone = _checked_backbone(config)
@@ -117,12 +121,14 @@ def make_plan(config: UpsampleConfig) -> Plan:
         },
         basis=None if basis is None else basis.truncated(k),
         stored=stored,
-        spec=WorkerSpec(config, source["kind"], source["image_column"], os.cpu_count() or 1, identities),
+        spec=WorkerSpec(config, source["kind"], source["image_column"], _own_cores(), identities),
     )
     if not plan.shards:
         raise JobError(f"--shards {config.shards} holds none of the {plan.features.shards} shards of this dataset")
     if resumed:
         _check_same(resumed, plan.configuration, config.store)
+    if not config.dry_run:
+        _check_writable(config)
     return plan
 
 
@@ -135,7 +141,7 @@ def feature_spec(config: FeatureConfig) -> tuple[WorkerSpec, pa.Table, Backbone]
     backbone = _checked_backbone(config)
     source = list_images(config.images, limit=config.limit, image_column=config.image_column)
     identities = {"backbone": backbone.identity()}
-    spec = WorkerSpec(config, source.kind, source.image_column, os.cpu_count() or 1, identities)
+    spec = WorkerSpec(config, source.kind, source.image_column, _own_cores(), identities)
     return spec, source.references, backbone
 
 
@@ -147,7 +153,8 @@ def read_basis(uri: str, backbone: Backbone) -> Basis:
     """
     if uri.endswith(".npz"):
         try:
-            basis, provenance = Basis.from_npz(Objects(str(Path(uri).parent)).get(Path(uri).name))
+            folder, name = split_uri(uri)
+            basis, provenance = Basis.from_npz(Objects(folder).get(name))
         except (OSError, ValueError) as error:
             raise JobError(f"--pca {uri} cannot be read: {error}; make one with jobs/fit_pca.py") from error
     else:
@@ -164,26 +171,50 @@ def read_basis(uri: str, backbone: Backbone) -> Basis:
 
 
 def _stored_attributes(config: UpsampleConfig) -> StoreAttributes | None:
-    """What is at ``--store``, if it may be gone on with or deleted, and the storage takes writes."""
-    try:
+    """What is at ``--store``, if it may be gone on with or deleted."""
+    with _storage_explained(config):
         objects = Objects(config.store)
         stored = existing_store(objects)
-        if stored is None and objects.list():
-            raise JobError(f"--store {config.store} holds other things: choose an empty place for the store")
+        if stored is None and (others := foreign_keys(objects)):
+            raise JobError(
+                f"--store {config.store!r} holds other things ({', '.join(others[:3])}{' …' if others[3:] else ''}): "
+                "choose an empty place for the store"
+            )
         if stored and not (config.resume or config.overwrite):
             raise JobError(
                 f"--store {config.store} exists: --resume goes on with it, --overwrite deletes it and begins anew"
             )
-        if not config.dry_run:
-            check_writable(objects)
-    except JobError:
+    return stored
+
+
+def _check_writable(config: UpsampleConfig) -> None:
+    """The last check, because it writes."""
+    with _storage_explained(config):
+        check_writable(Objects(config.store))
+
+
+@contextmanager
+def _storage_explained(config: UpsampleConfig) -> Iterator[None]:
+    try:
+        yield
+    except DensefeatError:
         raise
     except Exception as error:
         explained = explain_storage_error(error, f"--store {config.store}")
         if explained is None:
             raise
         raise explained from error
-    return stored
+
+
+def _check_apart(config: UpsampleConfig) -> None:
+    """Refuse a store among the images, or images in the store: the next listing would take one for the other."""
+    if "://" in config.images or "://" in config.store:
+        return
+    images, store = Path(absolute_path(config.images)), Path(absolute_path(config.store))
+    if images.is_dir() and (store.is_relative_to(images) or images.is_relative_to(store)):
+        raise JobError(
+            f"--store {config.store} and --images {config.images} lie in each other: give the store a folder of its own"
+        )
 
 
 def _checked_backbone(config: FeatureConfig) -> Backbone:
@@ -222,9 +253,12 @@ def _source(
 
     A store that is resumed has its images in its index: they are not listed again, so that rows stay where they are.
     """
-    asked = {"images": _absolute(config.images), "limit": config.limit}
+    images = config.images if "://" in config.images else absolute_path(config.images)
+    asked: dict[str, Any] = {"images": images, "limit": config.limit}
     if resumed and resumed.setup_complete:
         references = stored_index(Objects(config.store)).select(REFERENCES.names)
+        if config.image_column is not None:
+            asked["image_column"] = config.image_column
         return {**resumed.configuration["source"], **asked}, references, resumed.class_names
     source = list_images(config.images, limit=config.limit, image_column=config.image_column)
     known = {"kind": source.kind, "image_column": source.image_column, "rows": source.references.num_rows}
@@ -257,9 +291,9 @@ def _check_same(stored: StoreAttributes, configuration: dict[str, Any], store: s
         )
 
 
-def _absolute(uri: str) -> str:
-    """The same text for the same place, wherever the job is started."""
-    return uri if "://" in uri else str(Path(uri).absolute())
+def _own_cores() -> int:
+    """Cores that this process may use: a container may have fewer than its machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _short(value: Any) -> str:
@@ -267,7 +301,8 @@ def _short(value: Any) -> str:
     return text if len(text) < 60 or os.sep in text else f"{text[:12]}…"
 
 
-def _size(nbytes: float) -> str:
+def readable_size(nbytes: float) -> str:
+    """Bytes for a person: ``"1.23 GB"``."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.3g} {unit}"

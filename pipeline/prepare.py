@@ -4,25 +4,29 @@ import importlib.metadata
 import logging
 import platform
 import shutil
+import time
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from densefeat.layout import FEATURES
 from densefeat.objects import Objects
 from densefeat.store import FeatureStore
 from pipeline.errors import JobError
 from pipeline.pca import Basis, Moments, fit, sample_rows
-from pipeline.plan import Plan
-from pipeline.store import explain_storage_error, set_up
+from pipeline.plan import Plan, readable_size
+from pipeline.store import delete_store, existing_store, explain_storage_error, set_up, step_sha256
 from pipeline.worker import Encoding
 from pipeline.workers import TaskFailed, Workers
-from schemas.attributes import StoreAttributes
+from schemas.attributes import StoreAttributes, differences
 from schemas.index import pending_index
 
 logger = logging.getLogger(__name__)
 
 _IMAGES_IN_TASK = 32  # images of the PCA sample in one task
+_LINE_EVERY_S = 5.0
+_OTHERS_SETUP_S = 120.0
 _CALIBRATION_IMAGES = 32  # images whose upsampled features set the quantization steps
 _SOFTWARE = ("densefeat", "torch", "timm", "numpy", "pillow", "zarr", "numba", "ray")
 
@@ -45,17 +49,41 @@ def prepare(plan: Plan, objects: Objects, workers: Workers) -> Encoding:
         versions={"python": platform.python_version(), **{name: _version(name) for name in _SOFTWARE}},
         class_names=plan.class_names,
         explained_variance=explained,
+        step_sha256=step_sha256(step),
     )
     if plan.config.overwrite and plan.stored:
-        objects.delete_all()
-    claimed = plan.config.resume and plan.stored is not None
+        delete_store(objects)
     try:
-        set_up(objects, attributes, plan.features, basis, step, pending_index(plan.references), claimed=claimed)
+        # Claimed by a run that died, or by one that works on it this moment: fitting took a while.
+        claimed = plan.config.resume and existing_store(objects)
+        if claimed and claimed.setup_complete:
+            return _join(objects, attributes)
+        set_up(objects, attributes, plan.features, basis, step, pending_index(plan.references), claimed=bool(claimed))
     except FileExistsError:
+        if plan.config.resume:
+            return _join(objects, attributes)
         raise JobError(f"another job set up {objects.uri} in the meantime: use --resume to work with it") from None
-    except Exception as error:
+    except OSError as error:
         raise explain_storage_error(error, objects.uri) or error from error
     return Encoding(basis, step, attributes.hash)
+
+
+def _join(objects: Objects, attributes: StoreAttributes) -> Encoding:
+    """Work with the store that another job has just set up, if it set up the same one.
+
+    Raises:
+        JobError: it is another one, or its setup does not come to an end.
+    """
+    end = time.monotonic() + _OTHERS_SETUP_S
+    while time.monotonic() < end:
+        stored = existing_store(objects)
+        if stored is not None and stored.hash != attributes.hash:
+            different = "; ".join(differences(stored.configuration, attributes.configuration))
+            raise JobError(f"another job set up {objects.uri} in the meantime, with other options: {different}")
+        if stored is not None and stored.setup_complete:
+            return _stored_encoding(objects)
+        time.sleep(1)
+    raise JobError(f"another job began to set up {objects.uri} and did not finish: run this one again with --resume")
 
 
 def fit_basis(references: pa.Table, k: int, images: int, workers: Workers) -> Basis:
@@ -69,7 +97,16 @@ def fit_basis(references: pa.Table, k: int, images: int, workers: Workers) -> Ba
     sample = references.take(rows)
     tasks = [(sample.slice(first, _IMAGES_IN_TASK),) for first in range(0, len(rows), _IMAGES_IN_TASK)]
     results: dict[int, tuple[Moments, str | None]] = {}
-    for task, result in workers.map("moments", tasks):
+    done, said = 0, time.monotonic()
+
+    def say(images_more: int) -> None:
+        nonlocal done, said
+        done += images_more
+        if time.monotonic() - said > _LINE_EVERY_S:
+            said = time.monotonic()
+            logger.info("PCA: %d/%d images", done, len(rows))
+
+    for task, result in workers.map("moments", tasks, say):
         if isinstance(result, TaskFailed):
             raise JobError(f"PCA: a part of the sample failed {result.attempts} times: {result.reason}")
         results[task] = result
@@ -96,14 +133,16 @@ def _check_space(plan: Plan, objects: Objects, image_nbytes: float) -> None:
     """Compare what the store will take with what a local disk has."""
     images = sum(len(plan.features.rows_of(shard)) for shard in plan.shards)
     needed = image_nbytes * images
-    logger.info("store: about %.2f MB an image, %.2f GB in all", image_nbytes / 1e6, needed / 1e9)
+    logger.info("store: about %s an image, %s in all", readable_size(image_nbytes), readable_size(needed))
     folder = objects.local_path
     if folder is None:
         return
     free = shutil.disk_usage(next(path for path in [folder, *folder.parents] if path.exists())).free
+    if plan.config.overwrite and plan.stored:
+        free += sum(objects.list(FEATURES).values())
     if needed > free:
         raise JobError(
-            f"no space for {objects.uri}: about {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; "
+            f"no space for {objects.uri}: about {readable_size(needed)} are needed, {readable_size(free)} are free; "
             "free some, choose another --store, fewer --components, a smaller --output-size or a greater --error-floor"
         )
 
@@ -113,6 +152,8 @@ def _stored_encoding(objects: Objects) -> Encoding:
     basis = Basis.of_store(store)
     if basis.digest != store.attributes["configuration"]["pca"]["basis"]:
         raise JobError(f"the PCA basis in {objects.uri} is not the one that its attributes name: use --overwrite")
+    if step_sha256(store.step) != store.attributes["step_sha256"]:
+        raise JobError(f"the steps in {objects.uri} are not those that its attributes name: use --overwrite")
     return Encoding(basis, store.step, store.attributes["configuration_hash"])
 
 

@@ -17,6 +17,7 @@ class Report:
     Attributes:
         store: its URI.
         shards: that the store has in all.
+        own: those that were this job's to make.
         records: of all shards that are done, by this job or before.
         made: numbers of the shards that this job made.
         given_up: shard -> reason.
@@ -27,6 +28,7 @@ class Report:
 
     store: str
     shards: int
+    own: range
     records: Sequence[LedgerRecord]
     made: Sequence[int]
     given_up: dict[int, str]
@@ -67,8 +69,11 @@ class Report:
             lines.append(f"variance    {100 * self.explained_variance:.1f} % explained")
         lines += [*self._seconds(), *self._failures()]
         lines += [f"given up    shard {shard}: {reason}" for shard, reason in sorted(self.given_up.items())]
-        if not self.complete:
-            lines.append("not done    run the same command with --resume to make the missing shards")
+        done = {record.shard for record in self.records}
+        if missing := len(set(self.own) - done):
+            lines.append(f"not done    {missing:,} shards: run the same command with --resume to make them")
+        if others := len(set(range(self.shards)) - set(self.own) - done):
+            lines.append(f"not done    {others:,} shards that were not this job's (--shards)")
         return "\n".join(lines)
 
     @property

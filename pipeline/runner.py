@@ -16,12 +16,13 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from pipeline.errors import JobError
 from pipeline.feature_worker import FeatureWorker, WorkerSpec, shards_in_worker
 from pipeline.worker import make_worker
 from pipeline.workers import TaskFailed
+from schemas.config import FeatureConfig
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class RayWorkers:
                 task = actor.tasks.pop(call, None)
                 try:
                     result = ray.get(call)
-                except (RayActorError, RayTaskError) as error:
+                except RayError as error:
                     reason = self._after_failure(actor, call, error)
                     if task is None:
                         continue
@@ -163,7 +164,7 @@ class RayWorkers:
             ready, _ = ray.wait(list(calls), num_returns=1, timeout=_POLL_S)
         return [(calls[call], call) for call in ready]
 
-    def _after_failure(self, actor: _Actor, call: Any, error: RayActorError | RayTaskError) -> str:
+    def _after_failure(self, actor: _Actor, call: Any, error: RayError) -> str:
         """Replace the actor if it died; the reason in a line.
 
         Raises:
@@ -183,6 +184,7 @@ class RayWorkers:
             if self._deaths_at_set_up >= self._attempts:
                 raise JobError(f"workers die while they are set up: {_last_line(error)}") from error
             logger.warning("a worker died and is replaced: %s", _last_line(error))
+            ray.kill(actor.handle)  # it may be only unreachable, or out of memory
             self._actors[self._actors.index(actor)] = self._new_actor()
             actor.set_up = None
             self._dead.append(actor)
@@ -195,7 +197,7 @@ class RayWorkers:
             if actor.counter is not None and ray.wait([actor.counter], timeout=0)[0]:
                 try:
                     images = ray.get(actor.counter)
-                except (RayActorError, RayTaskError):
+                except RayError:
                     images = actor.images  # dead: its calls tell
                 if images > actor.images:
                     done += images - actor.images
@@ -217,10 +219,15 @@ def connected() -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", logging_level=logging.ERROR)
-    else:
-        ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address="auto", logging_level=logging.ERROR)
+        else:
+            ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
+    except Exception as error:  # RuntimeError, ConnectionError, RPC errors: as far as Ray got
+        where = f"the Ray cluster at RAY_ADDRESS={address} does not answer" if address else "Ray does not start"
+        raise JobError(f"{where}: {error}. Mend or unset that, or use --workers 0 to run without Ray") from error
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place, which prints a stack trace
     try:
         yield
@@ -245,12 +252,15 @@ def ray_workers(spec: WorkerSpec, count: int | None, *, attempts: int, stall_tim
     device = spec.config.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"
-    if device == "cuda" and not gpus and count is None:
+    # A cluster can add nodes when they are asked for; Ray in this process has what the machine has.
+    if device == "cuda" and not gpus and not (count and os.environ.get("RAY_ADDRESS")):
         raise JobError(
-            "--device cuda, but the cluster has no GPU: use --device cpu, or give --workers N if the cluster will add "
-            "GPU nodes when they are asked for"
+            "--device cuda, but there is no GPU: use --device cpu; or on a cluster that adds GPU nodes when they are "
+            "asked for, give --workers N"
         )
     nodes = sum(node["Alive"] for node in ray.nodes())
+    if nodes > 1:
+        _warn_of_local_folders(spec.config, nodes)
     count = count or (gpus if device == "cuda" else nodes)
     threads = max(1, cpus // max(count, nodes))
     if device == "cuda" and gpus:
@@ -266,6 +276,16 @@ def ray_workers(spec: WorkerSpec, count: int | None, *, attempts: int, stall_tim
     )
 
 
+def _warn_of_local_folders(config: FeatureConfig, nodes: int) -> None:
+    for option in ("images", "store", "weights"):
+        place = getattr(config, option, "")
+        if "://" not in place and "/" in place:
+            logger.warning(
+                "the cluster has %d nodes: --%s %s must be the same folder on all of them (a network file system)",
+                nodes, option, place,
+            )  # fmt: skip
+
+
 def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if isinstance(error, RayActorError) else lines[-1]
+    return lines[-1] if isinstance(error, RayTaskError) else lines[0]

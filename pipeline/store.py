@@ -7,6 +7,8 @@ behind (a store that is half set up, an object without a record) is written agai
 import errno
 import hashlib
 import json
+import re
+import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,7 +22,7 @@ from zarr.storage import MemoryStore
 
 from densefeat import layout
 from densefeat.layout import FeatureLayout
-from densefeat.objects import Objects
+from densefeat.objects import TEMPORARY, Objects
 from densefeat.store import read_attributes
 from pipeline.errors import JobError
 from pipeline.pca import Basis
@@ -30,6 +32,12 @@ from schemas.index import REFERENCES, pending_index, with_outcomes
 from schemas.ledger import LedgerRecord, RowOutcome, manifest, outcomes_table
 
 _PARALLEL_REQUESTS = 32
+
+# Every key that a store can have, half-written ones included.
+_OWN_KEY = re.compile(
+    r"zarr\.json|index\.parquet|manifest\.parquet|_ledger/\d{6,}\.parquet|_tmp/[^/]+"
+    r"|features/(zarr\.json|c/\d+/0/0/0)|step/(zarr\.json|c/0)|pca/zarr\.json|pca/\w+/(zarr\.json|c/0(/0)?)"
+)
 
 
 def existing_store(objects: Objects) -> StoreAttributes | None:
@@ -49,10 +57,27 @@ def check_writable(objects: Objects) -> None:
     Raises:
         OSError: with the storage's reason.
     """
-    probe = "_probe"
+    probe = f"{TEMPORARY}/{uuid.uuid4()}"  # of its own: other jobs may try at the same moment
+    objects.create(probe, b"densefeat")
     objects.put(probe, b"densefeat")
     objects.get(probe)
     objects.delete(probe)
+    objects.tidy()
+
+
+def foreign_keys(objects: Objects) -> list[str]:
+    """What lies at the store's place and is not a part of any store."""
+    return [key for key in objects.list() if not _OWN_KEY.fullmatch(key)]
+
+
+def delete_store(objects: Objects) -> None:
+    """Remove a store and nothing else: what has another name stays, whatever it is.
+
+    ``zarr.json`` goes last: a deletion that is interrupted leaves what is still known as a store.
+    """
+    own = [key for key in objects.list() if _OWN_KEY.fullmatch(key) and key != layout.ATTRIBUTES]
+    _parallel(objects.delete, own)
+    objects.delete(layout.ATTRIBUTES)
 
 
 def set_up(
@@ -113,10 +138,29 @@ def _zarr_documents(
     )
     pca = group.create_group(layout.PCA)
     for name, array in basis.__dict__.items():
-        pca.create_array(name, data=array, chunks=array.shape)
+        _create_small_array(pca, name, array)
     if step is not None:
-        group.create_array(layout.STEP, data=step, chunks=step.shape)
+        _create_small_array(group, layout.STEP, step)
     return {key: buffer.to_bytes() for key, buffer in store._store_dict.items()}
+
+
+def _create_small_array(group: zarr.Group, name: str, data: np.ndarray[Any, Any]) -> None:
+    """One chunk, with a checksum. The fill value is NaN: a chunk that is lost must not read as zeros."""
+    array = group.create_array(
+        name,
+        shape=data.shape,
+        dtype=data.dtype,
+        chunks=data.shape,
+        filters=None,
+        compressors=[ZstdCodec(level=layout.ZSTD_LEVEL), Crc32cCodec()],
+        fill_value=float("nan"),
+    )
+    array[...] = data
+
+
+def step_sha256(step: np.ndarray[Any, Any] | None) -> str | None:
+    """Digest of the quantization steps, None for float16."""
+    return None if step is None else hashlib.sha256(step.astype("<f4").tobytes()).hexdigest()
 
 
 def write_shard(
@@ -144,6 +188,9 @@ def write_shard(
         OSError: the storage's reason.
     """
     data, places = layout.pack_shard(chunks, shard_rows)
+    sha256 = hashlib.sha256(data).hexdigest()
+    if objects.exists(layout.ledger_key(shard)):  # before its object could be replaced by another
+        return _same_shard(objects, shard, sha256)
     for outcome, place in zip(outcomes, places, strict=True):
         outcome.chunk_offset, outcome.chunk_nbytes = place or (None, None)
     ok = sum(outcome.ok for outcome in outcomes)
@@ -154,7 +201,7 @@ def write_shard(
         rows_ok=ok,
         rows_failed=len(outcomes) - ok,
         nbytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
+        sha256=sha256,
         seconds=seconds.total(),
         outcomes=outcomes_table(outcomes),
         **facts,
@@ -162,15 +209,24 @@ def write_shard(
     try:
         objects.create(layout.ledger_key(shard), record.to_bytes())
     except FileExistsError:
-        # Our own answer that got lost, or another job that made the same shard: fine, if it made the same bytes.
-        other = read_record(objects, layout.ledger_key(shard))
-        if other.sha256 != record.sha256:
-            raise JobError(
-                f"shard {shard} of {objects.uri} is in the ledger with other bytes (made by {other.made_by}): another "
-                "job with other hardware or software writes the same shards; stop one of them, then run "
-                "jobs/verify_store.py --repair and resume"
-            ) from None
+        return _same_shard(objects, shard, sha256)
     return record
+
+
+def _same_shard(objects: Objects, shard: int, sha256: str) -> LedgerRecord:
+    """The record of a shard that was made already: our own whose answer got lost, or another job's.
+
+    Raises:
+        JobError: it has other bytes than ours.
+    """
+    other = read_record(objects, layout.ledger_key(shard))
+    if other.sha256 != sha256:
+        raise JobError(
+            f"shard {shard} of {objects.uri} is in the ledger with other bytes (made by {other.made_by}): another job "
+            "with other options, hardware or software writes the same shards; stop one of them, then run "
+            "jobs/verify_store.py --repair and resume"
+        )
+    return other
 
 
 def read_record(objects: Objects, key: str) -> LedgerRecord:
@@ -178,8 +234,8 @@ def read_record(objects: Objects, key: str) -> LedgerRecord:
     return LedgerRecord.from_bytes(objects.get(key))
 
 
-def finished_shards(objects: Objects) -> dict[int, LedgerRecord]:
-    """Records of the shards that are done: in the ledger, readable, and with an object of the recorded size.
+def finished_shards(objects: Objects, configuration_hash: str) -> dict[int, LedgerRecord]:
+    """Records of the shards that are done: in the ledger, of this configuration, with an object of the recorded size.
 
     Records that fail this are removed, so that their shards are made again.
     """
@@ -191,7 +247,11 @@ def finished_shards(objects: Objects) -> dict[int, LedgerRecord]:
             record = read_record(objects, key)
         except ValueError:
             record = None
-        if record is None or sizes.get(layout.shard_key(record.shard)) != record.nbytes:
+        if (
+            record is None
+            or record.configuration_hash != configuration_hash
+            or sizes.get(layout.shard_key(record.shard)) != record.nbytes
+        ):
             objects.delete(key)
             return None
         return record
@@ -220,7 +280,7 @@ def finish(objects: Objects, records: Sequence[LedgerRecord]) -> None:
     merged = with_outcomes(stored_index(objects), pa.concat_tables(record.outcomes for record in ordered))
     objects.put(layout.INDEX, _parquet(merged))
     objects.put(layout.MANIFEST, _parquet(manifest(ordered)))
-    objects.delete_temporary()
+    objects.tidy()
 
 
 def explain_storage_error(error: BaseException, uri: str) -> JobError | None:

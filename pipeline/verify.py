@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from densefeat import layout
+from densefeat.errors import StoreError
 from densefeat.objects import Objects
 from densefeat.store import FeatureStore
 from pipeline.pca import Basis
-from pipeline.store import read_record, reopen
+from pipeline.store import read_record, reopen, step_sha256
 from schemas.index import OK, OUTCOMES
 from schemas.ledger import LedgerRecord
 
@@ -80,8 +81,13 @@ class StoreCheck:
     def store(self) -> list[str]:
         """What is wrong with the store as a whole: basis, index, manifest."""
         problems = []
-        if Basis.of_store(self._store).digest != self._store.attributes["configuration"]["pca"]["basis"]:
-            problems.append("the PCA basis is not the one that the attributes name")
+        try:
+            if Basis.of_store(self._store).digest != self._store.attributes["configuration"]["pca"]["basis"]:
+                problems.append("the PCA basis is not the one that the attributes name")
+            if step_sha256(self._store.step) != self._store.attributes["step_sha256"]:
+                problems.append("the quantization steps are not those that the attributes name")
+        except StoreError as error:
+            problems.append(str(error))
         index = self._store.index
         if index.num_rows != self.layout.rows:
             problems.append(f"the index has {index.num_rows} rows, the array {self.layout.rows}")

@@ -39,6 +39,7 @@ class StoreAttributes:
         versions: of the software that set the store up.
         class_names: of the labels in the index, empty without labels.
         explained_variance: share of the low-resolution features' variance that the k components keep, 0 … 1.
+        step_sha256: of the quantization steps (hex), None for float16.
         setup_complete: False from the moment the store is claimed until arrays and index are written.
         format_version: of the layout.
     """
@@ -47,6 +48,7 @@ class StoreAttributes:
     versions: dict[str, str]
     class_names: tuple[str, ...] = ()
     explained_variance: float | None = None
+    step_sha256: str | None = None
     setup_complete: bool = False
     format_version: int = field(default=FORMAT_VERSION)
 

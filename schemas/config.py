@@ -33,7 +33,7 @@ class FeatureConfig:
     components: int | None = None
     # Images to fit the PCA basis on, spread evenly over the dataset; 0: all.
     pca_images: int = 2000
-    # Images in one pass of the backbone; not given: 32 on a GPU, 8 on a CPU.
+    # Images in one pass of the backbone; not given: 32 on a GPU, 4 on a CPU (on each of its cores).
     batch_size: int | None = None
     # "auto", "cpu" or "cuda".
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -11,7 +11,7 @@ from densefeat.layout import FeatureLayout
 from densefeat.objects import Objects
 from pipeline.pca import Basis
 from pipeline.stage_seconds import StageSeconds
-from pipeline.store import finish, set_up, write_shard
+from pipeline.store import finish, set_up, step_sha256, write_shard
 from schemas.attributes import StoreAttributes
 from schemas.index import OK, REFERENCES, pending_index
 from schemas.ledger import LedgerRecord, RowOutcome
@@ -31,6 +31,7 @@ class KnownStore:
     step: np.ndarray | None
     basis: Basis
     records: list[LedgerRecord]
+    configuration_hash: str = ""
 
 
 def references(rows: int = ROWS) -> pa.Table:
@@ -75,7 +76,8 @@ def set_up_store(uri: str, dtype: str = "int8") -> KnownStore:
     step = np.linspace(0.01, 0.05, K, dtype=np.float32) if dtype == "int8" else None
     store = KnownStore(uri, known_codes(dtype), step, basis(), [])
     configuration = {"pca": {"components": K, "basis": store.basis.digest}, "storage": {"dtype": dtype}}
-    attributes = StoreAttributes(configuration, {"densefeat": "test"}, ("a", "b", "c"), 0.8)
+    attributes = StoreAttributes(configuration, {"densefeat": "test"}, ("a", "b", "c"), 0.8, step_sha256(step))
+    store.configuration_hash = attributes.hash
     features = FeatureLayout(ROWS, K, H, W, dtype, SHARD_ROWS)
     set_up(Objects(uri), attributes, features, store.basis, step, pending_index(references()))
     return store
@@ -85,7 +87,7 @@ def write_known_shard(store: KnownStore, shard: int) -> LedgerRecord:
     rows = range(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, ROWS))
     outcomes = [outcome(row) for row in rows]
     chunks = [layout.encode_chunk(store.codes[o.row]) if o.ok else None for o in outcomes]
-    facts = {"configuration_hash": "0" * 64, "clipped": 0, "made_by": {"host": "test"}}
+    facts = {"configuration_hash": store.configuration_hash, "clipped": 0, "made_by": {"host": "test"}}
     return write_shard(Objects(store.uri), shard, SHARD_ROWS, chunks, outcomes, StageSeconds(), facts)
 
 

@@ -4,13 +4,17 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import zarr
 from stores import FAILED_ROWS, ROWS, SHARD_ROWS, C, H, K, KnownStore, W, make_store, set_up_store, write_known_shard
 from torch.utils.data import DataLoader
 
+import densefeat.store
 from densefeat import FeatureStore, MissingFeatures, StoreError, TorchFeatures, layout
+from densefeat.objects import Objects
+from pipeline.store import finish
 
 GOOD_ROWS = [row for row in range(ROWS) if row not in FAILED_ROWS]
 
@@ -118,6 +122,21 @@ def test_an_unfinished_store_serves_what_is_done(tmp_path: Path) -> None:
     assert list(TorchFeatures(store).rows) == [4, 5, 6, 7]
 
 
+def test_opening_while_the_job_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = set_up_store(str(tmp_path / "store"))
+    records = [write_known_shard(known, shard) for shard in range(3)]
+    read_table = densefeat.store._read_table
+
+    def read_then_finish(objects: Objects, key: str) -> pa.Table:
+        table = read_table(objects, key)
+        if not objects.exists(layout.MANIFEST):
+            finish(objects, records)
+        return table
+
+    monkeypatch.setattr(densefeat.store, "_read_table", read_then_finish)
+    assert "pending" not in FeatureStore(known.uri).index["status"].to_pylist()
+
+
 def test_damage_is_an_error_not_wrong_numbers(tmp_path: Path) -> None:
     known = make_store(str(tmp_path / "store"))
     store = FeatureStore(known.uri)
@@ -140,11 +159,21 @@ def test_what_is_no_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="not a feature store"):
         FeatureStore(str(tmp_path / "other"))
     known = make_store(str(tmp_path / "store"))
+    metadata_of_features = tmp_path / "store" / "features" / "zarr.json"
+    kept = metadata_of_features.read_text()
+    metadata_of_features.unlink()
+    with pytest.raises(StoreError, match=r"features/zarr\.json is missing"):
+        FeatureStore(known.uri)
+    metadata_of_features.write_text(kept)
     root = tmp_path / "store" / "zarr.json"
     original = root.read_text()
     root.write_text(original.replace('"format_version": 1', '"format_version": 99'))
     with pytest.raises(StoreError, match="version 99"):
         FeatureStore(known.uri)
+    for damaged in ("{", "[]"):
+        root.write_text(damaged)
+        with pytest.raises(StoreError, match="damaged"):
+            FeatureStore(known.uri)
     metadata = json.loads(original)
     metadata["attributes"]["densefeat"]["setup_complete"] = False
     root.write_text(json.dumps(metadata))

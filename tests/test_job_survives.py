@@ -143,6 +143,7 @@ def test_interrupted_it_says_how_to_go_on(photographs: Path, tmp_path: Path, num
     job.send_signal(number)
     _, said = job.communicate(timeout=60)
     assert job.returncode == 130, said
+    assert "interrupted" in said
     assert "--resume" in said
     assert "Traceback" not in said
 

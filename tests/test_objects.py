@@ -2,13 +2,14 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import time
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from densefeat.objects import Objects
+from densefeat.objects import TEMPORARY, Objects, split_uri
 
 
 @pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.s3)])
@@ -56,9 +57,15 @@ def test_deleting(objects: Objects) -> None:
     objects.delete("a")
     objects.delete("a")
     assert objects.list() == {"b/c": 1}
-    objects.delete_all()
-    objects.delete_all()
-    assert objects.list() == {}
+
+
+def test_local_paths_are_absolute_and_uris_are_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Objects("a/../b").uri == Objects("~/b/").uri == str(tmp_path / "b")
+    assert Objects("s3://bucket/b/").uri == "s3://bucket/b"
+    assert split_uri("s3://bucket/a/basis.npz") == ("s3://bucket/a", "basis.npz")
+    assert split_uri("basis.npz") == (str(tmp_path), "basis.npz")
 
 
 def _in_child(objects: Objects, queue: "multiprocessing.Queue[bytes]") -> None:
@@ -108,5 +115,15 @@ def test_a_killed_write_leaves_the_old_or_the_new(tmp_path: Path) -> None:
         data = Objects(str(tmp_path)).get("object")
         assert len(data) == 8_000_000
         assert len(set(data)) == 1
-    Objects(str(tmp_path)).delete_temporary()
-    assert list(Objects(str(tmp_path)).list()) == ["object"]
+    others = tmp_path / TEMPORARY / "another-machine-1-abc"
+    others.parent.mkdir(exist_ok=True)
+    others.write_bytes(b"")
+    own = tmp_path / TEMPORARY / f"{socket.gethostname()}-{os.getpid()}-abc"
+    own.write_bytes(b"")
+    objects = Objects(str(tmp_path))
+    objects.tidy()
+    assert set(objects.list()) == {"object", f"{TEMPORARY}/{others.name}", f"{TEMPORARY}/{own.name}"}
+    others.unlink()
+    own.unlink()
+    objects.tidy()
+    assert [path.name for path in tmp_path.iterdir()] == ["object"]

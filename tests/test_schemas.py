@@ -65,7 +65,7 @@ def test_the_hash_does_not_depend_on_order_but_on_every_value() -> None:
 
 
 def test_attributes_survive_json() -> None:
-    attributes = StoreAttributes({"a": {"b": 1}}, {"torch": "2"}, ("x", "y"), 0.9, True)
+    attributes = StoreAttributes({"a": {"b": 1}}, {"torch": "2"}, ("x", "y"), 0.9, "f00", True)
     own = attributes.to_dict()["densefeat"]
     assert own["configuration_hash"] == attributes.hash
     assert StoreAttributes.from_dict(own) == attributes

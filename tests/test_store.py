@@ -5,13 +5,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zarr
 from stores import FAILED_ROWS, ROWS, KnownStore, basis, make_store, references, set_up_store, write_known_shard
 
 from densefeat import FeatureStore, StoreError, layout
 from densefeat.layout import FeatureLayout
 from densefeat.objects import Objects
 from pipeline.errors import JobError
-from pipeline.store import check_writable, existing_store, explain_storage_error, finish, finished_shards, set_up
+from pipeline.store import (
+    check_writable,
+    delete_store,
+    existing_store,
+    explain_storage_error,
+    finish,
+    finished_shards,
+    set_up,
+)
 from pipeline.verify import StoreCheck, repair
 from schemas.attributes import StoreAttributes
 from schemas.index import pending_index
@@ -73,8 +82,8 @@ def test_a_shard_is_done_when_its_record_is_there(tmp_path: Path) -> None:
     objects = Objects(known.uri)
     write_known_shard(known, 1)
     objects.put(layout.shard_key(0), b"an object without a record")
-    assert list(finished_shards(objects)) == [1]
-    record = finished_shards(objects)[1]
+    assert list(finished_shards(objects, known.configuration_hash)) == [1]
+    record = finished_shards(objects, known.configuration_hash)[1]
     assert (record.rows_ok, record.rows_failed) == (4, 0)
     assert record.nbytes == objects.list("features/c")[layout.shard_key(1)]
 
@@ -84,17 +93,49 @@ def test_records_of_lost_or_changed_objects_are_dropped(known: KnownStore) -> No
     objects.delete(layout.shard_key(0))
     objects.put(layout.shard_key(2), objects.get(layout.shard_key(2))[:-5])
     objects.put(layout.ledger_key(1), b"PAR1 not a record PAR1")
-    assert finished_shards(objects) == {}
+    assert finished_shards(objects, known.configuration_hash) == {}
     assert objects.list(layout.LEDGER) == {}
+
+
+def test_shards_of_another_configuration_are_not_done(known: KnownStore) -> None:
+    objects = Objects(known.uri)
+    assert sorted(finished_shards(objects, known.configuration_hash)) == [0, 1, 2]
+    assert finished_shards(objects, "f" * 64) == {}
 
 
 def test_making_a_shard_twice_is_fine_if_the_bytes_are_the_same(tmp_path: Path) -> None:
     known = set_up_store(str(tmp_path / "store"))
     first = write_known_shard(known, 0)
     assert write_known_shard(known, 0) == first
+    path = Path(known.uri) / layout.shard_key(0)
+    committed = path.read_bytes()
     known.codes[0, 0, 0, 0] ^= 1
     with pytest.raises(JobError, match="in the ledger with other bytes"):
         write_known_shard(known, 0)
+    assert path.read_bytes() == committed
+
+
+def test_deleting_a_store_deletes_nothing_else(known: KnownStore) -> None:
+    folder = Path(known.uri)
+    for name in ("notes.txt", "features/mine.npy", "photos/1.jpg", "_ledger/readme.md"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    delete_store(Objects(known.uri))
+    assert sorted(Objects(known.uri).list()) == ["_ledger/readme.md", "features/mine.npy", "notes.txt", "photos/1.jpg"]
+
+
+@pytest.mark.parametrize("name", ["step", "pca/mean", "pca/components"])
+def test_a_lost_or_changed_small_array_is_never_zeros(known: KnownStore, name: str) -> None:
+    (chunk,) = (path for path in (Path(known.uri) / name / "c").rglob("*") if path.is_file())
+    data = chunk.read_bytes()
+    flip(chunk, len(data) // 2)
+    with pytest.raises(StoreError, match=f"{name} is damaged"):
+        FeatureStore(known.uri).array(name)
+    assert "damaged" in StoreCheck(known.uri).store()[0]
+    chunk.unlink()
+    with pytest.raises(StoreError, match=f"{name} is missing"):
+        FeatureStore(known.uri).array(name)
+    assert "missing" in StoreCheck(known.uri).store()[0]
 
 
 def test_finishing_merges_outcomes(known: KnownStore) -> None:
@@ -116,14 +157,9 @@ def test_finishing_with_a_shard_missing_is_an_error(known: KnownStore) -> None:
 
 def test_verifying_finds_nothing_in_a_whole_store(known: KnownStore) -> None:
     check = StoreCheck(known.uri)
-    known_hash = FeatureStore(known.uri).attributes["configuration_hash"]
     assert check.recorded == [0, 1, 2]
     assert check.store() == []
-    # The test's own records name no configuration; nothing else is wrong.
-    assert {text for found in problems(known.uri).values() for text in found} == {
-        "made with another configuration, 000000000000…"
-    }
-    assert known_hash != "0" * 64
+    assert problems(known.uri) == {}
 
 
 def test_verifying_finds_damage_and_repair_reopens(known: KnownStore) -> None:
@@ -136,7 +172,7 @@ def test_verifying_finds_damage_and_repair_reopens(known: KnownStore) -> None:
     repair(Objects(known.uri), [1, 2])
     store = FeatureStore(known.uri)
     assert store.index["status"].to_pylist() == ["ok", "ok", "corrupt", "ok", *["pending"] * 7]
-    assert list(finished_shards(Objects(known.uri))) == [0]
+    assert list(finished_shards(Objects(known.uri), known.configuration_hash)) == [0]
     records = [known.records[0], *(write_known_shard(known, shard) for shard in (1, 2))]
     finish(Objects(known.uri), records)
     assert np.array_equal(FeatureStore(known.uri).read_codes(10), known.codes[10])
@@ -151,9 +187,14 @@ def test_verifying_finds_a_changed_index(known: KnownStore) -> None:
     assert "rows 0 … 3" in StoreCheck(known.uri).store()[0]
 
 
-def test_verifying_finds_another_basis(known: KnownStore) -> None:
-    (Path(known.uri) / "pca/mean/c/0").unlink()
-    assert StoreCheck(known.uri).store() == ["the PCA basis is not the one that the attributes name"]
+def test_verifying_finds_another_basis_and_other_steps(known: KnownStore) -> None:
+    group = zarr.open_group(known.uri, mode="r+")
+    group["step"][0] = 7
+    group["pca/mean"][0] = 7
+    assert StoreCheck(known.uri).store() == [
+        "the PCA basis is not the one that the attributes name",
+        "the quantization steps are not those that the attributes name",
+    ]
 
 
 def test_storage_errors_are_explained() -> None:

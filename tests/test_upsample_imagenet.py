@@ -1,9 +1,12 @@
 """The main job, end to end: in this process where that is enough, as a command where it is not."""
 
 import io
+import multiprocessing
 import os
+import re
 import shutil
 import tarfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ LITE0 = SHARED / "weights" / "tf_efficientnet_lite0.safetensors"
 VIT = SHARED / "weights" / "vit_small_patch14_dinov2.focus.safetensors"
 needs_shared = pytest.mark.skipif(not COCO.exists(), reason=f"needs the photographs and weights in {SHARED}")
 
+README = Path(__file__).parents[1] / "README.md"
 SIZE = 64
 
 
@@ -299,7 +303,39 @@ def test_what_is_refused_before_work(photographs: Path, tmp_path: Path, options:
     with pytest.raises(JobError) as caught:
         upsample(replace(config(photographs, tmp_path / "store"), **options))
     assert words in str(caught.value)
-    assert not (tmp_path / "store" / "zarr.json").exists()
+    assert not (tmp_path / "store").exists()
+
+
+def test_store_and_images_are_kept_apart(photographs: Path, tmp_path: Path) -> None:
+    for images, store in ((photographs, photographs / "store"), (photographs / "a", photographs)):
+        with pytest.raises(JobError, match="lie in each other"):
+            upsample(config(images, store, overwrite=True))
+    assert len(list(photographs.rglob("*.png"))) == 14
+
+
+def test_two_jobs_share_a_store(photographs: Path, tmp_path: Path) -> None:
+    """Started at the same moment: one sets the store up, the other joins it."""
+    jobs = [config(photographs, tmp_path / "store", resume=True, shards=shards) for shards in (":2", "2:")]
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        assert list(pool.map(upsample, jobs)) == [0, 0]
+    assert FeatureStore(str(tmp_path / "store")).index["status"].to_pylist() == ["ok"] * 14
+    assert verify(VerifyConfig(store=str(tmp_path / "store"))) == 0
+
+
+def test_the_readmes_snippets_run(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for i, path in enumerate(sorted(photographs.rglob("*.png"))[:4]):
+        shutil.copyfile(path, folder / ("chelsea.png" if i == 1 else path.name))
+    assert upsample(config(folder, tmp_path / "demo" / "store")) == 0
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        names: dict[str, Any] = {}
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert names["features"].shape == (8, SIZE, SIZE)
+    assert names["channels"].shape == (128,)
 
 
 def test_an_existing_store_is_safe(photographs: Path, tmp_path: Path) -> None:
@@ -313,6 +349,9 @@ def test_an_existing_store_is_safe(photographs: Path, tmp_path: Path) -> None:
         assert line in str(caught.value)
     assert upsample(replace(job, overwrite=True, components=4)) == 0
     assert FeatureStore(job.store).shape[0] == 4
+    (tmp_path / "store" / "notes.txt").write_text("mine")
+    assert upsample(replace(job, overwrite=True)) == 0
+    assert (tmp_path / "store" / "notes.txt").exists()
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
     with pytest.raises(JobError, match="holds other things"):
@@ -354,6 +393,11 @@ def test_from_s3_to_s3(photographs: Path, tmp_path: Path, s3_bucket: str) -> Non
     assert remote.keys == FeatureStore(local.store).keys
     with pytest.raises(JobError, match="exists"):
         upsample(replace(job, resume=False))
+    features = {name: getattr(job, name) for name in FitPcaConfig.__dataclass_fields__ if hasattr(job, name)}
+    basis = f"{s3_bucket}/bases/basis.npz"
+    assert fit_pca(FitPcaConfig(**features, output=basis)) == 0
+    assert upsample(replace(local, pca=basis, overwrite=True)) == 0
+    assert np.array_equal(FeatureStore(local.store).components, remote.components)
 
 
 @pytest.mark.s3
