@@ -16,9 +16,6 @@ def measured_on() -> dict[str, Any]:
     """Device, versions, commit, day."""
     import torch
 
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
-    )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     packages = ("torch", "timm", "ray", "numpy", "zarr", "numba", "pillow")
     return {
@@ -26,9 +23,22 @@ def measured_on() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
         "day": datetime.now(UTC).date().isoformat(),
     }
+
+
+def _commit() -> str:
+    """The commit, and whether anything but results has changed since."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(
+            command, cwd=RESULTS.parents[1], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    dirty = git("status", "--short", "--", ":!benchmarks/results")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if dirty else "")
 
 
 def append(name: str, row: dict[str, Any]) -> None:

@@ -56,7 +56,16 @@ def _machine(row: dict[str, Any]) -> str:
     return f"{row['cores']} cores ({row['device']})"
 
 
-TABLES = {"main_job": main_job, "upsampling_cpu": upsampling_cpu}
+def demo() -> str:
+    """The demonstration from nothing, and again."""
+    row = rows.read("demo")[-1]
+    return (
+        f"`make demo` from a clone, with {row['installer']} and an empty package cache: {row['first_s']:.0f} s, again: "
+        f"{row['again_s']:.0f} s, on {_machine(row)} (`python -m benchmarks.demo`)."
+    )
+
+
+TABLES = {"demo": demo, "main_job": main_job, "upsampling_cpu": upsampling_cpu}
 
 
 def with_tables(text: str) -> str:
