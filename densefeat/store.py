@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -225,6 +226,7 @@ class FeatureStore:
         return array
 
 
+_PARALLEL_REQUESTS = 32
 _BEGIN_ANEW = "copy it from a copy of the store, or make the store anew with --overwrite"
 _REPAIR = "verify the store with jobs/verify_store.py --repair and make it again with --resume"
 
@@ -273,8 +275,10 @@ def _with_finished_shards(index: pa.Table, objects: Objects) -> pa.Table:
     columns["status"] = ["pending"] * index.num_rows
     columns["chunk_offset"] = [None] * index.num_rows
     columns["chunk_nbytes"] = [None] * index.num_rows
-    for key in objects.list(layout.LEDGER):
-        for outcome in _read_table(objects, key).to_pylist():
+    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+        records = list(pool.map(lambda key: _read_table(objects, key), objects.list(layout.LEDGER)))
+    for record in records:
+        for outcome in record.to_pylist():
             row = outcome.pop("row")
             for name, value in outcome.items():
                 columns[name][row] = value

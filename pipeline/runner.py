@@ -252,6 +252,10 @@ def ray_workers(spec: WorkerSpec, count: int | None, *, attempts: int, stall_tim
     device = spec.config.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"
+        if not gpus and os.environ.get("RAY_ADDRESS"):
+            logger.warning(
+                "the cluster has no GPU at present: running on CPUs; --device cuda --workers N asks for GPUs"
+            )
     # A cluster can add nodes when they are asked for; Ray in this process has what the machine has.
     if device == "cuda" and not gpus and not (count and os.environ.get("RAY_ADDRESS")):
         raise JobError(
