@@ -10,7 +10,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -106,6 +106,10 @@ class RayWorkers:
         self, method: str, tasks: Sequence[tuple[Any, ...]], on_progress: Callable[[int], None] = lambda images: None
     ) -> Iterator[tuple[int, Any]]:
         """As ``Workers.map``."""
+        for actor in self._actors:
+            if actor.set_up is None:  # what it did for an earlier map is not progress of this one
+                with suppress(RayError):
+                    actor.images, actor.counter = ray.get(actor.handle.images_done.remote()), None
         waiting = deque(range(len(tasks)))
         tried = [0] * len(tasks)
         left = len(tasks)
