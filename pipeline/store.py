@@ -9,8 +9,9 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -281,6 +282,18 @@ def finish(objects: Objects, records: Sequence[LedgerRecord]) -> None:
     objects.put(layout.INDEX, _parquet(merged))
     objects.put(layout.MANIFEST, _parquet(manifest(ordered)))
     objects.tidy()
+
+
+@contextmanager
+def storage_explained(uri: str) -> Iterator[None]:
+    """Turn storage errors in the block that trying again will not mend into a ``JobError`` about ``uri``."""
+    try:
+        yield
+    except Exception as error:
+        explained = explain_storage_error(error, uri)
+        if explained is None:
+            raise
+        raise explained from error
 
 
 def explain_storage_error(error: BaseException, uri: str) -> JobError | None:

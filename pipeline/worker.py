@@ -24,7 +24,7 @@ from pipeline.feature_worker import FeatureWorker, WorkerSpec
 from pipeline.pca import Basis
 from pipeline.quantize import quantize, steps
 from pipeline.stage_seconds import StageSeconds
-from pipeline.store import explain_storage_error, write_shard
+from pipeline.store import storage_explained, write_shard
 from pipeline.upsample import build_upsampler
 from schemas.config import UpsampleConfig
 from schemas.index import OK
@@ -112,13 +112,8 @@ class ShardWorker(FeatureWorker):
             "clipped": clipped,
             "made_by": self.made_by(),
         }
-        try:
+        with storage_explained(store.uri):
             return write_shard(store, shard, shard_rows, encoded, outcomes, seconds, facts)
-        except Exception as error:
-            explained = explain_storage_error(error, store.uri)
-            if explained is None:
-                raise
-            raise explained from error
 
     def _codes(
         self, batch: Batch, encoding: Encoding, seconds: StageSeconds
