@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows
+from pipeline.upsample import UPSAMPLERS
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -23,7 +24,9 @@ def main_job() -> str:
     ]
     for row in latest.values():
         stages = row["stage_ms_per_image"]
-        times = " / ".join(f"{stages[stage]:.0f}" for stage in ("backbone", "upsample", "quantize", "encode", "decode"))
+        times = " / ".join(
+            f"{stages.get(stage, 0):.0f}" for stage in ("backbone", "upsample", "quantize", "encode", "decode")
+        )
         table.append(
             f"| `{row['backbone']}`, {row['layer']} | {row['images']:,} | {row['images_per_s']:.1f} | {times} "
             f"| {row['store_bytes_per_image'] / 1e6:.2f} | {row['peak_bytes'] / 1e9:.2f} GB |"
@@ -36,20 +39,75 @@ def main_job() -> str:
     ) + "\n".join(table)
 
 
-def upsampling_cpu() -> str:
-    """JBU on a CPU against its definition in plain torch."""
-    latest = {(row["what"], row["threads"]): row for row in rows.read("upsampling_cpu")}
-    table = ["| k = 64, one image | threads | densefeat | plain torch | ratio |", "|---|---|---|---|---|"]
-    for (what, threads), row in latest.items():
-        ms = row["ms"]
+def jbu_parts() -> str:
+    """JBU on a CPU against its definition in plain torch: one stage, its parts, and stacks."""
+    latest = {(row["part"], row["threads"]): row for row in rows.read("jbu_parts")}
+    table = ["| k = 64, one image | 1 thread | 2 threads | plain torch, 2 threads | ratio |", "|---|---|---|---|---|"]
+    for part in dict.fromkeys(part for part, _ in latest):
+        one, two = latest[part, 1]["ms"], latest[part, 2]["ms"]
         table.append(
-            f"| {what} | {threads} | {ms['cpu']:.1f} ms | {ms['reference']:.0f} ms | {row['reference_over_cpu']:.0f}× |"
+            f"| {part} | {one['densefeat']:.1f} ms | {two['densefeat']:.1f} ms | {two['plain torch']:.0f} ms "
+            f"| {two['plain torch'] / two['densefeat']:.0f}× |"
         )
     sample = next(iter(latest.values()))
+    return f"On {_machine(sample)}, medians of runs in turn (`python -m benchmarks.jbu`):\n\n" + "\n".join(table)
+
+
+def jbu() -> str:
+    """Learned JBU ×16 to 224 px against its peers: time and memory an image; half precision, largest batch on a GPU."""
+    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows.read("jbu"):
+        if row["sizes"] == "14→224" and (row["batch"], row["dtype"]) in ((1, "float32"), (32, "float16")):
+            latest[tuple(row[name] for name in ("device", "C", "batch", "dtype", "passes"))] = row
+    sides = list(dict.fromkeys(side for row in latest.values() for side in row["sides"]))
+    table = [
+        f"| device | C | batch | | floor | {' | '.join(sides)} |",
+        "|---|---|---|---|---|" + "---|" * len(sides),
+    ]
+    for row in latest.values():
+        cells = [_time_and_memory(row["sides"].get(side), row["batch"]) for side in sides]
+        table.append(
+            f"| {row['device']} | {row['C']} | {row['batch']} | {row['dtype']}, {row['passes']} "
+            f"| {_ms(row['floor_ms_per_image'])} | {' | '.join(cells)} |"
+        )
     return (
-        f"Training-free JBU on {_machine(sample)}, medians of 11 runs in turn "
-        "(`python -m benchmarks.upsampling_cpu`):\n\n"
+        "Four learned stages, 14×14 → 224×224: ms and peak MB an image, medians of runs in turn "
+        "(`python -m benchmarks.jbu`). Floor: source and image read once, output written once, at the speed of a copy "
+        "in the same run. More sizes are in `benchmarks/results/jbu.jsonl`.\n\n"
     ) + "\n".join(table)
+
+
+def upsamplers() -> str:
+    """What there is to choose from, what each needs, and what it costs."""
+    latest = {(row["upsampler"], row["size"]): row for row in rows.read("upsamplers")}
+    sample = next(iter(latest.values()))
+    table = [
+        "| `--upsampler` | weights | channels | scale | looks at | PCA | 224 px | 448 px |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(name for name, _ in latest):
+        facts = UPSAMPLERS[name.split(",")[0]].facts
+        costs = [_time_and_memory_of(latest[name, size]) for size in (224, 448)]
+        words = facts.weights, facts.channels, facts.scale, facts.guidance, facts.pca, *costs
+        table.append(f"| `{name.split(',')[0]}`{name[len(name.split(',')[0]) :]} | {' | '.join(words)} |")
+    return (
+        f"Costs: from {sample['C']} channels of a ViT-S/14 to k = {sample['k']} components, one image, one thread, "
+        f"{_machine(sample)}: time and peak memory (`python -m benchmarks.upsamplers`).\n\n"
+    ) + "\n".join(table)
+
+
+def _time_and_memory_of(row: dict[str, Any]) -> str:
+    return f"{_ms(row['ms']['k'])}, {row['peak_bytes']['k'] / 1e6:,.0f} MB"
+
+
+def _time_and_memory(measured: dict[str, Any] | None, batch: int) -> str:
+    if measured is None:
+        return "out of memory"
+    return f"{_ms(measured['ms_per_image'])}, {measured['peak_bytes'] / batch / 1e6:,.0f} MB"
+
+
+def _ms(value: float) -> str:
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
 def _machine(row: dict[str, Any]) -> str:
@@ -65,7 +123,7 @@ def demo() -> str:
     )
 
 
-TABLES = {"demo": demo, "main_job": main_job, "upsampling_cpu": upsampling_cpu}
+TABLES = {"demo": demo, "main_job": main_job}
 
 
 def with_tables(text: str) -> str:

@@ -1,267 +1,221 @@
-"""Joint bilateral upsampling on the CPU, compiled by numba: float32 inference, agreeing with `kernels.jbu_reference`.
+"""Joint bilateral upsampling on the CPU, compiled by numba: agrees with `kernels.jbu_reference`, forward and backward.
 
-Bicubic ×2, reflect padding and the n × n adaptive convolution are all linear in the source and separable but for the
-kernel K itself. So one output pixel's K folds into a kernel on the *low-res* grid, K' = Rᵀ·K·C with R and C small
-matrices per row and column (borders included, exactly): no high-res buffer, and the four outputs above one low-res
-pixel read the same source vectors. Each output pixel is computed by one thread in a fixed order: results do not depend
-on the number of threads. Threads are Python's: numba's own are neither thread- nor fork-safe.
+float32 and float64 are computed as such; float16 and bfloat16 in float32, rounded once at the end. Every element is
+computed by one thread, in an order that depends on nothing but its place: not on the number of threads, not on the rest
+of the batch. A stage goes from guidance to features, or codes, a few rows at a time, which stay in a core's cache.
+
+The parts: vectors in registers in `jbu_cpu_simd`, `jbu_cpu_memory` and `jbu_cpu_math`; `jbu_cpu_layout` and
+`jbu_cpu_threads`; compiled with these `jbu_cpu_kernels`, `jbu_cpu_conv`, `jbu_cpu_codes` and `jbu_cpu_backward`.
 """
 
-import functools
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from numba import njit
 from torch import Tensor
 
-from kernels.jbu_reference import JBUStage, kernel_from_range_products
+from kernels import jbu_cpu_backward, jbu_cpu_fillers, jbu_reference
+from kernels.jbu_cpu_codes import quantize
+from kernels.jbu_cpu_conv import convolve, fold_scratch, folding
+from kernels.jbu_cpu_fillers import PAIRS, Consumer, Fillers
+from kernels.jbu_cpu_layout import DType, aligned_zeros, array_of, channel_vectors, image_rows, torch_dtype, unpack
+from kernels.jbu_cpu_simd import Array
+from kernels.jbu_dispatch import Kind
+from kernels.jbu_parameters import Codes, Quantization, StageParameters
 
-__all__ = ["adaptive_conv_upsample2x", "bilateral_kernel", "learned_kernel", "reasons_not"]
+__all__ = [
+    "adaptive_conv_upsample2x",
+    "adaptive_conv_upsample2x_backward",
+    "bilateral_kernel",
+    "bilateral_stage",
+    "learned_kernel",
+    "learned_stage",
+    "range_products",
+    "range_products_backward",
+    "reasons_not",
+]
 
-Array = npt.NDArray[Any]
-
-# "contract" allows fused multiply-adds. Not all of fast-math: NaN features must come out as NaN.
-_compiled = njit(nogil=True, cache=True, fastmath={"contract"})
-_UNROLL = 7  # taps summed per pass over the channels: the output is then loaded and stored once per 7 products
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def reasons_not(*tensors: Tensor) -> list[str]:
-    """Every reason why this implementation cannot take these inputs; none if it can.
-
-    It takes float32 on the CPU in any memory layout, where no gradient is needed. Other dtypes go to the reference:
-    computing them in float32 here would silently change a float64 result.
-    """
-    devices = sorted({str(t.device) for t in tensors if t.device.type != "cpu"})
-    dtypes = sorted({str(t.dtype) for t in tensors if t.dtype != torch.float32})
+def reasons_not(kinds: Sequence[Kind]) -> list[str]:
+    """Every reason why this implementation cannot take inputs of these kinds; none if it can."""
+    devices = sorted({str(kind.device) for kind in kinds if kind.device.type != "cpu"})
+    dtypes = sorted({str(kind.dtype) for kind in kinds if kind.dtype not in _DTYPES})
     reasons = []
     if devices:
         reasons.append(f"it runs on the CPU, inputs are on {', '.join(devices)}")
     if dtypes:
-        reasons.append(f"it computes in float32, inputs are {', '.join(dtypes)}")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        reasons.append("it has no backward pass, inputs require a gradient (use torch.no_grad() for inference)")
+        reasons.append(f"it takes {', '.join(map(str, _DTYPES))}, inputs are {', '.join(dtypes)}")
     return reasons
 
 
 def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor) -> Tensor:
-    """As `kernels.jbu_reference.adaptive_conv_upsample2x`.
+    """As `kernels.jbu_reference.adaptive_conv_upsample2x`, in any memory format; channels_last saves a transposition.
 
     Args:
-        source: [B, C, h, w] float32; channels_last saves a transposition.
-        kernel: [B, n*n, 2h, 2w] float32.
+        source: [B, C, h, w].
+        kernel: [B, n*n, 2h, 2w], dtype of source.
 
     Returns:
-        [B, C, 2h, 2w] float32, in channels_last memory format.
+        [B, C, 2h, 2w], dtype of source, in channels_last memory format.
     """
-    B, C, h, w = source.shape
-    radius = math.isqrt(kernel.shape[1]) // 2
-    margin = _margin(radius)
-    padded = torch.zeros(B, h + 2 * margin, w + 2 * margin, C)  # the zeros are read, with weight 0
-    padded[:, margin : margin + h, margin : margin + w] = source.detach().permute(0, 2, 3, 1)
-    rows, columns = _axis_matrices(h, radius), _axis_matrices(w, radius)
-    output = torch.empty(B, 2 * h, 2 * w, C)
-    arguments = padded.numpy(), _array(kernel), rows, np.ascontiguousarray(columns.transpose(1, 2, 0)), output.numpy()
-    _over_rows(B * h, lambda start, stop: _adaptive_conv(*arguments, start, stop))
-    return output.permute(0, 3, 1, 2)
+    return _convolved(source, jbu_cpu_fillers.given(kernel, _radius(kernel), _working(source)))
 
 
-def bilateral_kernel(guidance: Tensor, sigma_spatial: float, sigma_range: float, radius: int = 3) -> Tensor:
-    """As `kernels.jbu_reference.bilateral_kernel`: [B, G, H, W] float32 -> [B, n*n, H, W] float32, contiguous."""
-    B, _, H, W = guidance.shape
-    squares = np.arange(-radius, radius + 1, dtype=np.float64) ** 2
-    spatial = (-(squares[:, None] + squares[None, :]) / (2 * sigma_spatial**2)).ravel().astype(np.float32)
-    output = torch.empty(B, spatial.size, H, W)
-    arguments = _reflected(guidance, radius), spatial, np.float32(-0.5 / sigma_range**2), output.numpy()
-    _over_rows(B * H, lambda start, stop: _bilateral(*arguments, start, stop))
+def adaptive_conv_upsample2x_backward(
+    gradient: Tensor, source: Tensor, kernel: Tensor, for_source: bool, for_kernel: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `adaptive_conv_upsample2x`.
+
+    Args:
+        gradient: of the output, [B, C, 2h, 2w].
+        source: [B, C, h, w].
+        kernel: [B, n*n, 2h, 2w].
+        for_source: whether the source's is wanted.
+        for_kernel: whether the kernel's is.
+
+    Returns:
+        Of source, of kernel: their shapes and dtypes, contiguous; None where not wanted.
+    """
+    dtype, radius = _working(source), _radius(kernel)
+    of_source = of_kernel = None
+    if for_source:
+        kernels = jbu_cpu_fillers.given(kernel, radius, dtype)
+        of_source = jbu_cpu_backward.source_gradient(gradient, kernels, source.shape[1]).to(source.dtype)
+    if for_kernel:  # the output's gradient times the neighbours in the source upsampled
+        bicubic = jbu_cpu_fillers.given(torch.ones(1).expand(len(source), 1, *kernel.shape[2:]), 0, dtype)
+        high = _convolved(source.detach().to(torch_dtype(dtype)), bicubic)
+        own, others = (image_rows(array_of(image, dtype), radius, radius, dtype) for image in (gradient, high))
+        of_kernel = _unpacked(jbu_cpu_fillers.products(own, others, kernel.shape[3], radius)).to(kernel.dtype)
+    return of_source, of_kernel
+
+
+def range_products(keys: Tensor, radius: int) -> Tensor:
+    """As `kernels.jbu_reference.range_products`: keys [B, D, H, W] -> [B, n*n, H, W], dtype of keys, contiguous."""
+    dtype = _working(keys)
+    rows = image_rows(array_of(keys, dtype), radius, radius, dtype)
+    return _unpacked(jbu_cpu_fillers.products(rows, rows, keys.shape[3], radius)).to(keys.dtype)
+
+
+def range_products_backward(gradient: Tensor, keys: Tensor, radius: int) -> Tensor:
+    """Gradient of the keys [B, D, H, W] from that of their products [B, n*n, H, W]: dtype of keys, contiguous."""
+    return jbu_cpu_backward.keys_gradient(gradient, keys, radius, _working(keys)).to(keys.dtype)
+
+
+def bilateral_kernel(guidance: Tensor, sigma_spatial: float, sigma_range: float, radius: int) -> Tensor:
+    """As `kernels.jbu_reference.bilateral_kernel`: [B, G, H, W] -> [B, n*n, H, W], contiguous."""
+    kernels = jbu_cpu_fillers.bilateral(guidance, sigma_spatial, sigma_range, radius, _working(guidance))
+    return _unpacked(kernels).to(guidance.dtype)
+
+
+def learned_kernel(guidance: Tensor, stage: StageParameters) -> Tensor:
+    """As `kernels.jbu_reference.learned_kernel`: [B, G, H, W] -> [B, n*n, H, W], contiguous."""
+    return _unpacked(jbu_cpu_fillers.learned(guidance, stage, _working(guidance))).to(guidance.dtype)
+
+
+def bilateral_stage(
+    source: Tensor,
+    guidance: Tensor,
+    sigma_spatial: float,
+    sigma_range: float,
+    radius: int,
+    quantization: Quantization | None = None,
+) -> Tensor | Codes:
+    """As `kernels.jbu_reference.bilateral_stage`, and if asked `kernels.jbu_reference.quantized` of that.
+
+    Args:
+        source: [B, C, h, w].
+        guidance: [B, G, 2h, 2w], dtype of source or float32.
+        sigma_spatial: in pixels of the guidance.
+        sigma_range: in units of the guidance.
+        radius: of the kernel.
+        quantization: of the output; None leaves it as it is.
+
+    Returns:
+        [B, C, 2h, 2w], dtype of source, channels_last; or its codes.
+    """
+    dtype = _working(source, guidance)
+    kernels = jbu_cpu_fillers.bilateral(guidance, sigma_spatial, sigma_range, radius, dtype)
+    return _convolved(source, kernels) if quantization is None else _quantized(source, kernels, quantization)
+
+
+def learned_stage(
+    source: Tensor, guidance: Tensor, stage: StageParameters, quantization: Quantization | None = None
+) -> Tensor | Codes:
+    """As `kernels.jbu_reference.learned_stage`, and if asked `kernels.jbu_reference.quantized` of that.
+
+    Args:
+        source: [B, C, h, w].
+        guidance: [B, G, 2h, 2w], dtype of source or float32.
+        stage: parameters.
+        quantization: of the output; None leaves it as it is.
+
+    Returns:
+        [B, C, 2h, 2w], dtype of source, channels_last; or its codes.
+    """
+    kernels = jbu_cpu_fillers.learned(guidance, stage, _working(source, guidance))
+    return _convolved(source, kernels) if quantization is None else _quantized(source, kernels, quantization)
+
+
+def _working(*tensors: Tensor) -> DType:
+    """The dtype to compute in."""
+    return np.dtype(np.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else np.float32)
+
+
+def _radius(kernel: Tensor) -> int:
+    return math.isqrt(kernel.shape[1]) // 2
+
+
+def _unpacked(kernels: Fillers) -> Tensor:
+    """The kernels themselves, [B, n*n, H, W]."""
+    B, H, W = kernels.shape
+    output = torch.empty(B, (2 * kernels.radius + 1) ** 2, H, W, dtype=torch_dtype(kernels.dtype))
+    array = output.numpy()
+    kernels.feed(lambda: lambda image, blocks, y: unpack(blocks, array[image], y))
     return output
 
 
-def learned_kernel(guidance: Tensor, stage: JBUStage) -> Tensor:
-    """As `kernels.jbu_reference.learned_kernel`: [B, guidance_dim, H, W] float32 -> [B, n*n, H, W] float32.
+def _convolved(source: Tensor, kernels: Fillers) -> Tensor:
+    """The source upsampled: [B, C, 2h, 2w], dtype of source, channels_last."""
+    B, C, h, w = source.shape
+    low, fold = channel_vectors(source, kernels.dtype), folding(h, w, kernels.radius, kernels.dtype)
+    output = torch.empty(B, 2 * h, 2 * w, C, dtype=torch_dtype(kernels.dtype))
+    high = output.numpy()
 
-    The key products are compiled; the 1×1 convolutions and the softmax are torch's.
-    """
-    B, _, H, W = guidance.shape
-    keys = stage.range_proj(guidance).detach()
-    keys = F.pad(keys, [0, 0, 0, 0, 0, -keys.shape[1] % 4])
-    products = torch.empty(B, (2 * stage.radius + 1) ** 2, H, W)
-    arguments = _array(keys), _reflected(keys, stage.radius), products.numpy()
-    _over_rows(B * H, lambda start, stop: _key_products(*arguments, start, stop))
-    return kernel_from_range_products(products, guidance, stage).detach()
+    def consumer() -> Consumer:
+        scratch = fold_scratch(kernels.radius, kernels.dtype)
+        return lambda image, blocks, y: convolve(blocks, low[image], fold, *scratch, high[image], y, 2 * y)
 
-
-def _over_rows(count: int, work: Callable[[int, int], None]) -> None:
-    """Call ``work(start, stop)`` over 0…count on torch's number of threads; a pool per call, so that forks are safe."""
-    threads = min(torch.get_num_threads(), count)
-    if threads == 1:
-        work(0, count)
-        return
-    step = math.ceil(count / (4 * threads))  # smaller than a thread's share: a thread held up elsewhere delays less
-    starts = range(0, count, step)
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, starts, [min(start + step, count) for start in starts]))
+    kernels.feed(consumer)
+    return output.permute(0, 3, 1, 2).to(source.dtype)
 
 
-def _array(tensor: Tensor) -> Array:
-    array: Array = tensor.detach().contiguous().numpy()
-    return array
+def _quantized(source: Tensor, kernels: Fillers, quantization: Quantization) -> Codes:
+    """The source upsampled, as codes."""
+    if source.dtype in (torch.float16, torch.bfloat16):  # codes are of the rounded features
+        return jbu_reference.quantized(_convolved(source, kernels), quantization)
+    B, C, h, w = source.shape
+    low, fold = channel_vectors(source, kernels.dtype), folding(h, w, kernels.radius, kernels.dtype)
+    step, offset = np.ones(low.shape[3], kernels.dtype), np.zeros(low.shape[3], kernels.dtype)
+    step[:C], offset[:C] = (array_of(tensor, kernels.dtype) for tensor in (quantization.step, quantization.offset))
+    codes = torch.empty(B, C, 2 * h, 2 * w, dtype=torch.int8)
+    planes, counts = codes.numpy(), list[Array]()
 
+    def consumer() -> Consumer:
+        scratch = fold_scratch(kernels.radius, kernels.dtype)
+        rows = aligned_zeros((2 * PAIRS, 2 * w, low.shape[3]), kernels.dtype)
+        of_row = np.empty(rows.shape[1:], np.int8)
+        count = np.zeros((B, 2), np.int64)
+        counts.append(count)
 
-def _reflected(image: Tensor, radius: int) -> Array:
-    return _array(F.pad(image.detach(), [radius] * 4, mode="reflect"))
+        def consume(image: int, blocks: Array, y: int) -> None:
+            convolve(blocks, low[image], fold, *scratch, rows, y, 0)
+            quantize(rows[: 2 * len(blocks)], step, offset, of_row, planes[image], 2 * y, count[image])
 
+        return consume
 
-def _margin(radius: int) -> int:
-    """How far, in low-res pixels, an output pixel's n × n high-res window reaches, bicubic taps included."""
-    return radius // 2 + 2
-
-
-@functools.lru_cache(maxsize=64)
-def _axis_matrices(size: int, radius: int) -> Array:
-    """Bicubic ×2 and reflection along one axis: [2*size, N, n] float32, N = 2*margin + 1.
-
-    Entry (Y, j, a) is the weight of source pixel Y//2 + j − margin in high-res pixel Y + a − radius.
-    """
-    a = -0.75  # Keys 1981, equation 4, with PyTorch's constant
-    near = lambda x: (a + 2) * x**3 - (a + 3) * x**2 + 1  # noqa: E731
-    far = lambda x: a * (x**3 - 5 * x**2 + 8 * x - 4)  # noqa: E731
-    odd = np.array([far(1.25), near(0.25), near(0.75), far(1.75)])  # high-res pixel 2i + 1 lies at i + 1/4
-    coefficients = np.stack([odd[::-1], odd])
-
-    margin = _margin(radius)
-    centre = np.arange(2 * size)[:, None]
-    high = np.abs(centre + np.arange(-radius, radius + 1))  # [2*size, n], reflected at 0
-    high = (2 * size - 1) - np.abs(2 * size - 1 - high)
-    first = high // 2 - 2 + high % 2
-    matrices = np.zeros((2 * size, 2 * margin + 1, 2 * radius + 1))
-    taps = np.arange(2 * radius + 1)
-    for k in range(4):
-        low = np.clip(first + k, 0, size - 1)  # bicubic repeats the edge
-        np.add.at(matrices, (centre, low - centre // 2 + margin, taps), coefficients[high % 2, k])
-    return matrices.astype(np.float32)
-
-
-@_compiled
-def _fold_row(kernel: Array, row: Array, columns: Array, partial: Array, folded: Array) -> None:
-    """One row of K' = Rᵀ·K·C. kernel [n*n, W], row [N, n], columns [N, n, W], partial [n, W], folded [≥ N*N, W]."""
-    N, n = row.shape
-    W = kernel.shape[1]
-    for j in range(N):
-        partial[:] = 0
-        for a in range(n):
-            weight = row[j, a]
-            if weight != 0:  # a high-res row has four taps of the N
-                for b in range(n):
-                    taps, sums = kernel[a * n + b], partial[b]
-                    for x in range(W):
-                        sums[x] += weight * taps[x]
-        for i in range(N):
-            sums = folded[j * N + i]
-            sums[:] = 0
-            for b in range(n):
-                weights, taps = columns[i, b], partial[b]
-                for x in range(W):
-                    sums[x] += weights[x] * taps[x]
-
-
-@_compiled
-def _adaptive_conv(
-    padded: Array, kernel: Array, rows: Array, columns: Array, output: Array, start: int, stop: int
-) -> None:
-    """Low-res rows start…stop of all images: padded [B, h+2m, w+2m, C], kernel [B, n*n, H, W], output [B, H, W, C]."""
-    h, W, C = output.shape[1] // 2, output.shape[2], output.shape[3]
-    N, n = rows.shape[1:]
-    passes = (N * N + _UNROLL - 1) // _UNROLL
-    folded = np.zeros((passes * _UNROLL, W), np.float32)  # taps past N*N keep weight 0, on the window's first pixel
-    partial = np.empty((n, W), np.float32)
-    width = padded.shape[2]
-    tap = np.zeros(passes * _UNROLL, np.int64)
-    for t in range(N * N):
-        tap[t] = t // N * width + t % N
-    for item in range(start, stop):
-        image, y = item // h, item % h
-        low = padded[image].reshape(-1, C)
-        for Y in range(2 * y, 2 * y + 2):
-            _fold_row(kernel[image, :, Y], rows[Y], columns, partial, folded)
-            for X in range(W):
-                first = y * width + X // 2
-                sums = output[image, Y, X]
-                sums[:] = 0
-                for t in range(0, passes * _UNROLL, _UNROLL):
-                    w0, s0 = folded[t, X], low[first + tap[t]]
-                    w1, s1 = folded[t + 1, X], low[first + tap[t + 1]]
-                    w2, s2 = folded[t + 2, X], low[first + tap[t + 2]]
-                    w3, s3 = folded[t + 3, X], low[first + tap[t + 3]]
-                    w4, s4 = folded[t + 4, X], low[first + tap[t + 4]]
-                    w5, s5 = folded[t + 5, X], low[first + tap[t + 5]]
-                    w6, s6 = folded[t + 6, X], low[first + tap[t + 6]]
-                    for c in range(C):
-                        sums[c] += (
-                            w0 * s0[c] + w1 * s1[c] + w2 * s2[c] + w3 * s3[c] + w4 * s4[c] + w5 * s5[c] + w6 * s6[c]
-                        )
-
-
-@_compiled
-def _exp(x: Any) -> Any:
-    """e^x for x ≤ 0 in float32, to about 1e-5 relative; e^-87 below −87. Written out: libm's does not vectorise."""
-    scaled = max(x, np.float32(-87.0)) * np.float32(math.log2(math.e))
-    whole = np.int32(scaled - np.float32(0.5))  # towards zero, so the nearest integer for scaled ≤ 0
-    f = (scaled - np.float32(whole)) * np.float32(math.log(2))  # |f| ≤ 0.35: Taylor's 7 terms are enough
-    series = np.float32(1 / 720)
-    for k in (120, 24, 6, 2, 1, 1):
-        series = series * f + np.float32(1 / k)
-    return series * np.int32((whole + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
-@_compiled
-def _bilateral(padded: Array, spatial: Array, range_factor: Any, output: Array, start: int, stop: int) -> None:
-    """Rows start…stop of all images: padded [B, G, H+2r, W+2r], spatial exponents [n*n], output [B, n*n, H, W]."""
-    H, W = output.shape[2:]
-    n = padded.shape[2] - H + 1
-    r = n // 2
-    distance, total = np.empty(W, np.float32), np.empty(W, np.float32)
-    for item in range(start, stop):
-        image, y = item // H, item % H
-        total[:] = 0
-        for t in range(n * n):
-            a, b = t // n, t % n
-            distance[:] = 0
-            for g in range(padded.shape[1]):
-                here, there = padded[image, g, y + r], padded[image, g, y + a]
-                for x in range(W):
-                    difference = here[x + r] - there[x + b]
-                    distance[x] += difference * difference
-            weights = output[image, t, y]
-            for x in range(W):
-                weights[x] = _exp(spatial[t] + range_factor * distance[x])
-                total[x] += weights[x]
-        for t in range(n * n):
-            weights = output[image, t, y]
-            for x in range(W):
-                weights[x] /= total[x]  # at least 1: the centre's own weight
-
-
-@_compiled
-def _key_products(keys: Array, padded: Array, output: Array, start: int, stop: int) -> None:
-    """Rows start…stop of all images: keys [B, D, H, W] with 4 | D, padded [B, D, H+2r, W+2r], output [B, n*n, H, W]."""
-    H, W = output.shape[2:]
-    n = padded.shape[2] - H + 1
-    for item in range(start, stop):
-        image, y = item // H, item % H
-        for t in range(n * n):
-            sums = output[image, t, y]
-            sums[:] = 0
-            dy, dx = t // n, t % n
-            for d in range(0, keys.shape[1], 4):  # four channels to one load and store of the sums
-                k0, s0 = keys[image, d, y], padded[image, d, y + dy, dx:]
-                k1, s1 = keys[image, d + 1, y], padded[image, d + 1, y + dy, dx:]
-                k2, s2 = keys[image, d + 2, y], padded[image, d + 2, y + dy, dx:]
-                k3, s3 = keys[image, d + 3, y], padded[image, d + 3, y + dy, dx:]
-                for x in range(W):
-                    sums[x] += k0[x] * s0[x] + k1[x] * s1[x] + k2[x] * s2[x] + k3[x] * s3[x]
+    kernels.feed(consumer)
+    not_finite, clipped = (torch.tensor(count, dtype=torch.int32) for count in np.sum(counts, axis=0).T)
+    return Codes(codes, not_finite, clipped)

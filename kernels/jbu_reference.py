@@ -2,8 +2,7 @@
 
 One stage doubles the resolution of its source: it makes an adaptive kernel per output pixel from the guidance image
 (`learned_kernel` or `bilateral_kernel`), and `adaptive_conv_upsample2x` applies it. Everything here is differentiable
-and runs in any floating dtype on any device. Arguments are checked by the public operations of the same names,
-in `kernels.jbu`.
+and runs in any floating dtype on any device. Arguments are checked by the public operations in `kernels.jbu`.
 
 Kernels are [B, n*n, H, W] with n = 2*radius + 1, taps row-major: tap ``a*n + b`` weighs pixel ``(y + a - radius,
 x + b - radius)``, reflected at the border without repeating the edge.
@@ -14,80 +13,45 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from kernels.jbu_parameters import Codes, Quantization, StageParameters
 
 __all__ = [
-    "JBUStack",
-    "JBUStage",
     "adaptive_conv_upsample2x",
     "bilateral_kernel",
+    "bilateral_stage",
     "kernel_from_range_products",
     "learned_kernel",
+    "learned_stage",
+    "quantized",
+    "range_products",
     "reasons_not",
 ]
 
 FIXUP_WEIGHT = 0.1  # published: how much of the learned correction is added to a normalised kernel
+INT8_MAX = 127
 
 
-class JBUStage(nn.Module):
-    """The parameters of one learned stage, under their published state-dict names.
-
-    FeatUp (arXiv 2403.10516, section 3.2): ``range_temp``, ``sigma_spatial``, ``range_proj.0/.3``, ``fixup_proj.0/.3``.
-    It has no ``forward``: `learned_kernel` is what these parameters mean, and implementations of it differ.
-
-    Args:
-        guidance_dim: channels of the guidance image.
-        key_dim: channels of the keys whose products make the range kernel.
-        radius: of the kernel, in output pixels; at least 1.
-    """
-
-    def __init__(self, guidance_dim: int = 3, key_dim: int = 32, radius: int = 3) -> None:
-        super().__init__()
-        self.guidance_dim = guidance_dim
-        self.radius = radius
-        taps = (2 * radius + 1) ** 2
-        self.range_temp = nn.Parameter(torch.tensor(0.0))
-        self.sigma_spatial = nn.Parameter(torch.tensor(1.0))
-        # Index 2 was a dropout. An identity keeps the published numbering, and cannot be left on by mistake.
-        self.range_proj = nn.Sequential(
-            nn.Conv2d(guidance_dim, key_dim, 1), nn.GELU(), nn.Identity(), nn.Conv2d(key_dim, key_dim, 1)
-        )
-        self.fixup_proj = nn.Sequential(
-            nn.Conv2d(taps + guidance_dim, taps, 1), nn.GELU(), nn.Identity(), nn.Conv2d(taps, taps, 1)
-        )
-
-
-class JBUStack(nn.Module):
-    """The parameters of FeatUp's published stack, under their state-dict names: four stages and a 1×1 convolution.
-
-    Args:
-        num_chs: channels of the features the final convolution mixes.
-    """
-
-    def __init__(self, num_chs: int) -> None:
-        super().__init__()
-        self.up1, self.up2, self.up3, self.up4 = (JBUStage() for _ in range(4))
-        self.fixup_proj = nn.Sequential(nn.Identity(), nn.Conv2d(num_chs, num_chs, 1))  # published index: 1
-
-    @property
-    def stages(self) -> tuple[JBUStage, ...]:
-        """The stages in order."""
-        return self.up1, self.up2, self.up3, self.up4
-
-    @property
-    def final(self) -> nn.Conv2d:
-        """The final convolution."""
-        final = self.fixup_proj[1]
-        assert isinstance(final, nn.Conv2d)
-        return final
-
-
-def reasons_not(*tensors: Tensor) -> list[str]:
+def reasons_not(operation: str, *tensors: Tensor) -> list[str]:
     """Reasons why these inputs cannot be taken: none, the reference takes whatever the public ops let through."""
     return []
 
 
-def learned_kernel(guidance: Tensor, stage: JBUStage) -> Tensor:
+def range_products(keys: Tensor, radius: int) -> Tensor:
+    """Each pixel's key times its neighbours' keys: FeatUp (arXiv 2403.10516), the exponent of equation 6.
+
+    Args:
+        keys: [B, D, H, W], floating; H and W > radius.
+        radius: of the neighbourhood.
+
+    Returns:
+        [B, n*n, H, W], dtype of keys.
+    """
+    return torch.stack([(keys * tap).sum(1) for tap in _shifted(keys, radius)], dim=1)
+
+
+def learned_kernel(guidance: Tensor, stage: StageParameters) -> Tensor:
     """FeatUp's kernel: softmax over key products × spatial Gaussian, normalised, plus a learned correction.
 
     FeatUp (arXiv 2403.10516), equations 5-7, and the published weights' correction, which is added after
@@ -100,16 +64,15 @@ def learned_kernel(guidance: Tensor, stage: JBUStage) -> Tensor:
     Returns:
         [B, n*n, H, W], dtype of guidance.
     """
-    keys = stage.range_proj(guidance)  # [B, key_dim, H, W]
-    products = torch.stack([(keys * tap).sum(1) for tap in _shifted(keys, stage.radius)], dim=1)
-    return kernel_from_range_products(products, guidance, stage)
+    keys = stage.keys(guidance)
+    return kernel_from_range_products(range_products(keys, stage.radius), guidance, stage)
 
 
-def kernel_from_range_products(products: Tensor, guidance: Tensor, stage: JBUStage) -> Tensor:
+def kernel_from_range_products(products: Tensor, guidance: Tensor, stage: StageParameters) -> Tensor:
     """The rest of `learned_kernel`, once each pixel's key has been multiplied with its neighbours'.
 
     Args:
-        products: [B, n*n, H, W], key products by tap.
+        products: [B, n*n, H, W], `range_products` of the keys.
         guidance: [B, guidance_dim, H, W].
         stage: parameters.
 
@@ -122,8 +85,7 @@ def kernel_from_range_products(products: Tensor, guidance: Tensor, stage: JBUSta
     distances = (squares[:, None] + squares[None, :]).flatten()[:, None, None]  # [n*n, 1, 1], radius = 1
     kernel = range_kernel * torch.exp(-distances / (2 * stage.sigma_spatial.square()))
     kernel = kernel / kernel.sum(1, keepdim=True).clamp_min(1e-7)
-    fixup: Tensor = stage.fixup_proj(torch.cat([kernel, guidance], dim=1))
-    return kernel + FIXUP_WEIGHT * fixup
+    return kernel + FIXUP_WEIGHT * stage.fixup(torch.cat([kernel, guidance], dim=1))
 
 
 def bilateral_kernel(guidance: Tensor, sigma_spatial: float, sigma_range: float, radius: int = 3) -> Tensor:
@@ -158,14 +120,43 @@ def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor) -> Tensor:
         kernel: [B, n*n, 2h, 2w], dtype of source; 2h and 2w > radius.
 
     Returns:
-        [B, C, 2h, 2w], dtype of source.
+        [B, C, 2h, 2w], dtype of source, in channels_last memory format.
     """
     radius = math.isqrt(kernel.shape[1]) // 2
     high = F.interpolate(source, scale_factor=2, mode="bicubic", align_corners=False)
     output = torch.zeros_like(high)
     for weight, tap in zip(kernel.unbind(1), _shifted(high, radius), strict=True):
         output = output + weight[:, None] * tap
-    return output
+    return output.contiguous(memory_format=torch.channels_last)
+
+
+def bilateral_stage(source: Tensor, guidance: Tensor, sigma_spatial: float, sigma_range: float, radius: int) -> Tensor:
+    """`bilateral_kernel` of the guidance [B, G, 2h, 2w], applied to the source [B, C, h, w].
+
+    Returns:
+        [B, C, 2h, 2w], dtype of source, channels_last.
+    """
+    kernel = bilateral_kernel(guidance, sigma_spatial, sigma_range, radius)
+    return adaptive_conv_upsample2x(source, kernel.to(source.dtype))
+
+
+def learned_stage(source: Tensor, guidance: Tensor, stage: StageParameters) -> Tensor:
+    """`learned_kernel` of the guidance [B, guidance_dim, 2h, 2w], applied to the source [B, C, h, w].
+
+    Returns:
+        [B, C, 2h, 2w], dtype of source, channels_last.
+    """
+    return adaptive_conv_upsample2x(source, learned_kernel(guidance, stage).to(source.dtype))
+
+
+def quantized(features: Tensor, quantization: Quantization) -> Codes:
+    """Codes of features [B, C, H, W], computed in float32, or in float64 for float64 features."""
+    wide = features.double() if features.dtype == torch.float64 else features.float()
+    scaled = ((wide + quantization.offset[:, None, None]) / quantization.step[:, None, None]).round()
+    finite = scaled.isfinite()
+    clipped = finite & (scaled.abs() > INT8_MAX)
+    codes = scaled.nan_to_num(0, 0, 0).clamp(-INT8_MAX, INT8_MAX).to(torch.int8).contiguous()
+    return Codes(codes, (~finite).sum((1, 2, 3), dtype=torch.int32), clipped.sum((1, 2, 3), dtype=torch.int32))
 
 
 def _shifted(image: Tensor, radius: int) -> Iterator[Tensor]:

@@ -91,7 +91,9 @@ def make_plan(config: UpsampleConfig) -> Plan:
     stored = _stored_attributes(config)
     resumed = stored if config.resume else None
     backbone = _checked_backbone(config)
-    upsampler = build_upsampler(config.upsampler, config.upsampler_weights, backbone.num_chs)
+    upsampler = build_upsampler(
+        config.upsampler, config.upsampler_weights, backbone, lift_iterations=config.lift_iterations
+    )
     _check_upsampler(upsampler, backbone, config)
     basis = None if config.pca is None else read_basis(config.pca, backbone)
     k = _components(config, backbone, basis)
@@ -212,11 +214,13 @@ def _checked_backbone(config: FeatureConfig) -> Backbone:
 
 
 def _check_upsampler(upsampler: Upsampler, backbone: Backbone, config: UpsampleConfig) -> None:
-    """Try the upsampler on one channel of zeros of the backbone's grid."""
-    low = torch.zeros(1, 1, *backbone.grid)
+    """Try the upsampler on zeros of the backbone's shape, for one component."""
+    features = torch.zeros(1, backbone.num_chs, *backbone.grid)
+    images = torch.zeros(1, 3, *config.size_px, dtype=torch.uint8)
     try:
         with torch.inference_mode():
-            upsampler(low, torch.zeros(1, 3, *config.size_px, dtype=torch.uint8), config.output_size_px)
+            projected = upsampler.with_basis(torch.zeros(backbone.num_chs), torch.eye(1, backbone.num_chs))
+            projected(features, images, config.output_size_px)
     except ValueError as error:
         raise JobError(
             f"--upsampler {config.upsampler} does not take the {backbone.grid[0]}×{backbone.grid[1]} features of "

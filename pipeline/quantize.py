@@ -12,6 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kernels.jbu import Codes, Quantization
+
 INT8_MAX = 127
 RANGE_SIGMAS = 8  # codes reach 8 σ of a component before they clip
 _ROWS_IN_CACHE = 8  # of 128 components at 224 px: 0.9 MB of float32
@@ -26,34 +28,35 @@ def steps(mean_square: npt.NDArray[np.float64], floor: float) -> npt.NDArray[np.
     return step
 
 
-def quantize(features: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor, int]:
-    """Features [B, k, H, W] as they are stored, contiguous on the device where they are.
+def quantize(features: Tensor, quantization: Quantization) -> Codes:
+    """Features [B, k, H, W], float, as int8 codes, on the device where they are.
 
-    Args:
-        features: float.
-        step: [k] float32 for int8 codes; None for float16.
-
-    Returns:
-        Codes [B, k, H, W] (int8 −127 … 127, or float16); [B] bool, False for images with a NaN or infinity (or
-        beyond float16); and how many values were clipped to the int8 range.
+    Raises nothing for NaN, infinities or values that clip: they are counted by image.
     """
-    stored = torch.empty(
-        features.shape, dtype=torch.int8 if step is not None else torch.float16, device=features.device
-    )
-    finite = torch.ones(len(features), dtype=torch.bool, device=features.device)
-    clipped = torch.zeros(len(features), dtype=torch.int64, device=features.device)
+    codes = torch.empty(features.shape, dtype=torch.int8, device=features.device)
+    not_finite, clipped = (torch.zeros(len(features), dtype=torch.int32, device=features.device) for _ in range(2))
+    step, offset = quantization.step[:, None, None], quantization.offset[:, None, None]
     for images, rows in _blocks(features):
-        block = features[images, :, rows]
-        if step is None:
-            stored[images, :, rows] = block
-            # A sum is finite only if every term is, and takes one pass; in float64 finite terms cannot overflow it.
-            finite[images] &= stored[images, :, rows].sum((1, 2, 3), dtype=torch.float64).isfinite()
-            continue
-        scaled = (block / step[:, None, None]).round_()
-        finite[images] &= scaled.sum((1, 2, 3), dtype=torch.float64).isfinite()
-        clipped[images] += (scaled.abs() > INT8_MAX).sum((1, 2, 3))
-        stored[images, :, rows] = scaled.nan_to_num_(0).clamp_(-INT8_MAX, INT8_MAX)
-    return stored, finite, int(clipped[finite].sum())
+        scaled = ((features[images, :, rows].float() + offset) / step).round_()
+        # A sum is finite only if every term is, and takes one pass; in float64 finite terms cannot overflow it.
+        whole = scaled.sum((1, 2, 3), dtype=torch.float64).isfinite()
+        if not whole.all():
+            not_finite[images] += (~scaled.isfinite()).sum((1, 2, 3), dtype=torch.int32)
+            scaled.nan_to_num_(0, 0, 0)
+        clipped[images] += (scaled.abs() > INT8_MAX).sum((1, 2, 3), dtype=torch.int32)
+        codes[images, :, rows] = scaled.clamp_(-INT8_MAX, INT8_MAX)
+    return Codes(codes, not_finite, clipped)
+
+
+def to_float16(features: Tensor) -> Codes:
+    """Features [B, k, H, W] as float16; what is beyond its range counts as not finite."""
+    halves = torch.empty(features.shape, dtype=torch.float16, device=features.device)
+    not_finite = torch.zeros(len(features), dtype=torch.int32, device=features.device)
+    for images, rows in _blocks(features):
+        block = halves[images, :, rows] = features[images, :, rows].half()
+        if not block.sum(dtype=torch.float64).isfinite():
+            not_finite[images] += (~block.isfinite()).sum((1, 2, 3), dtype=torch.int32)
+    return Codes(halves, not_finite, torch.zeros_like(not_finite))
 
 
 def _blocks(features: Tensor) -> Iterator[tuple[slice, slice]]:

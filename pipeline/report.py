@@ -79,25 +79,32 @@ class Report:
     @property
     def images_per_second(self) -> float:
         """Rows of this job's shards by the time their making took; 0 if it made none."""
-        made = set(self.made)
-        images = sum(record.rows_ok + record.rows_failed for record in self.records if record.shard in made)
+        images = sum(record.rows_ok + record.rows_failed for record in self._own_records)
         return images / self.making_seconds if images else 0.0
 
     @property
     def stage_seconds(self) -> dict[str, float]:
         """Busy seconds of this job's shards by stage, greatest first, summed over threads and workers."""
-        made, total = set(self.made), Counter[str]()
-        for record in self.records:
-            if record.shard in made:
-                total.update(record.seconds)
+        total = Counter[str]()
+        for record in self._own_records:
+            total.update(record.seconds)
         return dict(total.most_common())
+
+    @property
+    def _own_records(self) -> list[LedgerRecord]:
+        made = set(self.made)
+        return [record for record in self.records if record.shard in made]
 
     def _seconds(self) -> list[str]:
         if not self.made:
             return []
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.stage_seconds.items())
         start = self.seconds - self.making_seconds
+        made_on = sorted(
+            {f"{r.made_by['device']}, upsampled by {r.made_by['upsampled_by']}" for r in self._own_records}
+        )
         return [
+            *(f"made on     {device}" for device in made_on),
             f"rate        {self.images_per_second:.1f} images/s, after {start:.1f} s of start and PCA",
             f"seconds     {stages} (busy, summed over threads and workers)",
         ]

@@ -40,6 +40,7 @@ class WorkerActor:
     def set_up(self) -> None:
         """Build the stages."""
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+        logging.getLogger("pipeline").setLevel(logging.INFO)
         self._worker = make_worker(self._spec)
 
     def images_done(self) -> int:

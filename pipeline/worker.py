@@ -5,6 +5,7 @@ and the last is compressed and written. What a shard's bytes depend on (its rows
 does not depend on that, nor on rows that failed: their places in the batch stay.
 """
 
+import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,18 +18,21 @@ from torch import Tensor
 
 from densefeat import layout
 from densefeat.objects import Objects
+from kernels.jbu import Codes, Quantization
 from pipeline.batches import Batch
 from pipeline.decode import Decoded
 from pipeline.errors import ImageError
 from pipeline.feature_worker import FeatureWorker, WorkerSpec
 from pipeline.pca import Basis
-from pipeline.quantize import quantize, steps
+from pipeline.quantize import quantize, steps, to_float16
 from pipeline.stage_seconds import StageSeconds
 from pipeline.store import storage_explained, write_shard
-from pipeline.upsample import build_upsampler
+from pipeline.upsample import Projected, build_upsampler
 from schemas.config import UpsampleConfig
 from schemas.index import OK
 from schemas.ledger import LedgerRecord, RowOutcome
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,15 @@ class ShardWorker(FeatureWorker):
         config = spec.config
         assert isinstance(config, UpsampleConfig)
         self.config = config
-        upsampler = build_upsampler(config.upsampler, config.upsampler_weights, self.backbone.num_chs)
+        upsampler = build_upsampler(
+            config.upsampler, config.upsampler_weights, self.backbone, lift_iterations=config.lift_iterations
+        )
         self.upsampler = upsampler.to(self.device)
         self.check_identity("upsampler", upsampler.identity())
+        self._upsampled_by = self.upsampler.explain(self.device)
+        logger.info("--upsampler %s runs on %s by %s", config.upsampler, self.device, self._upsampled_by)
         self._encoders = ThreadPoolExecutor(spec.threads, "encode")
-        self._folding: tuple[str, Tensor, Tensor] | None = None
+        self._with_basis: tuple[str, Projected] | None = None
 
     def sample_encoding(self, references: pa.Table, basis: Basis) -> tuple[npt.NDArray[np.float32] | None, float]:
         """Quantization steps [k] (None for float16) from a sample of images, and how many bytes one of them takes."""
@@ -70,8 +78,10 @@ class ShardWorker(FeatureWorker):
         for batch in self.loader.batches(references, StageSeconds()):
             usable = batch.usable_rows
             if usable.any():
-                with self.computing:
-                    high = self._upsampled(batch, basis, StageSeconds())[usable.to(self.device)]
+                with self.computing, torch.inference_mode():
+                    features, pixels = self._features(batch, StageSeconds())
+                    high = self._projected(basis)(features, pixels, self.geometry.output_size)
+                    high = high[usable.to(self.device)]
                 square = high.square().mean((2, 3), dtype=torch.float64).cpu().numpy()
                 finite = np.isfinite(square).all(1)
                 total, images = total + square[finite].sum(0), images + int(finite.sum())
@@ -79,8 +89,9 @@ class ShardWorker(FeatureWorker):
         step = steps(total / max(images, 1), self.config.error_floor) if self.config.dtype == "int8" else None
         if kept is None:
             return step, 0.0
-        codes, _, _ = quantize(kept, None if step is None else torch.tensor(step, device=self.device))
-        return step, float(np.mean([len(layout.encode_chunk(image)) for image in codes.cpu().numpy()]))
+        steps_ = None if step is None else torch.tensor(step, device=self.device)
+        codes = to_float16(kept) if steps_ is None else quantize(kept, Quantization(steps_, torch.zeros_like(steps_)))
+        return step, float(np.mean([len(layout.encode_chunk(image)) for image in codes.codes.cpu().numpy()]))
 
     def make_shard(self, store: Objects, shard: int, references: pa.Table, encoding: Encoding) -> LedgerRecord:
         """Make a shard's features, write it, commit it.
@@ -126,35 +137,43 @@ class ShardWorker(FeatureWorker):
         with seconds.stage("wait for device"):
             self.computing.acquire()
         try:
-            high = self._upsampled(batch, encoding.basis, seconds)
-            with seconds.stage("quantize"):
-                step = None if encoding.step is None else torch.tensor(encoding.step, device=self.device)
-                codes, finite, clipped = quantize(high, step)
-                codes, finite = codes.cpu(), finite.cpu()
+            with torch.inference_mode():
+                stored = self._stored(*self._features(batch, seconds), encoding, seconds)
+                codes, finite = stored.codes.cpu(), stored.not_finite.cpu() == 0
+                clipped = int(stored.clipped.cpu()[finite].sum())
         finally:
             self.computing.release()
         self.images_done += rows
         return codes.numpy(), finite.numpy(), clipped
 
-    def _upsampled(self, batch: Batch, basis: Basis, seconds: StageSeconds) -> Tensor:
-        """High-resolution components [B, k, H, W]; the caller holds the device."""
-        projection, offset = self._fold(basis)
-        with torch.inference_mode():
-            with seconds.stage("backbone"):
-                pixels = batch.pixels.to(self.device)
-                low = torch.einsum("bchw,ck->bkhw", self.backbone(pixels), projection)
-                self._synchronize()
-            with seconds.stage("upsample"):
-                high: Tensor = self.upsampler(low, pixels, self.geometry.output_size)
-                high = high.add_(offset[:, None, None])
-                self._synchronize()
-        return high
+    def _features(self, batch: Batch, seconds: StageSeconds) -> tuple[Tensor, Tensor]:
+        """Low-resolution features [B, C, h, w] and the pixels they are of, on the device."""
+        with seconds.stage("backbone"):
+            pixels = batch.pixels.to(self.device)
+            features = self.backbone(pixels)
+            self._synchronize()
+        return features, pixels
 
-    def _fold(self, basis: Basis) -> tuple[Tensor, Tensor]:
-        if self._folding is None or self._folding[0] != basis.digest:
-            folding = self.upsampler.fold(*basis.tensors)
-            self._folding = (basis.digest, folding.projection.to(self.device), folding.offset.to(self.device))
-        return self._folding[1:]
+    def _stored(self, features: Tensor, pixels: Tensor, encoding: Encoding, seconds: StageSeconds) -> Codes:
+        """What is stored of low-resolution features."""
+        upsampler, size = self._projected(encoding.basis), self.geometry.output_size
+        with seconds.stage("upsample"):
+            if encoding.step is not None:
+                codes = upsampler.codes(features, pixels, size, torch.tensor(encoding.step, device=self.device))
+            else:
+                codes = to_float16(upsampler(features, pixels, size))
+            self._synchronize()
+        return codes
+
+    def _projected(self, basis: Basis) -> Projected:
+        """The upsampler with the basis folded in; the caller holds the device."""
+        if self._with_basis is None or self._with_basis[0] != basis.digest:
+            self._with_basis = basis.digest, self.upsampler.with_basis(*basis.tensors).to(self.device)
+        return self._with_basis[1]
+
+    def made_by(self) -> dict[str, str]:
+        """As ``FeatureWorker.made_by``, and who upsampled."""
+        return {**super().made_by(), "upsampled_by": self._upsampled_by.split(" (")[0]}
 
     def _synchronize(self) -> None:
         """Let GPU work count for the stage that asked for it."""

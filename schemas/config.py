@@ -72,10 +72,12 @@ class UpsampleConfig(FeatureConfig):
 
     # Where the store goes: a folder, s3://bucket/prefix or gs://bucket/prefix.
     store: str
-    # How features get their resolution: "jbu" or "bilinear".
+    # How features get their resolution: "bilinear", "jbu", "lift" or "anyup". A wrong name lists what each needs.
     upsampler: str = "jbu"
-    # Checkpoint of the upsampler (FeatUp's for jbu); without one, jbu is training-free.
+    # Checkpoint of the upsampler: lift and anyup need theirs; jbu takes FeatUp's, and is training-free without.
     upsampler_weights: str | None = None
+    # How often lift doubles the resolution.
+    lift_iterations: int = 1
     # Pixels of the stored features, "224" or "HEIGHTxWIDTH"; not given: those of --size.
     output_size: str | None = None
     # Basis to use, from jobs/fit_pca.py (.npz) or another store (its URI); not given: fitted on these images.
@@ -106,6 +108,9 @@ class UpsampleConfig(FeatureConfig):
         super().__post_init__()
         _at_least("--shard-images", self.shard_images, 1)
         _at_least("--attempts", self.attempts, 1)
+        _at_least("--lift-iterations", self.lift_iterations, 1)
+        if self.lift_iterations > 1 and self.upsampler != "lift":
+            raise ValueError(f"--lift-iterations {self.lift_iterations} is for --upsampler lift: got {self.upsampler}")
         _at_least("--error-floor", self.error_floor, 0)
         _at_least("--stall-timeout-s", self.stall_timeout_s, 1)
         if not 0 <= self.max_failed_share <= 1:

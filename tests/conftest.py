@@ -4,8 +4,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton's kernels are first imported
 
 
 @pytest.fixture(scope="session")

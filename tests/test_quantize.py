@@ -1,8 +1,12 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
-from pipeline.quantize import quantize, steps
+from kernels import jbu_reference
+from kernels.jbu import Codes, Quantization
+from pipeline.quantize import quantize, steps, to_float16
 
 
 def test_error_is_at_most_half_a_step() -> None:
@@ -11,11 +15,11 @@ def test_error_is_at_most_half_a_step() -> None:
         * torch.tensor([5.0, 2, 1, 0.1])[:, None, None]
     )
     step = torch.from_numpy(steps(x.square().mean((0, 2, 3)).double().numpy(), 0.1))
-    codes, finite, clipped = quantize(x, step)
+    offset = torch.tensor([0.0, 1, -2, 0.01])
+    codes, not_finite, clipped = quantize(x - offset[:, None, None], Quantization(step, offset))
     assert codes.dtype == torch.int8
     assert codes.is_contiguous()
-    assert finite.all()
-    assert clipped == 0
+    assert not_finite.tolist() == clipped.tolist() == [0, 0, 0]
     assert ((codes * step[:, None, None] - x).abs() <= step[:, None, None] * 0.5001).all()
 
 
@@ -29,28 +33,44 @@ def test_components_share_an_error_floor() -> None:
 
 
 def test_outliers_are_clipped_and_counted() -> None:
-    x = torch.zeros(1, 2, 3, 3)
-    x[0, 0, 0, 0], x[0, 1, 1, 1] = 1e6, -1e6
-    codes, finite, clipped = quantize(x, torch.ones(2))
-    assert clipped == 2
-    assert finite.all()
+    x = torch.zeros(2, 2, 3, 3)
+    x[1, 0, 0, 0], x[1, 1, 1, 1] = 1e6, -1e6
+    codes, not_finite, clipped = quantize(x, UNIT)
+    assert clipped.tolist() == [0, 2]
+    assert not_finite.tolist() == [0, 0]
     assert (codes.min(), codes.max()) == (-127, 127)
 
 
+UNIT = Quantization(torch.ones(2), torch.zeros(2))
+
+
+def as_float16(x: torch.Tensor, quantization: Quantization) -> Codes:
+    return to_float16(x)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("step", [None, torch.full((2,), 0.1)])
-def test_one_bad_image_is_found_and_spoils_no_other(bad: float, step: torch.Tensor | None) -> None:
+@pytest.mark.parametrize("store", [quantize, as_float16])
+def test_one_bad_image_is_found_and_spoils_no_other(bad: float, store: Callable[..., Codes]) -> None:
     x = torch.randn(3, 2, 20, 4, generator=torch.Generator().manual_seed(0))
-    clean, _, _ = quantize(x, step)
-    x[1, 0, 2, 3] = 1e4  # also clipped, which does not count where the image fails
+    clean = store(x, UNIT).codes
     x[1, 0, 12, 3] = bad
-    codes, finite, clipped = quantize(x, step)
-    assert finite.tolist() == [True, False, True]
+    codes, not_finite, clipped = store(x, UNIT)
+    assert not_finite.tolist() == [0, 1, 0]
     assert torch.equal(codes[[0, 2]], clean[[0, 2]])
-    assert clipped == 0
+    assert clipped.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_codes_are_the_definition(memory_format: torch.memory_format) -> None:
+    x = 60 * torch.randn(2, 5, 19, 11, generator=torch.Generator().manual_seed(0))
+    x[0, 1, 2, 3], x[1, 0, 0, 0], x[1, 2, 9, 1] = torch.nan, torch.inf, 0.5
+    quantization = Quantization(torch.rand(5) + 0.5, torch.randn(5))
+    codes = quantize(x.contiguous(memory_format=memory_format), quantization)
+    for actual, expected in zip(codes, jbu_reference.quantized(x, quantization), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_beyond_float16_is_not_finite() -> None:
     x = torch.ones(2, 1, 2, 2)
     x[1] = 1e6
-    assert quantize(x, None)[1].tolist() == [True, False]
+    assert to_float16(x).not_finite.tolist() == [0, 4]

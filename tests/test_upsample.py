@@ -1,15 +1,20 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.jbu import JBUStack
+from kernels.jbu import JBUStack, Quantization
+from pipeline.anyup import AnyUp
 from pipeline.errors import JobError
-from pipeline.upsample import JBU, UPSAMPLERS, Bilinear, build_upsampler
+from pipeline.lift import LiFT
+from pipeline.quantize import quantize
+from pipeline.upsample import JBU, Bilinear, build_upsampler, describe_upsamplers
+from pipeline.upsample_interface import imagenet_normalised
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "reference" / "featup_jbu_stack.npz"
 
@@ -43,6 +48,25 @@ def saved(path, state):
     return str(path)
 
 
+def backbone(num_chs):
+    return SimpleNamespace(num_chs=num_chs, reduction=16)
+
+
+def lift(path, C=6, iterations=2):
+    """LiFT with statistics as after training."""
+    network = LiFT(C, 16)
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if "running" in name:
+                tensor.copy_(torch.rand_like(tensor) + 0.5)
+    weights = saved(path / "lift.pth", {f"module.{n}": t for n, t in network.state_dict().items()})
+    return build_upsampler("lift", weights, backbone(C), lift_iterations=iterations)
+
+
+def anyup(path):
+    return build_upsampler("anyup", saved(path / "anyup.pth", AnyUp(16).state_dict()), backbone(6))
+
+
 def learned(C=6):
     stack = JBUStack(C)
     stack.load_state_dict(random_state(C))
@@ -72,12 +96,53 @@ def test_projecting_first_equals_projecting_last(make, low, size):
         # Interpolation mixes no channels: upsampling all of them needs nothing special.
         full = getattr(upsampler, "forward_full", upsampler)(features, images, size)
         expected = torch.einsum("kc,bchw->bkhw", components, full - mean[:, None, None])
-        folding = upsampler.fold(mean, components)
-        low_components = torch.einsum("bchw,ck->bkhw", features, folding.projection)
-        actual = upsampler(low_components, images, size) + folding.offset[:, None, None]
+        actual = upsampler.with_basis(mean, components)(features, images, size)
     assert actual.shape == (2, 4, *size)
     assert actual.dtype == torch.float32
     assert_close(actual, expected, 1e-5)
+
+
+@torch.inference_mode()
+def test_projecting_inside_lift_equals_projecting_last(tmp_path):
+    upsampler, images, features = lift(tmp_path), random_images(2, 75, 64), torch.randn(2, 6, 5, 4)
+    mean, components = random_basis(6, 4)
+    full = upsampler.lift(features, imagenet_normalised(images))
+    expected = torch.einsum("kc,bchw->bkhw", components, full - mean[:, None, None])
+    projected = upsampler.with_basis(mean, components)
+    assert_close(projected(features, images, (20, 16)), expected, 1e-5)
+    assert projected(features, images, (33, 40)).shape == (2, 4, 33, 40)
+
+
+@torch.inference_mode()
+def test_projecting_values_of_anyup_equals_projecting_last(tmp_path):
+    upsampler, images, features = anyup(tmp_path), random_images(2, 75, 64), torch.randn(2, 6, 5, 4)
+    mean, components = random_basis(6, 4)
+    full = upsampler.anyup(features, features, imagenet_normalised(images), (33, 40))
+    expected = torch.einsum("kc,bchw->bkhw", components, full - mean[:, None, None])
+    assert_close(upsampler.with_basis(mean, components)(features, images, (33, 40)), expected, 1e-5)
+
+
+def test_every_upsampler_is_described_and_known_by_its_weights(tmp_path):
+    for make in (lift, anyup):
+        identity = make(tmp_path).identity()
+        assert json.loads(json.dumps(identity)) == identity
+        assert identity != make(tmp_path).identity()  # other random weights
+    assert lift(tmp_path).identity()["patch"] == 16
+    for name in ("bilinear", "jbu", "lift", "anyup"):
+        assert f"\n  {name} " in "\n" + describe_upsamplers()
+
+
+@pytest.mark.parametrize("name", ["lift", "anyup"])
+def test_weights_of_another_network_are_refused(tmp_path, name):
+    weights = saved(tmp_path / "jbu.pth", random_state(5))
+    with pytest.raises(JobError, match=f"jbu.pth: (?i:{name}) weights: got nothing for"):
+        build_upsampler(name, weights, backbone(5))
+
+
+def test_lift_of_another_backbone_names_both(tmp_path):
+    weights = saved(tmp_path / "lift.pth", LiFT(12, 16).state_dict())
+    with pytest.raises(JobError, match="12 channels, the backbone makes 8"):
+        build_upsampler("lift", weights, backbone(8))
 
 
 @pytest.mark.parametrize(("low", "size"), [((16, 16), (224, 224)), ((14, 14), (224, 224)), ((7, 9), (100, 130))])
@@ -97,15 +162,46 @@ def test_training_free_keeps_constants_and_follows_edges(low, size):
     assert rise[0] > 2 * rise[1]
 
 
+@pytest.mark.parametrize(
+    ("make", "low", "size"),
+    [(JBU, (7, 9), (56, 72)), (learned, (5, 4), (80, 64)), (JBU, (7, 9), (50, 72)), (Bilinear, (3, 4), (20, 30))],
+)
+@torch.inference_mode()
+def test_codes_are_the_quantized_features(make, low, size):
+    """Written by the last stage where it ends at the output's size, else after an interpolation."""
+    projected, images = make().with_basis(*random_basis(6, 5)), random_images(3, 80, 90)
+    features = 2 * torch.randn(3, 6, *low)
+    features[1, 2, 1, 3] = torch.nan
+    step = torch.rand(5) / 10 + 0.01
+    codes = projected.codes(features, images, size, step)
+    expected = quantize(projected(features, images, size), Quantization(step, torch.zeros(5)))
+    assert expected.not_finite[1] > 0
+    for actual, wanted in zip(codes, expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize(("make", "size"), [(JBU, (30, 30)), (JBU, (4, 4)), (learned, (32, 32)), (Bilinear, (32, 32))])
+def test_no_codes_where_interpolation_comes_last(make, size):
+    upsampler = make()
+    assert not upsampler.can_quantize((4, 4), size)
+    with pytest.raises(NotImplementedError):
+        upsampler.forward_codes(torch.zeros(1, 2, 4, 4), random_images(), size, Quantization(*torch.ones(2, 2)))
+
+
+def test_what_computes_is_said():
+    assert JBU().explain(torch.device("cpu")).startswith("cpu")
+    assert Bilinear().explain(torch.device("cpu")) == "plain torch"
+
+
 def test_a_checkpoint_loads_with_and_without_its_wrapping(tmp_path):
     state = random_state(5)
     wrapped = {f"upsampler.{name}": tensor for name, tensor in state.items()}
     wrapped |= {"model.cls_token": torch.zeros(3), "downsampler.attn.weight": torch.zeros(2)}
-    plain = build_upsampler("jbu", saved(tmp_path / "plain.pth", state), 5)
-    prefixed = build_upsampler("jbu", saved(tmp_path / "prefixed.pth", {"state_dict": wrapped}), 5)
+    plain = build_upsampler("jbu", saved(tmp_path / "plain.pth", state), backbone(5))
+    prefixed = build_upsampler("jbu", saved(tmp_path / "prefixed.pth", {"state_dict": wrapped}), backbone(5))
     assert plain.identity() == prefixed.identity()
     assert json.loads(json.dumps(plain.identity())) == plain.identity()
-    changed = build_upsampler("jbu", saved(tmp_path / "changed.pth", random_state(5)), 5)
+    changed = build_upsampler("jbu", saved(tmp_path / "changed.pth", random_state(5)), backbone(5))
     assert changed.identity() != plain.identity()
     assert not any(parameter.requires_grad for parameter in plain.parameters())
 
@@ -122,26 +218,30 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, spoil, words):
     state = random_state(5)
     spoil(state)
     with pytest.raises(JobError, match=re.escape(words)):
-        build_upsampler("jbu", saved(tmp_path / "spoiled.pth", state), 5)
+        build_upsampler("jbu", saved(tmp_path / "spoiled.pth", state), backbone(5))
 
 
 def test_a_checkpoint_of_another_backbone_names_both(tmp_path):
     with pytest.raises(JobError, match=r"384 channels, the backbone makes 112"):
-        build_upsampler("jbu", saved(tmp_path / "vit.pth", {"fixup_proj.1.weight": torch.zeros(384, 384, 1, 1)}), 112)
+        build_upsampler(
+            "jbu", saved(tmp_path / "vit.pth", {"fixup_proj.1.weight": torch.zeros(384, 384, 1, 1)}), backbone(112)
+        )
 
 
 def test_unknown_names_and_useless_weights():
-    with pytest.raises(JobError, match=r"'jbx'.*Did you mean 'jbu'"):
-        build_upsampler("jbx", None, 8)
+    with pytest.raises(JobError, match=r"(?s)'jbx'.*Did you mean 'jbu'.*anyup +weights required"):
+        build_upsampler("jbx", None, backbone(8))
     with pytest.raises(JobError, match="bilinear"):
-        build_upsampler("bilinear", "weights.pth", 8)
-    assert set(UPSAMPLERS) == {"bilinear", "jbu"}
+        build_upsampler("bilinear", "weights.pth", backbone(8))
+    for name in ("lift", "anyup"):
+        with pytest.raises(JobError, match=f"{name} needs its weights: give --upsampler-weights"):
+            build_upsampler(name, None, backbone(8))
 
 
 def test_bad_arguments_are_named():
     low, images = torch.zeros(1, 4, 5, 5), random_images(1, 80, 80)
     for arguments, words in [
-        ((low[0], images, (80, 80)), "low"),
+        ((low[0], images, (80, 80)), "features"),
         ((low, images.float(), (80, 80)), "images"),
         ((low, images, (0, 80)), "size"),
     ]:

@@ -20,7 +20,7 @@ import zarr
 from images import orientation_exif, photo, png_header
 from stores import SHARED
 
-from densefeat import FeatureStore, MissingFeatures, TorchFeatures
+from densefeat import FeatureStore, MissingFeatures, TorchFeatures, layout
 from jobs.fit_pca import fit_pca
 from jobs.upsample_imagenet import upsample
 from jobs.verify_store import VerifyConfig, verify
@@ -107,7 +107,7 @@ def test_a_store_of_photographs_reads_back_as_computed_directly(
     store = FeatureStore(job.store)
     stage = build_backbone(backbone, size=(224, 224), weights=str(weights), layer=layer)
     for row in (0, 5, 9):
-        expected = direct_features(store, row, stage, build_upsampler(upsampler, None, stage.num_chs))
+        expected = direct_features(store, row, stage, build_upsampler(upsampler, None, stage))
         stored = store.read(row)
         # Half a step of rounding, and a little for another order of float32 sums; float16 rounds relatively.
         step = 0 if store.step is None else store.step[:, None, None]
@@ -115,6 +115,25 @@ def test_a_store_of_photographs_reads_back_as_computed_directly(
         inside = np.abs(expected) < (np.inf if store.step is None else 127 * step)
         assert (np.abs(stored - expected) <= tolerance)[np.broadcast_to(inside, expected.shape)].all()
         assert inside.mean() > 0.999
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("upsampler", ["jbu", "bilinear"])
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+def test_a_store_made_on_a_gpu_is_that_of_the_definition(
+    photographs: Path, tmp_path: Path, upsampler: str, dtype: str
+) -> None:
+    job = config(photographs, tmp_path / "store", device="cuda", upsampler=upsampler, dtype=dtype)
+    assert upsample(job) == 0
+    store = FeatureStore(job.store)
+    stage = build_backbone(job.backbone, size=(SIZE, SIZE), weights="random", layer=job.layer)
+    for row in (0, 13):
+        expected = direct_features(store, row, stage, build_upsampler(upsampler, None, stage))
+        error = np.linalg.norm(store.read(row) - expected) / np.linalg.norm(expected)
+        assert error < 0.06  # bfloat16 in the backbone, and rounding to codes
+    made_by = dict(pq.read_table(tmp_path / "store" / layout.MANIFEST)["made_by"][0].as_py())
+    assert made_by["upsampled_by"] == ("triton" if upsampler == "jbu" else "plain torch")
 
 
 def test_what_is_stored_and_reported(photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -131,7 +150,15 @@ def test_what_is_stored_and_reported(photographs: Path, tmp_path: Path, caplog: 
     assert np.array_equal(zarr.open_group(job.store, mode="r")["features"][3], store.read_codes(3))
     assert len(TorchFeatures(store)) == 14
     report = caplog.text
-    for words in ("4 of 4 shards done", "14 with features, 0 failed", "% explained", "images/s", "backbone"):
+    for words in (
+        "4 of 4 shards done",
+        "14 with features, 0 failed",
+        "% explained",
+        "images/s",
+        "backbone",
+        "--upsampler jbu runs on cpu by cpu",
+        "made on     cpu, upsampled by cpu",
+    ):
         assert words in report
     assert verify(VerifyConfig(store=job.store)) == 0
 
@@ -330,12 +357,16 @@ def test_the_readmes_snippets_run(photographs: Path, tmp_path: Path, monkeypatch
     assert upsample(config(folder, tmp_path / "demo" / "store")) == 0
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(snippets) == 2
+    results = []
     for snippet in snippets:
         names: dict[str, Any] = {}
         exec(compile(snippet, "README.md", "exec"), names)
-    assert names["features"].shape == (8, SIZE, SIZE)
-    assert names["channels"].shape == (128,)
+        results.append(names)
+    reading, plain_zarr, kernels = results
+    for names in (reading, plain_zarr):
+        assert names["features"].shape == (8, SIZE, SIZE)
+    assert plain_zarr["channels"].shape == (128,)
+    assert kernels["stage"].range_temp.grad.isfinite()
 
 
 def test_an_existing_store_is_safe(photographs: Path, tmp_path: Path) -> None:
