@@ -136,11 +136,12 @@ def learned(guidance: Tensor, stage: StageParameters, dtype: DType) -> Fillers:
 
     def make() -> _Filler:
         channels = in_strips(len(stage.key_bias1), jbu_cpu_kernels.KEY_STRIP)
-        keys = aligned_zeros((2 * PAIRS + 2 * radius, channels, rows.shape[3]), dtype)
+        at_once = 2 * PAIRS + 2 * radius
+        keys = aligned_zeros((1 << (at_once - 1).bit_length(), channels, rows.shape[3]), dtype)
         hidden_keys = aligned_zeros((1, channels, 2 * L), dtype)
         scratch = _scratch(radius, rows.shape[2], dtype)
         hidden = aligned_zeros((1, in_strips((2 * radius + 1) ** 2), 2 * L), dtype)
-        known = -1, 0, 0  # image, first row and past the last that keys holds
+        known = -1, 0, 0  # image, first row and past the last whose keys are here
 
         def fill(image: int, kernels: Array, y: int) -> None:
             nonlocal known

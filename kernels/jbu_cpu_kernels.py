@@ -57,7 +57,7 @@ def keys(
         weight1: [strips, D, KEY_STRIP].
         bias1: [strips, KEY_STRIP].
         hidden: scratch [1, D in whole strips, 2*L].
-        output: [some, D in whole strips, width]; row y goes to y modulo their number.
+        output: [a power of two, D in whole strips, width]; row y goes to y modulo that.
         W: pixels of a row.
         radius: of the margins.
         start: first row.
@@ -66,7 +66,7 @@ def keys(
     L, left = lanes(guidance), radius
     zero = zeros(guidance, KEY_STRIP, 2)
     for y in range(start, stop):
-        row = y % output.shape[0]
+        row = y & (output.shape[0] - 1)
         for x in range(left, left + W, 2 * L):
             for strip in range(bias0.shape[0]):
                 sums = gelu(_dense(weight0, bias0, strip, guidance, y, 0, x, zero))
@@ -82,18 +82,18 @@ def keys(
 
 @inlined
 def _block_products(
-    own: Array, others: Array, H: int, y: int, x: int, radius: int, sums_of_taps: Array, squared: bool
+    own: Array, others: Array, H: int, mask: int, y: int, x: int, radius: int, sums_of_taps: Array, squared: bool
 ) -> None:
     """Over channels, the products of a block's pixels with their neighbours, or the squares of their differences.
 
-    own and others [rows, D, width], row y at y modulo rows; sums_of_taps [1, n + T + n and a strip, 2*L] gets tap t at
+    own and others [rows, D, width], row y of H at y & mask; sums_of_taps [1, n + T + n and a strip, 2*L] gets tap t at
     n + t, and what is around the taps is overwritten.
     """
-    n, rows, L = 2 * radius + 1, own.shape[0], lanes(own)
-    first, second = 2 * y % rows, min(2 * y + 1, H - 1) % rows
+    n, L = 2 * radius + 1, lanes(own)
+    first, second = 2 * y & mask, min(2 * y + 1, H - 1) & mask
     to_second = (second - first) * own.shape[1] * own.shape[2]
     for a in range(n + 1):  # the first row's tap row a is the second's a - 1; both have n of the n + 1
-        row = reflected(2 * y + a - radius, H) % rows
+        row = reflected(2 * y + a - radius, H) & mask
         for b in range(0, n, STRIP):
             sums = zeros(own, STRIP, 2)
             for d in range(own.shape[1]):
@@ -113,7 +113,7 @@ def products(own: Array, others: Array, radius: int, scratch: Array, kernels: Ar
     n, L = 2 * radius + 1, lanes(own)
     for row in range(kernels.shape[0]):
         for block in range(kernels.shape[1]):
-            _block_products(own, others, own.shape[0], y + row, block * L, radius, scratch, False)
+            _block_products(own, others, own.shape[0], -1, y + row, block * L, radius, scratch, False)
             for t in range(n * n):
                 pair = load_row(scratch, (0, n + t, 0), zeros(own, 1, 2))
                 store_tile(kernels, (row, block, t, 0, 0), pair, 0, L)
@@ -138,7 +138,7 @@ def bilateral(
     one_row = zeros(guidance, 1, 2)
     for row in range(kernels.shape[0]):
         for block in range(kernels.shape[1]):
-            _block_products(guidance, guidance, guidance.shape[0], y + row, block * L, radius, scratch, True)
+            _block_products(guidance, guidance, guidance.shape[0], -1, y + row, block * L, radius, scratch, True)
             total = one_row
             for t in range(n * n):  # no greatest exponent to find: it is the pixel's own, 0
                 distances = load_row(scratch, (0, n + t, 0), one_row)
@@ -170,7 +170,7 @@ def learned(
     """FeatUp's kernels of the row pairs y, y + 1, … of an image, as many as there is room for.
 
     Args:
-        keys: [rows, D, width]: those of these rows and of radius around them, row y at y modulo their number.
+        keys: [a power of two, D, width]: those of these rows and of radius around them, row y at y modulo that.
         guidance: [H, G, width].
         temperature: times a product of keys: binary exponent.
         gaussian: [T], the spatial one.
@@ -190,7 +190,7 @@ def learned(
     for row in range(kernels.shape[0]):
         to_second_row = G * guidance.shape[2] * (min(2 * (y + row) + 1, H - 1) - 2 * (y + row))
         for block in range(kernels.shape[1]):
-            _block_products(keys, keys, H, y + row, block * L, radius, scratch, False)
+            _block_products(keys, keys, H, keys.shape[0] - 1, y + row, block * L, radius, scratch, False)
             top = load_row(scratch, (0, n, 0), one_row)
             for t in range(1, T):
                 top = maximum(top, load_row(scratch, (0, n + t, 0), one_row))
