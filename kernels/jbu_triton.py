@@ -21,7 +21,7 @@ from kernels.jbu_dispatch import Kind
 from kernels.jbu_parameters import Codes, Quantization, StageParameters
 from kernels.jbu_triton_backward import adaptive_conv_upsample2x_backward, range_products_backward
 from kernels.jbu_triton_forward import run_tiles
-from kernels.jbu_triton_geometry import MAX_RADIUS, Geometry, axis_tables, squared_distances
+from kernels.jbu_triton_geometry import MAX_RADIUS, Geometry, axis_tables, slide_tables, squared_distances
 from kernels.jbu_triton_launch import by_pixel, channel_block, launch, padded_keys, precision, strides
 from kernels.jbu_triton_learned import guidance_rows, prepare
 
@@ -41,6 +41,7 @@ __all__ = [
 _INTERPRETED = not isinstance(run_tiles, triton.JITFunction)  # TRITON_INTERPRET was set when Triton was imported
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CAPABILITY = (8, 0)
+_TRITON = (3, 4)  # the oldest that was tried and compiles every kernel
 
 
 def reasons_not(kinds: Sequence[Kind]) -> list[str]:
@@ -50,6 +51,9 @@ def reasons_not(kinds: Sequence[Kind]) -> list[str]:
     where Triton interprets its kernels (TRITON_INTERPRET=1), which is for tests.
     """
     reasons = []
+    if tuple(map(int, triton.__version__.split(".")[:2])) < _TRITON:
+        need = ".".join(map(str, _TRITON))
+        reasons.append(f"it needs Triton {need} or newer, {triton.__version__} is installed: upgrade PyTorch")
     others = sorted({str(kind.dtype) for kind in kinds if kind.dtype not in _DTYPES})
     if others:
         reasons.append(f"it computes in {', '.join(map(str, _DTYPES))}, inputs are {', '.join(others)}")
@@ -75,15 +79,21 @@ def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor) -> Tensor:
 def range_products(keys: Tensor, radius: int) -> Tensor:
     """As `kernels.jbu_reference.range_products`: keys [B, D, H, W] -> [B, n*n, H, W]."""
     geometry = Geometry(radius)
-    by_pixel = padded_keys(keys)
-    within = _spatial_gaussian(geometry, 1.0, keys.device)  # of it, only what is beyond the radius
-    return _kernels(geometry, keys, KERNEL="products", keys=by_pixel, KEY_DIM=by_pixel.shape[3], spatial=within)
+    keys_by_pixel = padded_keys(keys)
+    made = {
+        "KERNEL": "products",
+        "KEY_DIM": keys_by_pixel.shape[3],
+        "keys": keys_by_pixel,
+        "spatial": _spatial_gaussian(geometry, 1.0, keys.device),  # of it, only where it ends
+        **_slides(geometry, keys.dtype, keys.device),
+    }
+    return _kernels(geometry, keys, **made)
 
 
 def bilateral_kernel(guidance: Tensor, sigma_spatial: float, sigma_range: float, radius: int) -> Tensor:
     """As `kernels.jbu_reference.bilateral_kernel`: guidance [B, G, H, W] -> [B, n*n, H, W]."""
     geometry = Geometry(radius)
-    return _kernels(geometry, guidance, **_bilateral(geometry, guidance, sigma_spatial, sigma_range))
+    return _kernels(geometry, guidance, **_bilateral(geometry, guidance, sigma_spatial, sigma_range, guidance.dtype))
 
 
 def learned_kernel(guidance: Tensor, stage: StageParameters) -> Tensor:
@@ -105,7 +115,7 @@ def bilateral_stage(
     With a quantization, codes of the float32 sums, which half features would round first.
     """
     geometry = Geometry(radius)
-    made = _bilateral(geometry, guidance, sigma_spatial, sigma_range)
+    made = _bilateral(geometry, guidance, sigma_spatial, sigma_range, source.dtype)
     return _upsampled(geometry, source, quantization, **made)
 
 
@@ -120,13 +130,16 @@ def learned_stage(
     return _upsampled(geometry, source, quantization, **_learned(geometry, guidance, stage, source.dtype))
 
 
-def _bilateral(geometry: Geometry, guidance: Tensor, sigma_spatial: float, sigma_range: float) -> dict[str, Any]:
+def _bilateral(
+    geometry: Geometry, guidance: Tensor, sigma_spatial: float, sigma_range: float, result: torch.dtype
+) -> dict[str, Any]:
     factor = max(-math.log2(math.e) / (2 * sigma_range) / sigma_range, -3e38)  # finite, for equal colours
     return strides("guidance", guidance) | {
         "KERNEL": "bilateral",
         "GUIDANCE_DIM": guidance.shape[1],
         "spatial": _spatial_gaussian(geometry, sigma_spatial, guidance.device),
         "range_factor": factor,
+        **_slides(geometry, result, guidance.device),
     }
 
 
@@ -139,8 +152,13 @@ def _learned(geometry: Geometry, guidance: Tensor, stage: StageParameters, resul
         "GUIDANCE_ROWS": guidance_rows(guidance.shape[1]),
         "HIDDEN": geometry.hidden,
         "KERNEL_PRECISION": precision(guidance.dtype, result),
+        **_slides(geometry, guidance.dtype, guidance.device),
         **prepared._asdict(),
     }
+
+
+def _slides(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    return dict(zip(("slide_rows", "slide_columns"), slide_tables(geometry, dtype, device), strict=True))
 
 
 @functools.lru_cache(maxsize=64)

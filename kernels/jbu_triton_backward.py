@@ -199,7 +199,7 @@ def _keys_gradient_tiles(
     here = y.to(tl.int64) * gradient_y + x.to(tl.int64) * gradient_x
     inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
     total = tl.zeros([2 * ACROSS, 16, KEY_DIM], tl.float32)
-    BLOCK: tl.constexpr = min(AXIS * KEY_COLUMNS, 128)
+    BLOCK: tl.constexpr = 128 if AXIS * KEY_COLUMNS > 128 else AXIS * KEY_COLUMNS
     for start in tl.range(0, AXIS * KEY_COLUMNS, BLOCK, num_stages=1):
         place = start + tl.arange(0, BLOCK)
         near_y = top[:, None] + (place // KEY_COLUMNS)[None, :] - RADIUS

@@ -23,6 +23,7 @@ __all__ = ["run_tiles"]
 def run_tiles(
     kernel, kernel_b, kernel_c, kernel_y, kernel_x,  # [B, n*n, H, W], given or the output
     guidance, guidance_b, guidance_c, guidance_y, guidance_x,  # [B, G, H, W]
+    slide_rows, slide_columns,  # slide_tables, if not given
     spatial, range_factor,  # [16, U] float32, logarithm of the Gaussian; a number, of bilateral kernels; to the base 2
     keys, weights, bias, factor,  # [B, H, W, KEY_DIM] and the rest of `kernels.jbu_triton_learned.Prepared`
     source, rows, columns, row_kinds, column_kinds,  # [B, h, w, C] and its `axis_tables`
@@ -63,7 +64,7 @@ def run_tiles(
             else:  # beyond the radius products may overflow
                 near = tl.where(gaussian > float("-inf"), near, 0.0)
             near = near.to(keys.dtype.element_ty)
-        taps = taps_of(near, RADIUS, AXIS, ACROSS, KEY_COLUMNS, KERNEL_PRECISION)
+        taps = taps_of(near, slide_rows, slide_columns, AXIS, ACROSS, KEY_COLUMNS, KERNEL_PRECISION)
         if KERNEL == "bilateral":
             taps *= 1.0 / tl.sum(taps, 1, keep_dims=True)  # at least 1: the pixel's own weight
         if KERNEL == "learned":

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_RADIUS", "Geometry", "axis_tables", "power_of_two", "squared_distances"]
+__all__ = ["MAX_RADIUS", "Geometry", "axis_tables", "power_of_two", "slide_tables", "squared_distances"]
 
 MAX_RADIUS = 7  # 15 × 15 taps are 256 on the chip; at 8 they would be 1024, which no register file holds
 
@@ -51,7 +51,7 @@ class Geometry:
     @property
     def axis(self) -> int:
         """Taps along an axis on the chip. A patch's window has one row more than taps: as many, padded."""
-        return power_of_two(self.width)
+        return max(8, power_of_two(self.width))
 
     @property
     def patches_across(self) -> int:
@@ -183,6 +183,36 @@ def _bicubic_weights() -> npt.NDArray[np.float64]:
 
     odd = [far(1.25), near(0.25), near(0.75), far(1.75)]  # high-res pixel 2i + 1 lies at i + 1/4
     return np.array([odd[::-1], odd]).T
+
+
+@functools.lru_cache(maxsize=64)
+def slide_tables(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Matrices of zeros and ones that pick each pixel's taps from the window of its patch, along an axis.
+
+    A pixel in row y of its patch finds tap a in row y + a of the window, and likewise in columns. As in `axis_tables`
+    each is repeated along a diagonal, here to 16 taps and parts of the other axis.
+
+    Args:
+        geometry: of the kernels.
+        dtype: of the weights in the window.
+        device: theirs.
+
+    Returns:
+        rows [2, (window row, part), (tap, part)] and columns [8, (part, window column), (part, tap)].
+    """
+    repeat = np.eye(_MATRIX_DEPTH // geometry.axis)
+    rows = _slides(_PATCH_ROWS, geometry.axis, geometry)
+    columns = _slides(_PATCH_COLUMNS, geometry.key_columns, geometry)
+    down = np.einsum("yka,pq->ykpaq", rows, repeat).reshape(_PATCH_ROWS, -1, _MATRIX_DEPTH)
+    across = np.einsum("xkb,pq->xpkqb", columns, repeat).reshape(_PATCH_COLUMNS, -1, _MATRIX_DEPTH)
+    tables = [torch.from_numpy(np.ascontiguousarray(table)).to(device, dtype) for table in (down, across)]
+    return tables[0], tables[1]
+
+
+def _slides(pixels: int, window: int, geometry: Geometry) -> npt.NDArray[np.bool_]:
+    """[pixels, window, axis]: whether a place in the window is a tap of a pixel."""
+    pixel, place, tap = np.ogrid[:pixels, :window, : geometry.axis]
+    return np.asarray((place == pixel + tap) & (tap < geometry.width))
 
 
 @functools.lru_cache(maxsize=64)

@@ -30,9 +30,9 @@ def options(geometry: Geometry, dtype: torch.dtype, arguments: dict[str, Any]) -
     """What a kernel is compiled with. Constants, and no tuning at run time: results would depend on timings.
 
     Chosen by what ptxas says for sm_90, radius 3; not yet by timings. Half: 4 warps, as a patch is one warp's rows of a
-    matrix instruction and a tile has 4. Left alone a learned stage takes 208 registers a thread, at most 168 it still
-    spills none, and 3 programs fit a multiprocessor. float32 in three parts needs twice that: 8 warps, and 128
-    registers, at which it spills some but 2 programs fit. From radius 4 on all of them, 255, are needed.
+    matrix instruction and a tile has 4. Left alone a learned stage takes 227 registers a thread; at 168 it spills next
+    to none, and 3 programs fit a multiprocessor. float32 in three parts needs twice that: 8 warps, and 128 registers,
+    where it spills some but 2 programs fit. From radius 4 on all of them, 255, are needed.
     """
     wide = dtype == torch.float32
     loops = (arguments.get("C") or 0) > (arguments.get("C_BLOCK") or 0)  # else a second buffer for loads would lie idle

@@ -76,16 +76,17 @@ def dot(a, b, PRECISION: tl.constexpr, sums=None):
     """a [..., M, K] @ b [..., K, N], added to sums: float32."""
     if _INTERPRETED:  # the interpreter would multiply the bits of bfloat16 as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision=PRECISION)
+    plain: tl.constexpr = sums is None  # Triton 3.2 takes no None for it
+    return tl.dot(a, b, input_precision=PRECISION) if plain else tl.dot(a, b, sums, input_precision=PRECISION)
 
 
 @triton.jit
 def deep_dot(a, b, PRECISION: tl.constexpr):
-    """`dot` of two dimensions; if a is float32 and K large, of both halves of K, by different warps.
+    """`dot` of two dimensions; if a's rows are longer than 128 float32, of their halves, by different warps.
 
-    One warp would need all of its rows of a at once, in parts: more than its registers hold.
+    One warp would need all of its rows at once, in parts: more than its registers hold.
     """
-    if a.dtype == tl.float32 and a.shape[1] > 128:
+    if a.shape[1] * a.dtype.primitive_bitwidth > 128 * 32:
         HALF: tl.constexpr = a.shape[1] // 2
         a = tl.permute(tl.reshape(a, [a.shape[0], 2, HALF]), [1, 0, 2])
         sums = tl.sum(dot(a, tl.reshape(b, [2, HALF, b.shape[1]]), PRECISION), 0)
@@ -126,7 +127,7 @@ def window_products(
     keys += (y0.to(tl.int64) * W + x0) * KEY_DIM  # counted from the tile's first pixel 32 bits are enough
     here = tl.reshape(((y - y0) * W + (x - x0)) * KEY_DIM, [2 * ACROSS, 16])
     near = ((near_y - y0) * W + (near_x - x0)) * KEY_DIM
-    BLOCK: tl.constexpr = min(KEY_DIM, 32)
+    BLOCK: tl.constexpr = 32 if KEY_DIM > 32 else KEY_DIM
     products = tl.zeros([2 * ACROSS, 16, AXIS * KEY_COLUMNS], tl.float32)
     for start in tl.static_range(0, KEY_DIM, BLOCK):
         channel = start + tl.arange(0, BLOCK)[None, None, :]
@@ -177,26 +178,30 @@ def unnormalised(products, factor, spatial, smallest):
 
 @triton.jit
 def taps_of(
-    window, RADIUS: tl.constexpr, AXIS: tl.constexpr, ACROSS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
+    window, slide_rows, slide_columns, AXIS: tl.constexpr, ACROSS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """From places in the windows [N, 16, U] to taps [P, A·A] float32, in patch order. Exact, but for its operands."""
+    """From places in the windows [N, 16, U] to taps [P, A·A] float32, in patch order. Exact, but for its operands.
+
+    By the tables of `kernels.jbu_triton_geometry.slide_tables`, one axis after the other.
+    """
     A: tl.constexpr = AXIS
     N: tl.constexpr = 2 * ACROSS
     PARTS: tl.constexpr = 16 // A
-    # Along x: a pixel in column gx of its patch sees column gx + b of the window in tap b.
-    gx, u, b = tl.arange(0, 8)[:, None, None], tl.arange(0, KEY_COLUMNS)[None, :, None], tl.arange(0, A)[None, None, :]
-    slide = tl.where((u == gx + b) & (b <= 2 * RADIUS), 1.0, 0.0).to(window.dtype)
-    taps = tl.permute(tl.reshape(window, [N * 2, 8, A, KEY_COLUMNS]), [1, 0, 2, 3])
-    taps = dot(tl.reshape(taps, [8, N * 2 * A, KEY_COLUMNS]), slide, PRECISION).to(window.dtype)
-    # Along y: a pixel in row gy of its patch sees row gy + a of the window in tap a.
-    gy, k, n = tl.arange(0, 2)[:, None, None], tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
-    slide = (k // PARTS == gy + n // PARTS) & (k % PARTS == n % PARTS) & (n // PARTS <= 2 * RADIUS)
-    slide = tl.where(slide, 1.0, 0.0).to(window.dtype)
-    taps = tl.permute(tl.reshape(taps, [8, N, 2, A, A // PARTS, PARTS]), [2, 1, 0, 4, 3, 5])  # gy, patch, gx, b, row, b
-    taps = dot(tl.reshape(taps, [2, N * 8 * (A // PARTS), 16]), slide, PRECISION)
-    taps = tl.permute(tl.reshape(taps, [2, N, 8, A // PARTS, A, PARTS]), [1, 0, 2, 4, 3, 5])  # patch, gy, gx, a, b, b
-    return tl.reshape(taps, [N * 16, A * A])
+    DEPTH: tl.constexpr = PARTS * KEY_COLUMNS
+    tap = tl.arange(0, 16)[None, None, :]
+    place = tl.arange(0, 8)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, :, None]
+    slide = tl.load(slide_columns + place * 16 + tap)
+    k = tl.permute(tl.reshape(window, [N * 2, 8, A, KEY_COLUMNS]), [1, 0, 2, 3])
+    k = dot(tl.reshape(k, [8, N * 2 * (A // PARTS), DEPTH]), slide, PRECISION).to(window.dtype)
+    place = tl.arange(0, 2)[:, None, None] * 16 + tl.arange(0, 16)[None, :, None]
+    slide = tl.load(slide_rows + place * 16 + tap)
+    k = tl.permute(
+        tl.reshape(k, [8, N, 2, A, A // PARTS, PARTS]), [2, 1, 0, 4, 3, 5]
+    )  # gy, patch, gx, b, row, its part
+    k = dot(tl.reshape(k, [2, N * 8 * (A // PARTS), 16]), slide, PRECISION)
+    k = tl.permute(tl.reshape(k, [2, N, 8, A // PARTS, A, PARTS]), [1, 0, 2, 4, 3, 5])  # patch, gy, gx, a, b, its part
+    return tl.reshape(k, [N * 16, A * A])
 
 
 @triton.jit
@@ -215,7 +220,7 @@ def corrected(
     colour = tl.where((channel == GUIDANCE_DIM)[None, :], 1.0, colour).to(colour.dtype)  # its weights are the bias
     taps = kernel.to(colour.dtype)
     correction = tl.zeros([32 * ACROSS, TAPS], tl.float32)
-    BLOCK: tl.constexpr = min(HIDDEN, 64)
+    BLOCK: tl.constexpr = 64 if HIDDEN > 64 else HIDDEN
     for start in tl.range(0, HIDDEN, BLOCK, num_stages=1):
         hidden = start + tl.arange(0, BLOCK)
         of_colour = tl.load(weights + channel[:, None] * HIDDEN + hidden[None, :])

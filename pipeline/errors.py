@@ -14,7 +14,8 @@ class ImageError(DensefeatError):
 
     Attributes:
         status: one of ``schemas.index.FAILED``: ``unreadable`` (bytes could not be fetched), ``corrupt``,
-            ``unsupported``, ``too_large``, ``too_small``, ``nonfinite``.
+            ``unsupported``, ``too_large``, ``too_small``, ``nonfinite`` (its features are), ``constant`` (nothing in
+            it to fit), ``diverged`` (the fit of its features did).
     """
 
     def __init__(self, status: str, message: str) -> None:

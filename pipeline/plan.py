@@ -19,7 +19,7 @@ from pipeline.feature_worker import WorkerSpec
 from pipeline.pca import Basis
 from pipeline.source import list_images
 from pipeline.store import check_writable, existing_store, foreign_keys, storage_explained, stored_index
-from pipeline.upsample import Upsampler, build_upsampler
+from pipeline.upsample import Upsampler, build_configured
 from schemas.attributes import StoreAttributes, differences
 from schemas.config import FeatureConfig, UpsampleConfig
 from schemas.index import REFERENCES
@@ -91,9 +91,7 @@ def make_plan(config: UpsampleConfig) -> Plan:
     stored = _stored_attributes(config)
     resumed = stored if config.resume else None
     backbone = _checked_backbone(config)
-    upsampler = build_upsampler(
-        config.upsampler, config.upsampler_weights, backbone, lift_iterations=config.lift_iterations
-    )
+    upsampler = build_configured(config, backbone)
     _check_upsampler(upsampler, backbone, config)
     basis = None if config.pca is None else read_basis(config.pca, backbone)
     k = _components(config, backbone, basis)

@@ -6,19 +6,26 @@ from torch import Tensor
 
 from pipeline.backbone import Backbone
 from pipeline.errors import JobError
+from pipeline.implicit_schedule import Schedule
 from pipeline.upsample_anyup import AnyUpUpsampler
+from pipeline.upsample_implicit import ImplicitUpsampler
 from pipeline.upsample_interface import Facts, LinearUpsampler, Projected, Upsampler, check_images, resize
 from pipeline.upsample_jbu import JBU
 from pipeline.upsample_lift import LiFTUpsampler
+from pipeline.upsample_multiview import MultiviewUpsampler
+from schemas.config import UpsampleConfig
 
 __all__ = [
     "JBU",
     "UPSAMPLERS",
     "AnyUpUpsampler",
     "Bilinear",
+    "ImplicitUpsampler",
     "LiFTUpsampler",
+    "MultiviewUpsampler",
     "Projected",
     "Upsampler",
+    "build_configured",
     "build_upsampler",
     "describe_upsamplers",
 ]
@@ -37,11 +44,34 @@ class Bilinear(LinearUpsampler):
 
 
 UPSAMPLERS: dict[str, type[Upsampler]] = {
-    upsampler.name: upsampler for upsampler in (Bilinear, JBU, LiFTUpsampler, AnyUpUpsampler)
+    upsampler.name: upsampler
+    for upsampler in (Bilinear, JBU, LiFTUpsampler, AnyUpUpsampler, MultiviewUpsampler, ImplicitUpsampler)
 }
 
 
-def build_upsampler(name: str, weights: str | None, backbone: Backbone, *, lift_iterations: int = 1) -> Upsampler:
+def build_configured(config: UpsampleConfig, backbone: Backbone) -> Upsampler:
+    """`build_upsampler` with all that a job's configuration says of it."""
+    return build_upsampler(
+        config.upsampler,
+        config.upsampler_weights,
+        backbone,
+        lift_iterations=config.lift_iterations,
+        views=config.views,
+        fit_steps=config.fit_steps,
+        regularisation=config.regularisation,
+    )
+
+
+def build_upsampler(
+    name: str,
+    weights: str | None,
+    backbone: Backbone,
+    *,
+    lift_iterations: int = 1,
+    views: int | None = None,
+    fit_steps: int | None = None,
+    regularisation: float | None = None,
+) -> Upsampler:
     """Build the upsampler a job's configuration names, in evaluation mode, on the CPU.
 
     Args:
@@ -49,6 +79,9 @@ def build_upsampler(name: str, weights: str | None, backbone: Backbone, *, lift_
         weights: URI of its checkpoint, or None.
         backbone: whose features it is to upsample.
         lift_iterations: of ``lift``.
+        views: of ``multiview`` and ``implicit``; None: those of its weights, and its default.
+        fit_steps: of ``implicit``, at most; None: its default.
+        regularisation: of ``multiview``; None: that of its weights.
 
     Raises:
         JobError: no such upsampler; weights for one that has none, or none for one that needs them; weights that do
@@ -61,15 +94,19 @@ def build_upsampler(name: str, weights: str | None, backbone: Backbone, *, lift_
     kind = UPSAMPLERS[name]
     if weights is None:
         if kind.facts.weights == "required":
-            raise JobError(
-                f"--upsampler {name} needs its weights: give --upsampler-weights; the README says where from"
-            )
+            fitted = kind is MultiviewUpsampler
+            where = "make them with jobs/fit_downsampler.py" if fitted else "the README says where from"
+            raise JobError(f"--upsampler {name} needs its weights: give --upsampler-weights; {where}")
+        if kind is ImplicitUpsampler:
+            return ImplicitUpsampler(backbone, Schedule.asked_for(views=views, steps=fit_steps)).eval()
         return kind().eval()
     if kind.facts.weights == "none":
         raise JobError(f"--upsampler-weights: got {weights!r} for {name!r}, which has no weights. Leave them out.")
     if kind is LiFTUpsampler:
         patch = backbone.reduction
         return LiFTUpsampler.from_weights(weights, backbone.num_chs, patch=patch, iterations=lift_iterations)
+    if kind is MultiviewUpsampler:
+        return MultiviewUpsampler.from_weights(weights, backbone, views=views, regularisation=regularisation)
     return (
         AnyUpUpsampler.from_weights(weights) if kind is AnyUpUpsampler else JBU.from_weights(weights, backbone.num_chs)
     )

@@ -7,25 +7,28 @@ says with which matrix and offset). Others find their own place for it.
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.jbu import Codes, Quantization
-from pipeline.quantize import quantize
+from pipeline.errors import ImageError
+from pipeline.quantize import quantize, to_float16
 
 __all__ = [
     "Facts",
     "Folding",
     "LinearUpsampler",
     "Projected",
+    "Stored",
     "Upsampler",
     "check_images",
     "checked_basis",
     "imagenet_normalised",
     "resize",
+    "with_nonfinite",
 ]
 
 
@@ -81,6 +84,18 @@ class Upsampler(nn.Module):
         """
 
 
+class Stored(NamedTuple):
+    """What is stored of a batch.
+
+    Attributes:
+        values: int8 codes, or float16 features, of all its images.
+        failures: image of the batch -> why its values are of no use; the other images do not depend on it.
+    """
+
+    values: Codes
+    failures: dict[int, ImageError]
+
+
 class Projected(nn.Module):
     """An upsampler with a basis: low-res features of C channels -> k components of high-res features."""
 
@@ -94,11 +109,21 @@ class Projected(nn.Module):
             size: height and width of the output.
 
         Returns:
-            [B, k, *size] float: upsampled features, less the mean, times the components.
+            [B, k, *size] float: upsampled features, less the mean, times the components; not finite for an image
+            that failed (`store` says why).
 
         Raises:
             ValueError: an argument is not as above.
         """
+
+    def store(self, features: Tensor, images: Tensor, size: tuple[int, int], step: Tensor | None) -> Stored:
+        """As `forward`, as it is stored: quantized with steps [k] float32, or as float16; and what failed.
+
+        Here: images whose features are not finite.
+        """
+        if step is None:
+            return with_nonfinite(to_float16(self(features, images, size)), {})
+        return with_nonfinite(self.codes(features, images, size, step), {})
 
     def codes(self, features: Tensor, images: Tensor, size: tuple[int, int], step: Tensor) -> Codes:
         """As `forward`, quantized with steps [k] float32."""
@@ -196,6 +221,13 @@ class _LinearProjected(Projected):
         """On a GPU in float16: as precise as what is stored, and half the bytes. A CPU computes in float32."""
         low = torch.einsum("bchw,ck->bkhw", features, self.projection)
         return low.half() if low.is_cuda else low
+
+
+def with_nonfinite(values: Codes, failures: dict[int, ImageError]) -> Stored:
+    """Values and known failures, together with the images whose values are not finite for a reason nobody knows."""
+    nonfinite = values.not_finite.nonzero().flatten().tolist()
+    error = ImageError("nonfinite", "its features contain NaN or infinity")
+    return Stored(values, {**dict.fromkeys(nonfinite, error), **failures})
 
 
 def checked_basis(mean: Tensor, components: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from densefeat import layout
 from densefeat.objects import Objects
-from kernels.jbu import Codes, Quantization
+from kernels.jbu import Quantization
 from pipeline.batches import Batch
 from pipeline.decode import Decoded
 from pipeline.errors import ImageError
@@ -27,7 +27,8 @@ from pipeline.pca import Basis
 from pipeline.quantize import quantize, steps, to_float16
 from pipeline.stage_seconds import StageSeconds
 from pipeline.store import storage_explained, write_shard
-from pipeline.upsample import Projected, build_upsampler
+from pipeline.upsample import Projected, build_configured
+from pipeline.upsample_interface import Stored
 from schemas.config import UpsampleConfig
 from schemas.index import OK
 from schemas.ledger import LedgerRecord, RowOutcome
@@ -62,9 +63,7 @@ class ShardWorker(FeatureWorker):
         config = spec.config
         assert isinstance(config, UpsampleConfig)
         self.config = config
-        upsampler = build_upsampler(
-            config.upsampler, config.upsampler_weights, self.backbone, lift_iterations=config.lift_iterations
-        )
+        upsampler = build_configured(config, self.backbone)
         self.upsampler = upsampler.to(self.device)
         self.check_identity("upsampler", upsampler.identity())
         self._upsampled_by = self.upsampler.explain(self.device)
@@ -111,10 +110,10 @@ class ShardWorker(FeatureWorker):
         chunks: list[Future[bytes] | None] = []
         clipped = 0
         for batch in self.loader.batches(references, seconds):
-            codes, finite, batch_clipped = self._codes(batch, encoding, seconds)
+            codes, failures, batch_clipped = self._codes(batch, encoding, seconds)
             clipped += batch_clipped
             for i, decoded in enumerate(batch.decoded):
-                outcome = _outcome(shard * shard_rows + len(outcomes), decoded, bool(finite[i]))
+                outcome = _outcome(shard * shard_rows + len(outcomes), decoded, failures.get(i))
                 outcomes.append(outcome)
                 chunks.append(self._encoders.submit(_encode, codes[i], seconds) if outcome.ok else None)
         encoded = [None if chunk is None else chunk.result() for chunk in chunks]
@@ -128,23 +127,22 @@ class ShardWorker(FeatureWorker):
 
     def _codes(
         self, batch: Batch, encoding: Encoding, seconds: StageSeconds
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_], int]:
-        """Stored values [B, k, H, W], which of them are finite [B], and how many values were clipped."""
+    ) -> tuple[npt.NDArray[Any], dict[int, ImageError], int]:
+        """Stored values [B, k, H, W], which of them failed and why, and how many values of the others were clipped."""
         rows = len(batch.decoded)
         if not batch.usable_rows.any():
             self.images_done += rows
-            return np.empty(rows), np.zeros(rows, bool), 0
+            return np.empty(rows), {}, 0
         with seconds.stage("wait for device"):
             self.computing.acquire()
         try:
             with torch.inference_mode():
                 stored = self._stored(*self._features(batch, seconds), encoding, seconds)
-                codes, finite = stored.codes.cpu(), stored.not_finite.cpu() == 0
-                clipped = int(stored.clipped.cpu()[finite].sum())
+                codes, clipped = stored.values.codes.cpu(), stored.values.clipped.tolist()
         finally:
             self.computing.release()
         self.images_done += rows
-        return codes.numpy(), finite.numpy(), clipped
+        return codes.numpy(), stored.failures, sum(n for i, n in enumerate(clipped) if i not in stored.failures)
 
     def _features(self, batch: Batch, seconds: StageSeconds) -> tuple[Tensor, Tensor]:
         """Low-resolution features [B, C, h, w] and the pixels they are of, on the device."""
@@ -154,16 +152,14 @@ class ShardWorker(FeatureWorker):
             self._synchronize()
         return features, pixels
 
-    def _stored(self, features: Tensor, pixels: Tensor, encoding: Encoding, seconds: StageSeconds) -> Codes:
+    def _stored(self, features: Tensor, pixels: Tensor, encoding: Encoding, seconds: StageSeconds) -> Stored:
         """What is stored of low-resolution features."""
         upsampler, size = self._projected(encoding.basis), self.geometry.output_size
         with seconds.stage("upsample"):
-            if encoding.step is not None:
-                codes = upsampler.codes(features, pixels, size, torch.tensor(encoding.step, device=self.device))
-            else:
-                codes = to_float16(upsampler(features, pixels, size))
+            step = None if encoding.step is None else torch.tensor(encoding.step, device=self.device)
+            stored = upsampler.store(features, pixels, size, step)
             self._synchronize()
-        return codes
+        return stored
 
     def _projected(self, basis: Basis) -> Projected:
         """The upsampler with the basis folded in; the caller holds the device."""
@@ -186,12 +182,12 @@ def make_worker(spec: WorkerSpec) -> FeatureWorker:
     return ShardWorker(spec) if isinstance(spec.config, UpsampleConfig) else FeatureWorker(spec)
 
 
-def _outcome(row: int, decoded: Decoded | ImageError, finite: bool) -> RowOutcome:
+def _outcome(row: int, decoded: Decoded | ImageError, failure: ImageError | None) -> RowOutcome:
     if isinstance(decoded, ImageError):
         return RowOutcome(row, decoded.status, str(decoded))
     outcome = RowOutcome(row, OK, None, decoded.height, decoded.width, decoded.affine, decoded.valid_box)
-    if not finite:
-        outcome.status, outcome.error = "nonfinite", "its features contain NaN or infinity"
+    if failure is not None:
+        outcome.status, outcome.error = failure.status, str(failure)
     return outcome
 
 

@@ -72,12 +72,21 @@ class UpsampleConfig(FeatureConfig):
 
     # Where the store goes: a folder, s3://bucket/prefix or gs://bucket/prefix.
     store: str
-    # How features get their resolution: "bilinear", "jbu", "lift" or "anyup". A wrong name lists what each needs.
+    # How features get their resolution: "bilinear", "jbu", "lift", "anyup", "multiview" or "implicit". A wrong
+    # name lists what each needs.
     upsampler: str = "jbu"
-    # Checkpoint of the upsampler: lift and anyup need theirs; jbu takes FeatUp's, and is training-free without.
+    # Checkpoint of the upsampler: lift and anyup need theirs, multiview what jobs/fit_downsampler.py makes; jbu takes
+    # FeatUp's, and is training-free without.
     upsampler_weights: str | None = None
     # How often lift doubles the resolution.
     lift_iterations: int = 1
+    # Views of each image that multiview or implicit fits; not given: as many as multiview's weights were fitted with,
+    # 100 for implicit. FeatUp's own schedule is --upsampler implicit --views 3000 --fit-steps 1200.
+    views: int | None = None
+    # Steps of implicit, at most: it stops where held-out views no longer get better, but for FeatUp's own schedule.
+    fit_steps: int | None = None
+    # How strongly multiview holds neighbours of like colour together; not given: what its weights say.
+    regularisation: float | None = None
     # Pixels of the stored features, "224" or "HEIGHTxWIDTH"; not given: those of --size.
     output_size: str | None = None
     # Basis to use, from jobs/fit_pca.py (.npz) or another store (its URI); not given: fitted on these images.
@@ -111,6 +120,16 @@ class UpsampleConfig(FeatureConfig):
         _at_least("--lift-iterations", self.lift_iterations, 1)
         if self.lift_iterations > 1 and self.upsampler != "lift":
             raise ValueError(f"--lift-iterations {self.lift_iterations} is for --upsampler lift: got {self.upsampler}")
+        _at_least("--views", self.views, 2)
+        _at_least("--regularisation", self.regularisation, 0)
+        _at_least("--fit-steps", self.fit_steps, 1)
+        for option, value, takers in (
+            ("--views", self.views, ("multiview", "implicit")),
+            ("--fit-steps", self.fit_steps, ("implicit",)),
+            ("--regularisation", self.regularisation, ("multiview",)),
+        ):
+            if value is not None and self.upsampler not in takers:
+                raise ValueError(f"{option} {value} is for --upsampler {' or '.join(takers)}: got {self.upsampler}")
         _at_least("--error-floor", self.error_floor, 0)
         _at_least("--stall-timeout-s", self.stall_timeout_s, 1)
         if not 0 <= self.max_failed_share <= 1:
@@ -156,6 +175,34 @@ class FitPcaConfig(FeatureConfig):
         super().__post_init__()
         if not self.output.endswith(".npz"):
             raise ValueError(f"--output is a NumPy file: got {self.output!r}, expected a name that ends in .npz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitDownsamplerConfig(FeatureConfig):
+    """Images in, what --upsampler multiview needs to know of a backbone out."""
+
+    # The .safetensors file or URI to write.
+    output: str
+    # Images to fit on, spread evenly over the dataset; a quarter of them chooses the settings.
+    fit_images: int = 24
+    # Views of each image. More are better and slower: the backbone sees all of them.
+    views: int = 21
+    # Further views, which settings are judged on.
+    held_out_views: int = 20
+    # Pixels of the image in a cell of the solver's grid: 1 is slow, 4 is fast; a bilateral filter does the rest.
+    solver_stride: int = 2
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without looking at anything."""
+        super().__post_init__()
+        if not self.output.endswith(".safetensors"):
+            raise ValueError(f"--output: got {self.output!r}, expected a name that ends in .safetensors")
+        _at_least("--fit-images", self.fit_images, 4)
+        _at_least("--views", self.views, 2)
+        _at_least("--held-out-views", self.held_out_views, 1)
+        _at_least("--solver-stride", self.solver_stride, 1)
+        if self.workers:
+            raise ValueError(f"--workers {self.workers}: this job runs in one process, leave the option out")
 
 
 def parse_size(option: str, text: str) -> tuple[int, int]:

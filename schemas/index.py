@@ -7,7 +7,7 @@ import pyarrow as pa
 
 OK = "ok"
 PENDING = "pending"  # its shard is not done
-FAILED = ("unreadable", "corrupt", "unsupported", "too_large", "too_small", "nonfinite")
+FAILED = ("unreadable", "corrupt", "unsupported", "too_large", "too_small", "nonfinite", "constant", "diverged")
 
 # What a source gives: where the image is, and what is known before it is opened.
 REFERENCE_FIELDS: tuple[pa.Field, ...] = (

@@ -1,0 +1,105 @@
+"""Fit what --upsampler multiview needs to know of a backbone: how it pools, its positional bias, how hard to fit.
+
+python -m jobs.fit_downsampler --images photos/ --output downsampler.safetensors
+python -m jobs.upsample_imagenet --images photos/ --store features/ --upsampler multiview --upsampler-weights …
+"""
+
+import logging
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from densefeat._version import __version__
+from densefeat.objects import Objects, split_uri
+from jobs.command_line import DONE, run
+from pipeline.decode import Decoded
+from pipeline.downsampler_file import Downsampler, Origin
+from pipeline.downsampler_fit import Fit, fit_downsampler
+from pipeline.downsampler_sample import sampled_views
+from pipeline.errors import JobError
+from pipeline.feature_worker import FeatureWorker
+from pipeline.multiview_views import MOST_VIEWS
+from pipeline.pca import sample_rows
+from pipeline.plan import feature_spec
+from pipeline.stage_seconds import StageSeconds
+from pipeline.store import storage_explained
+from schemas.config import FitDownsamplerConfig
+
+logger = logging.getLogger(__name__)
+
+_COMPONENTS = 64  # that settings are chosen on
+
+
+def fit(config: FitDownsamplerConfig) -> int:
+    """Run the job; returns its exit code.
+
+    Raises:
+        JobError: it cannot be done as asked.
+    """
+    if config.views > MOST_VIEWS:
+        raise JobError(f"--views: got {config.views}, expected at most {MOST_VIEWS}: those after are held out")
+    spec, references, _ = feature_spec(config)
+    worker = FeatureWorker(spec)
+    backbone = worker.backbone
+    images = sample_images(worker, references, config.fit_images)
+    components = config.components or min(_COMPONENTS, backbone.num_chs)
+    with sampled_views(
+        backbone, images, views=config.views, held_out=config.held_out_views, components=components
+    ) as sample:
+        if len(sample.images) < config.fit_images:
+            raise JobError(_too_few(len(sample.images), config.fit_images, "have features that can be used"))
+        found = fit_downsampler(sample, backbone.reduction, config.solver_stride, worker.device)
+    account = {"images": config.images, "fit": config.fit, "densefeat": __version__, "torch": torch.__version__}
+    origin = Origin(backbone.identity(), backbone.size, backbone.grid, {**account, **found.account})
+    folder, name = split_uri(config.output)
+    with storage_explained(config.output):
+        Objects(folder).put(name, Downsampler(found.bias, found.settings, origin).to_bytes())
+        Objects(folder).tidy()
+    logger.info("%s\nwrote %s", describe(found), config.output)
+    return DONE
+
+
+def sample_images(worker: FeatureWorker, references: pa.Table, count: int) -> Tensor:
+    """``count`` images spread evenly over the dataset, decoded: [count, 3, H, W] uint8.
+
+    Raises:
+        JobError: there are not so many, or some cannot be used.
+    """
+    rows = sample_rows(references.num_rows, count)
+    if len(rows) < count:
+        raise JobError(_too_few(len(rows), count, "are there"))
+    usable, reason = [], ""
+    for batch in worker.loader.batches(references.take(rows), StageSeconds()):
+        for pixels, decoded in zip(batch.pixels, batch.decoded, strict=True):
+            if isinstance(decoded, Decoded):
+                usable.append(pixels)
+            else:
+                reason = reason or f" (the first says: {decoded})"
+    if len(usable) < count:
+        raise JobError(_too_few(len(usable), count, f"can be used{reason}"))
+    return torch.stack(usable)
+
+
+def describe(found: Fit) -> str:
+    """What was fitted, for a person."""
+    settings, errors = found.settings, found.account["held_out_error"]
+    curve = {(r, n): error for r, n, error in errors["by_regularisation_and_iterations"]}
+    error = curve[settings.regularisation, settings.iterations]
+    return (
+        f"error on held-out views: {errors['bilinear']:.4f} bilinear, {errors['bilinear_and_bias']:.4f} with the bias, "
+        f"{error:.4f} multiview ({error / errors['bilinear']:.2f} of bilinear)\n"
+        f"a Gaussian of {settings.sigma_px:.2f} pixels, {settings.views} views, regularisation "
+        f"{settings.regularisation:g}, {settings.iterations} iterations"
+    )
+
+
+def _too_few(got: int, asked: int, what: str) -> str:
+    return (
+        f"--fit-images {asked}, but only {got} of the sample {what}: give more images, or a smaller --fit-images; from "
+        "fewer than 18 the bias is worse"
+    )
+
+
+if __name__ == "__main__":
+    run(FitDownsamplerConfig, fit, __doc__ or "")
