@@ -1,6 +1,6 @@
 """Claim: fitting each image's features to many views of it is practical for whole datasets.
 
-    python -m benchmarks.implicit --photos 30
+    python -m benchmarks.implicit --photos-each 30
 
 Photographs of coco200's validation part, both real backbones, 224 pixels, k = 64 components of a basis fitted on
 training photographs. Held-out error: ``|A Y + b - F|² / |F - mean F|²`` over 20 views that no fit used, Y being the
@@ -18,83 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
 from benchmarks import rows
-from jobs.fit_downsampler import fit as fit_downsampler
-from kernels.multiview import ViewMatrices
+from benchmarks.held_out import BACKBONES, SIZE, Judge, K, build, downsampler_file, fitted_basis, photos
 from pipeline import upsample_multiview
-from pipeline.backbone import Backbone, build_backbone
-from pipeline.decode import Geometry, decode
+from pipeline.backbone import Backbone
 from pipeline.downsampler_file import Downsampler
 from pipeline.feature_worker import pick_device
-from pipeline.multiview_views import held_out_views, view_operators
-from pipeline.pca import Moments, fit
 from pipeline.upsample import build_upsampler
 from pipeline.upsample_interface import Projected
-from pipeline.view_features import JitterMatrices, view_features
-from schemas.config import FitDownsamplerConfig
+from pipeline.view_features import view_features
 
-SHARED = Path(__file__).parents[2] / "shared"
-COCO = SHARED / "data" / "coco200" / "images"
-SIZE, K, HELD_OUT, BASIS_PHOTOS = (224, 224), 64, 20, 60
 VIEWS = (9, 21, 41)
-BACKBONES: dict[str, dict[str, Any]] = {
-    "lite0": {
-        "backbone": "tf_efficientnet_lite0",
-        "weights": str(SHARED / "weights" / "tf_efficientnet_lite0.safetensors"),
-        "layer": 3,
-    },
-    "vit": {
-        "backbone": "vit_small_patch14_dinov2.lvd142m",
-        "weights": str(SHARED / "weights" / "vit_small_patch14_dinov2.focus.safetensors"),
-        "layer": 10,
-    },
-}
-Upsample = Callable[[Tensor, Tensor], Tensor]  # features [1, C, h, w] and image -> [1, k, *SIZE]
-
-
-def photos(part: str, count: int, device: torch.device) -> list[Tensor]:
-    """[1, 3, H, W] each, spread evenly over a part of coco200."""
-    files = sorted((COCO / part).glob("*.jpg"))
-    chosen = [files[i * len(files) // count] for i in range(count)]
-    geometry = Geometry(SIZE, "crop", SIZE)
-    return [torch.tensor(decode(path.read_bytes(), geometry).pixels, device=device)[None] for path in chosen]
-
-
-def downsampler_file(folder: Path, name: str, device: str) -> str:
-    """Fitted now if it is not there."""
-    path = folder / f"{name}.safetensors"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        images = str(COCO / "train")
-        fit_downsampler(FitDownsamplerConfig(images=images, output=str(path), device=device, **BACKBONES[name]))  # type: ignore[arg-type]
-    return str(path)
-
-
-class Judge:
-    """Held-out views of one backbone's photographs."""
-
-    def __init__(self, backbone: Backbone, downsampler: Downsampler, basis: tuple[Tensor, Tensor]) -> None:
-        device = basis[0].device
-        jitters = held_out_views(SIZE, HELD_OUT)
-        sigma_px = downsampler.settings.sigma_px
-        self.backbone, self.basis = backbone, basis
-        self.matrices = JitterMatrices.of(jitters, device)
-        self.operators: ViewMatrices = view_operators(jitters, backbone.grid, SIZE, sigma_px).to(device)
-        self.bias = torch.einsum("chw,kc->khw", downsampler.bias.to(device), basis[1])
-
-    def seen(self, photo: Tensor) -> Tensor:
-        return view_features(self.backbone, photo, self.matrices, self.basis)[0]
-
-    def error(self, high: Tensor, seen: Tensor, with_bias: bool) -> tuple[float, float]:
-        """Relative squared error and mean cosine."""
-        predicted = self.operators.see(high)[0] + (self.bias if with_bias else 0)
-        spread = (seen - seen.mean((0, 2, 3), keepdim=True)).square().sum()
-        cosine = F.cosine_similarity(predicted, seen, dim=1).mean()
-        return float((predicted - seen).square().sum() / spread), float(cosine)
 
 
 class Clock:
@@ -134,20 +71,8 @@ def methods(backbone: Backbone, weights: str, basis: tuple[Tensor, Tensor]) -> d
     return found
 
 
-def fitted_basis(backbone: Backbone, device: torch.device) -> tuple[Tensor, Tensor]:
-    total = Moments.none(backbone.num_chs)
-    for photo in photos("train", BASIS_PHOTOS, device):
-        features = backbone(photo)
-        total = total.merged(Moments.of(features, torch.ones_like(features[:, 0], dtype=torch.bool)))
-    mean, components = fit(total, K).tensors
-    return mean.to(device), components.to(device)
-
-
 def measure(name: str, count: int, folder: Path, device: torch.device) -> list[dict[str, Any]]:
-    options = BACKBONES[name]
-    backbone = build_backbone(options["backbone"], size=SIZE, weights=options["weights"], layer=options["layer"]).to(
-        device
-    )
+    backbone = build(name, device)
     weights = downsampler_file(folder, name, device.type)
     downsampler = Downsampler.read(weights)
     basis = fitted_basis(backbone, device)
@@ -186,7 +111,7 @@ def measure(name: str, count: int, folder: Path, device: torch.device) -> list[d
 
 
 def main(
-    photos: int = 30,
+    photos_each: int = 30,
     backbones: tuple[str, ...] = tuple(BACKBONES),
     folder: Path = Path("downsamplers"),
     device: str = "auto",
@@ -194,7 +119,7 @@ def main(
     """Measure.
 
     Args:
-        photos: of the validation part.
+        photos_each: of the validation part.
         backbones: "lite0" and "vit".
         folder: where what is fitted once per backbone is kept.
         device: "auto", "cpu" or "cuda".
@@ -203,7 +128,7 @@ def main(
     chosen = torch.device(pick_device(device))
     with torch.inference_mode():
         for name in backbones:
-            for row in measure(name, photos, folder, chosen):
+            for row in measure(name, photos_each, folder, chosen):
                 rows.append("implicit", {**row, "k": K, "size": list(SIZE), "threads": 1, **rows.measured_on()})
                 print(json.dumps(row), flush=True)
 

@@ -1,77 +1,138 @@
-"""FeatUp's implicit networks: error on held-out views over steps and seconds, one image at a time and batched.
+"""FeatUp's implicit networks: error on held-out views over seconds, by its schedule and by ours; what a step costs.
 
-    python -m benchmarks.implicit_featup
+    python -m benchmarks.implicit_featup --photos-each 3 --backbone vit
 
-For benchmarks/implicit.py to call: `curve` fits photographs with a schedule, `seconds_of_a_step` times a step by number
-of images, `plain_step` FeatUp's way of doing one (views padded, enlarged and cropped, their patches unfolded).
+Each photograph alone, as `benchmarks.implicit` judges: both through the downsampler that was fitted with the network
+(``own_error``) and through the Gaussian pooling that the solver is judged by (``held_out_error``). A step's seconds are
+measured for FeatUp's way of doing one (views padded, enlarged and cropped, their patches unfolded) and for ours.
 """
 
 import json
+import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 
 from benchmarks import rows
+from benchmarks.held_out import SIZE, Judge, K, build, downsampler_file, fitted_basis, photos, relative_error
 from pipeline.backbone import Backbone
 from pipeline.downsample import blur_matrix
-from pipeline.implicit_downsample import AttentionDownsamplers
+from pipeline.downsampler_file import Downsampler
+from pipeline.feature_worker import pick_device
+from pipeline.implicit_downsample import AttentionDownsamplers, Windows
 from pipeline.implicit_fit import fit_networks
 from pipeline.implicit_loss import LossWeights, Uncertainty, loss_of_images, magnitude
 from pipeline.implicit_network import ImplicitNetworks
-from pipeline.implicit_schedule import Schedule, sample_views
-from pipeline.jitter import Jitter, apply_matrices, view_matrices
-from pipeline.view_features import JitterMatrices, project, view_features
+from pipeline.implicit_schedule import DEFAULT, FAITHFUL, Schedule, sample_views
+from pipeline.jitter import Jitter
+from pipeline.view_features import JitterMatrices, view_features
 
-_SIGMA_PX = 5.0  # of the Gaussian that pools for upsamplers without a downsampler of their own
+SCHEDULES = {"implicit, FeatUp's schedule": FAITHFUL, "implicit, default schedule": DEFAULT}
 
 
-def curve(backbone: Backbone, images: Tensor, basis: tuple[Tensor, Tensor], schedule: Schedule) -> dict[str, Any]:
-    """Fit images together.
-
-    Args:
-        backbone: on the images' device.
-        images: [N, 3, H, W] uint8.
-        basis: mean [C] and components [k, C].
-        schedule: what to fit.
+def fit_one(judge: Judge, photo: Tensor, schedule: Schedule) -> dict[str, Any]:
+    """Fit one photograph [1, 3, H, W].
 
     Returns:
-        Seconds, elapsed and of the processor, of feature extraction and of the fit; squared error on held-out views,
-        relative to their square: after each look, through each image's own downsampler (``error``), and of the final
-        features and of bilinear ones through the same Gaussian pooling (``pooled``, ``bilinear``).
+        Seconds of the processor in extraction and fit, errors at the end, and after each look at the schedule's own
+        held-out views: seconds of the fit, and error through the fitted downsampler.
     """
-    start, start_cpu = time.perf_counter(), time.process_time()
-    fitted, held = sample_views(schedule, backbone.size)
-    seen = [_seen(backbone, images, views, basis) for views in (fitted, held)]
-    extraction_s, extraction_cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
-    scale = seen[1].square().mean((1, 2, 3, 4), keepdim=True).sqrt() * (len(basis[1]) / len(basis[0])) ** 0.5
-    targets, held_targets = (t / scale for t in seen)
-    low = project(backbone(images), *basis) / scale[:, 0]
-    square = held_targets.square().flatten(1).mean(1)
-    start, start_cpu, steps = time.perf_counter(), time.process_time(), []
+    backbone, start = judge.backbone, time.process_time()
+    seen = [_seen(backbone, photo, views, judge.basis) for views in sample_views(schedule, backbone.size)]
+    extraction_s = time.process_time() - start
+    scale = backbone(photo).square().mean().sqrt()  # as `pipeline.upsample_implicit`
+    spread = (seen[1] - seen[1].mean((1, 3, 4), keepdim=True)).square().mean() / scale.square()
+    curve: list[dict[str, float]] = []
+    start = time.process_time()
 
     def look(step: int, errors: Tensor) -> None:
-        cpu_s = time.process_time() - start_cpu
-        row = {"step": step, "s": time.perf_counter() - start, "cpu_s": cpu_s, "error": (errors / square).tolist()}
-        steps.append(row)
-        print(json.dumps(row), flush=True)
+        curve.append({"step": step, "s": time.process_time() - start, "own_error": float(errors[0] / spread)})
+        print(json.dumps(curve[-1]), flush=True)
 
-    fit = fit_networks(images, targets, held_targets, schedule, stride_px=backbone.reduction, on_check=look)
+    targets, held_out = (views / scale for views in seen)
+    fitted = fit_networks(photo, targets, held_out, schedule, stride_px=backbone.reduction, on_check=look)
+    fit_s = time.process_time() - start
+    if fitted.failures:
+        raise RuntimeError(f"not fitted: {fitted.failures}")
+    judged = judge.seen(photo)
+    cell_px = schedule.cell(backbone.reduction)
+    windows = Windows.of(judge.jitters, backbone.grid, cell_px, photo.device)
     with torch.no_grad():
-        high = fit.networks.render(images)
-    bilinear = F.interpolate(low, images.shape[2:], mode="bilinear", align_corners=False)
+        high = fitted.networks.render(photo)
+        flat = high.flatten(2).mT
+        own = fitted.downsamplers(torch.cat([magnitude(flat)[..., None], flat], 2), windows)[0, ..., 1:].movedim(3, 1)
+    error, cosine = judge.error(high * scale, judged, with_bias=False)
     return {
         "extraction_s": extraction_s,
-        "extraction_cpu_s": extraction_cpu_s,
-        "fit_s": steps[-1]["s"],
-        "bilinear": pooled_error(bilinear, held, held_targets),
-        "pooled": pooled_error(high, held, held_targets),
-        "kept_after": fit.steps.tolist(),
-        "failures": {image: str(error) for image, error in fit.failures.items()},
-        "curve": steps,
+        "fit_s": fit_s,
+        "held_out_error": error,
+        "own_error": relative_error(own * scale, judged),
+        "cosine": cosine,
+        "kept_after": int(fitted.steps[0]),
+        "curve": curve,
+    }
+
+
+def main(
+    photos_each: int = 3, backbone: str = "vit", folder: Path = Path("downsamplers"), device: str = "auto"
+) -> None:
+    """Measure, a row for each schedule.
+
+    Args:
+        photos_each: photographs of the validation part, one after the other: FeatUp's schedule takes minutes each.
+        backbone: "lite0" or "vit".
+        folder: where `benchmarks.implicit` keeps what is fitted once per backbone.
+        device: "auto", "cpu" or "cuda".
+    """
+    torch.set_num_threads(1)
+    chosen = torch.device(pick_device(device))
+    with torch.inference_mode():
+        network = build(backbone, chosen)
+        downsampler = Downsampler.read(downsampler_file(folder, backbone, chosen.type))
+        judge = Judge(network, downsampler, fitted_basis(network, chosen))
+        images = photos("val", photos_each, chosen)
+        for method, schedule in SCHEDULES.items():
+            fits = [fit_one(judge, photo, schedule) for photo in images]
+            row = {
+                "backbone": backbone,
+                "method": method,
+                "photos": photos_each,
+                **averaged(fits),
+                "views": schedule.views,
+            }
+            rows.append("implicit", {**row, "k": K, "size": list(SIZE), "threads": 1, **rows.measured_on()})
+            print(json.dumps(row), flush=True)
+    row = {"backbone": backbone, "k": K, "threads": 1, **step_seconds(images, network), **rows.measured_on()}
+    rows.append("implicit_steps", row)
+    print(json.dumps(row))
+
+
+def averaged(fits: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over photographs; of the curve as far as all of them went."""
+    names = "held_out_error", "own_error", "cosine", "extraction_s", "fit_s", "kept_after"
+    means = {name: round(statistics.mean(fit[name] for fit in fits), 4) for name in names}
+    looks = zip(*(fit["curve"] for fit in fits), strict=False)
+    means["curve"] = [{name: round(statistics.mean(look[name] for look in at), 4) for name in at[0]} for at in looks]
+    return means
+
+
+def step_seconds(images: list[Tensor], backbone: Backbone) -> dict[str, float]:
+    """Of a step: FeatUp's way, ours, and ours for four images at once (all of them together)."""
+    jitters = sample_views(Schedule(views=10), SIZE)[0]
+    cell_px = Schedule().cell(backbone.reduction)
+    with torch.inference_mode(False):
+        plain = [plain_step(images[0].clone(), K, backbone.grid, cell_px, jitters) for _ in range(3)]
+    four = torch.cat([images[i % len(images)] for i in range(4)])
+    return {
+        "plain_step_s": statistics.median(plain),
+        "step_s": seconds_of_a_step(images[0], K, backbone.grid, backbone.reduction),
+        "step_of_four_s": seconds_of_a_step(four, K, backbone.grid, backbone.reduction),
     }
 
 
@@ -129,46 +190,10 @@ def plain_downsample(maps: Tensor, jitter: Jitter, downsampler: AttentionDownsam
     return torch.einsum("nchwp,nhwp->nchw", patches, attention)
 
 
-def pooled_error(high: Tensor, jitters: Sequence[Jitter], targets: Tensor) -> list[float]:
-    """Relative squared error of views of features [N, k, H, W], pooled by a Gaussian, for targets [N, V, k, h, w]."""
-    wrong = torch.zeros(len(high))
-    matrices = view_matrices(jitters, (high.shape[2], high.shape[3]))
-    pools = [_gaussian(cells, length) for cells, length in zip(targets.shape[3:], high.shape[2:], strict=True)]
-    for view, (down, across) in enumerate(zip(*matrices, strict=True)):
-        both = [(pool @ axis).float()[None] for pool, axis in zip(pools, (down, across), strict=True)]
-        low = apply_matrices(high, *(matrix.expand(len(high), -1, -1).to(high) for matrix in both))
-        wrong += (low - targets[:, view]).square().sum((1, 2, 3)).cpu()
-    return (wrong / targets.square().sum((1, 2, 3, 4)).cpu()).tolist()
-
-
-def _gaussian(cells: int, length: int) -> Tensor:
-    """[cells, length] float64, rows sum to 1."""
-    centres = (torch.arange(cells, dtype=torch.float64) + 0.5) * length / cells
-    distances = torch.arange(length, dtype=torch.float64) + 0.5 - centres[:, None]
-    return (-distances.square() / (2 * _SIGMA_PX**2)).softmax(1)
-
-
 def _seen(backbone: Backbone, images: Tensor, jitters: list[Jitter], basis: tuple[Tensor, Tensor]) -> Tensor:
     parts = [jitters[first : first + 64] for first in range(0, len(jitters), 64)]
     return torch.cat([view_features(backbone, images, JitterMatrices.of(p, images.device), basis) for p in parts], 1)
 
 
-def main() -> None:
-    """A step's seconds, one thread: FeatUp's way, this one, and this one for four images."""
-    torch.set_num_threads(1)
-    images = torch.randint(0, 256, (4, 3, 224, 224), dtype=torch.uint8)
-    jitters = sample_views(Schedule(views=10), (224, 224))[0]
-    row: dict[str, Any] = {"threads": 1, **rows.measured_on()}
-    for k in (64, 128):
-        plain_step(images[:1], k, (16, 16), 29, jitters)
-        row[f"k={k}"] = {
-            "plain": plain_step(images[:1], k, (16, 16), 29, jitters),
-            "one": seconds_of_a_step(images[:1], k, (16, 16), 14),
-            "four": seconds_of_a_step(images, k, (16, 16), 14),
-        }
-    rows.append("implicit_featup", row)
-    print(json.dumps(row))
-
-
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -19,7 +19,8 @@ from kernels.jbu_checks import (
     checked_parameters,
 )
 from kernels.jbu_dispatch import Choice, choose, explain
-from kernels.jbu_parameters import Codes, JBUStack, JBUStage, Quantization
+from kernels.jbu_parameters import JBUStack, JBUStage
+from kernels.quantization import Codes, Quantization, quantized
 
 __all__ = [
     "Choice",
@@ -207,7 +208,7 @@ def bilateral_codes(
     with torch.no_grad():
         if chosen == "reference":
             output = jbu_reference.bilateral_stage(source, guidance, sigma_spatial, sigma_range, radius)
-            return jbu_reference.quantized(output, quantization)
+            return quantized(output, quantization)
         scale = quantization.step, quantization.offset
         return Codes(
             *jbu_operators.bilateral_codes(source, guidance, sigma_spatial, sigma_range, radius, *scale, chosen)
@@ -236,7 +237,7 @@ def learned_codes(
     with torch.no_grad():
         if chosen == "reference":
             output = jbu_reference.learned_stage(source, guidance, parameters)
-            return jbu_reference.quantized(output, quantization)
+            return quantized(output, quantization)
         scale = quantization.step, quantization.offset
         return Codes(*jbu_operators.learned_codes(source, guidance, list(parameters), *scale, chosen))
 

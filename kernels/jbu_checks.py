@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.jbu_parameters import JBUStage, Quantization, StageParameters
+from kernels.jbu_parameters import JBUStage, StageParameters
+from kernels.quantization import Quantization
 
 __all__ = [
     "check_adaptive_conv",

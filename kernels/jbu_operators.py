@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels.jbu_dispatch import implementation as module
-from kernels.jbu_parameters import Codes, Quantization, StageParameters
+from kernels.jbu_parameters import StageParameters
+from kernels.quantization import Codes, Quantization
 
 __all__ = [
     "adaptive_conv_upsample2x",

@@ -1,15 +1,14 @@
-"""What a stage of joint bilateral upsampling is made of: learned parameters, and how its output is quantized."""
+"""The learned parameters of joint bilateral upsampling: of a stage, and of FeatUp's stack."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Codes", "JBUStack", "JBUStage", "Quantization", "StageParameters"]
+__all__ = ["JBUStack", "JBUStage", "StageParameters"]
 
 
 class JBUStage(nn.Module):
@@ -117,33 +116,6 @@ class StageParameters(NamedTuple):
         return _perceptron(
             kernel_and_guidance, self.fixup_weight0, self.fixup_bias0, self.fixup_weight1, self.fixup_bias1
         )
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How features become int8 codes: ``round((feature + offset) / step)``, halves to even, clipped to ±127.
-
-    Attributes:
-        step: [C] float32, > 0.
-        offset: [C] float32, added before dividing.
-    """
-
-    step: Tensor
-    offset: Tensor
-
-
-class Codes(NamedTuple):
-    """Quantized features.
-
-    Attributes:
-        codes: [B, C, H, W] int8, −127 … 127, contiguous; 0 where the feature was not finite.
-        not_finite: [B] int32, values that were NaN or infinite.
-        clipped: [B] int32, finite values beyond ±127 steps.
-    """
-
-    codes: Tensor
-    not_finite: Tensor
-    clipped: Tensor
 
 
 def _perceptron(x: Tensor, weight0: Tensor, bias0: Tensor, weight1: Tensor, bias1: Tensor) -> Tensor:

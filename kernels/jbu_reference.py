@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jbu_parameters import Codes, Quantization, StageParameters
+from kernels.jbu_parameters import StageParameters
 
 __all__ = [
     "adaptive_conv_upsample2x",
@@ -24,13 +24,11 @@ __all__ = [
     "kernel_from_range_products",
     "learned_kernel",
     "learned_stage",
-    "quantized",
     "range_products",
     "reasons_not",
 ]
 
 FIXUP_WEIGHT = 0.1  # published: how much of the learned correction is added to a normalised kernel
-INT8_MAX = 127
 
 
 def reasons_not(operation: str, *tensors: Tensor) -> list[str]:
@@ -147,16 +145,6 @@ def learned_stage(source: Tensor, guidance: Tensor, stage: StageParameters) -> T
         [B, C, 2h, 2w], dtype of source, channels_last.
     """
     return adaptive_conv_upsample2x(source, learned_kernel(guidance, stage).to(source.dtype))
-
-
-def quantized(features: Tensor, quantization: Quantization) -> Codes:
-    """Codes of features [B, C, H, W], computed in float32, or in float64 for float64 features."""
-    wide = features.double() if features.dtype == torch.float64 else features.float()
-    scaled = ((wide + quantization.offset[:, None, None]) / quantization.step[:, None, None]).round()
-    finite = scaled.isfinite()
-    clipped = finite & (scaled.abs() > INT8_MAX)
-    codes = scaled.nan_to_num(0, 0, 0).clamp(-INT8_MAX, INT8_MAX).to(torch.int8).contiguous()
-    return Codes(codes, (~finite).sum((1, 2, 3), dtype=torch.int32), clipped.sum((1, 2, 3), dtype=torch.int32))
 
 
 def _shifted(image: Tensor, radius: int) -> Iterator[Tensor]:

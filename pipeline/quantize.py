@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.jbu import Codes, Quantization
+from kernels.quantization import Codes, Quantization
 
 INT8_MAX = 127
 RANGE_SIGMAS = 8  # codes reach 8 σ of a component before they clip

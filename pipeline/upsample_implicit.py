@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.jbu import Codes, Quantization
+from kernels.quantization import Codes, Quantization
 from pipeline.backbone import Backbone
 from pipeline.errors import ImageError
 from pipeline.implicit_fit import Fit, fit_networks, one_colour

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.jbu import Codes, Quantization
+from kernels.quantization import Codes, Quantization
 from pipeline.errors import ImageError
 from pipeline.quantize import quantize, to_float16
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jbu import Codes, Quantization
 from kernels.multiview import Solution, ViewMatrices, solve
+from kernels.quantization import Codes, Quantization
 from pipeline.backbone import Backbone
 from pipeline.downsampler_file import Downsampler, FitSettings
 from pipeline.errors import ImageError, JobError

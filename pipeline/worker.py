@@ -18,7 +18,7 @@ from torch import Tensor
 
 from densefeat import layout
 from densefeat.objects import Objects
-from kernels.jbu import Quantization
+from kernels.quantization import Quantization
 from pipeline.batches import Batch
 from pipeline.decode import Decoded
 from pipeline.errors import ImageError

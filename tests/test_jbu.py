@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from kernels import jbu_dispatch, jbu_operators, jbu_reference
 from kernels.jbu import (
     JBUStage,
-    Quantization,
     adaptive_conv_upsample2x,
     bilateral_codes,
     bilateral_kernel,
@@ -25,6 +24,7 @@ from kernels.jbu import (
 )
 from kernels.jbu_dispatch import Kind, kind
 from kernels.jbu_parameters import StageParameters
+from kernels.quantization import Quantization, quantized
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "reference" / "featup_jbu_stack.npz"
 CUDA = torch.cuda.is_available()
@@ -261,7 +261,7 @@ def test_codes_are_the_quantized_stage(implementation):
             learned_codes(source, guidance, stage, quantization, **chosen),
         ),
     ]:
-        expected = jbu_reference.quantized(features, quantization)
+        expected = quantized(features, quantization)
         assert codes.codes.is_contiguous()
         assert codes.codes.dtype == torch.int8
         assert expected.not_finite[1] > 0

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from kernels import jbu, jbu_cpu, jbu_operators, jbu_reference
-from kernels.jbu import JBUStage, Quantization
-from kernels.jbu_cpu_math import exp2, gelu
-from kernels.jbu_cpu_memory import lanes, load, store
-from kernels.jbu_cpu_simd import compiled
-from kernels.jbu_cpu_threads import in_threads
+from kernels.jbu import JBUStage
+from kernels.jbu_cpu.functions import exp2, gelu
+from kernels.jbu_cpu.memory import lanes, load, store
+from kernels.jbu_cpu.simd import compiled
+from kernels.jbu_cpu.threads import in_threads
 from kernels.jbu_parameters import StageParameters
+from kernels.quantization import Quantization, quantized
 
 # Of the largest expected value, against the reference in float64.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -224,7 +225,7 @@ def test_codes_are_the_quantized_output(dtype):
                 jbu.learned_codes(source, guidance, stage, quantization, **CPU),
             ),
         ]:
-            expected = jbu_reference.quantized(features, quantization)
+            expected = quantized(features, quantization)
             assert expected.not_finite[0] > 0
             assert expected.clipped[1] > 0
             assert all(torch.equal(*pair) for pair in zip(codes, expected, strict=True))

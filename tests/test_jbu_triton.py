@@ -14,10 +14,9 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from kernels import jbu_reference, jbu_triton, jbu_triton_geometry
+from kernels import jbu_reference, jbu_triton
 from kernels.jbu import (
     JBUStage,
-    Quantization,
     adaptive_conv_upsample2x,
     bilateral_codes,
     bilateral_kernel,
@@ -28,8 +27,9 @@ from kernels.jbu import (
 )
 from kernels.jbu_dispatch import Kind
 from kernels.jbu_parameters import StageParameters
-from kernels.jbu_triton_geometry import Geometry
-from kernels.jbu_triton_taps import gelu
+from kernels.jbu_triton.geometry import Geometry, axis_tables
+from kernels.jbu_triton.taps import gelu
+from kernels.quantization import Quantization, quantized
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -98,7 +98,7 @@ def test_tables_of_any_size_hold_every_weight(radius):
     geometry = Geometry(radius)
     parts = 16 // geometry.axis
     for h, w in [(math.ceil((radius + 1) / 2), 30), (9, 64), (31, 33)]:
-        tables = jbu_triton_geometry.axis_tables(geometry, h, w, torch.float64, torch.device("cpu"))
+        tables = axis_tables(geometry, h, w, torch.float64, torch.device("cpu"))
         for table, size, tile in zip(tables, (h, w), geometry.tile, strict=True):
             sums = table.sum((2, 3)).flatten() / parts  # [kinds * tile]
             left_out = -(-2 * size // tile) * tile - 2 * size
@@ -232,7 +232,7 @@ def test_codes_of_half_are_within_one():
             bilateral_codes(source, guidance, 1.5, 0.1, 3, quantization, **TRITON),
         ),
     ]:
-        expected = jbu_reference.quantized(features, quantization)
+        expected = quantized(features, quantization)
         assert (codes.codes.int() - expected.codes.int()).abs().max() <= 1
         assert (codes.clipped - expected.clipped).abs().max() <= 3
         assert expected.clipped.min() > 10
@@ -254,7 +254,7 @@ def test_features_that_are_not_finite_are_counted_and_stay_in_their_image():
     quantization, guidance = Quantization(torch.ones(4, device=DEVICE), randn(4)), torch.rand(3, 3, 18, 34).to(DEVICE)
     features = bilateral_stage(source, guidance, 1.5, 0.1, **TRITON)
     codes = bilateral_codes(source, guidance, 1.5, 0.1, 3, quantization, **TRITON)
-    for actual, wanted in zip(codes, jbu_reference.quantized(features, quantization), strict=True):
+    for actual, wanted in zip(codes, quantized(features, quantization), strict=True):
         assert torch.equal(actual, wanted)
     assert (codes.not_finite > 0).tolist() == [False, True, True]
 

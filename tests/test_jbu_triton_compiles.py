@@ -38,8 +38,10 @@ def compile_operations(arch, dtypes, radius, operations):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kernels import jbu_triton, jbu_triton_backward, jbu_triton_launch, jbu_triton_learned
-    from kernels.jbu_parameters import JBUStage, Quantization, StageParameters
+    from kernels import jbu_triton
+    from kernels.jbu_parameters import JBUStage, StageParameters
+    from kernels.jbu_triton import backward, launching, learned
+    from kernels.quantization import Quantization
 
     types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
     types |= {torch.int8: "*i8", torch.int32: "*i32", int: "i32", float: "fp32"}
@@ -47,7 +49,7 @@ def compile_operations(arch, dtypes, radius, operations):
 
     def compile_instead(kernel, grid, geometry, dtype, /, **arguments):
         signature, constants, attributes = {}, {}, {}
-        options = jbu_triton_launch.options(geometry, dtype, arguments)
+        options = launching.options(geometry, dtype, arguments)
         arguments |= geometry.constants()
         for place, name in enumerate(kernel.arg_names):
             value = arguments.pop(name)
@@ -67,7 +69,7 @@ def compile_operations(arch, dtypes, radius, operations):
             | {"matrix_units": sorted(set(MATRIX_UNITS.findall(compiled.asm["ptx"])))}
         )
 
-    for module in (jbu_triton, jbu_triton_backward, jbu_triton_learned):
+    for module in (jbu_triton, backward, learned):
         module.launch = compile_instead
     dtype, guidance_dtype = (getattr(torch, name) for name in (dtypes.split("/") * 2)[:2])
     B, C, h, w, taps = 2, 128, 112, 112, (2 * radius + 1) ** 2

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import jbu_reference
-from kernels.jbu import Codes, Quantization
+from kernels.quantization import Codes, Quantization, quantized
 from pipeline.quantize import quantize, steps, to_float16
 
 
@@ -66,7 +65,7 @@ def test_codes_are_the_definition(memory_format: torch.memory_format) -> None:
     x[0, 1, 2, 3], x[1, 0, 0, 0], x[1, 2, 9, 1] = torch.nan, torch.inf, 0.5
     quantization = Quantization(torch.rand(5) + 0.5, torch.randn(5))
     codes = quantize(x.contiguous(memory_format=memory_format), quantization)
-    for actual, expected in zip(codes, jbu_reference.quantized(x, quantization), strict=True):
+    for actual, expected in zip(codes, quantized(x, quantization), strict=True):
         assert torch.equal(actual, expected)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.jbu import JBUStack, Quantization
+from kernels.jbu import JBUStack
+from kernels.quantization import Quantization
 from pipeline.anyup import AnyUp
 from pipeline.errors import JobError
 from pipeline.lift import LiFT

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.jbu_triton_geometry import Geometry, axis_tables
-from kernels.jbu_triton_launch import by_pixel, channel_block, launch, padded, padded_keys, precision, strides
-from kernels.jbu_triton_taps import dot, load_kernel, program_tile, reflected, store_kernel
-from kernels.jbu_triton_window import (
+from kernels.jbu_triton.geometry import Geometry, axis_tables
+from kernels.jbu_triton.launching import by_pixel, channel_block, launch, padded, padded_keys, precision, strides
+from kernels.jbu_triton.taps import dot, load_kernel, program_tile, reflected, store_kernel
+from kernels.jbu_triton.window import (
     load_tables,
     taps_of_window_weights,
     tile_places,

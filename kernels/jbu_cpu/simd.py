@@ -5,7 +5,7 @@ numpy's does, so that a step of a matrix product is ``sums = fma(column of weigh
 keeps the sums of such a loop in registers. Left to itself, it would vectorise for half of AVX-512's width, and load and
 store the sums at each step: 13 % of a core's peak, where this reaches 80 to 90 % (`benchmarks/jbu.py`).
 
-Loads and stores are in `kernels.jbu_cpu_memory`, functions like exp in `kernels.jbu_cpu_math`.
+Loads and stores are in `kernels.jbu_cpu.memory`, functions like exp in `kernels.jbu_cpu.functions`.
 """
 
 import functools
@@ -51,8 +51,8 @@ VECTOR_BYTES = 64 if "+avx512f" in _FEATURES else 32 if "+avx" in _FEATURES else
 
 
 def _sources() -> str:
-    """Digest of the files that compiled functions are made of."""
-    files = sorted(Path(__file__).parent.glob("jbu_cpu*.py"))
+    """Digest of this package, all of which compiled functions may be made of."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

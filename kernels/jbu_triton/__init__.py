@@ -5,7 +5,7 @@ are made, folded onto the low-res grid, applied and, if asked, quantized on the 
 matrix units: of half operands for half inputs, of float32 ones in three tf32 parts, in one if the output is half. No
 floating-point atomics: results are the same every time, and do not depend on what else is in the batch.
 
-`kernels.jbu_triton_taps` and `kernels.jbu_triton_window` say how it works.
+`kernels.jbu_triton.taps` and `kernels.jbu_triton.window` say how it works.
 """
 
 import functools
@@ -18,12 +18,13 @@ import triton
 from torch import Tensor
 
 from kernels.jbu_dispatch import Kind
-from kernels.jbu_parameters import Codes, Quantization, StageParameters
-from kernels.jbu_triton_backward import adaptive_conv_upsample2x_backward, range_products_backward
-from kernels.jbu_triton_forward import run_tiles
-from kernels.jbu_triton_geometry import MAX_RADIUS, Geometry, axis_tables, slide_tables, squared_distances
-from kernels.jbu_triton_launch import by_pixel, channel_block, launch, padded_keys, precision, strides
-from kernels.jbu_triton_learned import guidance_rows, prepare
+from kernels.jbu_parameters import StageParameters
+from kernels.jbu_triton.backward import adaptive_conv_upsample2x_backward, range_products_backward
+from kernels.jbu_triton.forward import run_tiles
+from kernels.jbu_triton.geometry import MAX_RADIUS, Geometry, axis_tables, slide_tables, squared_distances
+from kernels.jbu_triton.launching import by_pixel, channel_block, launch, padded_keys, precision, strides
+from kernels.jbu_triton.learned import guidance_rows, prepare
+from kernels.quantization import Codes, Quantization
 
 __all__ = [
     "MAX_RADIUS",

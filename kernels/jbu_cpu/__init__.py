@@ -4,8 +4,8 @@ float32 and float64 are computed as such; float16 and bfloat16 in float32, round
 computed by one thread, in an order that depends on nothing but its place: not on the number of threads, not on the rest
 of the batch. A stage goes from guidance to features, or codes, a few rows at a time, which stay in a core's cache.
 
-The parts: vectors in registers in `jbu_cpu_simd`, `jbu_cpu_memory` and `jbu_cpu_math`; `jbu_cpu_layout` and
-`jbu_cpu_threads`; compiled with these `jbu_cpu_kernels`, `jbu_cpu_conv`, `jbu_cpu_codes` and `jbu_cpu_backward`.
+The parts: vectors in registers in `simd`, `memory` and `functions`; `layout` of arrays and `threads`; made of these,
+rows of kernels (`kernel_rows`, called by `fillers`), `conv`, `codes` and `backward`.
 """
 
 import math
@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import jbu_cpu_backward, jbu_cpu_fillers, jbu_reference
-from kernels.jbu_cpu_codes import quantize
-from kernels.jbu_cpu_conv import convolve, fold_scratch, folding
-from kernels.jbu_cpu_fillers import PAIRS, Consumer, Fillers
-from kernels.jbu_cpu_layout import DType, aligned_zeros, array_of, channel_vectors, image_rows, torch_dtype, unpack
-from kernels.jbu_cpu_simd import Array
+from kernels.jbu_cpu import backward, fillers
+from kernels.jbu_cpu.codes import quantize
+from kernels.jbu_cpu.conv import convolve, fold_scratch, folding
+from kernels.jbu_cpu.fillers import PAIRS, Consumer, Fillers
+from kernels.jbu_cpu.layout import DType, aligned_zeros, array_of, channel_vectors, image_rows, torch_dtype, unpack
+from kernels.jbu_cpu.simd import Array
 from kernels.jbu_dispatch import Kind
-from kernels.jbu_parameters import Codes, Quantization, StageParameters
+from kernels.jbu_parameters import StageParameters
+from kernels.quantization import Codes, Quantization, quantized
 
 __all__ = [
     "adaptive_conv_upsample2x",
@@ -61,7 +62,7 @@ def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor) -> Tensor:
     Returns:
         [B, C, 2h, 2w], dtype of source, in channels_last memory format.
     """
-    return _convolved(source, jbu_cpu_fillers.given(kernel, _radius(kernel), _working(source)))
+    return _convolved(source, fillers.given(kernel, _radius(kernel), _working(source)))
 
 
 def adaptive_conv_upsample2x_backward(
@@ -82,13 +83,13 @@ def adaptive_conv_upsample2x_backward(
     dtype, radius = _working(source), _radius(kernel)
     of_source = of_kernel = None
     if for_source:
-        kernels = jbu_cpu_fillers.given(kernel, radius, dtype)
-        of_source = jbu_cpu_backward.source_gradient(gradient, kernels, source.shape[1]).to(source.dtype)
+        kernels = fillers.given(kernel, radius, dtype)
+        of_source = backward.source_gradient(gradient, kernels, source.shape[1]).to(source.dtype)
     if for_kernel:  # the output's gradient times the neighbours in the source upsampled
-        bicubic = jbu_cpu_fillers.given(torch.ones(1).expand(len(source), 1, *kernel.shape[2:]), 0, dtype)
+        bicubic = fillers.given(torch.ones(1).expand(len(source), 1, *kernel.shape[2:]), 0, dtype)
         high = _convolved(source.detach().to(torch_dtype(dtype)), bicubic)
         own, others = (image_rows(array_of(image, dtype), radius, radius, dtype) for image in (gradient, high))
-        of_kernel = _unpacked(jbu_cpu_fillers.products(own, others, kernel.shape[3], radius)).to(kernel.dtype)
+        of_kernel = _unpacked(fillers.products(own, others, kernel.shape[3], radius)).to(kernel.dtype)
     return of_source, of_kernel
 
 
@@ -96,23 +97,23 @@ def range_products(keys: Tensor, radius: int) -> Tensor:
     """As `kernels.jbu_reference.range_products`: keys [B, D, H, W] -> [B, n*n, H, W], dtype of keys, contiguous."""
     dtype = _working(keys)
     rows = image_rows(array_of(keys, dtype), radius, radius, dtype)
-    return _unpacked(jbu_cpu_fillers.products(rows, rows, keys.shape[3], radius)).to(keys.dtype)
+    return _unpacked(fillers.products(rows, rows, keys.shape[3], radius)).to(keys.dtype)
 
 
 def range_products_backward(gradient: Tensor, keys: Tensor, radius: int) -> Tensor:
     """Gradient of the keys [B, D, H, W] from that of their products [B, n*n, H, W]: dtype of keys, contiguous."""
-    return jbu_cpu_backward.keys_gradient(gradient, keys, radius, _working(keys)).to(keys.dtype)
+    return backward.keys_gradient(gradient, keys, radius, _working(keys)).to(keys.dtype)
 
 
 def bilateral_kernel(guidance: Tensor, sigma_spatial: float, sigma_range: float, radius: int) -> Tensor:
     """As `kernels.jbu_reference.bilateral_kernel`: [B, G, H, W] -> [B, n*n, H, W], contiguous."""
-    kernels = jbu_cpu_fillers.bilateral(guidance, sigma_spatial, sigma_range, radius, _working(guidance))
+    kernels = fillers.bilateral(guidance, sigma_spatial, sigma_range, radius, _working(guidance))
     return _unpacked(kernels).to(guidance.dtype)
 
 
 def learned_kernel(guidance: Tensor, stage: StageParameters) -> Tensor:
     """As `kernels.jbu_reference.learned_kernel`: [B, G, H, W] -> [B, n*n, H, W], contiguous."""
-    return _unpacked(jbu_cpu_fillers.learned(guidance, stage, _working(guidance))).to(guidance.dtype)
+    return _unpacked(fillers.learned(guidance, stage, _working(guidance))).to(guidance.dtype)
 
 
 def bilateral_stage(
@@ -137,7 +138,7 @@ def bilateral_stage(
         [B, C, 2h, 2w], dtype of source, channels_last; or its codes.
     """
     dtype = _working(source, guidance)
-    kernels = jbu_cpu_fillers.bilateral(guidance, sigma_spatial, sigma_range, radius, dtype)
+    kernels = fillers.bilateral(guidance, sigma_spatial, sigma_range, radius, dtype)
     return _convolved(source, kernels) if quantization is None else _quantized(source, kernels, quantization)
 
 
@@ -155,7 +156,7 @@ def learned_stage(
     Returns:
         [B, C, 2h, 2w], dtype of source, channels_last; or its codes.
     """
-    kernels = jbu_cpu_fillers.learned(guidance, stage, _working(source, guidance))
+    kernels = fillers.learned(guidance, stage, _working(source, guidance))
     return _convolved(source, kernels) if quantization is None else _quantized(source, kernels, quantization)
 
 
@@ -195,7 +196,7 @@ def _convolved(source: Tensor, kernels: Fillers) -> Tensor:
 def _quantized(source: Tensor, kernels: Fillers, quantization: Quantization) -> Codes:
     """The source upsampled, as codes."""
     if source.dtype in (torch.float16, torch.bfloat16):  # codes are of the rounded features
-        return jbu_reference.quantized(_convolved(source, kernels), quantization)
+        return quantized(_convolved(source, kernels), quantization)
     B, C, h, w = source.shape
     low, fold = channel_vectors(source, kernels.dtype), folding(h, w, kernels.radius, kernels.dtype)
     step, offset = np.ones(low.shape[3], kernels.dtype), np.zeros(low.shape[3], kernels.dtype)

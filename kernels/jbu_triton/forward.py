@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from kernels.jbu_triton_taps import (
+from kernels.jbu_triton.taps import (
     corrected,
     load_kernel,
     program_tile,
@@ -14,7 +14,7 @@ from kernels.jbu_triton_taps import (
     window_distances,
     window_products,
 )
-from kernels.jbu_triton_window import load_tables, upsample_tile, window_weights
+from kernels.jbu_triton.window import load_tables, upsample_tile, window_weights
 
 __all__ = ["run_tiles"]
 
@@ -25,7 +25,7 @@ def run_tiles(
     guidance, guidance_b, guidance_c, guidance_y, guidance_x,  # [B, G, H, W]
     slide_rows, slide_columns,  # slide_tables, if not given
     spatial, range_factor,  # [16, U] float32, logarithm of the Gaussian; a number, of bilateral kernels; to the base 2
-    keys, weights, bias, factor,  # [B, H, W, KEY_DIM] and the rest of `kernels.jbu_triton_learned.Prepared`
+    keys, weights, bias, factor,  # [B, H, W, KEY_DIM] and the rest of `kernels.jbu_triton.learned.Prepared`
     source, rows, columns, row_kinds, column_kinds,  # [B, h, w, C] and its `axis_tables`
     output, step, offset, not_finite, clipped,  # [B, H, W, C]; or codes [B, C, H, W], scale [C] and counts [B]
     H, W, C,

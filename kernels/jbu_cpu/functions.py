@@ -13,7 +13,7 @@ from llvmlite import ir  # type: ignore[import-untyped, unused-ignore]
 from numba.core import cgutils
 from numpy.polynomial import Chebyshev, Polynomial
 
-from kernels.jbu_cpu_simd import constant, elementwise, larger, llvm
+from kernels.jbu_cpu.simd import constant, elementwise, larger, llvm
 
 __all__ = ["exp2", "gelu", "without_denormals"]
 

@@ -2,20 +2,20 @@
 
 Bicubic ×2, reflect padding and the n × n adaptive convolution are linear in the source: a pixel's kernel K folds into
 weights Rᵀ·K·C of low-res pixels, with R and C small matrices for its row and column
-(`kernels.jbu_triton_geometry.axis_tables`). They also slide: all pixels of a tile then weigh one window of S low-res
+(`kernels.jbu_triton.geometry.axis_tables`). They also slide: all pixels of a tile then weigh one window of S low-res
 pixels, in one matrix product. There is no high-res source, and the border is special in the tables only.
 
 About half of the weights are zeros, beyond a pixel's own neighbourhood. A feature that is not finite so reaches all
 pixels of the tiles whose window holds it. It is never lost, and stays in its image and channel.
 
-Shapes and terms as in `kernels.jbu_triton_taps`.
+Shapes and terms as in `kernels.jbu_triton.taps`.
 """
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
 import triton.language as tl
 
-from kernels.jbu_triton_taps import deep_dot, dot
+from kernels.jbu_triton.taps import deep_dot, dot
 
 __all__ = ["load_tables", "taps_of_window_weights", "tile_places", "upsample_tile", "window_places", "window_weights"]
 
@@ -27,7 +27,7 @@ def load_tables(
     rows, columns, y0, x0, H, W, row_kinds, column_kinds, down, across,
     AXIS: tl.constexpr, ACROSS: tl.constexpr, WINDOW_ROWS: tl.constexpr, WINDOW_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The tables of `kernels.jbu_triton_geometry.axis_tables` for the tile at (y0, x0).
+    """The tables of `kernels.jbu_triton.geometry.axis_tables` for the tile at (y0, x0).
 
     `down` and `across`, if not None, are by how many low-res pixels to move the window: weights it had not are 0.
     """

@@ -183,7 +183,7 @@ def taps_of(
 ):  # fmt: skip
     """From places in the windows [N, 16, U] to taps [P, A·A] float32, in patch order. Exact, but for its operands.
 
-    By the tables of `kernels.jbu_triton_geometry.slide_tables`, one axis after the other.
+    By the tables of `kernels.jbu_triton.geometry.slide_tables`, one axis after the other.
     """
     A: tl.constexpr = AXIS
     N: tl.constexpr = 2 * ACROSS

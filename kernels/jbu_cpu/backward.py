@@ -1,6 +1,6 @@
 """Gradients of the compiled operations. Each element is gathered by one thread in a fixed order: no atomics.
 
-Letters and layouts as in `kernels.jbu_cpu_conv` and `kernels.jbu_cpu_kernels`. The gradient of the adaptive
+Letters and layouts as in `kernels.jbu_cpu.conv` and `kernels.jbu_cpu.kernel_rows`. The gradient of the adaptive
 convolution's kernel needs nothing of its own: it is the products of the output's gradient with the upsampled source.
 """
 
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.jbu_cpu_conv import VECTORS, Fold, fold_block, fold_scratch, folding
-from kernels.jbu_cpu_fillers import PAIRS, Consumer, Fillers
-from kernels.jbu_cpu_layout import (
+from kernels.jbu_cpu.conv import VECTORS, Fold, fold_block, fold_scratch, folding
+from kernels.jbu_cpu.fillers import PAIRS, Consumer, Fillers
+from kernels.jbu_cpu.layout import (
     STRIP,
     DType,
     aligned_empty,
@@ -25,9 +25,9 @@ from kernels.jbu_cpu_layout import (
     reflected,
     vector_lanes,
 )
-from kernels.jbu_cpu_memory import lanes, load, load_rows, load_tile, load_window, splats, store, store_tile, zeros
-from kernels.jbu_cpu_simd import Array, compiled, fma, inlined, rows_of, summed_products
-from kernels.jbu_cpu_threads import in_threads, row_jobs
+from kernels.jbu_cpu.memory import lanes, load, load_rows, load_tile, load_window, splats, store, store_tile, zeros
+from kernels.jbu_cpu.simd import Array, compiled, fma, inlined, rows_of, summed_products
+from kernels.jbu_cpu.threads import in_threads, row_jobs
 
 __all__ = ["keys_gradient", "source_gradient"]
 

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.jbu_parameters import StageParameters
-from kernels.jbu_triton_geometry import Geometry, power_of_two, squared_distances
-from kernels.jbu_triton_launch import launch, padded, precision, strides
-from kernels.jbu_triton_taps import dot, gelu
+from kernels.jbu_triton.geometry import Geometry, power_of_two, squared_distances
+from kernels.jbu_triton.launching import launch, padded, precision, strides
+from kernels.jbu_triton.taps import dot, gelu
 
 __all__ = ["Prepared", "guidance_rows", "prepare"]
 
@@ -25,7 +25,7 @@ _PACKED = 1024  # numbers of a program that packs parameters
 
 
 class Prepared(NamedTuple):
-    """A learned stage as `kernels.jbu_triton_forward.run_tiles` reads it.
+    """A learned stage as `kernels.jbu_triton.forward.run_tiles` reads it.
 
     Attributes:
         keys: [B, H, W, D], D padded with zeros to a power of two; dtype of the guidance.

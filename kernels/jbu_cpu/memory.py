@@ -1,4 +1,4 @@
-"""Tiles of `kernels.jbu_cpu_simd` from arrays and back, for functions that numba compiles.
+"""Tiles of `kernels.jbu_cpu.simd` from arrays and back, for functions that numba compiles.
 
 Arrays are C-contiguous; an index has a number for each axis, not negative, and is not checked; steps are in elements.
 Vectors may begin anywhere, but where the array begins at a multiple of `VECTOR_BYTES`, as torch's do and numpy's may
@@ -12,7 +12,7 @@ from llvmlite import ir  # type: ignore[import-untyped, unused-ignore]
 from numba import types
 from numba.core import cgutils
 
-from kernels.jbu_cpu_simd import VECTOR_BYTES, Tile, inlined, lane_numbers, packed, rows_of, spread, tile_intrinsic
+from kernels.jbu_cpu.simd import VECTOR_BYTES, Tile, inlined, lane_numbers, packed, rows_of, spread, tile_intrinsic
 
 __all__ = [
     "address",

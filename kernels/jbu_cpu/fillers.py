@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from kernels import jbu_cpu_kernels
-from kernels.jbu_cpu_layout import (
+from kernels.jbu_cpu import kernel_rows
+from kernels.jbu_cpu.layout import (
     STRIP,
     DType,
     aligned_zeros,
@@ -18,8 +18,8 @@ from kernels.jbu_cpu_layout import (
     pack,
     vector_lanes,
 )
-from kernels.jbu_cpu_simd import Array
-from kernels.jbu_cpu_threads import in_threads, row_jobs
+from kernels.jbu_cpu.simd import Array
+from kernels.jbu_cpu.threads import in_threads, row_jobs
 from kernels.jbu_parameters import StageParameters
 from kernels.jbu_reference import FIXUP_WEIGHT
 
@@ -90,9 +90,7 @@ def products(own: Array, others: Array, W: int, radius: int) -> Fillers:
 
     def make() -> _Filler:
         scratch = _scratch(radius, 0, own.dtype)
-        return lambda image, kernels, y: jbu_cpu_kernels.products(
-            own[image], others[image], radius, scratch, kernels, y
-        )
+        return lambda image, kernels, y: kernel_rows.products(own[image], others[image], radius, scratch, kernels, y)
 
     return Fillers(make, (*own.shape[:2], W), radius, own.dtype)
 
@@ -108,7 +106,7 @@ def bilateral(guidance: Tensor, sigma_spatial: float, sigma_range: float, radius
 
     def make() -> _Filler:
         scratch = _scratch(radius, 0, dtype)
-        return lambda image, kernels, y: jbu_cpu_kernels.bilateral(
+        return lambda image, kernels, y: kernel_rows.bilateral(
             rows[image], spatial, factor, radius, scratch, kernels, y
         )
 
@@ -120,8 +118,8 @@ def learned(guidance: Tensor, stage: StageParameters, dtype: DType) -> Fillers:
     radius, (B, H, W), L = stage.radius, _shape(guidance), vector_lanes(dtype)
     rows = image_rows(array_of(guidance, dtype), radius, radius, dtype)
     of_keys = (
-        *_layer(stage.key_weight0, stage.key_bias0, jbu_cpu_kernels.KEY_STRIP, dtype),
-        *_layer(stage.key_weight1, stage.key_bias1, jbu_cpu_kernels.KEY_STRIP, dtype),
+        *_layer(stage.key_weight0, stage.key_bias0, kernel_rows.KEY_STRIP, dtype),
+        *_layer(stage.key_weight1, stage.key_bias1, kernel_rows.KEY_STRIP, dtype),
     )
     correction = (
         *_layer(stage.fixup_weight0, stage.fixup_bias0, STRIP, dtype),
@@ -135,7 +133,7 @@ def learned(guidance: Tensor, stage: StageParameters, dtype: DType) -> Fillers:
     gaussian[gaussian < np.sqrt(np.finfo(dtype).tiny)] = 0  # counts for nothing, and leads to denormal numbers
 
     def make() -> _Filler:
-        channels = in_strips(len(stage.key_bias1), jbu_cpu_kernels.KEY_STRIP)
+        channels = in_strips(len(stage.key_bias1), kernel_rows.KEY_STRIP)
         at_once = 2 * PAIRS + 2 * radius
         keys = aligned_zeros((1 << (at_once - 1).bit_length(), channels, rows.shape[3]), dtype)
         hidden_keys = aligned_zeros((1, channels, 2 * L), dtype)
@@ -147,10 +145,10 @@ def learned(guidance: Tensor, stage: StageParameters, dtype: DType) -> Fillers:
             nonlocal known
             first, stop = max(0, 2 * y - radius), min(H, 2 * (y + len(kernels)) + radius)
             missing = known[2] if known[0] == image and known[1] <= first <= known[2] else first
-            jbu_cpu_kernels.keys(rows[image], *of_keys, hidden_keys, keys, W, radius, missing, stop)
+            kernel_rows.keys(rows[image], *of_keys, hidden_keys, keys, W, radius, missing, stop)
             known = image, first, stop
             constant = temperature, gaussian, *correction, radius, scratch, hidden
-            jbu_cpu_kernels.learned(keys, rows[image], *constant, kernels, y)
+            kernel_rows.learned(keys, rows[image], *constant, kernels, y)
 
         return fill
 
@@ -168,7 +166,7 @@ def _layer(weight: Tensor, bias: Tensor, strip: int, dtype: DType, factor: float
 
 
 def _scratch(radius: int, channels: int, dtype: DType) -> Array:
-    """For the taps of one block, as `kernels.jbu_cpu_kernels` says, and the guidance's channels."""
+    """For the taps of one block, as `kernels.jbu_cpu.kernel_rows` says, and the guidance's channels."""
     n = 2 * radius + 1
     return aligned_zeros((1, n * n + 2 * n + STRIP + channels, 2 * vector_lanes(dtype)), dtype)
 

@@ -6,15 +6,15 @@ and radius 3, one core takes 0.6 ms for the training-free kernels; for the learn
 these 1.5 for the products, 2.3 for the correction's matrix products (88 % of the core's peak) and 1.2 for exp and GELU.
 
 Letters: D key and G guidance channels, T = n*n taps, L pixels in a vector. Images and kernels lie as
-`kernels.jbu_cpu_layout` says, images with pixel 0 at column radius.
+`kernels.jbu_cpu.layout` says, images with pixel 0 at column radius.
 """
 
 from typing import Any
 
-from kernels.jbu_cpu_layout import STRIP, reflected
-from kernels.jbu_cpu_math import exp2, gelu
-from kernels.jbu_cpu_memory import lanes, load_row, load_tile, load_window, splat, splats, store_tile, zeros
-from kernels.jbu_cpu_simd import Array, compiled, fma, inlined, maximum
+from kernels.jbu_cpu.functions import exp2, gelu
+from kernels.jbu_cpu.layout import STRIP, reflected
+from kernels.jbu_cpu.memory import lanes, load_row, load_tile, load_window, splat, splats, store_tile, zeros
+from kernels.jbu_cpu.simd import Array, compiled, fma, inlined, maximum
 
 __all__ = ["KEY_STRIP", "bilateral", "keys", "learned", "products"]
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jbu_triton_geometry import Geometry, power_of_two
+from kernels.jbu_triton.geometry import Geometry, power_of_two
 
 __all__ = ["by_pixel", "channel_block", "launch", "options", "padded", "padded_keys", "precision", "strides"]
 

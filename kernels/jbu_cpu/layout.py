@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.jbu_cpu_math import without_denormals
-from kernels.jbu_cpu_memory import lanes, load, store
-from kernels.jbu_cpu_simd import VECTOR_BYTES, Array, compiled, inlined
-from kernels.jbu_cpu_threads import in_threads, row_jobs
+from kernels.jbu_cpu.functions import without_denormals
+from kernels.jbu_cpu.memory import lanes, load, store
+from kernels.jbu_cpu.simd import VECTOR_BYTES, Array, compiled, inlined
+from kernels.jbu_cpu.threads import in_threads, row_jobs
 
 __all__ = [
     "STRIP",
