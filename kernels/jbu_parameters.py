@@ -43,13 +43,15 @@ class JBUStack(nn.Module):
     """The parameters of FeatUp's published stack, under their state-dict names: four stages and a 1×1 convolution.
 
     Args:
-        num_chs: channels of the features the final convolution mixes.
+        num_chs: channels of the features the final convolution mixes; None: a stack without it, which depends on the
+            guidance alone and so serves features of every kind.
     """
 
-    def __init__(self, num_chs: int) -> None:
+    def __init__(self, num_chs: int | None) -> None:
         super().__init__()
         self.up1, self.up2, self.up3, self.up4 = (JBUStage() for _ in range(4))
-        self.fixup_proj = nn.Sequential(nn.Identity(), nn.Conv2d(num_chs, num_chs, 1))  # published index: 1
+        if num_chs is not None:
+            self.fixup_proj = nn.Sequential(nn.Identity(), nn.Conv2d(num_chs, num_chs, 1))  # published index: 1
 
     @property
     def stages(self) -> tuple[JBUStage, ...]:
@@ -57,8 +59,10 @@ class JBUStack(nn.Module):
         return self.up1, self.up2, self.up3, self.up4
 
     @property
-    def final(self) -> nn.Conv2d:
-        """The final convolution."""
+    def final(self) -> nn.Conv2d | None:
+        """The final convolution, if there is one."""
+        if not hasattr(self, "fixup_proj"):
+            return None
         final = self.fixup_proj[1]
         assert isinstance(final, nn.Conv2d)
         return final

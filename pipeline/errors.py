@@ -2,11 +2,15 @@
 
 from densefeat.errors import DensefeatError
 
-__all__ = ["ImageError", "JobError"]
+__all__ = ["ImageError", "JobError", "TrainingDiverged"]
 
 
 class JobError(DensefeatError):
     """The job cannot run as asked. Raised before work starts where that is possible; jobs exit with code 2."""
+
+
+class TrainingDiverged(JobError):  # noqa: N818 - says what happened
+    """The loss or its gradient is not finite; what was kept, and which images it was, is in the text."""
 
 
 class ImageError(DensefeatError):

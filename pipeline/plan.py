@@ -1,6 +1,5 @@
 """What a job is going to do, found out and checked before it does anything."""
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pipeline.backbone import Backbone, build_backbone
 from pipeline.errors import JobError
 from pipeline.feature_worker import WorkerSpec
 from pipeline.pca import Basis
-from pipeline.source import list_images
+from pipeline.source import keys_digest, list_images
 from pipeline.store import check_writable, existing_store, foreign_keys, storage_explained, stored_index
 from pipeline.upsample import Upsampler, build_configured
 from schemas.attributes import StoreAttributes, differences
@@ -87,7 +86,7 @@ def make_plan(config: UpsampleConfig) -> Plan:
     Raises:
         JobError: they do not; the message says why and what to do.
     """
-    _check_apart(config)
+    check_apart(config.images, "--store", config.store)
     stored = _stored_attributes(config)
     resumed = stored if config.resume else None
     backbone = _checked_backbone(config)
@@ -118,7 +117,7 @@ def make_plan(config: UpsampleConfig) -> Plan:
         },
         basis=None if basis is None else basis.truncated(k),
         stored=stored,
-        spec=WorkerSpec(config, source["kind"], source["image_column"], _own_cores(), identities),
+        spec=WorkerSpec(config, source["kind"], source["image_column"], available_cores(), identities),
     )
     if not plan.shards:
         raise JobError(f"--shards {config.shards} holds none of the {plan.features.shards} shards of this dataset")
@@ -138,7 +137,7 @@ def feature_spec(config: FeatureConfig) -> tuple[WorkerSpec, pa.Table, Backbone]
     backbone = _checked_backbone(config)
     source = list_images(config.images, limit=config.limit, image_column=config.image_column)
     identities = {"backbone": backbone.identity()}
-    spec = WorkerSpec(config, source.kind, source.image_column, _own_cores(), identities)
+    spec = WorkerSpec(config, source.kind, source.image_column, available_cores(), identities)
     return spec, source.references, backbone
 
 
@@ -190,15 +189,22 @@ def _check_writable(config: UpsampleConfig) -> None:
         check_writable(Objects(config.store))
 
 
-def _check_apart(config: UpsampleConfig) -> None:
-    """Refuse a store among the images, or images in the store: the next listing would take one for the other."""
-    if "://" in config.images or "://" in config.store:
+def check_apart(images: str, option: str, place: str) -> None:
+    """Refuse a result among the images, or images in the result: the next listing would take one for the other.
+
+    Args:
+        images: folder or URI of images.
+        option: of the command line that names the place.
+        place: folder or URI that the result goes to.
+
+    Raises:
+        JobError: they lie in each other.
+    """
+    if "://" in images or "://" in place:
         return
-    images, store = Path(absolute_path(config.images)), Path(absolute_path(config.store))
-    if images.is_dir() and (store.is_relative_to(images) or images.is_relative_to(store)):
-        raise JobError(
-            f"--store {config.store} and --images {config.images} lie in each other: give the store a folder of its own"
-        )
+    source, result = Path(absolute_path(images)), Path(absolute_path(place))
+    if source.is_dir() and (result.is_relative_to(source) or source.is_relative_to(result)):
+        raise JobError(f"{option} {place} and the images {images} lie in each other: give {option} a folder of its own")
 
 
 def _checked_backbone(config: FeatureConfig) -> Backbone:
@@ -248,8 +254,7 @@ def _source(
         return {**resumed.configuration["source"], **asked}, references, resumed.class_names
     source = list_images(config.images, limit=config.limit, image_column=config.image_column)
     known = {"kind": source.kind, "image_column": source.image_column, "rows": source.references.num_rows}
-    digest = hashlib.sha256("\n".join(source.references["key"].to_pylist()).encode()).hexdigest()
-    return {**asked, **known, "keys_sha256": digest}, source.references, source.class_names
+    return {**asked, **known, "keys_sha256": keys_digest(source.references)}, source.references, source.class_names
 
 
 def _pca_configuration(config: UpsampleConfig, k: int, basis: Basis | None, rows: int) -> dict[str, Any]:
@@ -277,7 +282,7 @@ def _check_same(stored: StoreAttributes, configuration: dict[str, Any], store: s
         )
 
 
-def _own_cores() -> int:
+def available_cores() -> int:
     """Cores that this process may use: a container may have fewer than its machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

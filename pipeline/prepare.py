@@ -1,8 +1,6 @@
 """From a plan to a store that takes shards: fit the basis, choose the quantization steps, set the store up."""
 
-import importlib.metadata
 import logging
-import platform
 import shutil
 import time
 from typing import Any
@@ -16,6 +14,7 @@ from densefeat.store import FeatureStore
 from pipeline.errors import JobError
 from pipeline.pca import Basis, Moments, fit, sample_rows
 from pipeline.plan import Plan, readable_size
+from pipeline.software import software_versions
 from pipeline.store import delete_store, existing_store, explain_storage_error, set_up, step_sha256
 from pipeline.worker import Encoding
 from pipeline.workers import TaskFailed, Workers
@@ -28,7 +27,6 @@ _IMAGES_IN_TASK = 32  # images of the PCA sample in one task
 _LINE_EVERY_S = 5.0
 _OTHERS_SETUP_S = 120.0
 _CALIBRATION_IMAGES = 32  # images whose upsampled features set the quantization steps
-_SOFTWARE = ("densefeat", "torch", "timm", "numpy", "pillow", "zarr", "numba", "ray")
 
 
 def prepare(plan: Plan, objects: Objects, workers: Workers) -> Encoding:
@@ -46,7 +44,7 @@ def prepare(plan: Plan, objects: Objects, workers: Workers) -> Encoding:
     _check_space(plan, objects, image_nbytes)
     attributes = StoreAttributes(
         configuration={**plan.configuration, "pca": {**plan.configuration["pca"], "basis": basis.digest}},
-        versions={"python": platform.python_version(), **{name: _version(name) for name in _SOFTWARE}},
+        versions=software_versions(),
         class_names=plan.class_names,
         explained_variance=explained,
         step_sha256=step_sha256(step),
@@ -155,10 +153,3 @@ def _stored_encoding(objects: Objects) -> Encoding:
     if step_sha256(store.step) != store.attributes["step_sha256"]:
         raise JobError(f"the steps in {objects.uri} are not those that its attributes name: use --overwrite")
     return Encoding(basis, store.step, store.attributes["configuration_hash"])
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"  # densefeat itself, where the job's checkout is shipped and not installed

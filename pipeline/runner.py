@@ -1,7 +1,7 @@
 """Ray: actors on the cluster's devices, tasks to them, and what to do when they die.
 
-The only file that imports ray. Tasks are given out here rather than left to Ray's own retries because what is retried
-is a shard, up to a number of attempts, and never on a worker that stopped answering.
+Beside train/runner.py the only file that imports ray. Tasks are given out here rather than left to Ray's own retries
+because what is retried is a shard, up to a number of attempts, and never on a worker that stopped answering.
 """
 
 import logging
@@ -218,8 +218,12 @@ class RayWorkers:
 
 
 @contextmanager
-def connected() -> Iterator[None]:
-    """Join the cluster that RAY_ADDRESS names (``ray job submit`` sets it), or start Ray in this process."""
+def connected(*, dashboard: bool = False) -> Iterator[None]:
+    """Join the cluster that RAY_ADDRESS names (``ray job submit`` sets it), or start Ray in this process.
+
+    Args:
+        dashboard: whether a Ray that is started has one; Ray Train asks it, and complains every second without.
+    """
     # Otherwise Ray announces a change of a default that does not concern us, and how it secures its own ports.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -229,7 +233,7 @@ def connected() -> Iterator[None]:
         if address:
             ray.init(address="auto", logging_level=logging.ERROR)
         else:
-            ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
+            ray.init(address="local", include_dashboard=dashboard, logging_level=logging.ERROR)
     except Exception as error:  # RuntimeError, ConnectionError, RPC errors: as far as Ray got
         where = f"the Ray cluster at RAY_ADDRESS={address} does not answer" if address else "Ray does not start"
         raise JobError(f"{where}: {error}. Mend or unset that, or use --workers 0 to run without Ray") from error

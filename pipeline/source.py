@@ -1,5 +1,6 @@
 """A dataset as a table of references to its images; no pixels yet."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pipeline.source_parquet import find_columns, scan_parquet
 from pipeline.source_tar import scan_tar
 from schemas.index import REFERENCES
 
-__all__ = ["Kind", "Source", "list_images"]
+__all__ = ["Kind", "Source", "keys_digest", "list_images"]
 
 Kind = Literal["folder", "tar", "parquet"]
 
@@ -105,6 +106,11 @@ def list_images(
             f"{f', or one member with the extension {image_column!r}' if kind == 'tar' and image_column else ''}."
         )
     return source
+
+
+def keys_digest(references: pa.Table) -> str:
+    """SHA-256 (hex) of the keys in their order: names a list of images in a configuration."""
+    return hashlib.sha256("\n".join(references["key"].to_pylist()).encode()).hexdigest()
 
 
 def _kind_of(images: str, files: Sequence[File]) -> Kind:

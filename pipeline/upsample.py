@@ -7,6 +7,7 @@ from torch import Tensor
 from pipeline.backbone import Backbone
 from pipeline.errors import JobError
 from pipeline.implicit_schedule import Schedule
+from pipeline.pairing import check_pairing
 from pipeline.upsample_anyup import AnyUpUpsampler
 from pipeline.upsample_implicit import ImplicitUpsampler
 from pipeline.upsample_interface import Facts, LinearUpsampler, Projected, Upsampler, check_images, resize
@@ -102,11 +103,12 @@ def build_upsampler(
         return kind().eval()
     if kind.facts.weights == "none":
         raise JobError(f"--upsampler-weights: got {weights!r} for {name!r}, which has no weights. Leave them out.")
+    if kind is MultiviewUpsampler:
+        return MultiviewUpsampler.from_weights(weights, backbone, views=views, regularisation=regularisation)
+    check_pairing(weights, name, backbone)
     if kind is LiFTUpsampler:
         patch = backbone.reduction
         return LiFTUpsampler.from_weights(weights, backbone.num_chs, patch=patch, iterations=lift_iterations)
-    if kind is MultiviewUpsampler:
-        return MultiviewUpsampler.from_weights(weights, backbone, views=views, regularisation=regularisation)
     return (
         AnyUpUpsampler.from_weights(weights) if kind is AnyUpUpsampler else JBU.from_weights(weights, backbone.num_chs)
     )

@@ -27,7 +27,7 @@ from pipeline.upsample_interface import (
     imagenet_normalised,
     resize,
 )
-from pipeline.weights import load_strict, read_state_dict, state_digest
+from pipeline.weights import load_strict, read_metadata, read_state_dict, state_digest
 
 __all__ = ["JBU"]
 
@@ -50,7 +50,7 @@ class JBU(LinearUpsampler):
     name = "jbu"
     facts = Facts(
         weights="optional",
-        channels="any; with FeatUp's weights, theirs",
+        channels="any; with a final convolution in its weights, theirs",
         scale="×2 a stage: as many as it takes; with weights ×16",
         guidance="the image, pooled to each stage's size",
         pca="exact: in front",
@@ -68,11 +68,12 @@ class JBU(LinearUpsampler):
 
     @classmethod
     def from_weights(cls, uri: str, num_chs: int) -> "JBU":
-        """Load FeatUp's published weights, every one of them.
+        """Load FeatUp's published weights, or those of ``jobs/train_upsampler.py``, every one of them.
 
         Args:
             uri: checkpoint, local or remote; names may begin with ``upsampler.``, and what is there for training
-                only (``model.*``, ``downsampler.*``, ``scale_net.*``) is left out.
+                only (``model.*``, ``downsampler.*``, ``scale_net.*``) is left out. The final convolution may be
+                missing only from a file that says that it has none.
             num_chs: channels of the backbone's features.
 
         Raises:
@@ -85,7 +86,7 @@ class JBU(LinearUpsampler):
                 f"JBU weights {uri} are for features of {final.shape[0]} channels, the backbone makes {num_chs}. "
                 "Choose the weights trained for this backbone, or none for the training-free upsampler."
             )
-        stack = JBUStack(num_chs)
+        stack = JBUStack(None if read_metadata(uri).get("final") == "off" else num_chs)
         load_strict(stack, state, what=f"JBU weights {uri}")
         return cls(stack)
 
@@ -97,17 +98,32 @@ class JBU(LinearUpsampler):
         return {"name": self.name, **parameters}
 
     def fold(self, mean: Tensor, components: Tensor) -> Folding:
-        """As `LinearUpsampler.fold`, with the final convolution Y = U + 0.1·(W·U + b) folded in as well."""
-        if self.stack is None:
-            return super().fold(mean, components)
+        """As `LinearUpsampler.fold`, with the final convolution Y = U + 0.1·(W·U + b), if any, folded in as well."""
         mean, components = checked_basis(mean, components)
-        final = self.stack.final
-        if final.in_channels != mean.numel():
-            raise ValueError(f"mean: got {mean.numel()} channels, need the weights' {final.in_channels}")
+        with torch.no_grad():
+            projection, offset = self.through_final(components.T)
+        return Folding(projection.float().contiguous(), (offset - components @ mean).float())
+
+    def through_final(self, projection: Tensor) -> tuple[Tensor, Tensor]:
+        """Move a projection of the output in front of the stages: ``apply_final(U(X)) · P == U(X · Q) + offset``.
+
+        Args:
+            projection: P, [..., C, k], floating.
+
+        Returns:
+            Q [..., C, k] and offset [..., k], in P's dtype and on its device; differentiable in the convolution.
+
+        Raises:
+            ValueError: the final convolution has another number of channels.
+        """
+        final = None if self.stack is None else self.stack.final
+        if final is None:
+            return projection, projection.new_zeros(*projection.shape[:-2], projection.shape[-1])
+        if final.in_channels != projection.shape[-2]:
+            raise ValueError(f"projection: got {projection.shape[-2]} channels, need the weights' {final.in_channels}")
         assert final.bias is not None
-        weight, bias = (_FINAL_WEIGHT * p.detach().double().to(mean.device) for p in (final.weight, final.bias))
-        projection = components.T + weight[:, :, 0, 0].T @ components.T  # (I + 0.1 W)ᵀ P
-        return Folding(projection.float(), (components @ (bias - mean)).float())
+        weight, bias = (_FINAL_WEIGHT * parameter.to(projection) for parameter in (final.weight, final.bias))
+        return projection + weight[:, :, 0, 0].T @ projection, bias @ projection  # (I + 0.1 W)ᵀ P
 
     def forward(self, low: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
         """As `LinearUpsampler.forward`; without the final convolution, which is in the projection."""
@@ -173,10 +189,10 @@ class JBU(LinearUpsampler):
         return learned_stage(source, guidance, self.stack.stages[number])
 
     def apply_final(self, features: Tensor) -> Tensor:
-        """Add the final convolution to all C channels [B, C, H, W]: Y = U + 0.1·(W·U + b). Training-free: nothing."""
-        if self.stack is None:
+        """Add the final convolution to all C channels [B, C, H, W]: Y = U + 0.1·(W·U + b). Without one: nothing."""
+        final = None if self.stack is None else self.stack.final
+        if final is None:
             return features
-        final = self.stack.final
         if final.in_channels != features.shape[1]:
             raise ValueError(f"features: got {features.shape[1]} channels, need the weights' {final.in_channels}")
         assert final.bias is not None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import JobError
 
-__all__ = ["load_strict", "read_state_dict", "state_digest"]
+__all__ = ["load_strict", "read_metadata", "read_state_dict", "state_digest"]
 
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 _SUFFIXES = (".safetensors", *_PICKLED)
@@ -53,6 +53,19 @@ def read_state_dict(uri: str) -> dict[str, Tensor]:
         )
     read = _read_pickled if suffix in _PICKLED else _read_safetensors
     return _clean(_with_local_file(uri, read), uri)
+
+
+def read_metadata(uri: str) -> dict[str, str]:
+    """What a ``.safetensors`` file says about itself; empty for one that says nothing, and for other formats.
+
+    Raises:
+        JobError: the file is missing, cannot be fetched or is damaged.
+    """
+    if PurePosixPath(uri).suffix.lower() != ".safetensors":
+        return {}
+    metadata = _with_local_file(uri, _read_safetensors_metadata)
+    assert isinstance(metadata, dict)
+    return metadata
 
 
 def load_strict(
@@ -143,6 +156,16 @@ def _read_safetensors(path: Path, uri: str) -> object:
 
     try:
         return load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise _damaged(uri, error) from error
+
+
+def _read_safetensors_metadata(path: Path, uri: str) -> object:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
     except (SafetensorError, ValueError, OSError) as error:
         raise _damaged(uri, error) from error
 

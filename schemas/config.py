@@ -46,13 +46,13 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at anything."""
-        _at_least("--limit", self.limit, 1)
-        _at_least("--components", self.components, 1)
-        _at_least("--pca-images", self.pca_images, 0)
-        _at_least("--batch-size", self.batch_size, 1)
-        _at_least("--workers", self.workers, 0)
-        _at_least("--min-side", self.min_side, 1)
-        _at_least("--max-pixels", self.max_pixels, self.min_side**2)
+        at_least("--limit", self.limit, 1)
+        at_least("--components", self.components, 1)
+        at_least("--pca-images", self.pca_images, 0)
+        at_least("--batch-size", self.batch_size, 1)
+        at_least("--workers", self.workers, 0)
+        at_least("--min-side", self.min_side, 1)
+        at_least("--max-pixels", self.max_pixels, self.min_side**2)
         parse_size("--size", self.size)
 
     @property
@@ -115,14 +115,14 @@ class UpsampleConfig(FeatureConfig):
     def __post_init__(self) -> None:
         """Check what can be checked without looking at anything."""
         super().__post_init__()
-        _at_least("--shard-images", self.shard_images, 1)
-        _at_least("--attempts", self.attempts, 1)
-        _at_least("--lift-iterations", self.lift_iterations, 1)
+        at_least("--shard-images", self.shard_images, 1)
+        at_least("--attempts", self.attempts, 1)
+        at_least("--lift-iterations", self.lift_iterations, 1)
         if self.lift_iterations > 1 and self.upsampler != "lift":
             raise ValueError(f"--lift-iterations {self.lift_iterations} is for --upsampler lift: got {self.upsampler}")
-        _at_least("--views", self.views, 2)
-        _at_least("--regularisation", self.regularisation, 0)
-        _at_least("--fit-steps", self.fit_steps, 1)
+        at_least("--views", self.views, 2)
+        at_least("--regularisation", self.regularisation, 0)
+        at_least("--fit-steps", self.fit_steps, 1)
         for option, value, takers in (
             ("--views", self.views, ("multiview", "implicit")),
             ("--fit-steps", self.fit_steps, ("implicit",)),
@@ -130,8 +130,8 @@ class UpsampleConfig(FeatureConfig):
         ):
             if value is not None and self.upsampler not in takers:
                 raise ValueError(f"{option} {value} is for --upsampler {' or '.join(takers)}: got {self.upsampler}")
-        _at_least("--error-floor", self.error_floor, 0)
-        _at_least("--stall-timeout-s", self.stall_timeout_s, 1)
+        at_least("--error-floor", self.error_floor, 0)
+        at_least("--stall-timeout-s", self.stall_timeout_s, 1)
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"--max-failed-share is a share: got {self.max_failed_share}, expected 0 … 1")
         if self.resume and self.overwrite:
@@ -197,10 +197,10 @@ class FitDownsamplerConfig(FeatureConfig):
         super().__post_init__()
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"--output: got {self.output!r}, expected a name that ends in .safetensors")
-        _at_least("--fit-images", self.fit_images, 4)
-        _at_least("--views", self.views, 2)
-        _at_least("--held-out-views", self.held_out_views, 1)
-        _at_least("--solver-stride", self.solver_stride, 1)
+        at_least("--fit-images", self.fit_images, 4)
+        at_least("--views", self.views, 2)
+        at_least("--held-out-views", self.held_out_views, 1)
+        at_least("--solver-stride", self.solver_stride, 1)
         if self.workers:
             raise ValueError(f"--workers {self.workers}: this job runs in one process, leave the option out")
 
@@ -217,6 +217,11 @@ def parse_size(option: str, text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def _at_least(option: str, value: float | None, least: float) -> None:
+def at_least(option: str, value: float | None, least: float) -> None:
+    """Refuse an option's value below the least one; None is not given.
+
+    Raises:
+        ValueError: it is.
+    """
     if value is not None and value < least:
         raise ValueError(f"{option} must be at least {least}: got {value}")

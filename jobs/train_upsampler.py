@@ -1,0 +1,65 @@
+"""Train an upsampler for any backbone, or one for all of them: images in, weights for --upsampler-weights out.
+
+A joint bilateral upsampler that depends on the image alone, and so serves every backbone, trained on two::
+
+    python -m jobs.train_upsampler --images photos/ --output jbu/ \\
+        --backbones tf_efficientnet_lite0@-2 vit_small_patch14_dinov2.lvd142m@10 --held-out-backbone resnet18@2
+    python -m jobs.upsample_imagenet --images photos/ --store features/ --upsampler-weights jbu/upsampler.safetensors
+
+LiFT, for one backbone and layer::
+
+    python -m jobs.train_upsampler --upsampler lift --images photos/ --output lift/ --backbones vit_small_patch16_224
+
+``--output`` also gets losses.csv, held_out.csv, curves.png, and checkpoints, from which --resume goes on.
+"""
+
+import logging
+
+import torch
+
+from jobs.command_line import DONE, FAILED, run
+from pipeline.errors import TrainingDiverged
+from pipeline.feature_worker import pick_device
+from pipeline.plan import available_cores
+from pipeline.train.loop import train
+from pipeline.train.plan import claim_output, make_train_plan
+from pipeline.train.result import WEIGHTS
+from pipeline.train.world import World
+from schemas.train_config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+def train_upsampler(config: TrainConfig) -> int:
+    """Run the job; returns its exit code.
+
+    Raises:
+        JobError: it cannot be done as asked.
+    """
+    device = torch.device(pick_device(config.device)) if config.workers == 1 else None
+    plan, backbones = make_train_plan(config)
+    logger.info("%s", plan.describe())
+    if config.dry_run:
+        return DONE
+    claim_output(plan)
+    try:
+        if device is None:
+            from pipeline.train import runner  # ray takes a second to import
+
+            runner.train_on_ray(plan)
+        else:
+            train(plan, World(device), threads=available_cores(), built=backbones)
+    except TrainingDiverged as error:
+        logger.error("%s", error)
+        return FAILED
+    logger.info("wrote %s/%s: use it as --upsampler-weights", config.output.rstrip("/"), WEIGHTS)
+    return DONE
+
+
+if __name__ == "__main__":
+    run(
+        TrainConfig,
+        train_upsampler,
+        __doc__ or "",
+        interrupted="the last checkpoint is kept; --resume goes on from it to the same loss curve",
+    )

@@ -1,0 +1,1 @@
+"""Training an upsampler, one part a file: what is planned, prepared, minimised, measured, kept and written."""

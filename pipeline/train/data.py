@@ -1,0 +1,158 @@
+"""Which images a training step takes, and their pixels: an order that follows from the seed alone."""
+
+import functools
+import hashlib
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipeline.batches import BatchLoader
+from pipeline.decode import Decoded, Geometry
+from pipeline.errors import JobError
+from pipeline.source import Kind
+from pipeline.stage_seconds import StageSeconds
+from schemas.train_config import TrainConfig
+
+__all__ = ["Draw", "ImageTable", "TrainingOrder", "first_usable", "key_hash", "training_batches"]
+
+logger = logging.getLogger(__name__)
+
+_STEPS_LISTED = 512  # references of so many steps are taken out of the table at a time
+_SUBSTITUTES = 16  # images tried in the place of one that cannot be used
+_ORDER, _SUBSTITUTE, _STEP = range(3)  # what random numbers are for: each has a stream of its own
+
+
+class ImageTable(NamedTuple):
+    """References of images, and how they are stored.
+
+    Attributes:
+        references: ``schemas.index.REFERENCES``.
+        kind: ``Source.kind``.
+        image_column: ``Source.image_column``.
+    """
+
+    references: pa.Table
+    kind: Kind
+    image_column: str | None
+
+    def loader(self, config: TrainConfig, batch_size: int, threads: int, scale: float = 1) -> BatchLoader:
+        """What decodes them, to ``scale`` times --size."""
+        height, width = (round(scale * side) for side in config.size_px)
+        return BatchLoader(
+            Geometry((height, width), config.fit, (height, width)),
+            batch_size,
+            source_kind=self.kind,
+            image_column=self.image_column,
+            max_pixels=config.max_pixels,
+            min_side=config.min_side,
+            threads=threads,
+        )
+
+
+class Draw:
+    """The random numbers of one step on one worker: they follow from seed, step and rank, and from nothing before."""
+
+    def __init__(self, seed: int, step: int, rank: int) -> None:
+        self.numpy = np.random.default_rng([_STEP, seed, step, rank])
+        # On the CPU, so that a GPU trains on the same views.
+        self.torch = torch.Generator().manual_seed(int(self.numpy.integers(2**63)))
+
+
+class TrainingOrder:
+    """Which rows a step takes: each epoch is a permutation of the dataset, dealt out to the workers in turn.
+
+    Args:
+        rows: in the dataset.
+        batch_size: rows that a worker takes in a step.
+        workers: how many there are.
+        seed: of the permutations.
+    """
+
+    def __init__(self, rows: int, batch_size: int, workers: int, seed: int) -> None:
+        self._rows, self._batch_size, self._workers, self._seed = rows, batch_size, workers, seed
+        self._epoch = functools.lru_cache(2)(self._permutation)
+
+    def batch(self, step: int, rank: int) -> list[int]:
+        """Rows of a worker's batch."""
+        first = (step * self._workers + rank) * self._batch_size
+        places = (divmod(position, self._rows) for position in range(first, first + self._batch_size))
+        return [int(self._epoch(epoch)[place]) for epoch, place in places]
+
+    def substitute(self, step: int, rank: int, attempt: int) -> int:
+        """A row for one that cannot be used."""
+        rng = np.random.default_rng([_SUBSTITUTE, self._seed, step, rank, attempt])
+        return int(rng.integers(self._rows))
+
+    def _permutation(self, epoch: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+        return np.random.default_rng([_ORDER, self._seed, epoch]).permutation(self._rows)
+
+
+def training_batches(
+    references: pa.Table, loader: BatchLoader, order: TrainingOrder, rank: int, steps: range
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Keys and pixels (uint8 [B, 3, H, W], on the CPU) of the batch of each step, decoded ahead of the consumer.
+
+    An image that cannot be used is replaced by another one of the dataset, always the same, and named in the log.
+
+    Args:
+        references: the dataset.
+        loader: for batches of the order's size.
+        order: which rows a step takes.
+        rank: of this worker.
+        steps: for which to yield.
+
+    Raises:
+        JobError: `_SUBSTITUTES` images in a row cannot be used.
+    """
+    told: set[str] = set()
+    for first in range(steps.start, steps.stop, _STEPS_LISTED):
+        listed = range(first, min(first + _STEPS_LISTED, steps.stop))
+        table = references.take([row for step in listed for row in order.batch(step, rank)])
+        keys = table["key"].to_pylist()
+        for step, batch in zip(listed, loader.batches(table, StageSeconds()), strict=True):
+            start = (step - first) * loader.batch_size
+            names, pixels, attempt = keys[start : start + loader.batch_size], batch.pixels, 0
+            for place, image in enumerate(batch.decoded):
+                while not isinstance(image, Decoded):
+                    if names[place] not in told:
+                        logger.warning("%s cannot be used, another image takes its place: %s", names[place], image)
+                        told.add(names[place])
+                    if attempt == _SUBSTITUTES:
+                        raise JobError(f"{attempt} images in a row cannot be used; the last is {names[place]}: {image}")
+                    other = references.take([order.substitute(step, rank, attempt)])
+                    attempt += 1
+                    (found,) = loader.batches(other, StageSeconds())
+                    names[place], pixels[place], image = other["key"][0].as_py(), found.pixels[0], found.decoded[0]
+            yield names, pixels
+
+
+def first_usable(references: pa.Table, loader: BatchLoader, count: int) -> tuple[list[str], Tensor]:
+    """Keys and pixels of the first ``count`` images that can be decoded: uint8 [count, 3, H, W].
+
+    Raises:
+        JobError: there are fewer.
+    """
+    keys, kept, reason = references["key"].to_pylist(), [], ""
+    for number, batch in enumerate(loader.batches(references, StageSeconds())):
+        for place, image in enumerate(batch.decoded):
+            if isinstance(image, Decoded):
+                kept.append((keys[number * loader.batch_size + place], batch.pixels[place]))
+            else:
+                reason = f"; one cannot: {image}"
+        if len(kept) >= count:
+            names, pixels = zip(*kept[:count], strict=True)
+            return list(names), torch.stack(pixels)
+    raise JobError(
+        f"held-out views: {len(kept)} of {len(keys)} images can be used, expected --val-count {count}{reason}. Give "
+        "more images (--val-images, --val-share), or a lower --val-count"
+    )
+
+
+def key_hash(key: str) -> float:
+    """A number in [0, 1) that is always the same for a key: what splits a dataset."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48

@@ -1,0 +1,116 @@
+"""Training LiFT: a small image's features, upsampled, should be the features of the image at twice the size.
+
+Suri et al. (arXiv 2403.14625, section 3.3): cosine distance, at two octaves.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.backbone import Backbone
+from pipeline.lift import LiFT
+from pipeline.train.data import Draw
+from pipeline.train.losses import cosine_distance
+from pipeline.train.trainee import LOSS, Trainee
+from pipeline.upsample_interface import imagenet_normalised, resize
+
+__all__ = ["LIFT_SCALES", "LiFTTraining"]
+
+# Image sizes that training needs features at, as multiples of --size: the target, what LiFT will be used on, and one
+# octave lower. The published code calls the largest 1.
+LIFT_SCALES = (2.0, 1.0, 0.5)
+_MEMORY = 0.99  # of the running means that the scale of the output is set by, per step
+
+
+@dataclass(frozen=True, eq=False)
+class _Octave:
+    image: Tensor  # [B, 3, H, W] float32, normalised
+    low: Tensor  # [B, C, h, w], its features
+    target: Tensor  # [B, C, 2h, 2w], features of the same image at twice the size
+
+
+class LiFTTraining(Trainee):
+    """LiFT, for one backbone and layer.
+
+    The cosine distance leaves the length of the output free. Lengths matter where features are centred and projected
+    on a basis, as the main job does, so the last convolution is scaled to the length of the targets, by least squares
+    over the latest steps: no cosine changes.
+
+    Args:
+        backbones: one backbone, built for each of `LIFT_SCALES`.
+    """
+
+    name = "lift"
+    predicted_on_target: Tensor
+    predicted_squared: Tensor
+
+    def __init__(self, backbones: Sequence[Backbone]) -> None:
+        super().__init__()
+        self._backbones = tuple(backbones)
+        self.lift = LiFT(backbones[1].num_chs, backbones[1].reduction)
+        for name in ("predicted_on_target", "predicted_squared"):
+            self.register_buffer(name, torch.zeros(()))
+
+    def prepare(self, turn: int, images: Tensor, draw: Draw) -> list[_Octave]:
+        """As `Trainee.prepare`; images of twice the size that LiFT will be used on. Nothing is random."""
+        scales = [images, _halved(images, 2), _halved(images, 4)]
+        features = [backbone(scale) for backbone, scale in zip(self._backbones, scales, strict=True)]
+        return [
+            _Octave(imagenet_normalised(scales[octave + 1]), features[octave + 1], features[octave])
+            for octave in range(2)
+        ]
+
+    def forward(self, prepared: list[_Octave]) -> dict[str, Tensor]:
+        """As `Trainee.forward`."""
+        distances = []
+        for octave in prepared:
+            predicted = self.lift(octave.low, octave.image)
+            distances.append(cosine_distance(predicted, octave.target))
+            self._note_scale(predicted.detach(), octave.target)
+        first, second = distances
+        return {LOSS: first + second, "octave_1": first, "octave_2": second}
+
+    def optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
+        """Adam, as published."""
+        return torch.optim.Adam(self.parameters(), lr=learning_rate)
+
+    def upsample(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """As `Trainee.upsample`: ×2, then bilinear."""
+        was_training = self.lift.training
+        self.lift.eval()
+        high = self._scale() * self.lift(features, imagenet_normalised(images))
+        self.lift.train(was_training)
+        return resize(high, size)
+
+    def weights(self) -> dict[str, Tensor]:
+        """As `Trainee.weights`."""
+        scaled = ("outc.weight", "outc.bias")
+        return {
+            name: tensor.detach().cpu() * (self._scale().cpu() if name in scaled else 1)
+            for name, tensor in self.lift.state_dict().items()
+        }
+
+    def metadata(self) -> dict[str, str]:
+        """As `Trainee.metadata`: the pixels of a cell, which no tensor tells."""
+        return {"patch": str(self.lift.patch)}
+
+    def _note_scale(self, predicted: Tensor, target: Tensor) -> None:
+        for mean, value in (
+            (self.predicted_on_target, (predicted * target).mean()),
+            (self.predicted_squared, predicted.square().mean()),
+        ):
+            mean.mul_(_MEMORY).add_((1 - _MEMORY) * value)
+
+    def _scale(self) -> Tensor:
+        """[]: what the output is multiplied with; 1 before the first step."""
+        if not self.predicted_squared > 0:
+            return torch.ones_like(self.predicted_squared)
+        return self.predicted_on_target / self.predicted_squared
+
+
+def _halved(images: Tensor, times: int) -> Tensor:
+    """Images [B, 3, H, W] uint8 at 1 / ``times`` of their size: the mean over squares of pixels."""
+    return F.avg_pool2d(images.float(), times).round().to(torch.uint8)

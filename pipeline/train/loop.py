@@ -1,0 +1,219 @@
+"""The training loop: one process of it. The same alone and under DDP; knows nothing of Ray."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from densefeat.objects import Objects
+from pipeline.backbone import Backbone
+from pipeline.errors import TrainingDiverged
+from pipeline.stage_seconds import StageSeconds
+from pipeline.store import storage_explained
+from pipeline.train.data import Draw, TrainingOrder, training_batches
+from pipeline.train.held_out_views import Upsample, ViewError
+from pipeline.train.plan import TrainPlan
+from pipeline.train.result import write_result
+from pipeline.train.stages import TrainStages, build_stages
+from pipeline.train.state import HeldOutRow, LossRow, load_newest, save
+from pipeline.train.trainee import LOSS
+from pipeline.train.world import World
+from pipeline.upsample import JBU, Bilinear
+
+__all__ = ["Training", "train"]
+
+logger = logging.getLogger(__name__)
+
+_SAY_EVERY_S = 10.0
+_STEP = ("data", "backbone", "forward", "backward", "optimizer")  # the stages of a step
+
+
+def train(plan: TrainPlan, world: World, *, threads: int, built: list[Backbone] | None = None) -> None:
+    """Be one of the processes of a training, from its newest checkpoint to its result.
+
+    Args:
+        plan: of the job.
+        world: where this process stands.
+        threads: to decode with.
+        built: as `build_stages`.
+
+    Raises:
+        JobError: it cannot be done as asked, or diverged.
+    """
+    stages = build_stages(plan, world, threads, built)
+    training = Training(plan, stages, world)
+    training.run()
+    if world.leads:
+        logger.info("%s", training.explain_seconds())
+        write_result(plan, stages, training.state)
+
+
+class Training:
+    """A training, as one of its processes sees it: at the newest checkpoint in --output, if there is one.
+
+    Args:
+        plan: of the job.
+        stages: built for it.
+        world: where this process stands.
+
+    Attributes:
+        state: how far it is, and its record.
+        seconds: busy seconds: those of a step (backbone with its random views), held-out views, checkpoint.
+
+    Raises:
+        JobError: all checkpoints are damaged.
+    """
+
+    def __init__(self, plan: TrainPlan, stages: TrainStages, world: World) -> None:
+        self._plan, self._stages, self._world = plan, stages, world
+        self._objects = Objects(plan.config.output)
+        self._optimizer = stages.trainee.optimizer(plan.config.learning_rate)
+        self.seconds = StageSeconds()
+        self.state = load_newest(self._objects)
+        self._safe_at = self.state.step
+        if self.state.step:
+            stages.trainee.load_state_dict(self.state.model)
+            self._optimizer.load_state_dict(self.state.optimizer)
+
+    def run(self) -> None:
+        """Train up to --steps.
+
+        Raises:
+            TrainingDiverged: a loss or its gradient is not finite; the last checkpoint is good.
+            JobError: images cannot be used.
+        """
+        config, state = self._plan.config, self.state
+        model = self._distributed()
+        if not state.held_out:
+            self._measure()
+        said_at, said, spent = time.monotonic(), state.step, 0.0
+        for keys, images in self._batches(range(state.step, config.steps)):
+            losses = self._step(model, keys, images)
+            state.losses.append(LossRow(state.step + 1, _label(self._backbone), losses))
+            state.step += 1
+            last = state.step == config.steps
+            if last or state.step % config.evaluate_every == 0:
+                self._measure()
+            if last or state.step % config.checkpoint_every == 0:
+                self._checkpoint()
+            if last or time.monotonic() - said_at > _SAY_EVERY_S:
+                total = sum(self.seconds.total().get(stage, 0) for stage in _STEP)
+                rate = (total - spent) / (state.step - said)
+                self._say("step %d/%d: loss %.4g, %.2f s a step", state.step, config.steps, losses[LOSS], rate)
+                said_at, said, spent = time.monotonic(), state.step, total
+
+    def explain_seconds(self) -> str:
+        """Where the time went, in shares, for a person."""
+        seconds = self.seconds.total()
+        total = sum(seconds.values()) or 1.0
+        shares = ", ".join(f"{name} {100 * spent / total:.0f} %" for name, spent in seconds.items())
+        return f"{total:.0f} s: {shares}"
+
+    @property
+    def _turn(self) -> int:
+        """Which backbone the next step trains on: they take turns, in all processes the same."""
+        return self.state.step % len(self._stages.backbones)
+
+    @property
+    def _backbone(self) -> Backbone:
+        return self._stages.backbones[self._turn]
+
+    def _distributed(self) -> nn.Module:
+        """What makes the losses, with gradients averaged over the processes."""
+        if self._world.size == 1:
+            return self._stages.trainee
+        # A step leaves out what belongs to the other backbones alone.
+        return DistributedDataParallel(self._stages.trainee, find_unused_parameters=len(self._stages.backbones) > 1)
+
+    def _batches(self, steps: range) -> Iterator[tuple[list[str], Tensor]]:
+        config, references = self._plan.config, self._plan.train.references
+        order = TrainingOrder(references.num_rows, config.batch_images, self._world.size, config.seed)
+        batches = training_batches(references, self._stages.loader, order, self._world.rank, steps)
+        while True:
+            with self._timed("data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _step(self, model: nn.Module, keys: list[str], images: Tensor) -> dict[str, float]:
+        """One step; its losses, averaged over the processes."""
+        with self._timed("backbone"):
+            draw = Draw(self._plan.config.seed, self.state.step, self._world.rank)
+            prepared = self._stages.trainee.prepare(self._turn, images.to(self._world.device), draw)
+        with self._timed("forward"):
+            losses: dict[str, Tensor] = model(prepared)
+        with self._timed("backward"):
+            self._optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(losses[LOSS])
+            gradients = [p.grad for p in self._stages.trainee.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients).item()
+        own = torch.stack([loss.detach() for loss in losses.values()])
+        averages = (self._world.total(own.clone()) / self._world.size).tolist()
+        if not all(map(math.isfinite, [*averages, norm])):
+            self._diverged(keys, bool(own.isfinite().all()), averages[0], norm)
+        with self._timed("optimizer"):
+            self._optimizer.step()
+        return dict(zip(losses, averages, strict=True))
+
+    def _diverged(self, keys: list[str], finite: bool, loss: float, norm: float) -> None:
+        """Stop. All processes come here together: what they average is not finite in any."""
+        batches = self._world.gather((keys, finite))
+        # Where all losses are finite, it is the gradient of one of them, and nobody can say whose.
+        suspects = [names for names, its_finite in batches if not its_finite] or [names for names, _ in batches]
+        raise TrainingDiverged(
+            f"step {self.state.step + 1}: the loss is {loss:.3g} and the norm of its gradient {norm:.3g}: training "
+            f"stops. Its batch: {', '.join(key for names in suspects for key in names)}. {self._what_is_kept()}"
+        )
+
+    def _what_is_kept(self) -> str:
+        kept = f"The checkpoint of step {self._safe_at} is good" if self._safe_at else "There is no checkpoint yet"
+        return f"{kept} ({self._objects.uri}). Look at these images, or begin anew with a lower --learning-rate"
+
+    def _measure(self) -> None:
+        """Measure the upsampler as it is; and the first time, those that learn nothing."""
+        with self._timed("held-out views"):
+            for backbone in self._stages.measured:
+                label, rows = _label(backbone), self.state.held_out
+                known = next((row.errors for row in rows if row.backbone == label), None)
+                trainee = self._stages.trainee
+                upsamplers: dict[str, Upsample] = {trainee.name: trainee.upsample}
+                if known is None:
+                    upsamplers |= {"bilinear": Bilinear(), "training_free": JBU().to(self._world.device)}
+                new = self._stages.views.errors(backbone, upsamplers, self._world)
+                errors: dict[str, ViewError] = {**(known or {}), **new}
+                rows.append(HeldOutRow(self.state.step, label, backbone in self._stages.backbones, errors))
+                said = ", ".join(f"{name} {error.relative:.4f}" for name, error in errors.items())
+                self._say("step %d: error on held-out views of %s: %s", self.state.step, label, said)
+
+    def _checkpoint(self) -> None:
+        state = self._stages.trainee.state_dict()
+        if not all(tensor.isfinite().all() for tensor in state.values()):
+            raise TrainingDiverged(
+                f"step {self.state.step}: a weight is not finite: training stops. {self._what_is_kept()}"
+            )
+        if self._world.leads:
+            self.state.model, self.state.optimizer = state, self._optimizer.state_dict()
+            with self._timed("checkpoint"), storage_explained(self._objects.uri):
+                save(self.state, self._objects)
+        self._safe_at = self.state.step
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        with self.seconds.stage(stage):
+            yield
+            if self._world.device.type == "cuda":
+                torch.cuda.synchronize(self._world.device)
+
+    def _say(self, text: str, *values: object) -> None:
+        if self._world.leads:
+            logger.info(text, *values)
+
+
+def _label(backbone: Backbone) -> str:
+    return f"{backbone.name}@{backbone.layer}"

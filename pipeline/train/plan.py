@@ -1,0 +1,241 @@
+"""What a training is going to do, found out and checked before it does anything."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from densefeat.objects import Objects, absolute_path
+from pipeline.backbone import Backbone, build_backbone
+from pipeline.errors import JobError
+from pipeline.pairing import backbone_name
+from pipeline.plan import check_apart
+from pipeline.software import software_versions
+from pipeline.source import Source, keys_digest, list_images
+from pipeline.store import check_writable, storage_explained
+from pipeline.train.data import ImageTable, key_hash
+from pipeline.train.lift import LIFT_SCALES
+from schemas.attributes import differences
+from schemas.train_config import BackboneChoice, TrainConfig
+
+__all__ = ["TrainPlan", "backbone_at", "build_backbones", "claim_output", "make_train_plan"]
+
+# The object in --output that claims it: the configuration, which a resume is compared with.
+_CLAIM = "training.json"
+
+
+@dataclass(frozen=True, eq=False)
+class TrainPlan:
+    """A checked training; crosses into workers.
+
+    Attributes:
+        config: what was asked.
+        train: images to train on.
+        val: images to measure held-out views on, best first: more than are needed, as some may turn out unusable.
+        configuration: what the weights will depend on, JSON-able.
+        identities: of the backbones trained on, in order.
+        held_out: identity of the one that is only measured on.
+        begun: whether this training was begun before, and is to go on.
+    """
+
+    config: TrainConfig
+    train: ImageTable
+    val: ImageTable
+    configuration: dict[str, Any]
+    identities: list[dict[str, object]]
+    held_out: dict[str, object] | None
+    begun: bool
+
+    def describe(self) -> str:
+        """The plan for a person."""
+        config, training, views = self.config, self.configuration["training"], self.configuration["views"]
+        lines = [
+            f"train       {config.upsampler}"
+            + (
+                "" if config.upsampler == "lift" else f", {'with' if config.final else 'without'} the final convolution"
+            ),
+            f"images      {self.train.references.num_rows:,} from {config.images}",
+            f"held out    {config.val_count:,} of {self.val.references.num_rows:,} from "
+            f"{config.val_images or config.images}, {config.val_views} views each",
+            *(f"backbone    {backbone_name(identity)}" for identity in self.identities),
+            *([f"measured on {backbone_name(self.held_out)}, not trained on"] if self.held_out else []),
+            f"steps       {config.steps:,} of {config.batch_images} images on {config.workers} "
+            f"worker{'s' if config.workers > 1 else ''}",
+            f"output      {config.output}" + (" (resumed)" if self.begun else ""),
+            "training    " + ", ".join(f"{name} {value}" for name, value in {**training, **views}.items()),
+        ]
+        return "\n".join(lines)
+
+
+def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
+    """Look at images, backbones and output, and check that they fit together.
+
+    Returns:
+        The plan, and the backbones trained on (at --size) that were built for it.
+
+    Raises:
+        JobError: they do not; the message says why and what to do.
+    """
+    for images in filter(None, (config.images, config.val_images)):
+        check_apart(images, "--output", config.output)
+    stored = _stored_configuration(config)
+    backbones = [backbone_at(config, choice) for choice in config.backbone_choices]
+    held_out = None if config.held_out_choice is None else backbone_at(config, config.held_out_choice).identity()
+    identities = [backbone.identity() for backbone in backbones]
+    if held_out in identities:
+        raise JobError(f"--held-out-backbone {config.held_out_backbone} is one of --backbones: take it out of either")
+    _check_grids(config, backbones)
+    source = list_images(config.images, limit=config.limit, image_column=config.image_column)
+    train, val = _split(config, source)
+    plan = TrainPlan(
+        config=config,
+        train=train,
+        val=val,
+        configuration=json.loads(json.dumps(_configuration(config, train, val, identities))),
+        identities=identities,
+        held_out=held_out,
+        begun=stored is not None,
+    )
+    if stored is not None and (different := differences(stored, plan.configuration)):
+        raise JobError(
+            f"--resume: {config.output} was begun with another configuration:\n  "
+            + "\n  ".join(different)
+            + "\nGive the options it was begun with, or another --output"
+        )
+    if not config.dry_run:
+        with storage_explained(f"--output {config.output}"):
+            check_writable(Objects(config.output))
+    return plan, backbones
+
+
+def claim_output(plan: TrainPlan) -> None:
+    """Write the configuration to --output, unless it is there already.
+
+    Raises:
+        JobError: another training has been begun there in the meantime.
+    """
+    if plan.begun:
+        return
+    claim = {"configuration": plan.configuration, "versions": software_versions()}
+    with storage_explained(f"--output {plan.config.output}"):
+        try:
+            Objects(plan.config.output).create(_CLAIM, json.dumps(claim, indent=2).encode())
+        except FileExistsError:
+            raise JobError(f"another training has begun in {plan.config.output}: choose another --output") from None
+
+
+def build_backbones(plan: TrainPlan, choice: BackboneChoice, built: Backbone | None = None) -> list[Backbone]:
+    """A backbone at every size that training needs it at, on the CPU: at --size only, or for lift at `LIFT_SCALES`.
+
+    Args:
+        plan: of the training.
+        choice: which.
+        built: the one at --size, if it is there already.
+    """
+    scales = LIFT_SCALES if plan.config.upsampler == "lift" else (1.0,)
+    return [built if built is not None and scale == 1 else backbone_at(plan.config, choice, scale) for scale in scales]
+
+
+def backbone_at(config: TrainConfig, choice: BackboneChoice, scale: float = 1) -> Backbone:
+    """A backbone for images of ``scale`` times --size, on the CPU."""
+    height, width = (round(scale * side) for side in config.size_px)
+    return build_backbone(choice.name, size=(height, width), weights=choice.weights, layer=choice.layer)
+
+
+def _stored_configuration(config: TrainConfig) -> dict[str, Any] | None:
+    with storage_explained(f"--output {config.output}"):
+        try:
+            stored: dict[str, Any] = json.loads(Objects(config.output).get(_CLAIM))["configuration"]
+        except FileNotFoundError:
+            return None
+    if not config.resume:
+        raise JobError(f"--output {config.output} has a training already: --resume goes on with it, or choose another")
+    return stored
+
+
+def _check_grids(config: TrainConfig, backbones: list[Backbone]) -> None:
+    """Lift needs grids that halve evenly; every upsampler needs something to upsample."""
+    for backbone in backbones:
+        if min(backbone.grid) < 2:
+            raise JobError(
+                f"{backbone.name} at layer {backbone.layer} has a grid of {backbone.grid[0]}×{backbone.grid[1]} at "
+                f"--size {config.size}: expected at least 2×2. Choose a larger --size or an earlier layer"
+            )
+        if config.upsampler == "lift" and backbone.num_chs % 2:
+            raise JobError(
+                f"{backbone.name} has {backbone.num_chs} channels at layer {backbone.layer}: lift halves them, need "
+                "an even number. Choose another layer"
+            )
+        step = 2 * backbone.reduction
+        if config.upsampler == "lift" and any(side % step for side in config.size_px):
+            raise JobError(
+                f"--size {config.size}: lift trains on {backbone.name} at half of it too, expected multiples of {step} "
+                f"(twice the stride of layer {backbone.layer})"
+            )
+
+
+def _split(config: TrainConfig, source: Source) -> tuple[ImageTable, ImageTable]:
+    """Images to train on, and those to measure on in the order of their hashes."""
+    hashes = [key_hash(key) for key in source.references["key"].to_pylist()]
+    if config.val_images is None:
+        of_train = pa.array([number >= config.val_share for number in hashes])
+        train = ImageTable(source.references.filter(of_train), source.kind, source.image_column)
+        val = ImageTable(source.references, source.kind, source.image_column)
+        candidates = [row for row in _by(hashes) if hashes[row] < config.val_share]
+    else:
+        other = list_images(config.val_images, image_column=config.image_column)
+        train = ImageTable(source.references, source.kind, source.image_column)
+        val = ImageTable(other.references, other.kind, other.image_column)
+        candidates = _by([key_hash(key) for key in other.references["key"].to_pylist()])
+        if shared := _shared(train.references, val.references):
+            raise JobError(
+                f"--val-images {config.val_images}: {len(shared)} of them are among --images too (one is "
+                f"{shared[0]}): what is measured on must not be trained on"
+            )
+    if len(candidates) < config.val_count:
+        raise JobError(
+            f"held-out views: got {len(candidates)} images, expected --val-count {config.val_count}. Give more "
+            "(--val-images, --val-share), or a lower --val-count"
+        )
+    if train.references.num_rows == 0:
+        raise JobError(f"--images {config.images}: no image is left to train on with --val-share {config.val_share}")
+    return train, val._replace(references=val.references.take(candidates))
+
+
+def _by(hashes: list[float]) -> list[int]:
+    return sorted(range(len(hashes)), key=hashes.__getitem__)
+
+
+def _shared(train: pa.Table, val: pa.Table) -> list[str]:
+    """URIs (and offsets, in tars and Parquet) that both tables have."""
+    places = [set(zip(table["uri"].to_pylist(), table["offset"].to_pylist(), strict=True)) for table in (train, val)]
+    return sorted(uri for uri, _ in places[0] & places[1])
+
+
+def _configuration(
+    config: TrainConfig, train: ImageTable, val: ImageTable, identities: list[dict[str, object]]
+) -> dict[str, Any]:
+    """What the weights and what is measured of them depend on, but for how long training goes on."""
+    names = ["batch_images", "learning_rate", "seed", "workers"]
+    if config.upsampler == "jbu":
+        names += ["jitters", "projection_chs", "crf_weight", "initial_sigma", "downsampler", "final"]
+    return {
+        "upsampler": config.upsampler,
+        "backbones": {f"{one['name']}@{one['layer']}": one for one in identities},
+        "images": _described(config.images, train.references),
+        "geometry": {"size": list(config.size_px), "fit": config.fit},
+        "training": {name: getattr(config, name) for name in names},
+        "views": {"max_pad_px": config.max_pad_px, "max_zoom": config.max_zoom},
+        "held_out": {
+            "images": _described(config.val_images or config.images, val.references),
+            "count": config.val_count,
+            "views": config.val_views,
+            "backbone": config.held_out_backbone,
+        },
+    }
+
+
+def _described(images: str, references: pa.Table) -> dict[str, Any]:
+    place = images if "://" in images else absolute_path(images)
+    return {"images": place, "rows": references.num_rows, "keys_sha256": keys_digest(references)}

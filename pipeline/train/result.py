@@ -1,0 +1,83 @@
+"""What a training leaves: weights that say where they come from, its record as tables, its curves as a picture."""
+
+import io
+import json
+from dataclasses import asdict
+
+import torch
+
+from densefeat.objects import Objects, split_uri
+from pipeline.software import commit, software_versions
+from pipeline.store import storage_explained
+from pipeline.train.curves import curves
+from pipeline.train.plan import TrainPlan
+from pipeline.train.stages import TrainStages
+from pipeline.train.state import TrainState, tables
+from pipeline.train.trainee import Trainee
+
+__all__ = ["CURVES", "WEIGHTS", "provenance", "write_result"]
+
+WEIGHTS, CURVES = "upsampler.safetensors", "curves.png"
+
+
+def write_result(plan: TrainPlan, stages: TrainStages, state: TrainState) -> None:
+    """Write weights, tables and curves to --output, and FeatUp's layout where that is asked for.
+
+    Raises:
+        JobError: a place cannot be written to.
+    """
+    from safetensors.torch import save
+
+    weights = {name: tensor.contiguous() for name, tensor in stages.trainee.weights().items()}
+    with storage_explained(f"--output {plan.config.output}"):
+        objects = Objects(plan.config.output)
+        objects.put(WEIGHTS, save(weights, metadata=provenance(plan, stages.trainee, state)))
+        objects.put(CURVES, curves(state))
+        for name, table in tables(state).items():
+            objects.put(name, table.encode())
+        objects.tidy()
+    if plan.config.featup_checkpoint is not None:
+        folder, name = split_uri(plan.config.featup_checkpoint)
+        with storage_explained(f"--featup-checkpoint {plan.config.featup_checkpoint}"):
+            Objects(folder).put(name, _featup_checkpoint(weights, num_chs=stages.backbones[0].num_chs))
+            Objects(folder).tidy()
+
+
+def provenance(plan: TrainPlan, trainee: Trainee, state: TrainState) -> dict[str, str]:
+    """What the weights are of, what they are for, and how they were made: metadata of the .safetensors file.
+
+    ``upsampler``, ``final`` or ``patch``, and ``backbones`` (JSON: their identities) are read when the weights are
+    used, see `pipeline.pairing`; the rest is for people.
+    """
+    newest = {row.backbone: row for row in state.held_out}
+    errors = {
+        label: {"step": row.step, "trained_on": row.trained_on, **{n: asdict(e) for n, e in row.errors.items()}}
+        for label, row in newest.items()
+    }
+    return {
+        "format": "densefeat-upsampler-1",
+        "upsampler": trainee.name,
+        **trainee.metadata(),
+        "backbones": json.dumps(plan.identities),
+        "steps": str(state.step),
+        "images": str(plan.train.references.num_rows),
+        "seed": str(plan.config.seed),
+        "held_out_errors": json.dumps(errors),
+        "configuration": json.dumps(plan.configuration),
+        "versions": json.dumps(software_versions()),
+        "commit": commit(),
+    }
+
+
+def _featup_checkpoint(weights: dict[str, torch.Tensor], num_chs: int) -> bytes:
+    """FeatUp's own layout, as its published checkpoints have it.
+
+    It always has a final convolution: where there is none, one that adds nothing.
+    """
+    final = {
+        "fixup_proj.1.weight": torch.zeros(num_chs, num_chs, 1, 1),
+        "fixup_proj.1.bias": torch.zeros(num_chs),
+    }
+    buffer = io.BytesIO()
+    torch.save({"state_dict": {f"upsampler.{name}": tensor for name, tensor in {**final, **weights}.items()}}, buffer)
+    return buffer.getvalue()

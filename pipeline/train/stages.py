@@ -1,0 +1,109 @@
+"""From the plan of a training to what one of its processes computes with."""
+
+import socket
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.backbone import Backbone
+from pipeline.batches import BatchLoader
+from pipeline.errors import JobError
+from pipeline.pairing import backbone_name
+from pipeline.pca import sample_rows
+from pipeline.stage_seconds import StageSeconds
+from pipeline.train.data import first_usable
+from pipeline.train.held_out_views import HeldOutViews
+from pipeline.train.jbu import JBUTraining
+from pipeline.train.lift import LIFT_SCALES, LiFTTraining
+from pipeline.train.plan import TrainPlan, backbone_at, build_backbones
+from pipeline.train.trainee import FeatureStatistics, Trainee
+from pipeline.train.world import World
+
+__all__ = ["TrainStages", "build_stages"]
+
+_STATISTICS_IMAGES = 32
+
+
+@dataclass(frozen=True, eq=False)
+class TrainStages:
+    """What a process computes with.
+
+    Attributes:
+        trainee: on the device.
+        loader: of training batches.
+        backbones: trained on, at --size, on the device.
+        measured: those, and the one that is held out.
+        views: to measure on.
+    """
+
+    trainee: Trainee
+    loader: BatchLoader
+    backbones: list[Backbone]
+    measured: list[Backbone]
+    views: HeldOutViews
+
+
+def build_stages(plan: TrainPlan, world: World, threads: int, built: list[Backbone] | None = None) -> TrainStages:
+    """Build them all, the same in every process.
+
+    Args:
+        plan: of the job.
+        world: whose device to build on.
+        threads: to decode with.
+        built: the backbones trained on, at --size, if they are there already.
+
+    Raises:
+        JobError: a backbone is not the plan's (other weights on this machine); too few images can be used.
+    """
+    config = plan.config
+    by_scale = [
+        [one.to(world.device) for one in build_backbones(plan, choice, None if built is None else built[turn])]
+        for turn, choice in enumerate(config.backbone_choices)
+    ]
+    backbones = [scales[LIFT_SCALES.index(1) if len(scales) > 1 else 0] for scales in by_scale]
+    measured = list(backbones)
+    if config.held_out_choice is not None:
+        measured.append(backbone_at(config, config.held_out_choice).to(world.device))
+    expected = [*plan.identities, *([plan.held_out] if plan.held_out else [])]
+    for backbone, identity in zip(measured, expected, strict=True):
+        _check_identity(backbone, identity)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        trainee: Trainee = (
+            LiFTTraining(by_scale[0])
+            if config.upsampler == "lift"
+            else JBUTraining(config, backbones, _statistics(plan, world, threads, backbones))
+        )
+    _, held_out = first_usable(plan.val.references, plan.val.loader(config, 8, threads), config.val_count)
+    return TrainStages(
+        trainee.to(world.device),
+        plan.train.loader(config, config.batch_images, threads, LIFT_SCALES[0] if config.upsampler == "lift" else 1),
+        backbones,
+        measured,
+        HeldOutViews(held_out, views=config.val_views, max_pad_px=config.max_pad_px, max_zoom=config.max_zoom),
+    )
+
+
+def _statistics(plan: TrainPlan, world: World, threads: int, backbones: list[Backbone]) -> list[FeatureStatistics]:
+    """Of each backbone's features, over a sample of the training images."""
+    rows = sample_rows(plan.train.references.num_rows, _STATISTICS_IMAGES)
+    sample = plan.train.references.take(rows)
+    loader = plan.train.loader(plan.config, len(rows), threads)
+    (batch,) = loader.batches(sample, StageSeconds())
+    if not batch.usable_rows.any():
+        raise JobError(
+            f"--images {plan.config.images}: none of {len(rows)} can be used; the first says: {batch.decoded[0]}"
+        )
+    images = batch.pixels[batch.usable_rows].to(world.device)
+    return [
+        FeatureStatistics.of(torch.cat([backbone(image[None]) for image in images]).cpu()) for backbone in backbones
+    ]
+
+
+def _check_identity(backbone: Backbone, expected: dict[str, object]) -> None:
+    identity = backbone.identity()
+    if identity != expected:
+        raise JobError(
+            f"the backbone on {socket.gethostname()} is not the driver's: got {backbone_name(identity)}, expected "
+            f"{backbone_name(expected)}; every node must load the same weights with the same version of timm"
+        )
