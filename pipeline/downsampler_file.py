@@ -31,7 +31,8 @@ class FitSettings:
         sigma_px: of the Gaussian that the backbone is taken to pool with, in pixels of the image.
         views: of each image.
         stride_px: pixels of the image in a cell of the solver's grid, along each axis.
-        regularisation: λ of the image-guided Laplacian.
+        regularisation: λ of the image-guided Laplacian. It suits the number of views it was chosen with; the best one
+            grows slowly with that, and is not adjusted.
         iterations: most steps of conjugate gradient.
         colour_sigma: of the Laplacian's weights: distance in RGB, 0 … 1.
     """

@@ -4,6 +4,8 @@ All channels of all views are many gigabytes for a large backbone. They are writ
 bias is fitted a few channels at a time; what settings are chosen on are k components, in memory.
 """
 
+import math
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone import Backbone
+from pipeline.errors import JobError
 from pipeline.multiview_views import held_out_views, solver_views
 from pipeline.pca import Basis, Moments, fit
 from pipeline.progress_line import ProgressLine
@@ -62,13 +65,14 @@ def sampled_views(
         components: at most so many; fewer where the features span fewer.
 
     Raises:
-        JobError: the features do not vary.
+        JobError: the features do not vary, or do not fit on the disk.
     """
     device = backbone.get_buffer("mean").device
     jitters = solver_views(backbone.size, views) + held_out_views(backbone.size, held_out)
     matrices = JitterMatrices.of(jitters, device)
     shape = (len(images), len(jitters), backbone.num_chs, *backbone.grid)
     with tempfile.TemporaryDirectory(prefix="densefeat-views-") as folder:
+        _check_space(folder, 4 * math.prod(shape))
         spool: npt.NDArray[np.float32] = np.memmap(Path(folder) / "features", np.float32, "w+", shape=shape)
         moments, kept = Moments.none(backbone.num_chs), list[int]()
         line = ProgressLine("features of the views", len(images), "images")
@@ -82,6 +86,17 @@ def sampled_views(
         basis = _basis(moments, components)
         low = [project(torch.from_numpy(np.array(spool[n])), *basis.tensors) for n in range(len(kept))]
         yield ViewSample(images[kept], spool[: len(kept)], torch.stack(low), views, basis)
+
+
+def _check_space(folder: str, needed: int) -> None:
+    """A file that is written as memory ends the process where the disk does."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise JobError(
+            f"the features of all views take {needed / 1e9:,.1f} GB in {tempfile.gettempdir()}, where "
+            f"{free / 1e9:,.1f} GB are free: set TMPDIR to a folder with more room, or take fewer --fit-images or "
+            "--views"
+        )
 
 
 def _basis(moments: Moments, components: int) -> Basis:

@@ -23,8 +23,8 @@ class Schedule:
         held_out: views that are not fitted, to tell when to stop.
         steps: at most.
         views_per_step: drawn anew each step.
-        learning_rate: of NAdam; published: 2e-3. With four times that, 50 steps came
-            to the held-out error of 100 (one photo, ViT-S/14, k = 64).
+        learning_rate: of NAdam; published: 2e-3. With four times that, 50 steps came to the held-out error of 100 (one
+            photo, ViT-S/14, k = 64).
         check_every: steps from one look at the held-out views to the next.
         patience: looks without improvement after which an image's network is done; its best one is kept. None: all
             steps are taken, and the last network is kept, as published.

@@ -13,8 +13,10 @@ from stores import SHARED
 from densefeat import FeatureStore
 from jobs.fit_downsampler import fit
 from jobs.upsample_imagenet import upsample
+from pipeline.backbone import build_backbone
 from pipeline.downsampler_file import Downsampler
 from pipeline.downsampler_fit import choose
+from pipeline.downsampler_sample import sampled_views
 from pipeline.errors import JobError
 from schemas.config import FitDownsamplerConfig, UpsampleConfig
 
@@ -81,6 +83,17 @@ def test_too_few_images(pictures: Path, tmp_path: Path) -> None:
         with pytest.raises(JobError, match=words):
             fit(fit_config(pictures, output, **options))
     assert not output.exists()
+
+
+def test_a_disk_that_is_too_small() -> None:
+    """For as many images as no disk has room for; they share their memory."""
+    backbone = build_backbone("resnet18", size=(48, 64), weights="random", layer=2)
+    images = torch.zeros(1, 3, 48, 64, dtype=torch.uint8).expand(10**9, -1, -1, -1)
+    with (
+        pytest.raises(JobError, match=r"take [\d,.]+ GB in .* are free: set TMPDIR"),
+        sampled_views(backbone, images, views=3, held_out=2, components=6),
+    ):
+        pass
 
 
 def test_options_are_checked(pictures: Path, tmp_path: Path) -> None:
