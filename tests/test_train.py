@@ -1,6 +1,7 @@
 """The parts of training, one by one."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 from trainings import train_config, write_photographs
 
 from densefeat.objects import Objects
+from pipeline import upsample_jbu
 from pipeline.backbone import Backbone, build_backbone
 from pipeline.downsample import AttentionDownsampler
 from pipeline.errors import JobError
@@ -178,6 +180,26 @@ def test_losses_on_few_directions_are_those_on_all_channels(
     losses[LOSS].backward()
     assert all(parameter.grad is not None for parameter in trainee.parameters())
     assert not any(name.startswith("model.") for name in trainee.state_dict())
+
+
+def test_compiled_stages_train_as_their_definition_does(
+    photographs: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train_config(photographs, "unused", backbones=("resnet18@3",), jitters=2)
+    images = torch.randint(0, 256, (2, 3, 12, 16), dtype=torch.uint8).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    trainee = JBUTraining(config, [backbone], [FeatureStatistics.of(backbone(images))])
+    prepared = trainee.prepare(0, images, Draw(0, 0, 0))
+
+    def loss_and_gradients() -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        trainee.zero_grad()
+        loss = trainee(prepared)[LOSS]
+        loss.backward()
+        return loss.detach(), [parameter.grad for parameter in trainee.parameters()]
+
+    assert trainee.upsampler.explain(torch.device("cpu")).startswith("cpu")
+    compiled = loss_and_gradients()
+    monkeypatch.setattr(upsample_jbu, "learned_stage", partial(upsample_jbu.learned_stage, implementation="reference"))
+    torch.testing.assert_close(compiled, loss_and_gradients(), rtol=1e-4, atol=1e-5)
 
 
 def test_lift_learns_directions_and_is_given_lengths(photographs: Path) -> None:
