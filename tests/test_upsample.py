@@ -68,6 +68,14 @@ def anyup(path):
     return build_upsampler("anyup", saved(path / "anyup.pth", AnyUp(16).state_dict()), backbone(6))
 
 
+def universal():
+    """As learned, without the final convolution."""
+    state = random_state(6)
+    stack = JBUStack(None)
+    stack.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("fixup_proj")})
+    return JBU(stack).eval()
+
+
 def learned(C=6):
     stack = JBUStack(C)
     stack.load_state_dict(random_state(C))
@@ -87,7 +95,7 @@ def test_golden_stack():
 
 
 @pytest.mark.parametrize(("low", "size"), [((5, 4), (80, 64)), ((4, 4), (56, 61)), ((3, 4), (60, 70))])
-@pytest.mark.parametrize("make", [Bilinear, JBU, learned])
+@pytest.mark.parametrize("make", [Bilinear, JBU, learned, universal])
 def test_projecting_first_equals_projecting_last(make, low, size):
     """The PCA-first algebra, also through the last interpolation."""
     upsampler, images = make(), random_images(2, 75, 64)
