@@ -124,7 +124,7 @@ def bilateral_stage(
     radius: int,
     quantization: Quantization | None = None,
 ) -> Tensor | Codes:
-    """As `kernels.jbu_reference.bilateral_stage`, and if asked `kernels.jbu_reference.quantized` of that.
+    """As `kernels.jbu_reference.bilateral_stage`, and if asked `kernels.quantization.quantized` of that.
 
     Args:
         source: [B, C, h, w].
@@ -145,7 +145,7 @@ def bilateral_stage(
 def learned_stage(
     source: Tensor, guidance: Tensor, stage: StageParameters, quantization: Quantization | None = None
 ) -> Tensor | Codes:
-    """As `kernels.jbu_reference.learned_stage`, and if asked `kernels.jbu_reference.quantized` of that.
+    """As `kernels.jbu_reference.learned_stage`, and if asked `kernels.quantization.quantized` of that.
 
     Args:
         source: [B, C, h, w].

@@ -106,7 +106,7 @@ def _row(features: Array, row: int, step: Array, offset: Array, C: int, codes: A
 
 @compiled
 def quantize(features: Array, step: Array, offset: Array, scratch: Array, codes: Array, Y: int, counts: Array) -> None:
-    """Quantize rows of features, as `kernels.jbu_reference.quantized`.
+    """Quantize rows of features, as `kernels.quantization.quantized`.
 
     Args:
         features: [rows, W, C or more].

@@ -149,7 +149,7 @@ def upsample_tile(
 
 @triton.jit
 def _codes(features, step, offset, valid, EXACT: tl.constexpr):
-    """As `kernels.jbu_reference.quantized`: codes, how many valid ones are not finite, and how many are clipped.
+    """As `kernels.quantization.quantized`: codes, how many valid ones are not finite, and how many are clipped.
 
     If not exact, `step` is 1 / step.
     """
