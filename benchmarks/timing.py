@@ -12,12 +12,16 @@ import torch
 
 Function = Callable[[], Any]
 
+# Threads of OpenMP spin for some 20 ms after the last call of torch, and take a core from whoever comes next.
+_SETTLE_MS = 25
+
 
 def median_ms(
     sides: Mapping[str, Function], device: str, seconds_each: float = 3.0, most: int = 30
 ) -> dict[str, float]:
     """Median milliseconds of each, run in turn so that a slow moment of the machine hits all of them.
 
+    What is quick runs untimed for a moment first: it is then judged on its own, and warm.
     Each runs as often as fits into ``seconds_each``, at least three times and at most ``most`` times; what takes more
     than five seconds, once.
     """
@@ -30,8 +34,14 @@ def median_ms(
         for name, function in sides.items():
             # Sides with fewer runs are spread over the turns.
             if turn * runs[name] // max(runs.values()) != (turn - 1) * runs[name] // max(runs.values()):
+                _settle(function, once[name])
                 times[name].append(_ms(function, device))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _settle(function: Function, ms: float) -> None:
+    for _ in range(int(_SETTLE_MS / ms)):
+        function()
 
 
 def _ms(function: Function, device: str) -> float:
