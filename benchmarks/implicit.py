@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from benchmarks import rows
 from benchmarks.held_out import BACKBONES, SIZE, Judge, K, build, downsampler_file, fitted_basis, photos
+from benchmarks.timing import peak_bytes
 from pipeline import upsample_multiview
 from pipeline.backbone import Backbone
 from pipeline.downsampler_file import Downsampler
@@ -99,14 +101,14 @@ def measure(name: str, count: int, folder: Path, device: torch.device) -> list[d
                 "method": method,
                 "photos": count,
                 "held_out_error": round(statistics.mean(errors), 4),
-                "relative_to_bilinear": 1.0,
+                "errors": [round(error, 4) for error in errors],
                 "cosine": round(statistics.mean(cosines), 4),
-                "seconds_beside_backbone": round(statistics.median(seconds), 4),
-                "share_of_extraction": round(sum(passes) / (sum(passes) + sum(seconds)), 3),
-                "settings": vars(downsampler.settings) if views > 1 else {},
+                "fit_s": round(statistics.median(seconds), 4),
+                "extraction_s": round(statistics.median(passes), 4),
+                "peak_bytes": peak_bytes(partial(stage, features, photo, SIZE), device.type),
+                "settings": vars(downsampler.settings) | {"views": views} if views > 1 else {},
             }
         )
-        results[-1]["relative_to_bilinear"] = round(results[-1]["held_out_error"] / results[0]["held_out_error"], 3)
     return results
 
 

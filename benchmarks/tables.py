@@ -4,6 +4,7 @@ python -m benchmarks.tables           # rewrite them
 python -m benchmarks.tables --check   # fail if they are not what the rows say
 """
 
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,65 @@ def upsamplers() -> str:
         words = facts.weights, facts.channels, facts.scale, facts.guidance, facts.pca
         table.append(f"| `{name}` | {' | '.join(words)} |")
     return "\n".join(table)
+
+
+def upsampler_costs() -> str:
+    """Time and memory of each upsampler that looks once, and of doing without PCA or bounded memory."""
+    latest = {(row["upsampler"], row["size"]): row for row in rows.read("upsamplers")}
+    table = [
+        "| upsampler | 224 px | 448 px | all 384 channels, 224 px | 448 px | the plain way, 224 px | 448 px |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(name for name, _ in latest):
+        both = latest[name, 224], latest[name, 448]
+        cells = [
+            f"{_ms(row['ms'][side])}, {row['peak_bytes'][side] / 1e6:,.0f} MB" if side in row["ms"] else ""
+            for side in ("k", "all channels", "plain")
+            for row in both
+        ]
+        table.append(f"| {name} | {' | '.join(cells)} |")
+    sample = latest["jbu", 224]
+    return (
+        f"From ViT-S/14's 384 channels to k = 64 at the image's size, one image, one thread of {_machine(sample)} "
+        "(`python -m benchmarks.upsamplers`). The plain way: all channels, AnyUp with its whole attention matrix, then "
+        "PCA.\n\n"
+    ) + "\n".join(table)
+
+
+def fits() -> str:
+    """Error on held-out views over time, for upsamplers that fit each image, beside bilinear and JBU."""
+    latest = {(row["backbone"], row["method"]): row for row in rows.read("implicit")}
+    few = min(row["photos"] for row in latest.values())
+    table = [
+        f"| backbone | upsampler | error, of bilinear's | on {few} photographs | seconds an image | and its views |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (backbone, method), row in latest.items():
+        all_errors, few_errors = _errors(row, few)
+        bilinear, few_bilinear = _errors(latest[backbone, "bilinear"], few)
+        everywhere = "" if all_errors is None else f"{all_errors:.3f}, {all_errors / bilinear:.2f}"
+        table.append(
+            f"| {backbone} | {method} | {everywhere} | {few_errors:.3f}, {few_errors / few_bilinear:.2f} "
+            f"| {_seconds(row['fit_s'])} | {_seconds(row['extraction_s'])} |"
+        )
+    sample = next(iter(latest.values()))
+    return (
+        f"Squared error on 20 views of each of {sample['photos']} photographs (coco200's validation half, 224 px, k = "
+        f"64) that no fit has seen, as a share of their variance. Seconds of one core of {_machine(sample)}, beside "
+        "the backbone's passes and in them (`python -m benchmarks.implicit`, `benchmarks.implicit_featup`). FeatUp's "
+        "networks are judged through the downsampler that is fitted with them, if that is better.\n\n"
+    ) + "\n".join(table)
+
+
+def _errors(row: dict[str, Any], few: int) -> tuple[Any, float]:
+    """Mean error on all photographs, None for a row of few; and on few of them, which are spread evenly."""
+    if "errors" in row:
+        return row["held_out_error"], statistics.mean(row["errors"][:: len(row["errors"]) // few])
+    return None, min(row["held_out_error"], row["own_error"])
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f} s" if value >= 10 else f"{value:.2g} s"
 
 
 def _time_and_memory(measured: dict[str, Any] | None, batch: int) -> str:
