@@ -1,0 +1,111 @@
+"""Claim: an upsampler for any backbone in one command, which explains views it has not seen better than interpolation.
+
+    python -m benchmarks.training --folder trainings
+
+Trains each recipe on coco200's training half (hours on a CPU; what is in --folder already is not trained again), and
+keeps its error on held-out views of the validation half over steps. A step's seconds, and the backbone's share of them,
+are measured apart, on a few steps.
+"""
+
+import csv
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from benchmarks import rows
+from benchmarks.held_out import COCO, SHARED
+from jobs.train_upsampler import train_upsampler
+from pipeline.feature_worker import pick_device
+from pipeline.train.loop import Training
+from pipeline.train.plan import make_train_plan
+from pipeline.train.stages import build_stages
+from pipeline.train.world import World
+from schemas.train_config import TrainConfig
+
+_LITE0 = "tf_efficientnet_lite0@{}=" + str(SHARED / "weights" / "tf_efficientnet_lite0.safetensors")
+_VIT = "vit_small_patch14_dinov2.lvd142m@{}=" + str(SHARED / "weights" / "vit_small_patch14_dinov2.focus.safetensors")
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # Each of the two is judged on a network that it has never seen.
+    "jbu on lite0": {
+        "backbones": (_LITE0.format(2), _LITE0.format(3)),
+        "held_out_backbone": _VIT.format(10),
+        "steps": 600,
+        "evaluate_every": 150,
+    },
+    "jbu on vit": {
+        "backbones": (_VIT.format(6), _VIT.format(10)),
+        "held_out_backbone": _LITE0.format(3),
+        "steps": 250,
+        "evaluate_every": 125,
+    },
+    "jbu on both": {
+        "backbones": (_LITE0.format(2), _LITE0.format(3), _VIT.format(6), _VIT.format(10)),
+        "steps": 600,
+        "evaluate_every": 300,
+    },
+    "lift on lite0": {"upsampler": "lift", "backbones": (_LITE0.format(3),), "steps": 400, "evaluate_every": 100},
+}
+_TIMED_STEPS = 6
+_STEP = "data", "backbone", "forward", "backward", "optimizer"
+
+
+def config_of(recipe: str, output: Path, **changes: Any) -> TrainConfig:
+    """The job as it is asked for."""
+    options: dict[str, Any] = {"val_count": 24, "checkpoint_every": 50, "resume": True, **RECIPES[recipe], **changes}
+    images = {"images": str(COCO / "train"), "val_images": str(COCO / "val")}
+    return TrainConfig(output=str(output), **images, **options)
+
+
+def seconds_of_a_step(recipe: str, device: str) -> dict[str, float]:
+    """Mean over a few steps, once warm, by part; the backbone's is with its random views."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(recipe, Path(folder), steps=2 * _TIMED_STEPS, val_count=1, val_views=1, evaluate_every=999)
+        plan, backbones = make_train_plan(config)
+        world = World(torch.device(device))
+        training = Training(plan, build_stages(plan, world, 1, backbones), world)
+        marks: list[dict[str, float]] = []
+        step = training._step
+
+        def noted(*arguments: Any) -> Any:
+            marks.append(dict(training.seconds.total()))
+            return step(*arguments)
+
+        training._step = noted  # type: ignore[method-assign]
+        training.run()
+    before, after = marks[_TIMED_STEPS], marks[-1]
+    steps = len(marks) - 1 - _TIMED_STEPS
+    return {part: round((after.get(part, 0) - before.get(part, 0)) / steps, 3) for part in _STEP}
+
+
+def held_out_curves(output: Path) -> list[dict[str, str]]:
+    with (output / "held_out.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def main(folder: Path = Path("trainings"), recipes: tuple[str, ...] = tuple(RECIPES), device: str = "auto") -> None:
+    """Measure, a row for each recipe.
+
+    Args:
+        folder: where trainings are, or are to be.
+        recipes: some of `RECIPES`.
+        device: "auto", "cpu" or "cuda".
+    """
+    chosen = pick_device(device)
+    for recipe in recipes:
+        output = folder / recipe.replace(" ", "_")
+        if not (output / "upsampler.safetensors").exists() and train_upsampler(config_of(recipe, output)):
+            raise SystemExit(f"{recipe}: training failed")
+        torch.set_num_threads(1)
+        seconds = seconds_of_a_step(recipe, chosen)
+        row = {"recipe": recipe, "step_s": seconds, "threads": 1, "held_out": held_out_curves(output)}
+        rows.append("training", {**row, **rows.measured_on()})
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
