@@ -178,6 +178,7 @@ TABLES = {
     "demo": demo,
     "main_job": main_job,
     "upsamplers": upsamplers,
+    "upsampler_costs": upsampler_costs,
     "jbu_parts": jbu_parts,
     "jbu": jbu,
 }
