@@ -1,9 +1,11 @@
 """Claim: what the main job costs on a small machine, and that its memory does not grow with the number of images.
 
     python -m benchmarks.main_job --images PHOTOS --lite0 FILE --vit FILE
+    python -m benchmarks.main_job --images PHOTOS --vit FILE --vit-downsampler FILE --picture fits.png
 
-Each run is the job as a person starts it (a process of its own, on Ray), over 200 photographs and over the same ones
-five times; memory is the sum over all its processes of what each has for itself (PSS).
+With what jobs/fit_downsampler.py made of a backbone, the store is made with ``--upsampler multiview`` instead. Each run
+is the job as a person starts it (a process of its own, on Ray), over 200 photographs and over the same ones five times;
+memory is the sum over all its processes of what each has for itself (PSS).
 """
 
 import argparse
@@ -18,6 +20,7 @@ from typing import Any
 import psutil
 
 from benchmarks import rows
+from jobs.show_features import ShowConfig, show
 
 K, SIZE = 64, "224"
 POLL_S = 0.5
@@ -28,40 +31,46 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder with photographs")
     parser.add_argument("--lite0", type=Path, help="weights of timm's tf_efficientnet_lite0")
     parser.add_argument("--vit", type=Path, help="weights of timm's vit_small_patch14_dinov2.lvd142m")
+    parser.add_argument("--vit-downsampler", type=Path, help="for --upsampler multiview")
+    parser.add_argument("--picture", type=Path, help="where to draw what is in that store")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         run_one(arguments.one)
         return
-    for backbone, weights, layer in (
-        ("tf_efficientnet_lite0", arguments.lite0, -2),
-        ("vit_small_patch14_dinov2.lvd142m", arguments.vit, 10),
-    ):
-        for repeats in (1, 5):
-            row = measure(arguments.images, repeats, backbone, weights, layer)
-            rows.append("main_job", row)
-            print(json.dumps(row))
+    lite0 = {"backbone": "tf_efficientnet_lite0", "weights": str(arguments.lite0), "layer": -2}
+    vit = {"backbone": "vit_small_patch14_dinov2.lvd142m", "weights": str(arguments.vit), "layer": 10}
+    if arguments.vit_downsampler:
+        fit = {"upsampler": "multiview", "upsampler_weights": str(arguments.vit_downsampler)}
+        runs = [(vit | fit, 1)]
+    else:
+        runs = [(backbone, repeats) for backbone in (lite0, vit) for repeats in (1, 5)]
+    for options, repeats in runs:
+        row = measure(arguments.images, repeats, options, arguments.picture)
+        rows.append("main_job", row)
+        print(json.dumps(row))
 
 
-def measure(images: Path, repeats: int, backbone: str, weights: Path, layer: int) -> dict[str, Any]:
+def measure(images: Path, repeats: int, asked: dict[str, Any], picture: Path | None) -> dict[str, Any]:
     """Run the job in a process of its own and watch its memory."""
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(repeats):
             (Path(folder) / "images" / str(repeat)).mkdir(parents=True)
             for path in sorted(images.rglob("*.jpg")):
                 (Path(folder) / "images" / str(repeat) / path.name).symlink_to(path.resolve())
-        options = {
-            "images": f"{folder}/images", "store": f"{folder}/store", "backbone": backbone, "weights": str(weights),
-            "layer": layer, "size": SIZE, "components": K,
-        }  # fmt: skip
+        own = {"images": f"{folder}/images", "store": f"{folder}/store", "size": SIZE, "components": K}
+        options = {**own, **asked}
         command = [sys.executable, "-m", "benchmarks.main_job", "--one", json.dumps(options)]
         job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         peak = watch(job)
         assert job.stdout is not None
         result = json.loads(job.stdout.read().splitlines()[-1])
+        if picture:
+            show(ShowConfig(store=options["store"], output=picture, weights=options["weights"]))
     return {
-        "backbone": backbone,
-        "layer": layer,
+        "backbone": asked["backbone"],
+        "layer": asked["layer"],
+        "upsampler": asked.get("upsampler", "jbu"),
         "k": K,
         "size": SIZE,
         **result,

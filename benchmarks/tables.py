@@ -17,11 +17,11 @@ README = Path(__file__).parents[1] / "README.md"
 
 def main_job() -> str:
     """The main job on a CPU: the latest row of each backbone and number of images."""
-    latest = {(row["backbone"], row["images"]): row for row in rows.read("main_job")}
+    latest = {(row["backbone"], row.get("upsampler", "jbu"), row["images"]): row for row in rows.read("main_job")}
     table = [
-        "| backbone, layer | images | images/s | ms an image: backbone / upsample / quantize / encode / decode "
-        "| MB an image | peak memory |",
-        "|---|---|---|---|---|---|",
+        "| backbone, layer | upsampler | images | images/s "
+        "| ms an image: backbone / upsample / quantize / encode / decode | MB an image | peak memory |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in latest.values():
         stages = row["stage_ms_per_image"]
@@ -29,13 +29,14 @@ def main_job() -> str:
             f"{stages.get(stage, 0):.0f}" for stage in ("backbone", "upsample", "quantize", "encode", "decode")
         )
         table.append(
-            f"| `{row['backbone']}`, {row['layer']} | {row['images']:,} | {row['images_per_s']:.1f} | {times} "
+            f"| `{row['backbone']}`, {row['layer']} | {row.get('upsampler', 'jbu')} | {row['images']:,} "
+            f"| {row['images_per_s']:.1f} | {times} "
             f"| {row['store_bytes_per_image'] / 1e6:.2f} | {row['peak_bytes'] / 1e9:.2f} GB |"
         )
     sample = next(iter(latest.values()))
     return (
-        f"The main job on {_machine(sample)}: k = {sample['k']}, {sample['size']} px, int8, training-free JBU, 200 "
-        "COCO photographs, and the same five times (`python -m benchmarks.main_job`). Stages overlap on the cores; "
+        f"The main job on {_machine(sample)}: k = {sample['k']}, {sample['size']} px, int8, 200 COCO "
+        "photographs, and the same five times (`python -m benchmarks.main_job`). Stages overlap on the cores; "
         "memory is that of all processes, Ray's included.\n\n"
     ) + "\n".join(table)
 
