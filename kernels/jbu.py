@@ -2,7 +2,8 @@
 
 A stage doubles the resolution of its source. `bilateral_stage` and `learned_stage` are whole stages;
 `bilateral_kernel`, `learned_kernel` and `adaptive_conv_upsample2x` are their parts. ``…_codes`` write int8 instead of
-features. All but those are differentiable; `kernels.jbu_reference` is their definition.
+features. All but those are differentiable once, backwards, and under forward-mode differentiation their definition
+runs, which is `kernels.jbu_reference`.
 """
 
 import math
@@ -72,8 +73,8 @@ def bilateral_kernel(
 
     Args:
         guidance: [B, G, H, W], floating, finite, H and W > radius.
-        sigma_spatial: in pixels of the guidance; finite, > 0.
-        sigma_range: in units of the guidance (Euclidean distance over its channels); finite, > 0.
+        sigma_spatial: in pixels of the guidance; 1e-30 … 1e30.
+        sigma_range: in units of the guidance (Euclidean distance over its channels); 1e-30 … 1e30.
         radius: of the kernel, in pixels of the guidance; at least 1.
         implementation: a name in `kernels.jbu_dispatch.IMPLEMENTATIONS`; None picks the first that can.
 
@@ -190,13 +191,17 @@ def bilateral_codes(
     """`bilateral_stage`, quantized before it leaves the chip: float features are not written. No gradient.
 
     Args:
-        source: as `bilateral_stage`, like everything but the quantization.
-        guidance: see there.
-        sigma_spatial: see there.
-        sigma_range: see there.
-        radius: see there.
-        quantization: steps and offsets [C] float32, on the source's device.
-        implementation: see there.
+        source: these as `bilateral_stage`.
+        guidance: likewise.
+        sigma_spatial: likewise.
+        sigma_range: likewise.
+        radius: likewise.
+        quantization: steps and offsets [C] float32, on the source's device; steps > 0 (not looked at).
+        implementation: as `bilateral_stage`.
+
+    Returns:
+        Codes of the features [B, C, 2h, 2w]. Those of half precision are rounded first, but by Triton, which has them
+        in float32: a code may then differ by one.
 
     Raises:
         ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
@@ -221,11 +226,14 @@ def learned_codes(
     """`learned_stage`, quantized before it leaves the chip: float features are not written. No gradient.
 
     Args:
-        source: as `learned_stage`, like everything but the quantization.
-        guidance: see there.
-        stage: see there.
-        quantization: steps and offsets [C] float32, on the source's device.
-        implementation: see there.
+        source: these as `learned_stage`.
+        guidance: likewise.
+        stage: likewise.
+        quantization: steps and offsets [C] float32, on the source's device; steps > 0 (not looked at).
+        implementation: as `learned_stage`.
+
+    Returns:
+        As `bilateral_codes`.
 
     Raises:
         ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.

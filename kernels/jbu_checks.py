@@ -17,6 +17,10 @@ __all__ = [
 ]
 
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SIGMAS = 1e-30, 1e30  # beyond, float32 has no numbers for distances in them
+
+
 def check_adaptive_conv(source: Tensor, kernel: Tensor) -> None:
     """Source [B, C, h, w] and kernel [B, n*n, 2h, 2w] of `adaptive_conv_upsample2x`."""
     _check_image("source", source)
@@ -26,7 +30,7 @@ def check_adaptive_conv(source: Tensor, kernel: Tensor) -> None:
     taps = kernel.shape[1]
     n = math.isqrt(taps)
     if n * n != taps or n % 2 == 0:
-        raise ValueError(f"kernel: got {taps} channels, need n*n taps with n odd: 9, 25, 49, …")
+        raise ValueError(f"kernel: got {taps} channels, need n*n taps with n odd: 1, 9, 25, 49, …")
     if kernel.shape != (B, taps, 2 * h, 2 * w):
         raise ValueError(
             f"kernel: got shape {tuple(kernel.shape)}, need {(B, taps, 2 * h, 2 * w)}: the batch of source "
@@ -38,7 +42,10 @@ def check_adaptive_conv(source: Tensor, kernel: Tensor) -> None:
 def checked_parameters(guidance: Tensor, stage: JBUStage) -> StageParameters:
     """The parameters of a learned stage, if they take guidance [B, G, H, W]."""
     _check_image("guidance", guidance)
-    _check_same("stage", stage.range_temp, "guidance", guidance)
+    if not isinstance(stage, JBUStage):
+        raise ValueError(f"stage: got {type(stage).__name__}, need a JBUStage")
+    for parameter in stage.parameters():
+        _check_same("stage", parameter, "guidance", guidance)
     if guidance.shape[1] != stage.guidance_dim:
         raise ValueError(f"guidance: got {guidance.shape[1]} channels, need the stage's {stage.guidance_dim}")
     _check_reflects("guidance", "its size", guidance.shape[2], guidance.shape[3], stage.radius)
@@ -49,10 +56,10 @@ def check_bilateral(guidance: Tensor, sigma_spatial: float, sigma_range: float, 
     """Guidance [B, G, H, W] and parameters of a training-free kernel."""
     _check_image("guidance", guidance)
     for name, sigma in (("sigma_spatial", sigma_spatial), ("sigma_range", sigma_range)):
-        if not (math.isfinite(sigma) and sigma > 0):
-            raise ValueError(f"{name}: got {sigma}, need a finite number greater than 0")
-    if radius < 1:
-        raise ValueError(f"radius: got {radius}, need at least 1")
+        if not (isinstance(sigma, float | int) and _SIGMAS[0] <= sigma <= _SIGMAS[1]):
+            raise ValueError(f"{name}: got {sigma!r}, need a number from {_SIGMAS[0]:g} to {_SIGMAS[1]:g}")
+    if not (isinstance(radius, int) and radius >= 1):
+        raise ValueError(f"radius: got {radius!r}, need an integer, at least 1")
     _check_reflects("guidance", "its size", guidance.shape[2], guidance.shape[3], radius)
 
 
@@ -75,6 +82,8 @@ def check_stage(source: Tensor, guidance: Tensor) -> None:
 def check_quantization(quantization: Quantization, source: Tensor) -> None:
     """Steps and offsets for the channels of a source [B, C, h, w]."""
     channels = source.shape[1]
+    if not isinstance(quantization, Quantization):
+        raise ValueError(f"quantization: got {type(quantization).__name__}, need a Quantization")
     for name, tensor in (("step", quantization.step), ("offset", quantization.offset)):
         if tensor.shape != (channels,) or tensor.dtype != torch.float32 or tensor.device != source.device:
             raise ValueError(
@@ -84,10 +93,12 @@ def check_quantization(quantization: Quantization, source: Tensor) -> None:
 
 
 def _check_image(name: str, tensor: Tensor) -> None:
-    if tensor.ndim != 4 or not tensor.is_floating_point() or tensor.numel() == 0:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: got {type(tensor).__name__}, need a tensor")
+    if tensor.ndim != 4 or tensor.dtype not in _DTYPES or tensor.numel() == 0 or tensor.layout != torch.strided:
         raise ValueError(
-            f"{name}: got shape {tuple(tensor.shape)} and dtype {tensor.dtype}, need four dimensions "
-            "[batch, channels, height, width], none of size 0, and a floating dtype"
+            f"{name}: got shape {tuple(tensor.shape)}, {tensor.dtype} and {tensor.layout}, need four dimensions "
+            "[batch, channels, height, width], none of size 0, dense, in float16, bfloat16, float32 or float64"
         )
 
 

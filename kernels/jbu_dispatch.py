@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["IMPLEMENTATIONS", "Choice", "Kind", "choose", "explain", "implementation", "kind"]
 
@@ -72,9 +73,16 @@ def explain(*kinds: Kind, radius: int = 3) -> Choice:
 def choose(asked: str | None, radius: int, *tensors: Tensor) -> str:
     """The name of the implementation to run: the one asked for, or the first that can.
 
+    Operators have no forward-mode derivative, and torch would take it for zero: within `torch.func.jvp` and the like
+    the reference runs.
+
     Raises:
         ValueError: there is none of that name, or it cannot take such inputs.
     """
+    if forward_ad._current_level >= 0:
+        if asked not in (None, "reference"):
+            raise ValueError(f"implementation: {asked!r} has no forward-mode derivatives: take 'reference', or None")
+        return "reference"
     chosen: str = _choose(asked, radius, tuple(tuple(kind(tensor)) for tensor in tensors))
     return chosen
 
@@ -101,17 +109,18 @@ def implementation(name: str) -> Any:
 
 
 @functools.cache
-def _load(name: str) -> ModuleType | ImportError:
+def _load(name: str) -> ModuleType | Exception:
     try:
         return importlib.import_module(IMPLEMENTATIONS[name])
-    except ImportError as error:
+    except Exception as error:  # compilers fail in ways of their own: an old numba with a KeyError
         return error
 
 
+@functools.lru_cache(256)
 def _reasons_not(name: str, kinds: tuple[Kind, ...], radius: int) -> list[str]:
     loaded = _load(name)
-    if isinstance(loaded, ImportError):
-        return [f"it cannot be imported: {loaded}"]
+    if isinstance(loaded, Exception):
+        return [f"it cannot be imported: {type(loaded).__name__}: {loaded}"]
     reasons = cast(list[str], loaded.reasons_not(kinds))
     most = getattr(loaded, "MAX_RADIUS", None)
     return reasons if most is None or radius <= most else [*reasons, f"it takes a radius up to {most}, not {radius}"]

@@ -25,6 +25,9 @@ class JBUStage(nn.Module):
 
     def __init__(self, guidance_dim: int = 3, key_dim: int = 32, radius: int = 3) -> None:
         super().__init__()
+        for name, value in (("guidance_dim", guidance_dim), ("key_dim", key_dim), ("radius", radius)):
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}: got {value!r}, need an integer, at least 1")
         self.guidance_dim = guidance_dim
         self.radius = radius
         taps = (2 * radius + 1) ** 2

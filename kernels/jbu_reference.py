@@ -9,12 +9,13 @@ x + b - radius)``, reflected at the border without repeating the edge.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.jbu_dispatch import Kind
 from kernels.jbu_parameters import StageParameters
 
 __all__ = [
@@ -31,8 +32,8 @@ __all__ = [
 FIXUP_WEIGHT = 0.1  # published: how much of the learned correction is added to a normalised kernel
 
 
-def reasons_not(operation: str, *tensors: Tensor) -> list[str]:
-    """Reasons why these inputs cannot be taken: none, the reference takes whatever the public ops let through."""
+def reasons_not(kinds: Sequence[Kind]) -> list[str]:
+    """Reasons why inputs of these kinds cannot be taken: none, the reference takes what the public ops let through."""
     return []
 
 
@@ -78,8 +79,8 @@ def kernel_from_range_products(products: Tensor, guidance: Tensor, stage: StageP
         [B, n*n, H, W], dtype of products.
     """
     range_kernel = torch.softmax(stage.range_temp.exp().clamp(1e-4, 1e4) * products, dim=1)
-    offsets = torch.linspace(-1, 1, 2 * stage.radius + 1, dtype=products.dtype, device=products.device)
-    squares = offsets.square()
+    offsets = torch.arange(-stage.radius, stage.radius + 1, dtype=products.dtype, device=products.device)
+    squares = (offsets / stage.radius).square()
     distances = (squares[:, None] + squares[None, :]).flatten()[:, None, None]  # [n*n, 1, 1], radius = 1
     kernel = range_kernel * torch.exp(-distances / (2 * stage.sigma_spatial.square()))
     kernel = kernel / kernel.sum(1, keepdim=True).clamp_min(1e-7)
@@ -101,10 +102,11 @@ def bilateral_kernel(guidance: Tensor, sigma_spatial: float, sigma_range: float,
         [B, n*n, H, W], dtype of guidance; non-negative, sums to 1 over taps.
     """
     offsets = torch.arange(-radius, radius + 1, dtype=guidance.dtype, device=guidance.device)
-    squares = offsets.square()
-    spatial = (squares[:, None] + squares[None, :]).flatten()[:, None, None] / (2 * sigma_spatial**2)
-    colour = torch.stack([(guidance - tap).square().sum(1) for tap in _shifted(guidance, radius)], dim=1)
-    return torch.softmax(-spatial - colour / (2 * sigma_range**2), dim=1)
+    squares = (offsets / sigma_spatial).square()  # σ may have no square in this dtype
+    spatial = (squares[:, None] + squares[None, :]).flatten()[:, None, None]
+    taps = _shifted(guidance, radius)
+    colour = torch.stack([((guidance - tap) / sigma_range).square().sum(1) for tap in taps], dim=1)
+    return torch.softmax(-(spatial + colour) / 2, dim=1)
 
 
 def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor) -> Tensor:

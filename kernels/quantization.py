@@ -29,7 +29,7 @@ class Codes(NamedTuple):
 
     Attributes:
         codes: [B, C, H, W] int8, −127 … 127, contiguous; 0 where the feature was not finite.
-        not_finite: [B] int32, values that were NaN or infinite.
+        not_finite: [B] int32, values whose quotient by the step is NaN or infinite.
         clipped: [B] int32, finite values beyond ±127 steps.
     """
 

@@ -1,6 +1,7 @@
-"""Joint bilateral upsampling, training-free or with FeatUp's weights."""
+"""Joint bilateral upsampling: with weights that serve every backbone, with FeatUp's, or training-free."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,11 @@ from pipeline.upsample_interface import (
 )
 from pipeline.weights import load_strict, read_metadata, read_state_dict, state_digest
 
-__all__ = ["JBU"]
+__all__ = ["JBU", "TRAINING_FREE"]
+
+TRAINING_FREE = "training-free"  # in the place of weights
+# Made by jobs/train_upsampler.py, as benchmarks/training.py has it: "jbu on lite0".
+_UNIVERSAL = Path(__file__).with_name("jbu_universal.safetensors")
 
 # What else published checkpoints hold, all of it for training: backbone, attention downsampler, uncertainty.
 _TRAINING_ONLY = ("model", "downsampler", "scale_net")
@@ -37,9 +42,11 @@ _FINAL_WEIGHT = 0.1  # published: how much of the final 1×1 convolution is adde
 
 
 class JBU(LinearUpsampler):
-    """Joint bilateral upsampling in ×2 stages: training-free, or FeatUp's with its weights (arXiv 2403.10516).
+    """Joint bilateral upsampling in ×2 stages: learned (FeatUp, arXiv 2403.10516), or training-free.
 
-    Training-free: as many stages as reach ``size``, each with Kopf et al.'s bilateral kernel on RGB in [0, 1].
+    The weights that come with this depend on the image alone and serve every backbone; FeatUp's serve the one that they
+    were trained on. Training-free: as many stages as reach ``size``, each with Kopf et al.'s bilateral kernel on RGB in
+    [0, 1].
     With weights: four stages, so ×16. In both cases one bilinear interpolation ends at ``size`` exactly, and also
     goes beyond ×16: the image is then not looked at in that last step.
 
@@ -50,8 +57,8 @@ class JBU(LinearUpsampler):
     name = "jbu"
     facts = Facts(
         weights="optional",
-        channels="any; with a final convolution in its weights, theirs",
-        scale="×2 a stage: as many as it takes; with weights ×16",
+        channels="any; with FeatUp's weights, theirs",
+        scale="×16; with `--upsampler-weights training-free` ×2 a stage, as many as it takes",
         guidance="the image, pooled to each stage's size",
         pca="exact: in front",
     )
@@ -65,6 +72,11 @@ class JBU(LinearUpsampler):
     def __init__(self, stack: JBUStack | None = None) -> None:
         super().__init__()
         self.stack = None if stack is None else stack.requires_grad_(False)
+
+    @classmethod
+    def universal(cls) -> "JBU":
+        """With the weights that come with this: for features of any backbone."""
+        return cls.from_weights(str(_UNIVERSAL), num_chs=0)  # they mix no channels: any number will do
 
     @classmethod
     def from_weights(cls, uri: str, num_chs: int) -> "JBU":
@@ -84,7 +96,7 @@ class JBU(LinearUpsampler):
         if final is not None and final.shape[0] != num_chs:
             raise JobError(
                 f"JBU weights {uri} are for features of {final.shape[0]} channels, the backbone makes {num_chs}. "
-                "Choose the weights trained for this backbone, or none for the training-free upsampler."
+                "Choose the weights trained for this backbone, or none: jbu's own serve every backbone."
             )
         stack = JBUStack(None if read_metadata(uri).get("final") == "off" else num_chs)
         load_strict(stack, state, what=f"JBU weights {uri}")

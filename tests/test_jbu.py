@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kernels import jbu_dispatch, jbu_operators, jbu_reference
 from kernels.jbu import (
+    JBUStack,
     JBUStage,
     adaptive_conv_upsample2x,
     bilateral_codes,
@@ -439,7 +440,7 @@ def test_an_implementation_that_cannot_be_imported_says_why(monkeypatch):
     monkeypatch.setitem(jbu_dispatch.IMPLEMENTATIONS, "absent", "kernels.not_there")
     guidance = torch.rand(1, 3, 8, 8)
     assert explain(kind(guidance)).reasons_not["absent"] == [
-        "it cannot be imported: No module named 'kernels.not_there'"
+        "it cannot be imported: ModuleNotFoundError: No module named 'kernels.not_there'"
     ]
     with pytest.raises(ValueError, match=r"cannot be imported.*not_there"):
         bilateral_kernel(guidance, 1.0, 0.1, implementation="absent")
@@ -460,7 +461,7 @@ SOURCE = torch.zeros(1, 2, 4, 5)
     ("source", "kernel", "message"),
     [
         (SOURCE[0], torch.zeros(1, 9, 8, 10), r"source: got shape \(2, 4, 5\)"),
-        (SOURCE.int(), torch.zeros(1, 9, 8, 10), r"source: .*int32, need four dimensions"),
+        (SOURCE.int(), torch.zeros(1, 9, 8, 10), r"source: .*int32.* need four dimensions"),
         (SOURCE[:0], torch.zeros(0, 9, 8, 10), r"source: .*none of size 0"),
         (SOURCE, torch.zeros(1, 10, 8, 10), r"kernel: got 10 channels, need n\*n taps"),
         (SOURCE, torch.zeros(1, 16, 8, 10), r"kernel: got 16 channels"),
@@ -478,9 +479,15 @@ def test_conv_errors(source, kernel, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sigma_spatial": 0.0}, "sigma_spatial: got 0.0, need a finite number greater than 0"),
+        ({"sigma_spatial": 0.0}, "sigma_spatial: got 0.0, need a number from 1e-30 to 1e[+]30"),
+        ({"sigma_spatial": "1"}, "sigma_spatial: got '1', need a number"),
+        ({"sigma_range": 1e31}, "sigma_range: got 1e[+]31"),
         ({"sigma_range": math.nan}, "sigma_range: got nan"),
-        ({"radius": 0}, "radius: got 0, need at least 1"),
+        ({"radius": 0}, "radius: got 0, need an integer, at least 1"),
+        ({"radius": 3.0}, "radius: got 3.0, need an integer"),
+        ({"guidance": "photo.jpg"}, "guidance: got str, need a tensor"),
+        ({"guidance": torch.zeros(1, 3, 6, 8).to(torch.float8_e5m2)}, "guidance: got .*float8.*, need .* float16"),
+        ({"guidance": torch.zeros(1, 3, 6, 8).to_sparse()}, "guidance: got .*sparse.*, need .* dense"),
         ({"radius": 6}, "guidance: got its size = 6×8, need more than the radius 6"),
         ({"guidance": torch.zeros(3, 6, 8)}, r"guidance: got shape \(3, 6, 8\)"),
         ({"implementation": "gpu"}, "implementation: got 'gpu', need one of cpu, triton, reference"),
@@ -500,6 +507,47 @@ def test_learned_kernel_errors():
         learned_kernel(torch.zeros(1, 3, 8, 8).double(), stage)
     with pytest.raises(ValueError, match="guidance: got its size = 3×8"):
         learned_kernel(torch.zeros(1, 3, 3, 8), stage)
+    with pytest.raises(ValueError, match="stage: got JBUStack, need a JBUStage"):
+        learned_kernel(torch.zeros(1, 3, 8, 8), JBUStack(None))
+    partly = JBUStage()
+    partly.fixup_proj.half()
+    with pytest.raises(ValueError, match=r"stage: got torch\.float16 on cpu, need guidance's torch\.float32"):
+        learned_kernel(torch.zeros(1, 3, 8, 8), partly)
+
+
+@pytest.mark.parametrize("argument", ["guidance_dim", "key_dim", "radius"])
+@pytest.mark.parametrize("value", [0, -1, 1.5])
+def test_a_stage_of_no_size(argument, value):
+    with pytest.raises(ValueError, match=f"{argument}: got {value}, need an integer"):
+        JBUStage(**{argument: value})
+
+
+@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("sigma_spatial", [1e-30, 0.7, 1e30])
+@pytest.mark.parametrize("sigma_range", [1e-30, 0.2, 1e30])
+def test_any_sigma(implementation, sigma_spatial, sigma_range):
+    guidance = torch.rand(1, 3, 9, 10, dtype=torch.float64)
+    guidance[0, :, 3, 3:6] = guidance[0, :, 3, 3:4]
+    offsets = torch.arange(-2, 3).square().double()
+    logits = -(offsets[:, None] + offsets).flatten()[:, None, None] / 2 / sigma_spatial**2
+    taps = F.unfold(F.pad(guidance, [2] * 4, mode="reflect"), 5).view(1, 3, 25, 9, 10)
+    logits = logits - (taps - guidance[:, :, None]).square().sum(1) / 2 / sigma_range**2
+    guidance = guidance.float().to(device_of(implementation))
+    kernel = bilateral_kernel(guidance, sigma_spatial, sigma_range, 2, implementation=implementation)
+    # Where the logits are as large as 1e58, a difference that float32 does not see decides.
+    assert_close(kernel, logits.softmax(1), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # torch's own, at its first use
+def test_forward_mode_derivatives_are_the_references():
+    """Operators have none, and torch would take them for 0."""
+    source, kernel, guidance = torch.randn(1, 3, 5, 6), random_kernel(1, 5, 6, 2), torch.rand(1, 3, 10, 12)
+    output, tangent = torch.func.jvp(lambda s: adaptive_conv_upsample2x(s, kernel), (source,), (source,))
+    assert_close(tangent, output, 1e-6)
+    output, tangent = torch.func.jvp(lambda s: bilateral_stage(s, guidance, 1.5, 0.1), (source,), (source,))
+    assert_close(tangent, output, 1e-6)
+    with pytest.raises(ValueError, match="'cpu' has no forward-mode derivatives"):
+        torch.func.jvp(lambda s: adaptive_conv_upsample2x(s, kernel, implementation="cpu"), (source,), (source,))
 
 
 @pytest.mark.parametrize(
@@ -531,6 +579,8 @@ def test_quantization_errors(step, offset, message):
         bilateral_codes(SOURCE, guidance, 1.5, 0.1, 3, Quantization(step, offset))
     with pytest.raises(ValueError, match=message):
         learned_codes(SOURCE, guidance, JBUStage(), Quantization(step, offset))
+    with pytest.raises(ValueError, match="quantization: got tuple, need a Quantization"):
+        learned_codes(SOURCE, guidance, JBUStage(), (step, offset))
 
 
 def test_published_names():

@@ -2,9 +2,13 @@
 
 import math
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +20,11 @@ from kernels.jbu import JBUStage
 from kernels.jbu_cpu.functions import exp2, gelu
 from kernels.jbu_cpu.memory import lanes, load, store
 from kernels.jbu_cpu.simd import compiled
-from kernels.jbu_cpu.threads import in_threads
+from kernels.jbu_cpu.threads import _pool, in_threads
 from kernels.jbu_parameters import StageParameters
 from kernels.quantization import Quantization, quantized
 
+ROOT = Path(__file__).parents[1]
 # Of the largest expected value, against the reference in float64.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -294,6 +299,56 @@ def test_works_after_a_fork(threads):
         output = jbu_cpu.bilateral_stage(source, guidance, 1.5, 0.1, 3).numpy()
         os._exit(0 if np.array_equal(output, expected) else 1)
     assert os.waitpid(process, 0)[1] == 0
+
+
+BROKEN = """
+import torch
+from kernels.jbu import bilateral_stage, explain
+from kernels.jbu_dispatch import kind
+source, guidance = torch.rand(1, 3, 4, 4), torch.rand(1, 3, 8, 8)
+bilateral_stage(source, guidance, 1.0, 0.1)
+print(explain(kind(source)))
+"""
+
+
+def in_another_python(root, **environment):
+    command = [sys.executable, "-c", BROKEN]
+    environment = os.environ | {"TRITON_INTERPRET": "0"} | environment
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_without_compilation_the_reference_runs():
+    done = in_another_python(ROOT, NUMBA_DISABLE_JIT="1")
+    assert "reference (not cpu: it cannot be imported: ImportError: NUMBA_DISABLE_JIT is set" in done.stdout
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    """A read-only checkout, without a home: compiled all the same, by each process."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    for package in ("kernels", "schemas"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
+    for folder in (tmp_path / "kernels").rglob("*"):
+        if folder.is_dir():
+            (folder / "__pycache__").touch()  # a folder cannot be made there, even by root
+    nowhere = {"HOME": "/proc/none", "XDG_CACHE_HOME": "/proc/none", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = in_another_python(tmp_path, **nowhere)
+    assert done.stderr.count("cannot be written to: each process compiles again") == 1
+    assert done.stdout.startswith("cpu")
+
+
+def test_one_pool_serves_all_numbers_of_threads(threads):
+    _pool.cache_clear()
+    for count in (2, 5, 3, 2):
+        threads(count)
+        in_threads(range(100), lambda: lambda job: None, count)
+    assert _pool.cache_info().misses == 1
+
+
+def test_weights_that_count_for_nothing_do_so_in_every_column():
+    kernel, source = torch.full((1, 9, 16, 18), 1e-31), torch.full((1, 2, 8, 9), 1e31)
+    assert (jbu.adaptive_conv_upsample2x(source, kernel, **CPU) == 0).all()
 
 
 def test_an_error_in_one_thread_is_raised(threads):

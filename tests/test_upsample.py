@@ -10,12 +10,14 @@ import torch.nn.functional as F
 
 from kernels.jbu import JBUStack
 from kernels.quantization import Quantization
+from pipeline import upsample_jbu
 from pipeline.anyup import AnyUp
 from pipeline.errors import JobError
 from pipeline.lift import LiFT
 from pipeline.quantize import quantize
 from pipeline.upsample import JBU, Bilinear, build_upsampler, describe_upsamplers
 from pipeline.upsample_interface import imagenet_normalised
+from pipeline.weights import read_metadata
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "reference" / "featup_jbu_stack.npz"
 
@@ -260,3 +262,28 @@ def test_bad_arguments_are_named():
         JBU().fold(torch.zeros(4), torch.zeros(2, 5))
     with pytest.raises(ValueError, match="need the weights' 6"):
         learned(6).fold(torch.zeros(4), torch.zeros(2, 4))
+
+
+def test_jbu_has_weights_of_its_own_for_every_backbone():
+    """They do not mix channels, so any number is upsampled alike; and what guides them matters."""
+    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    upsampler = build_upsampler("jbu", None, backbone(5))
+    assert upsampler.stack is not None
+    assert upsampler.stack.final is None
+    features = torch.randn(1, 5, 4, 4)
+    every = upsampler(features, images, (64, 64))
+    torch.testing.assert_close(upsampler(features[:, 2:4], images, (64, 64)), every[:, 2:4])
+    assert (upsampler(features, images.flip(3), (64, 64)) - every).abs().max() > 0.01
+    assert upsampler.identity() == build_upsampler("jbu", None, backbone(9)).identity()
+
+
+def test_jbu_without_weights_on_demand():
+    assert build_upsampler("jbu", "training-free", backbone(5)).identity() == JBU().identity()
+
+
+def test_where_own_weights_come_from_is_in_their_file():
+    metadata = read_metadata(str(Path(upsample_jbu.__file__).with_name("jbu_universal.safetensors")))
+    assert metadata["final"] == "off"
+    for errors in json.loads(metadata["held_out_errors"]).values():
+        assert errors["jbu"]["relative"] < min(errors[other]["relative"] for other in ("bilinear", "training_free"))
+    assert any(not errors["trained_on"] for errors in json.loads(metadata["held_out_errors"]).values())

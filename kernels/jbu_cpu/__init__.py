@@ -55,6 +55,9 @@ def reasons_not(kinds: Sequence[Kind]) -> list[str]:
 def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor) -> Tensor:
     """As `kernels.jbu_reference.adaptive_conv_upsample2x`, in any memory format; channels_last saves a transposition.
 
+    Weights below 2⁻¹⁰⁰ count as 0 in float32: beside others they count for nothing, and would take a hundred times as
+    long.
+
     Args:
         source: [B, C, h, w].
         kernel: [B, n*n, 2h, 2w], dtype of source.

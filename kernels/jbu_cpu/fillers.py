@@ -99,8 +99,8 @@ def bilateral(guidance: Tensor, sigma_spatial: float, sigma_range: float, radius
     """As `kernels.jbu_reference.bilateral_kernel`, from a guidance image [B, G, H, W]."""
     rows = image_rows(array_of(guidance, dtype), radius, radius, dtype)
     squares = np.arange(-radius, radius + 1, dtype=np.float64) ** 2
-    spatial = (-(squares[:, None] + squares[None, :]).ravel() / (2 * sigma_spatial**2) * _LOG2_E).astype(dtype)
     with np.errstate(divide="ignore", over="ignore"):
+        spatial = (-(squares[:, None] + squares[None, :]).ravel() / (2 * sigma_spatial**2) * _LOG2_E).astype(dtype)
         factor = -0.5 * _LOG2_E / np.square(np.float64(sigma_range))
     factor = max(float(factor), float(np.finfo(dtype).min))  # infinite, it would not be 0 times the distance 0
 

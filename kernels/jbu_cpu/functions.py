@@ -15,12 +15,12 @@ from numpy.polynomial import Chebyshev, Polynomial
 
 from kernels.jbu_cpu.simd import constant, elementwise, larger, llvm
 
-__all__ = ["exp2", "gelu", "without_denormals"]
+__all__ = ["TINY", "exp2", "gelu", "without_denormals"]
 
 # What is less becomes 0: as weights beside others of about 1 these numbers count for nothing, and products of them are
 # denormal numbers, each of which takes a processor as long as a hundred others.
 _TINY_EXPONENT = -64.0
-_TINY = 2.0**-100
+TINY = 2.0**-100
 _SHIFT = 1.5 * 2.0**23  # a float32 sum with it has no bits behind the point
 _FAR = 5.25  # Φ(−5.25) = 8e-8: below float32's resolution of 1
 
@@ -86,7 +86,7 @@ def _erf(builder: Any, x: Any) -> Any:
 def _without_denormals(builder: Any, x: Any) -> Any:
     if x.type.element == ir.DoubleType():
         return x
-    tiny = builder.fcmp_ordered("<", llvm("fabs", builder, x), constant(x, _TINY))
+    tiny = builder.fcmp_ordered("<", llvm("fabs", builder, x), constant(x, TINY))
     return builder.select(tiny, constant(x, 0.0), x)
 
 

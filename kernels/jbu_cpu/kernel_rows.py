@@ -2,8 +2,9 @@
 
 A block's kernels, two rows × L columns of pixels, stay in the nearest cache from the products to the last addition.
 Two rows, because a neighbour then serves two pixels: to load and shift it costs more than to multiply it. At 224 pixels
-and radius 3, one core takes 0.6 ms for the training-free kernels; for the learned ones 1.1 ms (keys) and 5.2 ms, of
-these 1.5 for the products, 2.3 for the correction's matrix products (88 % of the core's peak) and 1.2 for exp and GELU.
+and radius 3, one core of a Xeon with AVX-512 took 0.6 ms for the training-free kernels; for the learned ones 1.1 ms
+(keys) and 5.2 ms, of these 1.5 for the products, 2.3 for the correction's matrix products (88 % of the core's peak) and
+1.2 for exp and GELU.
 
 Letters: D key and G guidance channels, T = n*n taps, L pixels in a vector. Images and kernels lie as
 `kernels.jbu_cpu.layout` says, images with pixel 0 at column radius.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.jbu_cpu.functions import without_denormals
+from kernels.jbu_cpu.functions import TINY, without_denormals
 from kernels.jbu_cpu.memory import lanes, load, store
 from kernels.jbu_cpu.simd import VECTOR_BYTES, Array, compiled, inlined
 from kernels.jbu_cpu.threads import in_threads, row_jobs
@@ -149,7 +149,10 @@ def pack(kernel: Array, kernels: Array, y: int) -> None:
                     weights = without_denormals(load(kernel, (t, Y, block * L)))
                     store(kernels, (pair, block, t, side, 0), weights)
                 for x in range(W - W % L, W):
-                    kernels[pair, blocks - 1, t, side, x % L] = kernel[t, Y, x]
+                    weight = kernel[t, Y, x]
+                    if kernel.itemsize == 4 and abs(weight) < TINY:
+                        weight = weight * 0
+                    kernels[pair, blocks - 1, t, side, x % L] = weight
 
 
 @compiled

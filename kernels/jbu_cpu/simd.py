@@ -3,13 +3,14 @@
 A tile is rows × columns vectors of `VECTOR_BYTES`, all of one dtype. Arithmetic broadcasts over rows and columns as
 numpy's does, so that a step of a matrix product is ``sums = fma(column of weights, row of inputs, sums)``, and LLVM
 keeps the sums of such a loop in registers. Left to itself, it would vectorise for half of AVX-512's width, and load and
-store the sums at each step: 13 % of a core's peak, where this reaches 80 to 90 % (`benchmarks/jbu.py`).
+store the sums at each step: 13 % of a core's peak, where this reached 80 to 90 % on a Xeon with AVX-512.
 
 Loads and stores are in `kernels.jbu_cpu.memory`, functions like exp in `kernels.jbu_cpu.functions`.
 """
 
 import functools
 import hashlib
+import logging
 import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy.typing as npt
 from llvmlite import ir  # type: ignore[import-untyped, unused-ignore]
-from numba import njit, types
+from numba import config, njit, types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, overload, register_model
@@ -44,7 +45,12 @@ __all__ = [
     "width",
 ]
 
+logger = logging.getLogger(__name__)
+
 Array = npt.NDArray[Any]
+
+if config.DISABLE_JIT:  # type: ignore[attr-defined]
+    raise ImportError("NUMBA_DISABLE_JIT is set")
 
 _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]  # of the machine numba compiles for
 VECTOR_BYTES = 64 if "+avx512f" in _FEATURES else 32 if "+avx" in _FEATURES else 16
@@ -61,11 +67,20 @@ _SOURCES = _sources()
 
 def compiled(function: Callable[..., Any]) -> Any:
     """A function compiled at its first call with some dtype, and kept on disk. It runs without Python's lock."""
-    dispatcher: Any = njit(nogil=True, cache=True)(function)
+    try:
+        dispatcher: Any = njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither the checkout nor a home to write to
+        _say_that_nothing_is_kept()
+        return njit(nogil=True)(function)
     # What is on disk numba takes for outdated only if the function's own file changed. Inlined ones are in others.
     key_of = dispatcher._cache._index_key
     dispatcher._cache._index_key = lambda *arguments: (*key_of(*arguments), _SOURCES)
     return dispatcher
+
+
+@functools.cache
+def _say_that_nothing_is_kept() -> None:
+    logger.warning("%s cannot be written to: each process compiles again. Set NUMBA_CACHE_DIR", Path(__file__).parent)
 
 
 def inlined(function: Callable[..., Any]) -> Any:

@@ -1,5 +1,8 @@
 """Work shared out over Python's threads: numba's own are neither thread- nor fork-safe.
 
+Torch's are not fork-safe either. So what converts nothing works in a forked process, a stage of float32, and what calls
+torch's loops hangs there, as they do by themselves: half precision, and gradients.
+
 Compiled functions run without Python's lock. What each job writes must not depend on who does it, nor on how the work
 was cut into jobs.
 """
@@ -47,7 +50,7 @@ def in_threads(jobs: Iterable[Job], worker: Callable[[], Callable[[Job], None]],
             do(job)
 
     count = min(torch.get_num_threads(), len(left), most) - 1  # none if most is 0
-    helpers = [_pool(os.getpid(), count).submit(work) for _ in range(count)]
+    helpers = [_pool(os.getpid()).submit(work) for _ in range(count)]
     try:
         work()
     finally:
@@ -57,7 +60,7 @@ def in_threads(jobs: Iterable[Job], worker: Callable[[], Callable[[Job], None]],
         helper.result()
 
 
-@functools.lru_cache(maxsize=2)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+@functools.cache
+def _pool(process: int) -> ThreadPoolExecutor:
     """Kept, as to start threads takes longer than a small stage; by process, as a fork has none of its parent's."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="jbu_cpu")
+    return ThreadPoolExecutor(max(os.cpu_count() or 1, torch.get_num_threads()), thread_name_prefix="jbu_cpu")
