@@ -11,7 +11,7 @@ from pipeline.pairing import check_pairing
 from pipeline.upsample_anyup import AnyUpUpsampler
 from pipeline.upsample_implicit import ImplicitUpsampler
 from pipeline.upsample_interface import Facts, LinearUpsampler, Projected, Upsampler, check_images, resize
-from pipeline.upsample_jbu import JBU, TRAINING_FREE
+from pipeline.upsample_jbu import JBU, UNIVERSAL
 from pipeline.upsample_lift import LiFTUpsampler
 from pipeline.upsample_multiview import MultiviewUpsampler
 from schemas.config import UpsampleConfig
@@ -77,7 +77,7 @@ def build_upsampler(
 
     Args:
         name: a name in `UPSAMPLERS`.
-        weights: URI of its checkpoint, or None; of ``jbu`` also "training-free".
+        weights: URI of its checkpoint, or None; of ``jbu`` also "universal", those that come with this.
         backbone: whose features it is to upsample.
         lift_iterations: of ``lift``.
         views: of ``multiview`` and ``implicit``; None: those of its weights, and its default.
@@ -100,9 +100,9 @@ def build_upsampler(
             raise JobError(f"--upsampler {name} needs its weights: give --upsampler-weights; {where}")
         if kind is ImplicitUpsampler:
             return ImplicitUpsampler(backbone, Schedule.asked_for(views=views, steps=fit_steps)).eval()
-        return (JBU.universal() if kind is JBU else kind()).eval()
-    if kind is JBU and weights == TRAINING_FREE:
-        return JBU().eval()
+        return kind().eval()
+    if kind is JBU and weights == UNIVERSAL:
+        return JBU.universal().eval()
     if kind.facts.weights == "none":
         raise JobError(f"--upsampler-weights: got {weights!r} for {name!r}, which has no weights. Leave them out.")
     if kind is MultiviewUpsampler:

@@ -30,9 +30,9 @@ from pipeline.upsample_interface import (
 )
 from pipeline.weights import load_strict, read_metadata, read_state_dict, state_digest
 
-__all__ = ["JBU", "TRAINING_FREE"]
+__all__ = ["JBU", "UNIVERSAL"]
 
-TRAINING_FREE = "training-free"  # in the place of weights
+UNIVERSAL = "universal"  # in the place of a checkpoint: the weights that come with this
 # Made by jobs/train_upsampler.py, as benchmarks/training.py has it: "jbu on lite0".
 _UNIVERSAL = Path(__file__).with_name("jbu_universal.safetensors")
 
@@ -44,8 +44,8 @@ _FINAL_WEIGHT = 0.1  # published: how much of the final 1×1 convolution is adde
 class JBU(LinearUpsampler):
     """Joint bilateral upsampling in ×2 stages: learned (FeatUp, arXiv 2403.10516), or training-free.
 
-    The weights that come with this depend on the image alone and serve every backbone; FeatUp's serve the one that they
-    were trained on. Training-free: as many stages as reach ``size``, each with Kopf et al.'s bilateral kernel on RGB in
+    The weights that come with this, `universal`, depend on the image alone and serve every backbone; FeatUp's serve the
+    one that they were trained on. Training-free: as many stages as reach ``size``, each with Kopf et al.'s bilateral kernel on RGB in
     [0, 1].
     With weights: four stages, so ×16. In both cases one bilinear interpolation ends at ``size`` exactly, and also
     goes beyond ×16: the image is then not looked at in that last step.
@@ -58,7 +58,7 @@ class JBU(LinearUpsampler):
     facts = Facts(
         weights="optional",
         channels="any; with FeatUp's weights, theirs",
-        scale="×16; with `--upsampler-weights training-free` ×2 a stage, as many as it takes",
+        scale="×2 a stage: as many as it takes; with weights ×16",
         guidance="the image, pooled to each stage's size",
         pca="exact: in front",
     )
@@ -75,7 +75,11 @@ class JBU(LinearUpsampler):
 
     @classmethod
     def universal(cls) -> "JBU":
-        """With the weights that come with this: for features of any backbone."""
+        """With the weights that come with this: for features of any backbone.
+
+        They explain views that nobody has seen somewhat better than the training-free kernel, and follow edges less:
+        README.md has both measured, and why they are not the default.
+        """
         return cls.from_weights(str(_UNIVERSAL), num_chs=0)  # they mix no channels: any number will do
 
     @classmethod
@@ -96,7 +100,7 @@ class JBU(LinearUpsampler):
         if final is not None and final.shape[0] != num_chs:
             raise JobError(
                 f"JBU weights {uri} are for features of {final.shape[0]} channels, the backbone makes {num_chs}. "
-                "Choose the weights trained for this backbone, or none: jbu's own serve every backbone."
+                "Choose the weights trained for this backbone, `universal`, or none."
             )
         stack = JBUStack(None if read_metadata(uri).get("final") == "off" else num_chs)
         load_strict(stack, state, what=f"JBU weights {uri}")

@@ -75,8 +75,8 @@ class UpsampleConfig(FeatureConfig):
     # How features get their resolution: "bilinear", "jbu", "lift", "anyup", "multiview" or "implicit". A wrong
     # name lists what each needs.
     upsampler: str = "jbu"
-    # Checkpoint of the upsampler: lift and anyup need theirs, multiview what jobs/fit_downsampler.py makes; jbu has
-    # its own, for every backbone, and takes FeatUp's or "training-free".
+    # Checkpoint of the upsampler: lift and anyup need theirs, multiview what jobs/fit_downsampler.py makes; jbu takes
+    # FeatUp's, or "universal", which come with this and serve every backbone, and is training-free without.
     upsampler_weights: str | None = None
     # How often lift doubles the resolution.
     lift_iterations: int = 1

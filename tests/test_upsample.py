@@ -264,24 +264,20 @@ def test_bad_arguments_are_named():
         learned(6).fold(torch.zeros(4), torch.zeros(2, 4))
 
 
-def test_jbu_has_weights_of_its_own_for_every_backbone():
+def test_universal_weights_are_for_every_backbone():
     """They do not mix channels, so any number is upsampled alike; and what guides them matters."""
     images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
-    upsampler = build_upsampler("jbu", None, backbone(5))
+    upsampler = build_upsampler("jbu", "universal", backbone(5))
     assert upsampler.stack is not None
     assert upsampler.stack.final is None
     features = torch.randn(1, 5, 4, 4)
     every = upsampler(features, images, (64, 64))
     torch.testing.assert_close(upsampler(features[:, 2:4], images, (64, 64)), every[:, 2:4])
     assert (upsampler(features, images.flip(3), (64, 64)) - every).abs().max() > 0.01
-    assert upsampler.identity() == build_upsampler("jbu", None, backbone(9)).identity()
+    assert upsampler.identity() == build_upsampler("jbu", "universal", backbone(9)).identity()
 
 
-def test_jbu_without_weights_on_demand():
-    assert build_upsampler("jbu", "training-free", backbone(5)).identity() == JBU().identity()
-
-
-def test_where_own_weights_come_from_is_in_their_file():
+def test_where_universal_weights_come_from_is_in_their_file():
     metadata = read_metadata(str(Path(upsample_jbu.__file__).with_name("jbu_universal.safetensors")))
     assert metadata["final"] == "off"
     for errors in json.loads(metadata["held_out_errors"]).values():
