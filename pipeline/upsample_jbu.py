@@ -45,8 +45,8 @@ class JBU(LinearUpsampler):
     """Joint bilateral upsampling in ×2 stages: learned (FeatUp, arXiv 2403.10516), or training-free.
 
     The weights that come with this, `universal`, depend on the image alone and serve every backbone; FeatUp's serve the
-    one that they were trained on. Training-free: as many stages as reach ``size``, each with Kopf et al.'s bilateral kernel on RGB in
-    [0, 1].
+    one that they were trained on. Training-free: as many stages as reach ``size``, each with Kopf et al.'s bilateral
+    kernel on RGB in [0, 1].
     With weights: four stages, so ×16. In both cases one bilinear interpolation ends at ``size`` exactly, and also
     goes beyond ×16: the image is then not looked at in that last step.
 
