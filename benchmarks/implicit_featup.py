@@ -80,13 +80,18 @@ def fit_one(judge: Judge, photo: Tensor, schedule: Schedule) -> dict[str, Any]:
 
 
 def main(
-    photos_each: int = 3, backbone: str = "vit", folder: Path = Path("downsamplers"), device: str = "auto"
+    photos_each: int = 3,
+    backbone: str = "vit",
+    schedules: tuple[str, ...] = tuple(SCHEDULES),
+    folder: Path = Path("downsamplers"),
+    device: str = "auto",
 ) -> None:
     """Measure, a row for each schedule.
 
     Args:
         photos_each: photographs of the validation part, one after the other: FeatUp's schedule takes minutes each.
         backbone: "lite0" or "vit".
+        schedules: some of `SCHEDULES`.
         folder: where `benchmarks.implicit` keeps what is fitted once per backbone.
         device: "auto", "cpu" or "cuda".
     """
@@ -97,7 +102,8 @@ def main(
         downsampler = Downsampler.read(downsampler_file(folder, backbone, chosen.type))
         judge = Judge(network, downsampler, fitted_basis(network, chosen))
         images = photos("val", photos_each, chosen)
-        for method, schedule in SCHEDULES.items():
+        for method in schedules:
+            schedule = SCHEDULES[method]
             fits = [fit_one(judge, photo, schedule) for photo in images]
             row = {
                 "backbone": backbone,

@@ -141,6 +141,51 @@ def fits() -> str:
     ) + "\n".join(table)
 
 
+def probe() -> str:
+    """What a linear classifier makes of the features of each upsampler."""
+    latest = {(row["backbone"], row["method"]): row for row in rows.read("probe")}
+    table = [
+        "| backbone | upsampler | mean IoU | accuracy | within 3 px of a border |",
+        "|---|---|---|---|---|",
+    ]
+    for (backbone, method), row in latest.items():
+        numbers = " | ".join(f"{row[name]:.3f}" for name in ("miou", "accuracy", "border_accuracy"))
+        table.append(f"| {backbone} | {method} | {numbers} |")
+    photos = next(iter(latest.values()))["photos"]
+    return (
+        f"A linear probe of the 20 most frequent classes, trained on {photos} photographs of coco200 and judged on "
+        f"{photos} others, 224 px, k = 64 (`python -m benchmarks.probe`):\n\n"
+    ) + "\n".join(table)
+
+
+def training() -> str:
+    """Error on held-out views before and after training, beside what learns nothing."""
+    latest = {row["recipe"]: row for row in rows.read("training")}
+    table = [
+        "| recipe | steps | s a step, of that the backbone | measured on | before | after | bilinear "
+        "| training-free jbu |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for recipe, row in latest.items():
+        seconds = sum(row["step_s"].values())
+        share = row["step_s"]["backbone"] / seconds
+        for backbone in dict.fromkeys(measured["backbone"] for measured in row["held_out"]):
+            own = [measured for measured in row["held_out"] if measured["backbone"] == backbone]
+            trainee = recipe.split()[0]
+            seen = "" if own[0]["trained_on"] == "1" else ", never seen"
+            errors = [own[0][f"{trainee}_relative_error"], own[-1][f"{trainee}_relative_error"]]
+            errors += [own[0][f"{other}_relative_error"] for other in ("bilinear", "training_free")]
+            cells = " | ".join(f"{float(error):.3f}" for error in errors)
+            table.append(
+                f"| {recipe} | {own[-1]['step']} | {seconds:.1f}, {share:.0%} | `{backbone}`{seen} | {cells} |"
+            )
+    sample = next(iter(latest.values()))
+    return (
+        "Squared error on views of photographs of coco200's validation half that no training saw, as a share of their "
+        f"variance; trained on the other 100, on one core of {_machine(sample)} (`python -m benchmarks.training`):\n\n"
+    ) + "\n".join(table)
+
+
 def _errors(row: dict[str, Any], few: int) -> tuple[Any, float]:
     """Mean error on all photographs, None for a row of few; and on few of them, which are spread evenly."""
     if "errors" in row:
