@@ -23,7 +23,7 @@ from pipeline.multiview_views import MOST_VIEWS
 from pipeline.pca import sample_rows
 from pipeline.plan import feature_spec
 from pipeline.stage_seconds import StageSeconds
-from pipeline.store import storage_explained
+from pipeline.store import check_writable, storage_explained
 from schemas.config import FitDownsamplerConfig
 
 logger = logging.getLogger(__name__)
@@ -39,9 +39,11 @@ def fit(config: FitDownsamplerConfig) -> int:
     """
     if config.views > MOST_VIEWS:
         raise JobError(f"--views: got {config.views}, expected at most {MOST_VIEWS}: those after are held out")
-    spec, references, _ = feature_spec(config)
-    worker = FeatureWorker(spec)
-    backbone = worker.backbone
+    spec, references, backbone = feature_spec(config)
+    folder, name = split_uri(config.output)
+    with storage_explained(f"--output {config.output}"):  # before the work, not after it
+        check_writable(Objects(folder))
+    worker = FeatureWorker(spec, backbone)
     images = sample_images(worker, references, config.fit_images)
     components = config.components or min(_COMPONENTS, backbone.num_chs)
     with sampled_views(
@@ -52,8 +54,7 @@ def fit(config: FitDownsamplerConfig) -> int:
         found = fit_downsampler(sample, backbone.reduction, config.solver_stride, worker.device)
     account = {"images": config.images, "fit": config.fit, "densefeat": __version__, "torch": torch.__version__}
     origin = Origin(backbone.identity(), backbone.size, backbone.grid, {**account, **found.account})
-    folder, name = split_uri(config.output)
-    with storage_explained(config.output):
+    with storage_explained(f"--output {config.output}"):
         Objects(folder).put(name, Downsampler(found.bias, found.settings, origin).to_bytes())
         Objects(folder).tidy()
     logger.info("%s\nwrote %s", describe(found), config.output)
@@ -87,7 +88,8 @@ def describe(found: Fit) -> str:
     curve = {(r, n): error for r, n, error in errors["by_regularisation_and_iterations"]}
     error = curve[settings.regularisation, settings.iterations]
     return (
-        f"error on held-out views: {errors['bilinear']:.4f} bilinear, {errors['bilinear_and_bias']:.4f} with the bias, "
+        f"error on held-out views of the {found.account['judging_images']} images that settings were chosen on: "
+        f"{errors['bilinear']:.4f} bilinear, {errors['bilinear_and_bias']:.4f} with the bias, "
         f"{error:.4f} multiview ({error / errors['bilinear']:.2f} of bilinear)\n"
         f"a Gaussian of {settings.sigma_px:.2f} pixels, {settings.views} views, regularisation "
         f"{settings.regularisation:g}, {settings.iterations} iterations"

@@ -61,5 +61,5 @@ if __name__ == "__main__":
         TrainConfig,
         train_upsampler,
         __doc__ or "",
-        interrupted="the last checkpoint is kept; --resume goes on from it to the same loss curve",
+        interrupted="--resume goes on from the last checkpoint, if there is one yet, to the same loss curve",
     )

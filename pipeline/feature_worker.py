@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import torch
 
-from pipeline.backbone import build_backbone
+from pipeline.backbone import Backbone, build_backbone
 from pipeline.batches import BatchLoader
 from pipeline.decode import Decoded, Geometry
 from pipeline.errors import JobError
@@ -45,6 +45,10 @@ class WorkerSpec:
 class FeatureWorker:
     """Loader and backbone on a device.
 
+    Args:
+        spec: what to build.
+        backbone: the spec's, if it is there already; it is moved to the device.
+
     Attributes:
         computing: to be held while the device computes.
         images_done: rows through the backbone, all the worker's life long; progress is read off it.
@@ -53,7 +57,7 @@ class FeatureWorker:
         JobError: the backbone is not the driver's (other weights on this machine), or there is no such device.
     """
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, backbone: Backbone | None = None) -> None:
         self.spec = spec
         config = spec.config
         self.device = torch.device(pick_device(config.device))
@@ -73,9 +77,9 @@ class FeatureWorker:
             min_side=config.min_side,
             threads=spec.threads,
         )
-        self.backbone = build_backbone(
-            config.backbone, size=config.size_px, weights=config.weights, layer=config.layer
-        ).to(self.device)
+        if backbone is None:
+            backbone = build_backbone(config.backbone, size=config.size_px, weights=config.weights, layer=config.layer)
+        self.backbone = backbone.to(self.device)
         self.check_identity("backbone", self.backbone.identity())
         self.images_done = 0
 

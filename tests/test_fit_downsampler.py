@@ -12,13 +12,14 @@ from stores import SHARED
 
 from densefeat import FeatureStore
 from jobs.fit_downsampler import fit
+from jobs.fit_pca import fit_pca
 from jobs.upsample_imagenet import upsample
 from pipeline.backbone import build_backbone
 from pipeline.downsampler_file import Downsampler
 from pipeline.downsampler_fit import choose
 from pipeline.downsampler_sample import sampled_views
 from pipeline.errors import JobError
-from schemas.config import FitDownsamplerConfig, UpsampleConfig
+from schemas.config import FitDownsamplerConfig, FitPcaConfig, UpsampleConfig
 
 COCO = SHARED / "data" / "coco200" / "images"
 LITE0 = SHARED / "weights" / "tf_efficientnet_lite0.safetensors"
@@ -83,6 +84,26 @@ def test_too_few_images(pictures: Path, tmp_path: Path) -> None:
         with pytest.raises(JobError, match=words):
             fit(fit_config(pictures, output, **options))
     assert not output.exists()
+
+
+def test_an_output_that_cannot_be_written_to_is_found_out_first(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("jobs.fit_downsampler.sample_images")
+    with pytest.raises(JobError, match=r"--output /proc/none/x\.safetensors"):
+        fit(fit_config(pictures, Path("/proc/none/x.safetensors")))
+    monkeypatch.delattr("jobs.fit_pca.open_workers")
+    with pytest.raises(JobError, match=r"--output /proc/none/x\.npz"):
+        fit_pca(FitPcaConfig(images=str(pictures), output="/proc/none/x.npz", **SMALL))
+
+
+def test_the_backbone_is_built_once_and_what_is_said_is_of_the_judging_images(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert fit(fit_config(pictures, tmp_path / "x.safetensors")) == 0
+    assert caplog.text.count("has random weights") == 1
+    assert "views of the 1 images that settings were chosen on: " in caplog.text
 
 
 def test_a_disk_that_is_too_small() -> None:

@@ -158,8 +158,18 @@ def test_several_backbones_take_turns_and_one_is_only_measured_on(photographs: P
     assert held_out["trained_on"] == 2 * [1, 1, 0]
     metadata = read_metadata(str(tmp_path / "training" / "upsampler.safetensors"))
     assert [one["layer"] for one in json.loads(metadata["backbones"])] == [3, 2]
-    with pytest.raises(JobError, match="is one of --backbones"):
-        train_upsampler(replace(config, output=str(tmp_path / "other"), held_out_backbone="resnet18@2=random"))
+
+
+def test_backbones_that_results_could_not_tell_apart(photographs: Path, tmp_path: Path) -> None:
+    torch.save(resnet18(3).model.state_dict(), tmp_path / "other.pth")
+    for changed, words in [
+        ({"backbones": ("resnet18@3=random", "resnet18@-2=random")}, ("resnet18@-2=random", "--backbones resnet18@3")),
+        ({"held_out_backbone": f"resnet18@3={tmp_path}/other.pth"}, ("--held-out-backbone", "--backbones resnet18@3")),
+        ({"held_out_backbone": "resnet18@3=random"}, ("--held-out-backbone", "--backbones resnet18@3")),
+    ]:
+        with pytest.raises(JobError, match="are both resnet18 at layer 3") as caught:
+            train_upsampler(replace(train_config(photographs, tmp_path / "training"), **changed))
+        assert all(word in str(caught.value) for word in words)
 
 
 def test_the_main_job_takes_the_weights_for_any_backbone(undisturbed: Path, photographs: Path, tmp_path: Path) -> None:
@@ -343,6 +353,7 @@ def test_weights_that_overflow_stop_it(photographs: Path, tmp_path: Path, caplog
         ({"backbones": ("resnet18@4=random",), "size": "32"}, "a grid of 1×1 at --size 32"),
         ({"upsampler": "lift", "size": "72"}, "expected multiples of 32"),
         ({"output": "/proc/training"}, "--output /proc/training"),
+        ({"featup_checkpoint": "/proc/here/jbu.pth"}, "--featup-checkpoint /proc/here/jbu.pth"),
         ({"output": "{images}"}, "lie in each other: give --output a folder of its own"),
         ({"device": "cuda"}, "CUDA"),
     ],
@@ -364,9 +375,13 @@ def test_another_training_is_not_gone_on_with(undisturbed: Path, photographs: Pa
     config = train_config(photographs, undisturbed, steps=8)
     with pytest.raises(JobError, match=r"has a training already: --resume goes on with it"):
         train_upsampler(config)
+    changed = {"seed": 1, "jitters": 3, "backbones": ("resnet18@2=random",), "max_pixels": 10**6, "min_side": 9}
     with pytest.raises(JobError) as caught:
-        train_upsampler(replace(config, resume=True, seed=1, jitters=3, backbones=("resnet18@2=random",)))
+        train_upsampler(replace(config, resume=True, held_out_backbone="resnet18@3=random", **changed))
     for line in (
+        "geometry.max_pixels: stored 178956970, asked 1000000",
+        "geometry.min_side: stored 8, asked 9",
+        "held_out.backbone: stored null",
         "training.seed: stored 0, asked 1",
         "training.jitters: stored 2, asked 3",
         "backbones.resnet18@2: stored null",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from densefeat.objects import Objects, absolute_path
+from densefeat.objects import Objects, absolute_path, split_uri
 from pipeline.backbone import Backbone, build_backbone
 from pipeline.errors import JobError
 from pipeline.pairing import backbone_name
@@ -83,8 +83,7 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
     backbones = [backbone_at(config, choice) for choice in config.backbone_choices]
     held_out = None if config.held_out_choice is None else backbone_at(config, config.held_out_choice).identity()
     identities = [backbone.identity() for backbone in backbones]
-    if held_out in identities:
-        raise JobError(f"--held-out-backbone {config.held_out_backbone} is one of --backbones: take it out of either")
+    _check_labels(config, identities, held_out)
     _check_grids(config, backbones)
     source = list_images(config.images, limit=config.limit, image_column=config.image_column)
     train, val = _split(config, source)
@@ -92,7 +91,7 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
         config=config,
         train=train,
         val=val,
-        configuration=json.loads(json.dumps(_configuration(config, train, val, identities))),
+        configuration=json.loads(json.dumps(_configuration(config, train, val, identities, held_out))),
         identities=identities,
         held_out=held_out,
         begun=stored is not None,
@@ -104,8 +103,7 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
             + "\nGive the options it was begun with, or another --output"
         )
     if not config.dry_run:
-        with storage_explained(f"--output {config.output}"):
-            check_writable(Objects(config.output))
+        _check_writable(config)
     return plan, backbones
 
 
@@ -152,6 +150,31 @@ def _stored_configuration(config: TrainConfig) -> dict[str, Any] | None:
     if not config.resume:
         raise JobError(f"--output {config.output} has a training already: --resume goes on with it, or choose another")
     return stored
+
+
+def _check_writable(config: TrainConfig) -> None:
+    """The last check, because it writes: whatever gets a result, before hours are spent on it."""
+    with storage_explained(f"--output {config.output}"):
+        check_writable(Objects(config.output))
+    if config.featup_checkpoint is not None:
+        with storage_explained(f"--featup-checkpoint {config.featup_checkpoint}"):
+            check_writable(Objects(split_uri(config.featup_checkpoint)[0]))
+
+
+def _check_labels(config: TrainConfig, identities: list[dict[str, object]], held_out: dict[str, object] | None) -> None:
+    """Tables and metadata call a backbone by its name and layer: no two may have the same."""
+    asked = [(f"--backbones {text}", one) for text, one in zip(config.backbones, identities, strict=True)]
+    if held_out is not None:
+        asked.append((f"--held-out-backbone {config.held_out_backbone}", held_out))
+    seen: dict[tuple[object, object], str] = {}
+    for option, identity in asked:
+        label = identity["name"], identity["layer"]
+        if label in seen:
+            raise JobError(
+                f"{option} and {seen[label]} are both {label[0]} at layer {label[1]}, and could not be told apart in "
+                "the results: leave one out, or choose another layer"
+            )
+        seen[label] = option
 
 
 def _check_grids(config: TrainConfig, backbones: list[Backbone]) -> None:
@@ -214,7 +237,11 @@ def _shared(train: pa.Table, val: pa.Table) -> list[str]:
 
 
 def _configuration(
-    config: TrainConfig, train: ImageTable, val: ImageTable, identities: list[dict[str, object]]
+    config: TrainConfig,
+    train: ImageTable,
+    val: ImageTable,
+    identities: list[dict[str, object]],
+    held_out: dict[str, object] | None,
 ) -> dict[str, Any]:
     """What the weights and what is measured of them depend on, but for how long training goes on."""
     names = ["batch_images", "learning_rate", "seed", "workers"]
@@ -223,19 +250,25 @@ def _configuration(
     return {
         "upsampler": config.upsampler,
         "backbones": {f"{one['name']}@{one['layer']}": one for one in identities},
-        "images": _described(config.images, train.references),
-        "geometry": {"size": list(config.size_px), "fit": config.fit},
+        "images": _described(config.images, train),
+        "geometry": {
+            "size": list(config.size_px),
+            "fit": config.fit,
+            "max_pixels": config.max_pixels,
+            "min_side": config.min_side,
+        },
         "training": {name: getattr(config, name) for name in names},
         "views": {"max_pad_px": config.max_pad_px, "max_zoom": config.max_zoom},
         "held_out": {
-            "images": _described(config.val_images or config.images, val.references),
+            "images": _described(config.val_images or config.images, val),
             "count": config.val_count,
             "views": config.val_views,
-            "backbone": config.held_out_backbone,
+            "backbone": held_out,
         },
     }
 
 
-def _described(images: str, references: pa.Table) -> dict[str, Any]:
+def _described(images: str, table: ImageTable) -> dict[str, Any]:
     place = images if "://" in images else absolute_path(images)
-    return {"images": place, "rows": references.num_rows, "keys_sha256": keys_digest(references)}
+    known = {"rows": table.references.num_rows, "keys_sha256": keys_digest(table.references)}
+    return {"images": place, "image_column": table.image_column, **known}
