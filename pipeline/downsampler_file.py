@@ -115,7 +115,7 @@ class Downsampler:
         try:
             folder, name = split_uri(uri)
             data = Objects(folder).get(name)
-            header = _header(data)
+            header = _header(data, uri)
             if header["format"] != _FORMAT:
                 raise ValueError(f"its format is {header['format']}, this version reads {_FORMAT}")
             origin = header["origin"]
@@ -131,8 +131,22 @@ class Downsampler:
             ) from error
 
 
-def _header(data: bytes) -> dict[str, Any]:
-    """Ours, in the header of a .safetensors file: its length in 8 bytes, then JSON."""
+def _header(data: bytes, uri: str) -> dict[str, Any]:
+    """Ours, in the header of a .safetensors file: its length in 8 bytes, then JSON.
+
+    Raises:
+        JobError: the file is something else.
+    """
     length = int.from_bytes(data[:8], "little")
-    header: dict[str, Any] = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_KEY])
+    try:
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    except (AttributeError, ValueError):  # no JSON, or other JSON
+        metadata = {}
+    if _KEY not in metadata:
+        trained = f", they are of the upsampler {metadata['upsampler']}" if "upsampler" in metadata else ""
+        raise JobError(
+            f"Weights {uri!r} are no downsampler{trained}: make one for this backbone and size with "
+            "jobs/fit_downsampler.py"
+        )
+    header: dict[str, Any] = json.loads(metadata[_KEY])
     return header

@@ -4,7 +4,9 @@ All channels of all views are many gigabytes for a large backbone. They are writ
 bias is fitted a few channels at a time; what settings are chosen on are k components, in memory.
 """
 
+import errno
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -72,8 +74,9 @@ def sampled_views(
     matrices = JitterMatrices.of(jitters, device)
     shape = (len(images), len(jitters), backbone.num_chs, *backbone.grid)
     with tempfile.TemporaryDirectory(prefix="densefeat-views-") as folder:
-        _check_space(folder, 4 * math.prod(shape))
-        spool: npt.NDArray[np.float32] = np.memmap(Path(folder) / "features", np.float32, "w+", shape=shape)
+        file = Path(folder) / "features"
+        _take_space(file, 4 * math.prod(shape))
+        spool: npt.NDArray[np.float32] = np.memmap(file, np.float32, "r+", shape=shape)
         moments, kept = Moments.none(backbone.num_chs), list[int]()
         line = ProgressLine("features of the views", len(images), "images")
         for n, image in enumerate(images):
@@ -88,15 +91,27 @@ def sampled_views(
         yield ViewSample(images[kept], spool[: len(kept)], torch.stack(low), views, basis)
 
 
-def _check_space(folder: str, needed: int) -> None:
-    """A file that is written as memory ends the process where the disk does."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
+def _take_space(file: Path, needed: int) -> None:
+    """Make a file of so many bytes that are its own: writing to memory ends the process where the disk is full.
+
+    Raises:
+        JobError: there are not so many.
+    """
+    free = shutil.disk_usage(file.parent).free
+    try:
+        if needed > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with file.open("wb") as opened:
+            if hasattr(os, "posix_fallocate"):  # a quota, or others who fill the disk meanwhile
+                os.posix_fallocate(opened.fileno(), 0, needed)
+            else:
+                opened.truncate(needed)
+    except OSError as error:
         raise JobError(
             f"the features of all views take {needed / 1e9:,.1f} GB in {tempfile.gettempdir()}, where "
             f"{free / 1e9:,.1f} GB are free: set TMPDIR to a folder with more room, or take fewer --fit-images or "
-            "--views"
-        )
+            f"--views ({error.strerror})"
+        ) from error
 
 
 def _basis(moments: Moments, components: int) -> Basis:

@@ -85,22 +85,24 @@ def load_strict(
             everything below it (``head.weight``, ``head.bias``), and for nothing else (not ``head_dist.weight``).
 
     Raises:
-        JobError: a tensor is missing, unexpected, or has another shape or kind of dtype; all kinds of mismatch are
-            listed together, the first few of each, with their counts.
+        JobError: a tensor is missing, unexpected, not finite, or has another shape or kind of dtype; all kinds of
+            mismatch are listed together, the first few of each, with their counts.
     """
     wanted: dict[str, Tensor] = module.state_dict()
     missing = [n for n in wanted if n not in state and n.rpartition(".")[2] != "num_batches_tracked"]
     unexpected = [n for n in state if n not in wanted and not _is_below(n, ignore_unexpected)]
     unlike = [f"{n} (got {_kind(state[n])}, expected {_kind(wanted[n])})" for n in wanted if _differ(n, state, wanted)]
+    spoiled = [n for n in wanted if n in state and not state[n].isfinite().all()]
     problems = [
         _listing(unlike, "of another shape or kind"),
         _listing(missing, "missing from the weights"),
         _listing(unexpected, "not in the model"),
+        _listing(spoiled, "with NaN or infinity"),
     ]
     if any(problems):
         raise JobError(
             f"Cannot load {what}: got {len(state)} tensors, expected the {len(wanted)} of the model; "
-            f"{'; '.join(p for p in problems if p)}. Check that the weights were made for this model."
+            f"{'; '.join(p for p in problems if p)}. Check that the weights were made for this model, and are whole."
         )
     module.load_state_dict({n: t for n, t in state.items() if n in wanted}, strict=False)
 

@@ -1,4 +1,6 @@
+import errno
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,22 @@ def test_a_disk_that_is_too_small() -> None:
     images = torch.zeros(1, 3, 48, 64, dtype=torch.uint8).expand(10**9, -1, -1, -1)
     with (
         pytest.raises(JobError, match=r"take [\d,.]+ GB in .* are free: set TMPDIR"),
+        sampled_views(backbone, images, views=3, held_out=2, components=6),
+    ):
+        pass
+
+
+def test_a_disk_that_fills_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at it and the first features, or by a quota."""
+
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    backbone = build_backbone("resnet18", size=(48, 64), weights="random", layer=2)
+    images = torch.zeros(1, 3, 48, 64, dtype=torch.uint8)
+    with (
+        pytest.raises(JobError, match=r"are free: set TMPDIR.*Disk quota exceeded"),
         sampled_views(backbone, images, views=3, held_out=2, components=6),
     ):
         pass

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from kernels.multiview import Solution
 from pipeline.backbone import build_backbone
@@ -71,6 +72,14 @@ def test_what_is_no_such_file_is_refused(tmp_path, backbone, weights):
         damaged.write_bytes(data)
         with pytest.raises(JobError, match=r"damaged.*jobs/fit_downsampler"):
             build_upsampler("multiview", str(damaged), backbone)
+    save_file({"bias": torch.zeros(1)}, damaged, {"upsampler": "lift"})
+    torch.save({"bias": torch.zeros(1)}, tmp_path / "damaged.pth")
+    for name, words in (
+        (damaged.name, "are no downsampler, they are of the upsampler lift"),
+        ("damaged.pth", "are no"),
+    ):
+        with pytest.raises(JobError, match=rf"{words}.*jobs/fit_downsampler"):
+            build_upsampler("multiview", str(tmp_path / name), backbone)
     with pytest.raises(JobError, match=r"none\.safetensors"):
         build_upsampler("multiview", str(tmp_path / "none.safetensors"), backbone)
 

@@ -210,6 +210,16 @@ def test_load_strict_lists_every_mismatch_and_changes_nothing():
     assert state_digest(target.state_dict()) == before
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_load_strict_names_what_is_not_finite(value):
+    target, state = net(), net().state_dict()
+    state["bn.weight"] = torch.tensor([1.0, value, 1.0, 1.0])
+    before = state_digest(target.state_dict())
+    with pytest.raises(JobError, match=r"1 with NaN or infinity: bn\.weight\."):
+        load_strict(target, state, what="a into b")
+    assert state_digest(target.state_dict()) == before
+
+
 def test_load_strict_lists_the_first_few_and_counts_the_rest():
     state = net().state_dict() | {f"extra{i}": torch.zeros(1) for i in range(20)}
     with pytest.raises(JobError, match=r"20 not in the model: extra0, .* and 12 more"):
