@@ -156,11 +156,15 @@ class _Fitter:
         return kept.to(self.waves.once.device)
 
     def _find_divergence(self, keep: "_Keep") -> None:
-        """A network that explains held-out views no better than nothing does has diverged."""
+        """A network that explains held-out views no better than nothing does has diverged, or has not got there."""
         nothing = self.held_targets.square().flatten(1).mean(1)
-        for image, (error, most) in enumerate(zip(keep.error.tolist(), nothing.tolist(), strict=True)):
+        found = zip(keep.error.tolist(), nothing.tolist(), keep.looked.tolist(), strict=True)
+        for image, (error, most, steps) in enumerate(found):
             if not error < most:
-                why = f"its fit diverged: squared error {error:.3g} on held-out views, {most:.3g} for zeros"
+                why = (
+                    f"its fit is no better than zeros after {steps} steps: squared error {error:.3g} on held-out "
+                    f"views, {most:.3g} for zeros"
+                )
                 self.failures.setdefault(image, ImageError("diverged", why))
 
 
@@ -174,6 +178,7 @@ class _Keep:
         self.best = {name: p.detach().clone() for name, p in parameters.items()}
         self.error = torch.full((len(first),), torch.inf, device=first.device)
         self.step = torch.zeros(len(first), dtype=torch.int64, device=first.device)
+        self.looked = torch.zeros_like(self.step)  # after how many steps an image was last looked at
         self.waited = torch.zeros_like(self.step)
         self.going = torch.ones(len(first), dtype=torch.bool, device=first.device)
         self.going[list(failures)] = False
@@ -187,6 +192,7 @@ class _Keep:
     def look(self, step: int, errors: Tensor) -> None:
         """Take parameters of images whose held-out error has become smaller, unless they are done."""
         better = self.going.clone()
+        self.looked = torch.where(self.going, step, self.looked)
         if self.patience is not None:
             better &= errors < (1 - _ROUNDING) * self.error
             self.waited = torch.where(better, 0, self.waited + 1)

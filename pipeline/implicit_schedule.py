@@ -4,6 +4,7 @@ Published numbers are those of FeatUp (arXiv 2403.10516, appendix, and its publi
 """
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ class Schedule:
             steps are taken, and the last network is kept, as published.
         weights: of the priors.
         max_pad_px: of the views, as `sample_jitter`; less in images that are smaller.
-        max_zoom: likewise.
+        max_zoom: likewise, more than 1.
         cell_px: side of the downsampler's cells; None: as published for the backbone's stride.
         seed: of all random numbers.
 
@@ -55,6 +56,8 @@ class Schedule:
         for name in ("views", "held_out", "steps", "views_per_step", "check_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, need at least 1")
+        if not self.max_zoom > 1:  # whole pixels alone are so few views that held-out ones would be all there are
+            raise ValueError(f"max_zoom: got {self.max_zoom}, need more than 1")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience: got {self.patience}, need at least 1, or None")
 
@@ -83,12 +86,12 @@ FAITHFUL = Schedule(views=3000, steps=1200, check_every=100, patience=None)
 def sample_views(schedule: Schedule, size: tuple[int, int]) -> tuple[list[Jitter], list[Jitter]]:
     """Draw the views of images of ``size`` (H, W) in pixels: those to be fitted, and the held-out ones.
 
-    Held-out views do not depend on how many are fitted.
+    Held-out views do not depend on how many are fitted, and are not among them.
     """
     rng = np.random.default_rng([schedule.seed, 1])
     pad = min(schedule.max_pad_px, min(size) - 1)
-    drawn = [
-        sample_jitter(rng, size, max_pad_px=pad, max_zoom=schedule.max_zoom)
-        for _ in range(schedule.held_out + schedule.views)
-    ]
-    return drawn[schedule.held_out :], drawn[: schedule.held_out]
+    drawn = (sample_jitter(rng, size, max_pad_px=pad, max_zoom=schedule.max_zoom) for _ in itertools.count())
+    held = list(itertools.islice(drawn, schedule.held_out))
+    # Views of whole pixels come again, one in thousands; enlarged ones never do, so that this ends.
+    others = (view for view in drawn if view not in held)
+    return list(itertools.islice(others, schedule.views)), held

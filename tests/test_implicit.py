@@ -319,6 +319,7 @@ def test_one_image_that_fails_leaves_the_others():
     alone = fit_networks(images[:1], targets[:1], held[:1], SHORT, stride_px=STRIDE)
     assert {i: error.status for i, error in fit.failures.items()} == {1: "constant", 2: "nonfinite", 3: "diverged"}
     assert {error.status for error in fit.failures.values()} < set(FAILED)
+    assert f"no better than zeros after {SHORT.steps} steps" in str(fit.failures[3])
     assert_close(fit.networks.render(images)[:1].detach(), alone.networks.render(images[:1]).detach(), 1e-3)
 
 
@@ -342,7 +343,10 @@ def test_schedules():
     assert few[1] == many[1]
     assert many[0][:3] == few[0]
     assert not set(map(repr, many[0])) & set(map(repr, many[1]))
-    for wrong in ({"views": 0}, {"patience": 0}, {"check_every": 0}):
+    fitted, held = sample_views(dataclasses.replace(FAITHFUL, held_out=40), SIZE)
+    assert (len(fitted), len(held)) == (3000, 40)
+    assert not set(fitted) & set(held)
+    for wrong in ({"views": 0}, {"patience": 0}, {"check_every": 0}, {"max_zoom": 1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             dataclasses.replace(SHORT, **wrong)
     with pytest.raises(ValueError, match="--views 5 is for --upsampler multiview or implicit: got jbu"):
