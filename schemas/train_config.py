@@ -191,5 +191,5 @@ class TrainConfig:
 _LEAST: dict[str, float] = {
     "limit": 1, "val_count": 1, "val_views": 1, "steps": 1, "batch_size": 1, "jitters": 1, "max_pad_px": 0,
     "max_zoom": 1, "projection_chs": 1, "crf_weight": 0, "seed": 0, "workers": 1, "checkpoint_every": 1,
-    "evaluate_every": 1, "attempts": 1, "min_side": 1,
+    "evaluate_every": 1, "attempts": 0, "min_side": 1,
 }  # fmt: skip

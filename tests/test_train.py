@@ -1,13 +1,17 @@
 """The parts of training, one by one."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import torch.distributed
+import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 from trainings import train_config, write_photographs
@@ -25,12 +29,16 @@ from pipeline.train.data import Draw, ImageTable, TrainingOrder, first_usable, k
 from pipeline.train.held_out_views import HeldOutViews, ViewError, rendered_size
 from pipeline.train.jbu import JBUTraining
 from pipeline.train.lift import LIFT_SCALES, LiFTTraining
+from pipeline.train.loop import Training, train
 from pipeline.train.losses import Uncertainty, cosine_distance, random_projection, sampled_crf, uncertain_error
+from pipeline.train.plan import make_train_plan
+from pipeline.train.stages import build_stages
 from pipeline.train.state import HeldOutRow, LossRow, TrainState, load_newest, save, tables
 from pipeline.train.trainee import LOSS, FeatureStatistics
 from pipeline.train.world import World
 from pipeline.upsample import Bilinear
-from pipeline.upsample_interface import imagenet_normalised
+from pipeline.upsample_interface import imagenet_normalised, resize
+from pipeline.weights import read_state_dict
 from schemas.train_config import BackboneChoice, TrainConfig
 
 HERE = World(torch.device("cpu"))
@@ -235,6 +243,7 @@ def test_lift_learns_directions_and_is_given_lengths(photographs: Path) -> None:
 class _Painter(nn.Module):
     """Stands in for a backbone whose features are the mean colours of 4×4 pixels: as equivariant as can be."""
 
+    name, layer = "painter", 7
     num_chs, reduction, grid = 3, 4, (8, 12)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -260,6 +269,96 @@ def test_the_error_on_held_out_views() -> None:
     assert errors["exact"].cosine > 0.9999
     assert errors["constant"].relative == pytest.approx(1, abs=0.05)  # but for views not being the images
     assert errors["exact"].relative < errors["bilinear"].relative < 1 < errors["flipped"].relative
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(0.0, "are the same everywhere"), (0.1, "are the same everywhere"), (torch.nan, "NaN")]
+)
+def test_features_that_nothing_can_be_measured_on(value: float, words: str) -> None:
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    painter = _Painter()
+    painter.forward = lambda images: torch.full((len(images), 3, 8, 12), value)  # type: ignore[method-assign]
+    with pytest.raises(JobError, match=f"painter at layer 7: .* {words}.* choose another layer"):
+        HeldOutViews(images, views=2, max_pad_px=6, max_zoom=2).errors(painter, {"bilinear": Bilinear()}, HERE)  # type: ignore[arg-type]
+
+
+def test_features_that_are_not_finite_are_found_before_training(photographs: Path, tmp_path: Path) -> None:
+    plan, (backbone,) = make_train_plan(train_config(photographs, tmp_path / "training"))
+    with torch.no_grad():
+        next(backbone.parameters()).fill_(torch.nan)
+    with pytest.raises(JobError, match=r"resnet18 at layer 3: its features .* NaN"):
+        build_stages(plan, HERE, 1, [backbone])
+
+
+def test_a_scale_never_turns_features_round() -> None:
+    trainee = LiFTTraining([build_backbone("resnet18", size=(64, 64), weights="random", layer=2)] * 3)
+    trainee.predicted_squared.fill_(2.0)
+    for projection, scale in ((-1.0, 1), (0.0, 1), (1.0, 0.5)):
+        trainee.predicted_on_target.fill_(projection)
+        before = trainee.lift.state_dict()["outc.bias"]
+        torch.testing.assert_close(trainee.weights()["outc.bias"], scale * before)
+
+
+# --- Several processes ---
+
+
+class _OtherDisk(World):
+    """As if another process had found a checkpoint two steps further."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value + 2] if isinstance(value, int) else [value]
+
+
+def test_an_output_that_not_all_nodes_share(photographs: Path, tmp_path: Path) -> None:
+    plan, built = make_train_plan(train_config(photographs, tmp_path / "training"))
+    world = _OtherDisk(torch.device("cpu"))
+    with pytest.raises(JobError, match="of the steps 0, 2: --output must be a place that all nodes share"):
+        Training(plan, build_stages(plan, world, 1, built), world)
+
+
+def train_as_one_of_two(rank: int, config: TrainConfig, rendezvous: str) -> None:
+    """What each of two processes runs."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    plan, built = make_train_plan(config)
+    train(plan, World(torch.device("cpu"), rank, 2), threads=1, built=built)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_what_two_processes_measure_is_what_they_save(photographs: Path, tmp_path: Path) -> None:
+    """BatchNorm's statistics are each process's own: only one's are saved."""
+    config = train_config(
+        photographs, tmp_path / "training", upsampler="lift", backbones=("resnet18@2=random",), steps=1
+    )
+    torch.multiprocessing.spawn(train_as_one_of_two, (config, str(tmp_path / "rendezvous")), 2)  # type: ignore[no-untyped-call]
+    plan, (backbone,) = make_train_plan(replace(config, resume=True, output=str(tmp_path / "other")))
+    lift = LiFT.from_state(read_state_dict(str(tmp_path / "training" / "upsampler.safetensors")), patch=8, num_chs=128)
+    views = build_stages(plan, HERE, 1, [backbone]).views
+
+    def upsample(features: torch.Tensor, images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        return resize(lift(features, imagenet_normalised(images)), size)
+
+    error = views.errors(backbone, {"lift": upsample}, HERE)["lift"]
+    last = load_newest(Objects(config.output)).held_out[-1].errors["lift"]
+    assert (last.relative, last.cosine) == pytest.approx((error.relative, error.cosine), rel=1e-4)
+
+
+def test_workers_that_die_are_started_again() -> None:
+    runner = pytest.importorskip("pipeline.train.runner")
+    starts: list[int] = []
+
+    def fit(deaths: int) -> None:
+        starts.append(1)
+        if len(starts) <= deaths:
+            raise OSError("a node is gone")
+
+    runner._persistently(partial(fit, 2), 2, OSError)
+    assert len(starts) == 3
+    starts.clear()
+    with pytest.raises(JobError, match=r"workers died 3 times.*a node is gone.*--resume goes on"):
+        runner._persistently(partial(fit, 9), 2, OSError)
+    assert len(starts) == 3
 
 
 # --- State ---
@@ -340,8 +439,6 @@ def test_what_a_configuration_refuses(changed: dict[str, object], words: str) ->
 
 
 def test_a_configuration_is_the_same_in_json(photographs: Path, tmp_path: Path) -> None:
-    from pipeline.train.plan import make_train_plan
-
     plan, _ = make_train_plan(train_config(photographs, tmp_path / "output", dry_run=True))
     assert json.loads(json.dumps(plan.configuration)) == plan.configuration
     assert isinstance(plan.train.references, pa.Table)

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from stores import SHARED
 from trainings import arguments, options, train_config, write_photographs
 
@@ -31,6 +32,7 @@ from jobs.upsample_imagenet import upsample
 from pipeline.backbone import Backbone, build_backbone
 from pipeline.errors import JobError
 from pipeline.lift import LiFT
+from pipeline.pairing import check_pairing
 from pipeline.train import jbu as jbu_training
 from pipeline.upsample import JBU, build_upsampler
 from pipeline.weights import read_metadata, read_state_dict
@@ -222,6 +224,17 @@ def test_a_stack_without_its_final_convolution_has_to_say_so(undisturbed: Path, 
         build_upsampler("jbu", str(tmp_path / "silent.pth"), resnet18(2))
 
 
+def test_metadata_of_others_says_nothing_and_damaged_ones_are_named(undisturbed: Path, tmp_path: Path) -> None:
+    weights, ours = tmp_path / "weights.safetensors", {"format": "densefeat-upsampler-1", "final": "on"}
+    state = tensors(undisturbed / "upsampler.safetensors")
+    for backbones in ("not json", "[]", "{}", "[1]", '{"name": 1}'):
+        save_file(state, weights, {"backbones": backbones, "upsampler": "theirs"})
+        check_pairing(str(weights), "jbu", resnet18(3))
+        save_file(state, weights, {"backbones": backbones, **ours})
+        with pytest.raises(JobError, match=r"got the backbones .* in its metadata .* damaged"):
+            check_pairing(str(weights), "jbu", resnet18(3))
+
+
 def test_lift(photographs: Path, tmp_path: Path) -> None:
     config = train_config(photographs, tmp_path / "training", upsampler="lift", backbones=("resnet18@2=random",))
     assert train_upsampler(config) == 0
@@ -330,6 +343,8 @@ def test_a_loss_that_is_not_finite_stops_it(
     keys = {path.name for path in (photographs / "train").iterdir()}
     assert sum(key in caplog.text.partition("Its batch:")[2] for key in keys) == 2
     assert not (tmp_path / "training" / "upsampler.safetensors").exists()
+    assert table(tmp_path / "training", "losses.csv")["step"] == [1, 2, 3]  # one beyond the checkpoint
+    assert (tmp_path / "training" / "curves.png").exists()
     monkeypatch.undo()
     assert train_upsampler(replace(config, resume=True)) == 0
 

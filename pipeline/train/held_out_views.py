@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.backbone import Backbone
 from pipeline.downsample import mean_matrix
+from pipeline.errors import JobError
 from pipeline.jitter import Jitter, apply_matrices, sample_jitter, view_images
 from pipeline.train.world import World
 
@@ -16,6 +17,8 @@ __all__ = ["HeldOutViews", "Upsample", "ViewError", "rendered_size"]
 
 # Not a job's --seed: the views are the same for every training with the same images, size, padding and zoom.
 _SEED = 20_240_315
+# Variance as a share of the mean square below which features are the same everywhere, but for rounding.
+_CONSTANT = 1e-10
 
 Upsample = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
 
@@ -64,6 +67,9 @@ class HeldOutViews:
             backbone: on the world's device.
             upsamplers: [1, C, h, w] features, [1, 3, H, W] uint8 image, (height, width) -> [1, C, height, width].
             world: on whose device to compute.
+
+        Raises:
+            JobError: the features are not finite, or the same everywhere: nothing can be measured on them.
         """
         sums = {name: torch.zeros(2, dtype=torch.float64) for name in upsamplers}
         moments = torch.zeros(2, backbone.num_chs, dtype=torch.float64)
@@ -82,7 +88,7 @@ class HeldOutViews:
             places += by_channel.shape[1]
         count = float(world.total(torch.tensor(places, dtype=torch.float64)))
         total, squares = world.total(moments).cpu()
-        variance = float((squares - total.square() / count).sum())
+        variance = _variance(backbone, total, squares, count)
         shares = {name: world.total(both).tolist() for name, both in sums.items()}
         return {name: ViewError(error / variance, cosine / count) for name, (error, cosine) in shares.items()}
 
@@ -90,6 +96,21 @@ class HeldOutViews:
 def rendered_size(backbone: Backbone) -> tuple[int, int]:
     """(height, width) in which features are compared: whole cells, also where a ConvNet rounds its grid up."""
     return backbone.grid[0] * backbone.reduction, backbone.grid[1] * backbone.reduction
+
+
+def _variance(backbone: Backbone, total: Tensor, squares: Tensor, count: float) -> float:
+    """Sum over channels of the squared differences from their means, by sums of values and of squares [C].
+
+    Raises:
+        JobError: it is zero or not finite.
+    """
+    who = f"{backbone.name} at layer {backbone.layer}: its features of the images to measure held-out views on"
+    if not squares.isfinite().all():
+        raise JobError(f"{who} contain NaN or infinity: choose another layer, or check its weights")
+    variance = float((squares - total.square() / count).sum())
+    if variance <= _CONSTANT * float(squares.sum()):
+        raise JobError(f"{who} are the same everywhere: choose another layer or weights")
+    return variance
 
 
 def _seen(high: Tensor, jitter: Jitter, grid: tuple[int, int]) -> Tensor:

@@ -105,8 +105,12 @@ class LiFTTraining(Trainee):
             mean.mul_(_MEMORY).add_((1 - _MEMORY) * value)
 
     def _scale(self) -> Tensor:
-        """[]: what the output is multiplied with; 1 before the first step."""
-        if not self.predicted_squared > 0:
+        """[]: what the output is multiplied with, positive.
+
+        1 before the first step, and as long as predictions do not point where the targets do: the least squares would
+        turn them round.
+        """
+        if not (self.predicted_squared > 0 and self.predicted_on_target > 0):
             return torch.ones_like(self.predicted_squared)
         return self.predicted_on_target / self.predicted_squared
 

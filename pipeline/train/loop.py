@@ -12,13 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from densefeat.objects import Objects
 from pipeline.backbone import Backbone
-from pipeline.errors import TrainingDiverged
+from pipeline.errors import JobError, TrainingDiverged
 from pipeline.stage_seconds import StageSeconds
 from pipeline.store import storage_explained
 from pipeline.train.data import Draw, TrainingOrder, training_batches
 from pipeline.train.held_out_views import Upsample, ViewError
 from pipeline.train.plan import TrainPlan
-from pipeline.train.result import write_result
+from pipeline.train.result import write_record, write_result
 from pipeline.train.stages import TrainStages, build_stages
 from pipeline.train.state import HeldOutRow, LossRow, load_newest, save
 from pipeline.train.trainee import LOSS
@@ -47,7 +47,13 @@ def train(plan: TrainPlan, world: World, *, threads: int, built: list[Backbone] 
     """
     stages = build_stages(plan, world, threads, built)
     training = Training(plan, stages, world)
-    training.run()
+    try:
+        training.run()
+    except TrainingDiverged:
+        if world.leads:
+            write_record(plan, training.state)  # beyond the last checkpoint: to see how it came
+        world.gather(None)  # the first process that ends takes the others with it: not before this is written
+        raise
     if world.leads:
         logger.info("%s", training.explain_seconds())
         write_result(plan, stages, training.state)
@@ -66,7 +72,7 @@ class Training:
         seconds: busy seconds: those of a step (backbone with its random views), held-out views, checkpoint.
 
     Raises:
-        JobError: all checkpoints are damaged.
+        JobError: all checkpoints are damaged, or not all processes see the same.
     """
 
     def __init__(self, plan: TrainPlan, stages: TrainStages, world: World) -> None:
@@ -75,6 +81,7 @@ class Training:
         self._optimizer = stages.trainee.optimizer(plan.config.learning_rate)
         self.seconds = StageSeconds()
         self.state = load_newest(self._objects)
+        self._check_shared()
         self._safe_at = self.state.step
         if self.state.step:
             stages.trainee.load_state_dict(self.state.model)
@@ -106,6 +113,16 @@ class Training:
                 rate = (total - spent) / (state.step - said)
                 self._say("step %d/%d: loss %.4g, %.2f s a step", state.step, config.steps, losses[LOSS], rate)
                 said_at, said, spent = time.monotonic(), state.step, total
+
+    def _check_shared(self) -> None:
+        """A folder of one node's own disk has no checkpoints on the others, which would begin anew."""
+        steps = self._world.gather(self.state.step)
+        if len(set(steps)) > 1:
+            raise JobError(
+                f"--output {self._plan.config.output}: the workers find checkpoints of the steps "
+                f"{', '.join(map(str, steps))}: --output must be a place that all nodes share (a shared folder, s3://, "
+                "gs://)"
+            )
 
     def explain_seconds(self) -> str:
         """Where the time went, in shares, for a person."""
@@ -177,6 +194,7 @@ class Training:
 
     def _measure(self) -> None:
         """Measure the upsampler as it is; and the first time, those that learn nothing."""
+        self._world.follow_lead(self._stages.trainee.buffers())  # BatchNorm's: what is measured is what is saved
         with self._timed("held-out views"):
             for backbone in self._stages.measured:
                 label, rows = _label(backbone), self.state.held_out
@@ -192,6 +210,7 @@ class Training:
                 self._say("step %d: error on held-out views of %s: %s", self.state.step, label, said)
 
     def _checkpoint(self) -> None:
+        self._world.follow_lead(self._stages.trainee.buffers())
         state = self._stages.trainee.state_dict()
         if not all(tensor.isfinite().all() for tensor in state.values()):
             raise TrainingDiverged(

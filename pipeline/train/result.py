@@ -7,6 +7,7 @@ from dataclasses import asdict
 import torch
 
 from densefeat.objects import Objects, split_uri
+from pipeline.pairing import FORMAT
 from pipeline.software import commit, software_versions
 from pipeline.store import storage_explained
 from pipeline.train.curves import curves
@@ -15,7 +16,7 @@ from pipeline.train.stages import TrainStages
 from pipeline.train.state import TrainState, tables
 from pipeline.train.trainee import Trainee
 
-__all__ = ["CURVES", "WEIGHTS", "provenance", "write_result"]
+__all__ = ["CURVES", "WEIGHTS", "provenance", "write_record", "write_result"]
 
 WEIGHTS, CURVES = "upsampler.safetensors", "curves.png"
 
@@ -32,15 +33,26 @@ def write_result(plan: TrainPlan, stages: TrainStages, state: TrainState) -> Non
     with storage_explained(f"--output {plan.config.output}"):
         objects = Objects(plan.config.output)
         objects.put(WEIGHTS, save(weights, metadata=provenance(plan, stages.trainee, state)))
-        objects.put(CURVES, curves(state))
-        for name, table in tables(state).items():
-            objects.put(name, table.encode())
-        objects.tidy()
+    write_record(plan, state)
     if plan.config.featup_checkpoint is not None:
         folder, name = split_uri(plan.config.featup_checkpoint)
         with storage_explained(f"--featup-checkpoint {plan.config.featup_checkpoint}"):
             Objects(folder).put(name, _featup_checkpoint(weights, num_chs=stages.backbones[0].num_chs))
             Objects(folder).tidy()
+
+
+def write_record(plan: TrainPlan, state: TrainState) -> None:
+    """Write tables and curves to --output: all that is known of a training that diverged, too.
+
+    Raises:
+        JobError: it cannot be written to.
+    """
+    with storage_explained(f"--output {plan.config.output}"):
+        objects = Objects(plan.config.output)
+        objects.put(CURVES, curves(state))
+        for name, table in tables(state).items():
+            objects.put(name, table.encode())
+        objects.tidy()
 
 
 def provenance(plan: TrainPlan, trainee: Trainee, state: TrainState) -> dict[str, str]:
@@ -55,7 +67,7 @@ def provenance(plan: TrainPlan, trainee: Trainee, state: TrainState) -> dict[str
         for label, row in newest.items()
     }
     return {
-        "format": "densefeat-upsampler-1",
+        "format": FORMAT,
         "upsampler": trainee.name,
         **trainee.metadata(),
         "backbones": json.dumps(plan.identities),

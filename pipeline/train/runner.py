@@ -34,7 +34,7 @@ def train_on_ray(plan: TrainPlan) -> None:
     newest checkpoint.
 
     Raises:
-        JobError: the cluster lacks the devices; it cannot be done as asked, or diverged.
+        JobError: the cluster lacks the devices; workers died too often; it cannot be done as asked, or diverged.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")  # the default of newer versions
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean the same in a worker as here
@@ -60,15 +60,7 @@ def train_on_ray(plan: TrainPlan) -> None:
             run_config=RunConfig(name="train", storage_path=ray_files, **_quiet()),
         )
         logger.info("starting %d workers; the cluster has %s", plan.config.workers, ray.cluster_resources())
-        for attempt in range(1, plan.config.attempts + 1):
-            try:
-                _interruptible(trainer.fit)
-                return
-            except TrainingFailedError as error:
-                _raise_if_ours(error)
-                if attempt == plan.config.attempts:
-                    raise
-                logger.warning("a worker died, training goes on from the newest checkpoint: %s", _last_line(error))
+        _persistently(lambda: _interruptible(trainer.fit), plan.config.attempts, TrainingFailedError)
 
 
 def _be_a_worker(settings: dict[str, Any]) -> None:
@@ -107,6 +99,22 @@ def _resources(plan: TrainPlan) -> tuple[bool, int]:
         )
     # A worker fits on any node: a GPU's asks for one CPU, others for their share.
     return on_gpus, 1 if on_gpus else max(1, cpus // max(plan.config.workers, len(ray.nodes())))
+
+
+def _persistently(fit: Callable[[], None], attempts: int, failure: type[Exception]) -> None:
+    """Call ``fit``, and up to ``attempts`` times again where it raises ``failure`` that is not of our making."""
+    for deaths in range(1, attempts + 2):
+        try:
+            fit()
+            return
+        except failure as error:
+            _raise_if_ours(error)
+            if deaths > attempts:
+                raise JobError(
+                    f"workers died {deaths} times, the last one of this: {_last_line(error)}. --resume goes on from "
+                    "the newest checkpoint"
+                ) from error
+            logger.warning("a worker died, training goes on from the newest checkpoint: %s", _last_line(error))
 
 
 def _interruptible(fit: Callable[[], Any]) -> None:

@@ -85,7 +85,11 @@ def build_stages(plan: TrainPlan, world: World, threads: int, built: list[Backbo
 
 
 def _statistics(plan: TrainPlan, world: World, threads: int, backbones: list[Backbone]) -> list[FeatureStatistics]:
-    """Of each backbone's features, over a sample of the training images."""
+    """Of each backbone's features, over a sample of the training images.
+
+    Raises:
+        JobError: none of the images can be used, or features are not finite.
+    """
     rows = sample_rows(plan.train.references.num_rows, _STATISTICS_IMAGES)
     sample = plan.train.references.take(rows)
     loader = plan.train.loader(plan.config, len(rows), threads)
@@ -95,9 +99,18 @@ def _statistics(plan: TrainPlan, world: World, threads: int, backbones: list[Bac
             f"--images {plan.config.images}: none of {len(rows)} can be used; the first says: {batch.decoded[0]}"
         )
     images = batch.pixels[batch.usable_rows].to(world.device)
-    return [
-        FeatureStatistics.of(torch.cat([backbone(image[None]) for image in images]).cpu()) for backbone in backbones
-    ]
+    return [_statistics_of(backbone, images) for backbone in backbones]
+
+
+def _statistics_of(backbone: Backbone, images: torch.Tensor) -> FeatureStatistics:
+    features = torch.cat([backbone(image[None]) for image in images]).cpu()
+    # Found later, it would look like a fault of the images or of the learning rate.
+    if not features.isfinite().all():
+        raise JobError(
+            f"{backbone.name} at layer {backbone.layer}: its features of the training images contain NaN or infinity: "
+            "choose another layer, or check its weights"
+        )
+    return FeatureStatistics.of(features)
 
 
 def _check_identity(backbone: Backbone, expected: dict[str, object]) -> None:

@@ -1,5 +1,6 @@
 """The processes that train together, as one of them sees them; alone, all of it is trivial. Knows nothing of Ray."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,12 @@ class World:
             values = values.to(self.device)
             torch.distributed.all_reduce(values)
         return values
+
+    def follow_lead(self, tensors: Iterable[Tensor]) -> None:
+        """Make tensors those of rank 0, in place; each must call it, with the same shapes."""
+        if self.size > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, 0)
 
     def gather(self, value: Any) -> list[Any]:
         """What each process gives, by rank; each must call it."""
