@@ -96,7 +96,7 @@ class TrainConfig:
     seed: int = 0
     # Processes that train together, started with Ray, each on a GPU or on its share of the CPUs; 1: this one, no Ray.
     workers: int = 1
-    # "auto", "cpu" or "cuda".
+    # "auto", "cpu" or "cuda"; on a GPU backbones and lift compute in bfloat16, weights, losses and jbu in float32.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Steps between checkpoints; the newest two are kept.
     checkpoint_every: int = 100

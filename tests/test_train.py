@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ from pipeline.train.data import Draw, ImageTable, TrainingOrder, first_usable, k
 from pipeline.train.held_out_views import HeldOutViews, ViewError, rendered_size
 from pipeline.train.jbu import JBUTraining
 from pipeline.train.lift import LIFT_SCALES, LiFTTraining
-from pipeline.train.loop import Training, train
+from pipeline.train.loop import Training, autocast, train
 from pipeline.train.losses import Uncertainty, cosine_distance, random_projection, sampled_crf, uncertain_error
 from pipeline.train.plan import make_train_plan
 from pipeline.train.stages import build_stages
@@ -235,6 +235,29 @@ def test_lift_learns_directions_and_is_given_lengths(photographs: Path) -> None:
     loaded = LiFT.from_state(trainee.weights(), patch=int(trainee.metadata()["patch"]), num_chs=128)
     with torch.no_grad():
         torch.testing.assert_close(loaded(octave.low, imagenet_normalised(small)), high, rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_precision_is_for_lift_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype, *, enabled: enabled and (device, dtype))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    asked = [autocast(device, cast(Any, kind)) for kind in (LiFTTraining, JBUTraining) for device in (cpu, cuda)]
+    assert asked == [False, ("cuda", torch.bfloat16), False, False]
+
+
+def test_mixed_precision_leaves_losses_and_gradients_float32() -> None:
+    """What a GPU does, as well as a CPU can."""
+    backbones = [build_backbone("resnet18", size=(s, s), weights="random", layer=2) for s in (128, 64, 32)]
+    trainee = LiFTTraining(backbones)
+    images = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
+    prepared = trainee.prepare(0, images, Draw(0, 0, 0))
+    expected = trainee(prepared)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = trainee(prepared)
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    torch.testing.assert_close(losses, expected, rtol=0.02, atol=0.02)
+    torch.autograd.backward(losses[LOSS])
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trainee.parameters())
+    assert trainee.predicted_squared.dtype == torch.float32
 
 
 # --- Held-out views ---

@@ -104,6 +104,7 @@ class JBUTraining(Trainee):
     """
 
     name = "jbu"
+    mixed_precision = False  # colour distances suffer in half precision, and the time goes to backbone and kernels
 
     def __init__(
         self, config: TrainConfig, backbones: Sequence[Backbone], statistics: Sequence[FeatureStatistics]

@@ -44,6 +44,7 @@ class LiFTTraining(Trainee):
     """
 
     name = "lift"
+    mixed_precision = True
     predicted_on_target: Tensor
     predicted_squared: Tensor
 
@@ -67,7 +68,7 @@ class LiFTTraining(Trainee):
         """As `Trainee.forward`."""
         distances = []
         for octave in prepared:
-            predicted = self.lift(octave.low, octave.image)
+            predicted = self.lift(octave.low, octave.image).float()  # of autocast, where that is on
             distances.append(cosine_distance(predicted, octave.target))
             self._note_scale(predicted.detach(), octave.target)
         first, second = distances

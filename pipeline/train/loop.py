@@ -21,11 +21,11 @@ from pipeline.train.plan import TrainPlan
 from pipeline.train.result import write_record, write_result
 from pipeline.train.stages import TrainStages, build_stages
 from pipeline.train.state import HeldOutRow, LossRow, load_newest, save
-from pipeline.train.trainee import LOSS
+from pipeline.train.trainee import LOSS, Trainee
 from pipeline.train.world import World
 from pipeline.upsample import JBU, Bilinear
 
-__all__ = ["Training", "train"]
+__all__ = ["Training", "autocast", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,15 @@ def train(plan: TrainPlan, world: World, *, threads: int, built: list[Backbone] 
     if world.leads:
         logger.info("%s", training.explain_seconds())
         write_result(plan, stages, training.state)
+
+
+def autocast(device: torch.device, trainee: Trainee) -> torch.autocast:
+    """Mixed precision for a trainee's ``forward``: bfloat16 on a GPU where the trainee allows it, else float32.
+
+    Parameters, their gradients and the optimizer are float32 always; bfloat16 has float32's range, so that losses need
+    no scaling.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and trainee.mixed_precision)
 
 
 class Training:
@@ -163,7 +172,7 @@ class Training:
         with self._timed("backbone"):
             draw = Draw(self._plan.config.seed, self.state.step, self._world.rank)
             prepared = self._stages.trainee.prepare(self._turn, images.to(self._world.device), draw)
-        with self._timed("forward"):
+        with self._timed("forward"), autocast(self._world.device, self._stages.trainee):
             losses: dict[str, Tensor] = model(prepared)
         with self._timed("backward"):
             self._optimizer.zero_grad(set_to_none=True)

@@ -36,9 +36,15 @@ class FeatureStatistics:
 
 
 class Trainee(nn.Module):
-    """An upsampler and whatever else is trained with it. Its ``forward`` makes the losses, so that DDP can wrap it."""
+    """An upsampler and whatever else is trained with it. Its ``forward`` makes the losses, so that DDP can wrap it.
+
+    Attributes:
+        name: of the upsampler.
+        mixed_precision: whether ``forward`` may run in bfloat16 autocast on a GPU; losses come out in float32 even so.
+    """
 
     name: ClassVar[str]
+    mixed_precision: ClassVar[bool]
 
     @abstractmethod
     def prepare(self, turn: int, images: Tensor, draw: Draw) -> Any:
