@@ -225,6 +225,9 @@ TABLES = {
     "main_job": main_job,
     "upsamplers": upsamplers,
     "upsampler_costs": upsampler_costs,
+    "probe": probe,
+    "fits": fits,
+    "training": training,
     "jbu_parts": jbu_parts,
     "jbu": jbu,
 }
