@@ -78,6 +78,9 @@ class TrainConfig:
     batch_size: int | None = None
     # Of NAdam (jbu) or Adam (lift).
     learning_rate: float = 1e-3
+    # Lift: gigabytes of main memory that a worker may keep features in, which are the same in every epoch; used if
+    # those of all images fit.
+    cache_gb: float = 8.0
     # Jbu: views of an image in a step.
     jitters: int = 5
     # Pixels of padding around an image that a view may show; also of held-out views.
@@ -191,5 +194,5 @@ class TrainConfig:
 _LEAST: dict[str, float] = {
     "limit": 1, "val_count": 1, "val_views": 1, "steps": 1, "batch_size": 1, "jitters": 1, "max_pad_px": 0,
     "max_zoom": 1, "projection_chs": 1, "crf_weight": 0, "seed": 0, "workers": 1, "checkpoint_every": 1,
-    "evaluate_every": 1, "attempts": 0, "min_side": 1,
+    "evaluate_every": 1, "attempts": 0, "cache_gb": 0, "min_side": 1,
 }  # fmt: skip

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,7 @@ from pipeline.lift import LiFT
 from pipeline.source import list_images
 from pipeline.train.curves import curves
 from pipeline.train.data import Draw, ImageTable, TrainingOrder, first_usable, key_hash, training_batches
+from pipeline.train.feature_cache import FeatureCache
 from pipeline.train.held_out_views import HeldOutViews, ViewError, rendered_size
 from pipeline.train.jbu import JBUTraining
 from pipeline.train.lift import LIFT_SCALES, LiFTTraining
@@ -214,7 +216,7 @@ def test_lift_learns_directions_and_is_given_lengths(photographs: Path) -> None:
     backbones = [
         build_backbone("resnet18", size=(round(64 * s), round(32 * s)), weights="random", layer=2) for s in LIFT_SCALES
     ]
-    trainee = LiFTTraining(backbones)
+    trainee = LiFTTraining(backbones, FeatureCache(2, backbones, 1e9))
     optimizer = trainee.optimizer(3e-3)
     images = torch.randint(0, 256, (2, 3, 16, 8), dtype=torch.uint8).repeat_interleave(8, 2).repeat_interleave(8, 3)
     losses = []
@@ -237,6 +239,20 @@ def test_lift_learns_directions_and_is_given_lengths(photographs: Path) -> None:
         torch.testing.assert_close(loaded(octave.low, imagenet_normalised(small)), high, rtol=1e-4, atol=1e-5)
 
 
+def test_features_that_all_fit_are_made_once() -> None:
+    backbone = build_backbone("resnet18", size=(64, 32), weights="random", layer=2)
+    images = torch.randint(0, 256, (3, 3, 64, 32), dtype=torch.uint8)
+    takes = 3 * backbone.num_chs * 8 * 4 * 4
+    for max_bytes, times in ((takes, 2), (takes - 1, 4)):
+        cache, make = FeatureCache(3, [backbone], max_bytes), Mock(side_effect=lambda batch: [backbone(batch)])
+        assert (cache.bytes, cache.keeps) == (takes, times == 2)
+        # The second batch has a new image; the last two, none.
+        for rows in ([0, 1], [1, 2], [2, 0], [1, 1]):
+            (features,) = cache.features(images[rows], partial(make, images[rows]))
+            assert torch.equal(features, backbone(images[rows]))
+        assert make.call_count == times
+
+
 def test_mixed_precision_is_for_lift_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda device, dtype, *, enabled: enabled and (device, dtype))
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
@@ -247,7 +263,7 @@ def test_mixed_precision_is_for_lift_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -
 def test_mixed_precision_leaves_losses_and_gradients_float32() -> None:
     """What a GPU does, as well as a CPU can."""
     backbones = [build_backbone("resnet18", size=(s, s), weights="random", layer=2) for s in (128, 64, 32)]
-    trainee = LiFTTraining(backbones)
+    trainee = LiFTTraining(backbones, FeatureCache(2, backbones, max_bytes=0))
     images = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
     prepared = trainee.prepare(0, images, Draw(0, 0, 0))
     expected = trainee(prepared)
@@ -314,7 +330,8 @@ def test_features_that_are_not_finite_are_found_before_training(photographs: Pat
 
 
 def test_a_scale_never_turns_features_round() -> None:
-    trainee = LiFTTraining([build_backbone("resnet18", size=(64, 64), weights="random", layer=2)] * 3)
+    backbones = [build_backbone("resnet18", size=(64, 64), weights="random", layer=2)] * 3
+    trainee = LiFTTraining(backbones, FeatureCache(1, backbones, max_bytes=0))
     trainee.predicted_squared.fill_(2.0)
     for projection, scale in ((-1.0, 1), (0.0, 1), (1.0, 0.5)):
         trainee.predicted_on_target.fill_(projection)

@@ -253,6 +253,20 @@ def test_lift(photographs: Path, tmp_path: Path) -> None:
         build_upsampler("jbu", weights, resnet18(2))
 
 
+def test_lift_is_the_same_whether_features_are_kept(photographs: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"upsampler": "lift", "backbones": ("resnet18@2=random",), "batch_size": 2, "steps": 7}
+    without, kept, parts = (
+        train_config(photographs, tmp_path / name, **options) for name in ("without", "kept", "parts")
+    )
+    assert train_upsampler(replace(without, cache_gb=0)) == 0
+    assert train_upsampler(kept) == 0
+    assert train_upsampler(replace(parts, steps=4)) == 0
+    assert train_upsampler(replace(parts, resume=True)) == 0
+    for name in ("kept", "parts"):
+        assert record(tmp_path / name) == record(tmp_path / "without")
+        assert same_tensors(*(tmp_path / one / "upsampler.safetensors" for one in (name, "without")))
+
+
 # --- Going on ---
 
 

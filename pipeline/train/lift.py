@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.backbone import Backbone
 from pipeline.lift import LiFT
 from pipeline.train.data import Draw
+from pipeline.train.feature_cache import FeatureCache
 from pipeline.train.losses import cosine_distance
 from pipeline.train.trainee import LOSS, Trainee
 from pipeline.upsample_interface import imagenet_normalised, resize
@@ -41,6 +42,7 @@ class LiFTTraining(Trainee):
 
     Args:
         backbones: one backbone, built for each of `LIFT_SCALES`.
+        cache: keeps their features, which are the same in every epoch.
     """
 
     name = "lift"
@@ -48,9 +50,9 @@ class LiFTTraining(Trainee):
     predicted_on_target: Tensor
     predicted_squared: Tensor
 
-    def __init__(self, backbones: Sequence[Backbone]) -> None:
+    def __init__(self, backbones: Sequence[Backbone], cache: FeatureCache) -> None:
         super().__init__()
-        self._backbones = tuple(backbones)
+        self._backbones, self._cache = tuple(backbones), cache
         self.lift = LiFT(backbones[1].num_chs, backbones[1].reduction)
         for name in ("predicted_on_target", "predicted_squared"):
             self.register_buffer(name, torch.zeros(()))
@@ -58,7 +60,9 @@ class LiFTTraining(Trainee):
     def prepare(self, turn: int, images: Tensor, draw: Draw) -> list[_Octave]:
         """As `Trainee.prepare`; images of twice the size that LiFT will be used on. Nothing is random."""
         scales = [images, _halved(images, 2), _halved(images, 4)]
-        features = [backbone(scale) for backbone, scale in zip(self._backbones, scales, strict=True)]
+        features = self._cache.features(
+            images, lambda: [backbone(scale) for backbone, scale in zip(self._backbones, scales, strict=True)]
+        )
         return [
             _Octave(imagenet_normalised(scales[octave + 1]), features[octave + 1], features[octave])
             for octave in range(2)

@@ -1,5 +1,6 @@
 """From the plan of a training to what one of its processes computes with."""
 
+import logging
 import socket
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from pipeline.pairing import backbone_name
 from pipeline.pca import sample_rows
 from pipeline.stage_seconds import StageSeconds
 from pipeline.train.data import first_usable
+from pipeline.train.feature_cache import FeatureCache
 from pipeline.train.held_out_views import HeldOutViews
 from pipeline.train.jbu import JBUTraining
 from pipeline.train.lift import LIFT_SCALES, LiFTTraining
@@ -20,6 +22,8 @@ from pipeline.train.trainee import FeatureStatistics, Trainee
 from pipeline.train.world import World
 
 __all__ = ["TrainStages", "build_stages"]
+
+logger = logging.getLogger(__name__)
 
 _STATISTICS_IMAGES = 32
 
@@ -70,7 +74,7 @@ def build_stages(plan: TrainPlan, world: World, threads: int, built: list[Backbo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         trainee: Trainee = (
-            LiFTTraining(by_scale[0])
+            LiFTTraining(by_scale[0], _feature_cache(plan, world, by_scale[0]))
             if config.upsampler == "lift"
             else JBUTraining(config, backbones, _statistics(plan, world, threads, backbones))
         )
@@ -82,6 +86,18 @@ def build_stages(plan: TrainPlan, world: World, threads: int, built: list[Backbo
         measured,
         HeldOutViews(held_out, views=config.val_views, max_pad_px=config.max_pad_px, max_zoom=config.max_zoom),
     )
+
+
+def _feature_cache(plan: TrainPlan, world: World, backbones: list[Backbone]) -> FeatureCache:
+    cache = FeatureCache(plan.train.references.num_rows, backbones, 1e9 * plan.config.cache_gb)
+    if world.leads:
+        logger.info(
+            "features of all images take %.3g GB in a worker: %s (--cache-gb %g)",
+            cache.bytes / 1e9,
+            "kept from the first epoch on" if cache.keeps else "made anew in every epoch",
+            plan.config.cache_gb,
+        )
+    return cache
 
 
 def _statistics(plan: TrainPlan, world: World, threads: int, backbones: list[Backbone]) -> list[FeatureStatistics]:
