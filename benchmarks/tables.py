@@ -121,20 +121,22 @@ def fits() -> str:
     latest = {(row["backbone"], row["method"]): row for row in rows.read("implicit")}
     few = min(row["photos"] for row in latest.values())
     table = [
-        f"| backbone | upsampler | error, of bilinear's | on {few} photographs | seconds an image | and its views |",
+        f"| backbone | upsampler | error (share of bilinear's) | the same on {few} | s an image: fit | passes |",
         "|---|---|---|---|---|---|",
     ]
-    for (backbone, method), row in latest.items():
+    # In the order of time, as in the figure.
+    for (backbone, method), row in sorted(latest.items(), key=lambda one: (one[0][0], sum(_fit_seconds(one[1])))):
         all_errors, few_errors = _errors(row, few)
         bilinear, few_bilinear = _errors(latest[backbone, "bilinear"], few)
-        everywhere = "" if all_errors is None else f"{all_errors:.3f}, {all_errors / bilinear:.2f}"
+        everywhere = "" if all_errors is None else f"{all_errors:.3f} ({all_errors / bilinear:.2f})"
         table.append(
-            f"| {backbone} | {method} | {everywhere} | {few_errors:.3f}, {few_errors / few_bilinear:.2f} "
-            f"| {_seconds(row['fit_s'])} | {_seconds(row['extraction_s'])} |"
+            f"| {backbone} | {method} | {everywhere} | {few_errors:.3f} ({few_errors / few_bilinear:.2f}) "
+            f"| {' | '.join(map(_seconds, _fit_seconds(row)))} |"
         )
     sample = next(iter(latest.values()))
+    photos = max(row["photos"] for row in latest.values())
     return (
-        f"Squared error on 20 views of each of {sample['photos']} photographs (coco200's validation half, 224 px, k = "
+        f"Squared error on 20 views of each of {photos} photographs (coco200's validation half, 224 px, k = "
         f"64) that no fit has seen, as a share of their variance. Seconds of one core of {_machine(sample)}, beside "
         "the backbone's passes and in them (`python -m benchmarks.implicit`, `benchmarks.implicit_featup`). FeatUp's "
         "networks are judged through the downsampler that is fitted with them, if that is better.\n\n"
@@ -193,8 +195,13 @@ def _errors(row: dict[str, Any], few: int) -> tuple[Any, float]:
     return None, min(row["held_out_error"], row["own_error"])
 
 
+def _fit_seconds(row: dict[str, Any]) -> tuple[float, float]:
+    """Of the fit, and of the backbone's passes over its views."""
+    return row["fit_s"], row["extraction_s"]
+
+
 def _seconds(value: float) -> str:
-    return f"{value:,.0f} s" if value >= 10 else f"{value:.2g} s"
+    return f"{value:,.0f} s" if value >= 10 else f"{value:.2g} s" if value else "none"
 
 
 def _time_and_memory(measured: dict[str, Any] | None, batch: int) -> str:

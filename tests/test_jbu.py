@@ -522,6 +522,7 @@ def test_a_stage_of_no_size(argument, value):
         JBUStage(**{argument: value})
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in multiply")  # Triton's interpreter: to −∞, as is meant
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("sigma_spatial", [1e-30, 0.7, 1e30])
 @pytest.mark.parametrize("sigma_range", [1e-30, 0.2, 1e30])

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,15 @@ ROOT = Path(__file__).parents[1]
 COCO = SHARED / "data" / "coco200" / "images"
 LITE0 = SHARED / "weights" / "tf_efficientnet_lite0.safetensors"
 needs_shared = pytest.mark.skipif(not COCO.exists(), reason=f"needs the photographs and weights in {SHARED}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Everywhere: sums over another number of threads differ in the last bit, and here all bits are compared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +297,8 @@ def test_resumed_it_has_the_same_record_and_weights(photographs: Path, undisturb
 
 def start(config_options: dict[str, Any]) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "jobs.train_upsampler", *arguments(config_options), "--resume"]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> None:

@@ -1,0 +1,67 @@
+"""Make the README's figures from the rows in ``results/``: python -m benchmarks.figures (extra ``benchmarks``)."""
+
+import statistics
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks import rows
+
+_COLOURS = {
+    "multiview": "C0",
+    "bilinear": "C7",
+    "bilinear, less the bias": "C8",
+    "jbu": "C3",
+    "jbu, less the bias": "C1",
+    "implicit, default schedule": "C2",
+    "implicit, FeatUp's schedule": "C4",
+}
+_TITLES = {"vit": "ViT-S/14 (DINOv2), block 10", "lite0": "EfficientNet-Lite0, stride 16"}
+
+
+def fits() -> None:
+    """Error on held-out views over seconds, passes of the backbone included; FeatUp's schedule as it goes on."""
+    latest = {(row["backbone"], row["method"]): row for row in rows.read("implicit")}
+    few = min(row["photos"] for row in latest.values())
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for panel, (backbone, title) in zip(panels, _TITLES.items(), strict=True):
+        methods = {method: row for (name, method), row in latest.items() if name == backbone}
+        _panel(panel, methods, few)
+        panel.set(title=title, xscale="log", xlim=(3e-3, 3e3), xlabel="seconds an image, one core")
+    panels[0].set_ylabel(f"error on held-out views, {few} photographs")
+    panels[0].set_ylim(0, 0.85)
+    figure.savefig(rows.RESULTS / "fits.svg", metadata={"Date": None})
+
+
+def _panel(panel: Axes, methods: dict[str, dict[str, Any]], few: int) -> None:
+    views = sorted((row for name, row in methods.items() if name.startswith("multiview")), key=_seconds)
+    line = [_seconds(row) for row in views], [_error(row, few) for row in views]
+    panel.plot(*line, "o-", c=_COLOURS["multiview"], label="multiview, by views")
+    for row in views:
+        at = (_seconds(row), _error(row, few))
+        panel.annotate(str(row["settings"]["views"]), at, (0, -12), textcoords="offset points", ha="center")
+    for name, row in methods.items():
+        if "curve" in row:
+            seconds = [row["extraction_s"] + look["s"] for look in row["curve"]]
+            panel.plot(seconds, [look["own_error"] for look in row["curve"]], ".-", c=_COLOURS[name], label=name)
+        elif row not in views:
+            panel.plot(_seconds(row), _error(row, few), "s", c=_COLOURS[name], label=name)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize="x-small")
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    return float(row["fit_s"] + row["extraction_s"])
+
+
+def _error(row: dict[str, Any], few: int) -> float:
+    """On the photographs that all have seen."""
+    errors = row["errors"]
+    return statistics.mean(errors[:: len(errors) // few])
+
+
+if __name__ == "__main__":
+    mpl.rcParams.update({"svg.hashsalt": "densefeat", "svg.fonttype": "none", "axes.spines.top": False})
+    fits()
