@@ -109,10 +109,8 @@ class LiFT(nn.Module):
         self._check(features, image)
         for step in range(self.iterations):
             last = step == self.iterations - 1
-            inner = self._inner(
-                features, _resized(image, self.patch * features.shape[2], self.patch * features.shape[3])
-            )
-            features = (self.folded_outc if last and self.folded_outc is not None else self.outc)(inner)
+            readout = self.folded_outc if last and self.folded_outc is not None else self.outc
+            features = readout(self.inner(features, image))
         return features
 
     def folded(self, mean: Tensor, components: Tensor) -> "LiFT":
@@ -150,9 +148,10 @@ class LiFT(nn.Module):
         result.folded_outc = folded.requires_grad_(weight.requires_grad).train(self.training)
         return result
 
-    def _inner(self, features: Tensor, image: Tensor) -> Tensor:
-        """One application without the last convolution: [B, C, h, w] -> [B, C/2, 2h, 2w]."""
+    def inner(self, features: Tensor, image: Tensor) -> Tensor:
+        """One application without the last convolution, arguments as for `forward`: [B, C/2, 2h, 2w]."""
         h, w = features.shape[2:]
+        image = _resized(image, self.patch * h, self.patch * w)
         fine = F.adaptive_max_pool2d(self.image_convs_1(image), (2 * h, 2 * w))
         coarse = self.image_convs_2(fine)  # [B, 32, h, w]
         upsampled: Tensor = self.up1(torch.cat([features, coarse], dim=1), fine)

@@ -8,6 +8,8 @@ from schemas.config import at_least, parse_size
 
 # As published: FeatUp takes 4 images a step, LiFT 64 to 256, of which a CPU or a small GPU takes 16.
 _BATCH_SIZE = {"jbu": 4, "lift": 16}
+# As published; for lift 1e-3, which is too much for weights that begin where they are nearly right.
+_LEARNING_RATE = {"jbu": 1e-3, "lift": 3e-4}
 _CHOICE = re.compile(r"(?P<name>[^@=\s]+)(?:@(?P<layer>-?\d+))?(?:=(?P<weights>.+))?")
 
 
@@ -76,8 +78,15 @@ class TrainConfig:
     steps: int = 2000
     # Images in a step on each worker; not given: 4 for jbu, 16 for lift.
     batch_size: int | None = None
-    # Of NAdam (jbu) or Adam (lift).
-    learning_rate: float = 1e-3
+    # Of NAdam (jbu) or Adam (lift); not given: 1e-3 for jbu, 3e-4 for lift.
+    learning_rate: float | None = None
+    # Lift: begin as bilinear interpolation, or at random as published.
+    lift_initial: Literal["interpolation", "random"] = "interpolation"
+    # Lift: squared error, or cosine distance as published.
+    lift_loss: Literal["squared", "cosine"] = "squared"
+    # Lift: weight of the term that asks for upsampled features which, averaged, are those they were made from; 0 as
+    # published.
+    lift_consistency: float = 1.0
     # Lift: gigabytes of main memory that a worker may keep features in, which are the same in every epoch; used if
     # those of all images fit.
     cache_gb: float = 8.0
@@ -125,7 +134,10 @@ class TrainConfig:
         parse_size("--size", self.size)
         if not 0 < self.val_share < 1:
             raise ValueError(f"--val-share is a share: got {self.val_share}, expected between 0 and 1")
-        for option, value in (("--learning-rate", self.learning_rate), ("--initial-sigma", self.initial_sigma)):
+        for option, value in (
+            ("--learning-rate", self.effective_learning_rate),
+            ("--initial-sigma", self.initial_sigma),
+        ):
             if not value > 0:
                 raise ValueError(f"{option} must be positive: got {value}")
         at_least("--max-pixels", self.max_pixels, self.min_side**2)
@@ -190,9 +202,14 @@ class TrainConfig:
         """Images in a step on each worker."""
         return self.batch_size or _BATCH_SIZE[self.upsampler]
 
+    @property
+    def effective_learning_rate(self) -> float:
+        """What was asked for, or the upsampler's own."""
+        return _LEARNING_RATE[self.upsampler] if self.learning_rate is None else self.learning_rate
+
 
 _LEAST: dict[str, float] = {
     "limit": 1, "val_count": 1, "val_views": 1, "steps": 1, "batch_size": 1, "jitters": 1, "max_pad_px": 0,
     "max_zoom": 1, "projection_chs": 1, "crf_weight": 0, "seed": 0, "workers": 1, "checkpoint_every": 1,
-    "evaluate_every": 1, "attempts": 0, "cache_gb": 0, "min_side": 1,
+    "evaluate_every": 1, "attempts": 0, "lift_consistency": 0, "cache_gb": 0, "min_side": 1,
 }  # fmt: skip

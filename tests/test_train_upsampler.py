@@ -252,7 +252,8 @@ def test_lift(photographs: Path, tmp_path: Path) -> None:
         metadata = file.metadata()
     assert (metadata["upsampler"], metadata["patch"]) == ("lift", "8")
     LiFT.from_state(read_state_dict(weights), patch=int(metadata["patch"]), num_chs=128)
-    assert set(table(tmp_path / "training", "losses.csv")) == {"step", "backbone", "loss", "octave_1", "octave_2"}
+    names = {"step", "backbone", "loss", "octave_1", "octave_2", "consistency"}
+    assert set(table(tmp_path / "training", "losses.csv")) == names
     assert train_upsampler(replace(config, resume=True, steps=5)) == 0
     upsampler = build_upsampler("lift", weights, resnet18(2))
     assert upsampler.identity()["patch"] == 8

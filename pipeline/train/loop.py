@@ -87,7 +87,7 @@ class Training:
     def __init__(self, plan: TrainPlan, stages: TrainStages, world: World) -> None:
         self._plan, self._stages, self._world = plan, stages, world
         self._objects = Objects(plan.config.output)
-        self._optimizer = stages.trainee.optimizer(plan.config.learning_rate)
+        self._optimizer = stages.trainee.optimizer(plan.config.effective_learning_rate)
         self.seconds = StageSeconds()
         self.state = load_newest(self._objects)
         self._check_shared()
@@ -185,6 +185,7 @@ class Training:
             self._diverged(keys, bool(own.isfinite().all()), averages[0], norm)
         with self._timed("optimizer"):
             self._optimizer.step()
+            self._stages.trainee.after_step()
         return dict(zip(losses, averages, strict=True))
 
     def _diverged(self, keys: list[str], finite: bool, loss: float, norm: float) -> None:

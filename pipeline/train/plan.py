@@ -244,9 +244,11 @@ def _configuration(
     held_out: dict[str, object] | None,
 ) -> dict[str, Any]:
     """What the weights and what is measured of them depend on, but for how long training goes on."""
-    names = ["batch_images", "learning_rate", "seed", "workers"]
+    names = ["batch_images", "effective_learning_rate", "seed", "workers"]
     if config.upsampler == "jbu":
         names += ["jitters", "projection_chs", "crf_weight", "initial_sigma", "downsampler", "final"]
+    else:
+        names += ["lift_initial", "lift_loss", "lift_consistency"]
     return {
         "upsampler": config.upsampler,
         "backbones": {f"{one['name']}@{one['layer']}": one for one in identities},
@@ -257,7 +259,7 @@ def _configuration(
             "max_pixels": config.max_pixels,
             "min_side": config.min_side,
         },
-        "training": {name: getattr(config, name) for name in names},
+        "training": {name.removeprefix("effective_"): getattr(config, name) for name in names},
         "views": {"max_pad_px": config.max_pad_px, "max_zoom": config.max_zoom},
         "held_out": {
             "images": _described(config.val_images or config.images, val),

@@ -18,14 +18,14 @@ from pipeline.train.held_out_views import HeldOutViews
 from pipeline.train.jbu import JBUTraining
 from pipeline.train.lift import LIFT_SCALES, LiFTTraining
 from pipeline.train.plan import TrainPlan, backbone_at, build_backbones
-from pipeline.train.trainee import FeatureStatistics, Trainee
+from pipeline.train.trainee import FeatureSample, Trainee
 from pipeline.train.world import World
 
 __all__ = ["TrainStages", "build_stages"]
 
 logger = logging.getLogger(__name__)
 
-_STATISTICS_IMAGES = 32
+_SAMPLE_IMAGES = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,12 +71,13 @@ def build_stages(plan: TrainPlan, world: World, threads: int, built: list[Backbo
     expected = [*plan.identities, *([plan.held_out] if plan.held_out else [])]
     for backbone, identity in zip(measured, expected, strict=True):
         _check_identity(backbone, identity)
+    samples = _samples(plan, world, threads, backbones)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         trainee: Trainee = (
-            LiFTTraining(by_scale[0], _feature_cache(plan, world, by_scale[0]))
+            LiFTTraining(config, by_scale[0], samples[0], _feature_cache(plan, world, by_scale[0]))
             if config.upsampler == "lift"
-            else JBUTraining(config, backbones, _statistics(plan, world, threads, backbones))
+            else JBUTraining(config, backbones, [sample.statistics for sample in samples])
         )
     _, held_out = first_usable(plan.val.references, plan.val.loader(config, 8, threads), config.val_count)
     return TrainStages(
@@ -100,25 +101,24 @@ def _feature_cache(plan: TrainPlan, world: World, backbones: list[Backbone]) -> 
     return cache
 
 
-def _statistics(plan: TrainPlan, world: World, threads: int, backbones: list[Backbone]) -> list[FeatureStatistics]:
-    """Of each backbone's features, over a sample of the training images.
+def _samples(plan: TrainPlan, world: World, threads: int, backbones: list[Backbone]) -> list[FeatureSample]:
+    """Of each backbone's features, of the same training images.
 
     Raises:
         JobError: none of the images can be used, or features are not finite.
     """
-    rows = sample_rows(plan.train.references.num_rows, _STATISTICS_IMAGES)
-    sample = plan.train.references.take(rows)
+    rows = sample_rows(plan.train.references.num_rows, _SAMPLE_IMAGES)
     loader = plan.train.loader(plan.config, len(rows), threads)
-    (batch,) = loader.batches(sample, StageSeconds())
+    (batch,) = loader.batches(plan.train.references.take(rows), StageSeconds())
     if not batch.usable_rows.any():
         raise JobError(
             f"--images {plan.config.images}: none of {len(rows)} can be used; the first says: {batch.decoded[0]}"
         )
     images = batch.pixels[batch.usable_rows].to(world.device)
-    return [_statistics_of(backbone, images) for backbone in backbones]
+    return [FeatureSample(images.cpu(), _features_of(backbone, images)) for backbone in backbones]
 
 
-def _statistics_of(backbone: Backbone, images: torch.Tensor) -> FeatureStatistics:
+def _features_of(backbone: Backbone, images: torch.Tensor) -> torch.Tensor:
     features = torch.cat([backbone(image[None]) for image in images]).cpu()
     # Found later, it would look like a fault of the images or of the learning rate.
     if not features.isfinite().all():
@@ -126,7 +126,7 @@ def _statistics_of(backbone: Backbone, images: torch.Tensor) -> FeatureStatistic
             f"{backbone.name} at layer {backbone.layer}: its features of the training images contain NaN or infinity: "
             "choose another layer, or check its weights"
         )
-    return FeatureStatistics.of(features)
+    return features
 
 
 def _check_identity(backbone: Backbone, expected: dict[str, object]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.train.data import Draw
 
-__all__ = ["LOSS", "FeatureStatistics", "Trainee"]
+__all__ = ["LOSS", "FeatureSample", "FeatureStatistics", "Trainee"]
 
 LOSS = "loss"
 
@@ -33,6 +33,24 @@ class FeatureStatistics:
         deviation = by_channel.var(1, correction=0).mean().sqrt()
         # A constant has no scale; any will do.
         return cls(by_channel.mean(1).float(), deviation.float() if deviation > 0 else torch.ones(()))
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSample:
+    """Some of the training images, and a backbone's features of them.
+
+    Attributes:
+        images: uint8 [n, 3, H, W].
+        features: float32 [n, C, h, w].
+    """
+
+    images: Tensor
+    features: Tensor
+
+    @property
+    def statistics(self) -> FeatureStatistics:
+        """Of the features."""
+        return FeatureStatistics.of(self.features)
 
 
 class Trainee(nn.Module):
@@ -63,6 +81,9 @@ class Trainee(nn.Module):
     @abstractmethod
     def optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
         """The published one, of all trainable parameters."""
+
+    def after_step(self) -> None:
+        """Note what an optimizer's step has made of the parameters."""
 
     @abstractmethod
     def upsample(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
