@@ -184,8 +184,8 @@ def training() -> str:
     sample = next(iter(latest.values()))
     return (
         "Squared error on views of photographs of coco200's validation half that no training saw, as a share of their "
-        f"variance; trained on the other 100, on one core of {_machine(sample)} (`python -m benchmarks.training`). A LiFT needs the "
-        "backbone in the first epoch only: then it has its features.\n\n"
+        f"variance; trained on the other 100, on one core of {_machine(sample)} (`python -m benchmarks.training`). "
+        "Lift takes the backbone's share in its first epoch only, then it has all features.\n\n"
     ) + "\n".join(table)
 
 
