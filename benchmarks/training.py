@@ -37,7 +37,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "steps": 300,
         "evaluate_every": 150,
     },
-    "lift on vit": {"upsampler": "lift", "backbones": (_VIT.format(10),), "steps": 800, "evaluate_every": 100},
+    "lift on vit": {"upsampler": "lift", "backbones": (_VIT.format(10),), "steps": 600, "evaluate_every": 100},
     "lift on lite0": {"upsampler": "lift", "backbones": (_LITE0.format(3),), "steps": 400, "evaluate_every": 100},
 }
 _TIMED_STEPS = 6

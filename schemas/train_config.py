@@ -48,7 +48,7 @@ class TrainConfig:
     images: str
     # Folder or URI for the weights (upsampler.safetensors), losses, curves and checkpoints.
     output: str
-    # What to train: "jbu" (FeatUp's multi-view consistency) or "lift" (LiFT's two octaves).
+    # What to train: "jbu" (FeatUp's multi-view consistency) or "lift" (LiFT's octaves).
     upsampler: Literal["jbu", "lift"] = "jbu"
     # Backbones to train on, each NAME[@LAYER][=WEIGHTS] as --backbone, --layer and --weights of the main job; several
     # take turns, a step each.
@@ -84,6 +84,8 @@ class TrainConfig:
     lift_initial: Literal["interpolation", "random"] = "interpolation"
     # Lift: squared error, or cosine distance as published.
     lift_loss: Literal["squared", "cosine"] = "squared"
+    # Lift: octaves to train on, --size and half of it, ...; 2 as published.
+    lift_octaves: int = 1
     # Lift: weight of the term that asks for upsampled features which, averaged, are those they were made from; 0 as
     # published.
     lift_consistency: float = 1.0
@@ -150,8 +152,11 @@ class TrainConfig:
                 f"--max-pad-px {self.max_pad_px} reflects more than an image of --size {self.size} has: take at most "
                 f"{min(self.size_px) - 1}"
             )
-        if self.upsampler == "lift" and any(side % 2 for side in self.size_px):
-            raise ValueError(f"--size {self.size}: lift trains at half of it too, expected even numbers")
+        smallest = 2 ** (self.lift_octaves - 1)
+        if self.upsampler == "lift" and any(side % smallest for side in self.size_px):
+            raise ValueError(
+                f"--size {self.size}: lift trains on {self.lift_octaves} octaves, expected multiples of {smallest}"
+            )
 
     def _check_backbones(self) -> None:
         if not self.backbones:
@@ -211,5 +216,5 @@ class TrainConfig:
 _LEAST: dict[str, float] = {
     "limit": 1, "val_count": 1, "val_views": 1, "steps": 1, "batch_size": 1, "jitters": 1, "max_pad_px": 0,
     "max_zoom": 1, "projection_chs": 1, "crf_weight": 0, "seed": 0, "workers": 1, "checkpoint_every": 1,
-    "evaluate_every": 1, "attempts": 0, "lift_consistency": 0, "cache_gb": 0, "min_side": 1,
+    "evaluate_every": 1, "attempts": 0, "lift_octaves": 1, "lift_consistency": 0, "cache_gb": 0, "min_side": 1,
 }  # fmt: skip

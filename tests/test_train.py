@@ -30,7 +30,7 @@ from pipeline.train.data import Draw, ImageTable, TrainingOrder, first_usable, k
 from pipeline.train.feature_cache import FeatureCache
 from pipeline.train.held_out_views import HeldOutViews, ViewError, rendered_size
 from pipeline.train.jbu import JBUTraining
-from pipeline.train.lift import LIFT_SCALES, LiFTTraining
+from pipeline.train.lift import AT_SIZE, LiFTTraining, lift_scales
 from pipeline.train.lift_initial import begin_as_interpolation
 from pipeline.train.loop import Training, autocast, train
 from pipeline.train.losses import Uncertainty, cosine_distance, random_projection, sampled_crf, uncertain_error
@@ -215,13 +215,13 @@ def test_compiled_stages_train_as_their_definition_does(
 
 def lift_training(photographs: Path, size: tuple[int, int], max_bytes: float = 1e9, **options: Any) -> LiFTTraining:
     """Of a small network, on images of twice ``size``."""
+    config = train_config(photographs, "nowhere", upsampler="lift", **options)
     backbones = [
         build_backbone("resnet18", size=(round(size[0] * s), round(size[1] * s)), weights="random", layer=2)
-        for s in LIFT_SCALES
+        for s in lift_scales(config.lift_octaves)
     ]
     images = blocks(8, size)
-    sample = FeatureSample(images, backbones[1](images))
-    config = train_config(photographs, "nowhere", upsampler="lift", **options)
+    sample = FeatureSample(images, backbones[AT_SIZE](images))
     return LiFTTraining(config, backbones, sample, FeatureCache(2, backbones, max_bytes))
 
 
@@ -231,9 +231,10 @@ def blocks(count: int, size: tuple[int, int]) -> torch.Tensor:
     return small.repeat_interleave(8, 2).repeat_interleave(8, 3)
 
 
-@pytest.mark.parametrize(
-    "objective", [{"lift_loss": "cosine", "lift_initial": "random", "lift_consistency": 0.0}, {"lift_loss": "squared"}]
-)
+PUBLISHED = {"lift_loss": "cosine", "lift_initial": "random", "lift_octaves": 2, "lift_consistency": 0.0}
+
+
+@pytest.mark.parametrize("objective", [{}, PUBLISHED], ids=["default", "published"])
 def test_lift_learns_directions_and_lengths(photographs: Path, objective: dict[str, Any]) -> None:
     trainee = lift_training(photographs, (64, 32), **objective)
     optimizer = trainee.optimizer(3e-3)
@@ -260,7 +261,7 @@ def test_lift_learns_directions_and_lengths(photographs: Path, objective: dict[s
 
 
 def test_lift_is_trained_to_be_what_it_was_made_from(photographs: Path) -> None:
-    trainee = lift_training(photographs, (64, 32), lift_consistency=2.0)
+    trainee = lift_training(photographs, (64, 32), lift_octaves=2, lift_consistency=2.0)
     (parts, octaves) = (trainee(prepared := trainee.prepare(0, blocks(2, (128, 64)), Draw(0, 0, 0))), prepared)
     predicted = [trainee.lift(octave.low, octave.image) for octave in octaves]
     variance = trainee._variance
@@ -522,7 +523,7 @@ def test_a_backbone_on_the_command_line() -> None:
         ({"backbones": ("resnet18", "resnet34"), "upsampler": "lift"}, "several --backbones: lift mixes channels"),
         ({"held_out_backbone": "resnet34", "upsampler": "lift"}, "--held-out-backbone: lift"),
         ({"final": True, "upsampler": "lift"}, "--final is an option of --upsampler jbu"),
-        ({"size": "65", "max_pad_px": 8, "upsampler": "lift"}, "--size 65: lift"),
+        ({"size": "65", "max_pad_px": 8, "upsampler": "lift", "lift_octaves": 2}, "--size 65: lift"),
         ({"featup_checkpoint": "x.npz"}, "--featup-checkpoint is a .pth"),
         ({"featup_checkpoint": "x.pth", "backbones": ("resnet18", "resnet34")}, "--featup-checkpoint: FeatUp's"),
     ],

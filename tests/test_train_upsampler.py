@@ -252,7 +252,7 @@ def test_lift(photographs: Path, tmp_path: Path) -> None:
         metadata = file.metadata()
     assert (metadata["upsampler"], metadata["patch"]) == ("lift", "8")
     LiFT.from_state(read_state_dict(weights), patch=int(metadata["patch"]), num_chs=128)
-    names = {"step", "backbone", "loss", "octave_1", "octave_2", "consistency"}
+    names = {"step", "backbone", "loss", "octave_1", "consistency"}
     assert set(table(tmp_path / "training", "losses.csv")) == names
     assert train_upsampler(replace(config, resume=True, steps=5)) == 0
     upsampler = build_upsampler("lift", weights, resnet18(2))
@@ -391,7 +391,8 @@ def test_weights_that_overflow_stop_it(photographs: Path, tmp_path: Path, caplog
         ({"backbones": ("resnet81",)}, "resnet18"),
         ({"backbones": ("resnet18@9",)}, "layer 9"),
         ({"backbones": ("resnet18@4=random",), "size": "32"}, "a grid of 1×1 at --size 32"),
-        ({"upsampler": "lift", "size": "72"}, "expected multiples of 32"),
+        ({"upsampler": "lift", "size": "72"}, "expected multiples of 16"),
+        ({"upsampler": "lift", "size": "80", "lift_octaves": 2}, "expected multiples of 32"),
         ({"output": "/proc/training"}, "--output /proc/training"),
         ({"featup_checkpoint": "/proc/here/jbu.pth"}, "--featup-checkpoint /proc/here/jbu.pth"),
         ({"output": "{images}"}, "lie in each other: give --output a folder of its own"),

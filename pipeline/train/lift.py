@@ -2,8 +2,9 @@
 
 Suri et al. (arXiv 2403.14625, section 3.3): cosine distance, at two octaves, from random weights. The default differs
 in what lowers the error on held-out views of a short training: weights that begin as interpolation
-(`begin_as_interpolation`), squared errors, and a term that asks for upsampled features which, averaged over a cell,
-are what they were made from. The average over the latest steps is what is measured and kept.
+(`begin_as_interpolation`), squared errors, the octave alone that LiFT will be used on, and a term that asks for
+upsampled features which, averaged over a cell, are what they were made from. The average over the latest steps is what
+is measured and kept.
 """
 
 from collections.abc import Sequence
@@ -24,12 +25,18 @@ from pipeline.train.trainee import LOSS, FeatureSample, Trainee
 from pipeline.upsample_interface import imagenet_normalised, resize
 from schemas.train_config import TrainConfig
 
-__all__ = ["LIFT_SCALES", "LiFTTraining"]
+__all__ = ["AT_SIZE", "LiFTTraining", "lift_scales"]
 
-# Image sizes that training needs features at, as multiples of --size: the target, what LiFT will be used on, and one
-# octave lower. The published code calls the largest 1.
-LIFT_SCALES = (2.0, 1.0, 0.5)
+AT_SIZE = 1  # place of --size in `lift_scales`
 _MEMORY = 0.98  # of averages over steps, per step
+
+
+def lift_scales(octaves: int) -> tuple[float, ...]:
+    """Image sizes that training needs features at, as multiples of --size: the target, what LiFT will be used on, ….
+
+    The published code calls the largest 1.
+    """
+    return tuple(2.0 ** (1 - scale) for scale in range(octaves + 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +55,7 @@ class LiFTTraining(Trainee):
 
     Args:
         config: the job's.
-        backbones: one backbone, built for each of `LIFT_SCALES`, on the device.
+        backbones: one backbone, built for each of `lift_scales`, on the device.
         sample: of its features.
         cache: keeps features, which are the same in every epoch.
     """
@@ -64,7 +71,7 @@ class LiFTTraining(Trainee):
         super().__init__()
         self._config, self._backbones, self._cache = config, tuple(backbones), cache
         self._variance = float(sample.statistics.deviation) ** 2
-        self.lift = LiFT(backbones[1].num_chs, backbones[1].reduction)
+        self.lift = LiFT(backbones[AT_SIZE].num_chs, backbones[AT_SIZE].reduction)
         if config.lift_initial == "interpolation":
             begin_as_interpolation(self.lift, sample.features.cpu(), imagenet_normalised(sample.images.cpu()))
         self.averaged = AveragedModel(self.lift, avg_fn=_averaged, use_buffers=True)
@@ -74,13 +81,13 @@ class LiFTTraining(Trainee):
 
     def prepare(self, turn: int, images: Tensor, draw: Draw) -> list[_Octave]:
         """As `Trainee.prepare`; images of twice the size that LiFT will be used on. Nothing is random."""
-        scales = [images, _halved(images, 2), _halved(images, 4)]
+        scales = [images, *(_halved(images, 2**octave) for octave in range(1, len(self._backbones)))]
         features = self._cache.features(
             images, lambda: [backbone(scale) for backbone, scale in zip(self._backbones, scales, strict=True)]
         )
         return [
             _Octave(imagenet_normalised(scales[octave + 1]), features[octave + 1], features[octave])
-            for octave in range(2)
+            for octave in range(self._config.lift_octaves)
         ]
 
     def forward(self, prepared: list[_Octave]) -> dict[str, Tensor]:
@@ -91,9 +98,9 @@ class LiFTTraining(Trainee):
             octaves.append(self._error(predicted, octave.target))
             coarse.append(self._error(F.avg_pool2d(predicted, 2), octave.low))
             self._note_scale(predicted.detach(), octave.target)
-        (first, second), consistency = octaves, torch.stack(coarse).sum()
-        loss = first + second + self._config.lift_consistency * consistency
-        return {LOSS: loss, "octave_1": first, "octave_2": second, "consistency": consistency}
+        error, consistency = torch.stack(octaves).sum(), torch.stack(coarse).sum()
+        parts = {f"octave_{number}": octave for number, octave in enumerate(octaves, start=1)}
+        return {LOSS: error + self._config.lift_consistency * consistency, **parts, "consistency": consistency}
 
     def optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
         """Adam, as published."""

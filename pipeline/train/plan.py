@@ -15,7 +15,7 @@ from pipeline.software import software_versions
 from pipeline.source import Source, keys_digest, list_images
 from pipeline.store import check_writable, storage_explained
 from pipeline.train.data import ImageTable, key_hash
-from pipeline.train.lift import LIFT_SCALES
+from pipeline.train.lift import lift_scales
 from schemas.attributes import differences
 from schemas.train_config import BackboneChoice, TrainConfig
 
@@ -124,14 +124,14 @@ def claim_output(plan: TrainPlan) -> None:
 
 
 def build_backbones(plan: TrainPlan, choice: BackboneChoice, built: Backbone | None = None) -> list[Backbone]:
-    """A backbone at every size that training needs it at, on the CPU: at --size only, or for lift at `LIFT_SCALES`.
+    """A backbone at every size that training needs it at, on the CPU: at --size only, or for lift at `lift_scales`.
 
     Args:
         plan: of the training.
         choice: which.
         built: the one at --size, if it is there already.
     """
-    scales = LIFT_SCALES if plan.config.upsampler == "lift" else (1.0,)
+    scales = lift_scales(plan.config.lift_octaves) if plan.config.upsampler == "lift" else (1.0,)
     return [built if built is not None and scale == 1 else backbone_at(plan.config, choice, scale) for scale in scales]
 
 
@@ -190,11 +190,11 @@ def _check_grids(config: TrainConfig, backbones: list[Backbone]) -> None:
                 f"{backbone.name} has {backbone.num_chs} channels at layer {backbone.layer}: lift halves them, need "
                 "an even number. Choose another layer"
             )
-        step = 2 * backbone.reduction
+        step = 2 ** (config.lift_octaves - 1) * backbone.reduction
         if config.upsampler == "lift" and any(side % step for side in config.size_px):
             raise JobError(
-                f"--size {config.size}: lift trains on {backbone.name} at half of it too, expected multiples of {step} "
-                f"(twice the stride of layer {backbone.layer})"
+                f"--size {config.size}: lift trains on {backbone.name}, layer {backbone.layer}, with a stride of "
+                f"{backbone.reduction} px, at {config.lift_octaves} octaves: expected multiples of {step}"
             )
 
 
@@ -248,7 +248,7 @@ def _configuration(
     if config.upsampler == "jbu":
         names += ["jitters", "projection_chs", "crf_weight", "initial_sigma", "downsampler", "final"]
     else:
-        names += ["lift_initial", "lift_loss", "lift_consistency"]
+        names += ["lift_initial", "lift_loss", "lift_octaves", "lift_consistency"]
     return {
         "upsampler": config.upsampler,
         "backbones": {f"{one['name']}@{one['layer']}": one for one in identities},

@@ -16,7 +16,7 @@ from pipeline.train.data import first_usable
 from pipeline.train.feature_cache import FeatureCache
 from pipeline.train.held_out_views import HeldOutViews
 from pipeline.train.jbu import JBUTraining
-from pipeline.train.lift import LIFT_SCALES, LiFTTraining
+from pipeline.train.lift import AT_SIZE, LiFTTraining, lift_scales
 from pipeline.train.plan import TrainPlan, backbone_at, build_backbones
 from pipeline.train.trainee import FeatureSample, Trainee
 from pipeline.train.world import World
@@ -64,7 +64,7 @@ def build_stages(plan: TrainPlan, world: World, threads: int, built: list[Backbo
         [one.to(world.device) for one in build_backbones(plan, choice, None if built is None else built[turn])]
         for turn, choice in enumerate(config.backbone_choices)
     ]
-    backbones = [scales[LIFT_SCALES.index(1) if len(scales) > 1 else 0] for scales in by_scale]
+    backbones = [scales[AT_SIZE if len(scales) > 1 else 0] for scales in by_scale]
     measured = list(backbones)
     if config.held_out_choice is not None:
         measured.append(backbone_at(config, config.held_out_choice).to(world.device))
@@ -82,7 +82,7 @@ def build_stages(plan: TrainPlan, world: World, threads: int, built: list[Backbo
     _, held_out = first_usable(plan.val.references, plan.val.loader(config, 8, threads), config.val_count)
     return TrainStages(
         trainee.to(world.device),
-        plan.train.loader(config, config.batch_images, threads, LIFT_SCALES[0] if config.upsampler == "lift" else 1),
+        plan.train.loader(config, config.batch_images, threads, lift_scales(1)[0] if config.upsampler == "lift" else 1),
         backbones,
         measured,
         HeldOutViews(held_out, views=config.val_views, max_pad_px=config.max_pad_px, max_zoom=config.max_zoom),
