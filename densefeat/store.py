@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import zarr
 from zarr.storage import MemoryStore
 
@@ -17,6 +16,7 @@ from densefeat import layout
 from densefeat.errors import MissingFeatures, StoreError
 from densefeat.layout import FeatureLayout
 from densefeat.objects import Objects
+from densefeat.parquet import read_parquet
 
 Floats = npt.NDArray[np.float32]
 
@@ -69,7 +69,7 @@ class FeatureStore:
         """
         # In this order: a job that finishes in between has merged the index before it wrote the manifest.
         finished = self._objects.exists(layout.MANIFEST)
-        index = _read_table(self._objects, layout.INDEX)
+        index = read_parquet(self._objects.get(layout.INDEX))
         return index if finished else _with_finished_shards(index, self._objects)
 
     @property
@@ -264,10 +264,6 @@ def _read_layout(objects: Objects) -> FeatureLayout:
         raise StoreError(f"{objects.uri}: {key} is missing or damaged: {error}; {_BEGIN_ANEW}") from error
 
 
-def _read_table(objects: Objects, key: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(objects.get(key)))
-
-
 def _with_finished_shards(index: pa.Table, objects: Objects) -> pa.Table:
     """The index of an unfinished store, completed from the ledger as far as there are records."""
     columns = {name: index[name].to_pylist() for name in index.column_names}
@@ -276,7 +272,7 @@ def _with_finished_shards(index: pa.Table, objects: Objects) -> pa.Table:
     columns["chunk_offset"] = [None] * index.num_rows
     columns["chunk_nbytes"] = [None] * index.num_rows
     with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-        records = list(pool.map(lambda key: _read_table(objects, key), objects.list(layout.LEDGER)))
+        records = list(pool.map(lambda key: read_parquet(objects.get(key)), objects.list(layout.LEDGER)))
     for record in records:
         for outcome in record.to_pylist():
             row = outcome.pop("row")

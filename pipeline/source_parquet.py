@@ -139,7 +139,8 @@ def _read_rows(file: pq.ParquetFile, columns: list[str], rows: int) -> pa.Table:
     while total < rows:
         total += file.metadata.row_group(len(groups)).num_rows
         groups.append(len(groups))
-    return file.read_row_groups(groups, columns=columns).slice(0, rows)
+    # In this thread: see densefeat/parquet.py.
+    return file.read_row_groups(groups, columns=columns, use_threads=False).slice(0, rows)
 
 
 def _keys(table: pa.Table, columns: Columns, rows: int) -> list[str | None]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
@@ -24,6 +23,7 @@ from zarr.storage import MemoryStore
 from densefeat import layout
 from densefeat.layout import FeatureLayout
 from densefeat.objects import TEMPORARY, Objects
+from densefeat.parquet import parquet_bytes, read_parquet
 from densefeat.store import read_attributes
 from pipeline.errors import JobError
 from pipeline.pca import Basis
@@ -112,7 +112,7 @@ def set_up(
     if not claimed:
         claim = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes.to_dict()}, indent=2)
         objects.create(layout.ATTRIBUTES, claim.encode())
-    objects.put(layout.INDEX, _parquet(index))
+    objects.put(layout.INDEX, parquet_bytes(index))
     root = documents.pop(layout.ATTRIBUTES)
     for key, data in documents.items():
         objects.put(key, data)
@@ -262,7 +262,7 @@ def finished_shards(objects: Objects, configuration_hash: str) -> dict[int, Ledg
 
 def stored_index(objects: Objects) -> pa.Table:
     """The index as it lies in the store (``FeatureStore.index`` also merges the ledger of an unfinished one)."""
-    return pq.read_table(pa.BufferReader(objects.get(layout.INDEX)))
+    return read_parquet(objects.get(layout.INDEX))
 
 
 def reopen(objects: Objects) -> None:
@@ -272,15 +272,15 @@ def reopen(objects: Objects) -> None:
     if objects.exists(layout.MANIFEST):
         index = stored_index(objects)
         objects.delete(layout.MANIFEST)
-        objects.put(layout.INDEX, _parquet(pending_index(index.select(REFERENCES.names))))
+        objects.put(layout.INDEX, parquet_bytes(pending_index(index.select(REFERENCES.names))))
 
 
 def finish(objects: Objects, records: Sequence[LedgerRecord]) -> None:
     """Merge the outcomes of all shards into the index, and write the manifest: the store is complete."""
     ordered = sorted(records, key=lambda record: record.shard)
     merged = with_outcomes(stored_index(objects), pa.concat_tables(record.outcomes for record in ordered))
-    objects.put(layout.INDEX, _parquet(merged))
-    objects.put(layout.MANIFEST, _parquet(manifest(ordered)))
+    objects.put(layout.INDEX, parquet_bytes(merged))
+    objects.put(layout.MANIFEST, parquet_bytes(manifest(ordered)))
     objects.tidy()
 
 
@@ -315,12 +315,6 @@ def explain_storage_error(error: BaseException, uri: str) -> JobError | None:
     if isinstance(error, ImportError):
         return JobError(f"{uri} needs a package that is not installed: {error}")
     return None
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return bytes(sink.getvalue())
 
 
 def _parallel(function: Any, items: Iterable[Any]) -> list[Any]:

@@ -4,15 +4,14 @@ A record is a small Parquet file: the outcome of each of its rows as a table (``
 true of the whole shard in the file's metadata. All records together make the manifest.
 """
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from densefeat.parquet import parquet_bytes, read_parquet
 from schemas.index import OK, OUTCOMES
 
 _METADATA_KEY = b"densefeat"
@@ -67,9 +66,7 @@ class LedgerRecord:
     def to_bytes(self) -> bytes:
         """The record as the bytes of a Parquet file."""
         table = self.outcomes.replace_schema_metadata({_METADATA_KEY: json.dumps(self.facts())})
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        return buffer.getvalue()
+        return parquet_bytes(table)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "LedgerRecord":
@@ -79,7 +76,7 @@ class LedgerRecord:
             ValueError: the bytes are not a ledger record.
         """
         try:
-            table = pq.read_table(io.BytesIO(data))
+            table = read_parquet(data)
             facts = json.loads(table.schema.metadata[_METADATA_KEY])
             return cls(**facts, outcomes=table.replace_schema_metadata(None).cast(OUTCOMES))
         except (pa.ArrowException, KeyError, TypeError, json.JSONDecodeError) as error:

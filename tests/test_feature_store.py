@@ -1,6 +1,8 @@
 import json
 import multiprocessing
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader
 import densefeat.store
 from densefeat import FeatureStore, MissingFeatures, StoreError, TorchFeatures, layout
 from densefeat.objects import Objects
+from densefeat.parquet import read_parquet
 from pipeline.store import finish
 
 GOOD_ROWS = [row for row in range(ROWS) if row not in FAILED_ROWS]
@@ -125,15 +128,14 @@ def test_an_unfinished_store_serves_what_is_done(tmp_path: Path) -> None:
 def test_opening_while_the_job_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = set_up_store(str(tmp_path / "store"))
     records = [write_known_shard(known, shard) for shard in range(3)]
-    read_table = densefeat.store._read_table
+    objects = Objects(known.uri)
 
-    def read_then_finish(objects: Objects, key: str) -> pa.Table:
-        table = read_table(objects, key)
+    def read_then_finish(data: bytes) -> pa.Table:
         if not objects.exists(layout.MANIFEST):
             finish(objects, records)
-        return table
+        return read_parquet(data)
 
-    monkeypatch.setattr(densefeat.store, "_read_table", read_then_finish)
+    monkeypatch.setattr(densefeat.store, "read_parquet", read_then_finish)
     assert "pending" not in FeatureStore(known.uri).index["status"].to_pylist()
 
 
@@ -210,3 +212,14 @@ def test_dataset_gives_codes_and_transforms(known: KnownStore) -> None:
     assert codes.dtype == (torch.int8 if known.step is not None else torch.float16)
     assert np.array_equal(codes.numpy(), known.codes[1])
     assert (dataset.step is None) == (known.step is None)
+
+
+def test_reading_an_index_starts_no_threads(known: KnownStore) -> None:
+    # Threads of Arrow's that are still at work when a program ends have killed it (densefeat/parquet.py).
+    program = (
+        "import os, sys; from densefeat import FeatureStore; store = FeatureStore(sys.argv[1])\n"
+        "before = len(os.listdir('/proc/self/task')); store.index.to_pylist()\n"
+        "print(len(os.listdir('/proc/self/task')) - before)"
+    )
+    finished = subprocess.run([sys.executable, "-c", program, known.uri], check=True, capture_output=True, text=True)
+    assert finished.stdout == "0\n"

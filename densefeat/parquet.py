@@ -1,0 +1,27 @@
+"""Tables as the bytes of Parquet files."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+__all__ = ["parquet_bytes", "read_parquet"]
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """``table`` as a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def read_parquet(data: bytes) -> pa.Table:
+    """The table in a Parquet file.
+
+    In this thread only: ``pq.read_table`` starts threads that may still hold ``data`` when a short program ends, which
+    then dies of SIGABRT instead of exiting with its code (https://github.com/apache/arrow/issues/34314). It is not
+    slower for it on an index of 1.28 million rows.
+
+    Raises:
+        pyarrow.ArrowException: it is not one.
+    """
+    with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False) as file:
+        return file.read(use_threads=False)
