@@ -66,7 +66,7 @@ def measure(images: Path, repeats: int, asked: dict[str, Any], picture: Path | N
         assert job.stdout is not None
         result = json.loads(job.stdout.read().splitlines()[-1])
         if picture:
-            show(ShowConfig(store=options["store"], output=picture, weights=options["weights"]))
+            show(ShowConfig(store=options["store"], output=str(picture), weights=options["weights"]))
     return {
         "backbone": asked["backbone"],
         "layer": asked["layer"],

@@ -60,7 +60,7 @@ def demo(config: DemoConfig) -> int:
     return show(
         ShowConfig(
             store=str(store),
-            output=config.folder / "features.png",
+            output=str(config.folder / "features.png"),
             rows=tuple(range(len(PHOTOGRAPHS))),
             weights=str(weights),
         )

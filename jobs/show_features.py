@@ -5,15 +5,21 @@
 Low-resolution features are computed again, with the backbone that the store names; its weights must be the same.
 """
 
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 
+from densefeat.objects import Objects, split_uri
 from densefeat.store import FeatureStore
 from jobs.command_line import DONE, run
-from pipeline.backbone import build_backbone
+from pipeline.backbone import Backbone, build_backbone
 from pipeline.errors import JobError
 from pipeline.picture import comparison
+from pipeline.store import check_writable, storage_explained
 from schemas.index import OK
+
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +28,8 @@ class ShowConfig:
 
     # The store.
     store: str
-    # The picture to write.
-    output: Path = Path("features.png")
+    # The picture to write, a file or URI.
+    output: str = "features.png"
     # Rows to show; not given: the first four that have features.
     rows: tuple[int, ...] = ()
     # Weights of the backbone as given to the main job; "none" leaves the low-resolution features out.
@@ -31,7 +37,7 @@ class ShowConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at anything."""
-        if self.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        if _suffix(self.output) not in _FORMATS:
             raise ValueError(f"--output is a picture, .png, .jpg or .webp: got {self.output}")
 
 
@@ -40,26 +46,47 @@ def show(config: ShowConfig) -> int:
 
     Raises:
         StoreError: there is no store.
-        JobError: the weights are not those that made the store, or no row can be shown.
+        JobError: the picture cannot be written there, the weights are not those that made the store, or no row can
+            be shown.
     """
     store = FeatureStore(config.store)
+    folder, name = split_uri(config.output)
+    with storage_explained(f"--output {config.output}"):  # before the work, not after it
+        check_writable(Objects(folder))
+    rows = _rows(store, config)
+    picture = io.BytesIO()
+    comparison(store, rows, _backbone(store, config.weights)).save(picture, _FORMATS[_suffix(config.output)])
+    with storage_explained(f"--output {config.output}"):
+        Objects(folder).put(name, picture.getvalue())
+        Objects(folder).tidy()
+    print(config.output)
+    return DONE
+
+
+def _rows(store: FeatureStore, config: ShowConfig) -> Sequence[int]:
     statuses = store.index["status"].to_pylist()
     rows = config.rows or [row for row, status in enumerate(statuses) if status == OK][:4]
     if unknown := [row for row in rows if not -len(store) <= row < len(store)]:
         raise JobError(f"--rows {unknown}: the store has rows 0 … {len(store) - 1}")
     if not rows:
         raise JobError(f"no row of {config.store} has features yet")
-    backbone = None
-    if config.weights != "none":
-        stored = store.attributes["configuration"]
-        name, layer, size = stored["backbone"]["name"], stored["backbone"]["layer"], stored["geometry"]["size"]
-        backbone = build_backbone(name, size=tuple(size), weights=config.weights, layer=layer)
-        if backbone.identity()["weights"] != stored["backbone"]["weights"]:
-            raise JobError(f"--weights {config.weights} are not those that made {config.store}: give those, or none")
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    comparison(store, rows, backbone).save(config.output)
-    print(config.output)
-    return DONE
+    return rows
+
+
+def _backbone(store: FeatureStore, weights: str) -> Backbone | None:
+    """The one that made the store, or none if no weights are given."""
+    if weights == "none":
+        return None
+    stored = store.attributes["configuration"]
+    name, layer, size = stored["backbone"]["name"], stored["backbone"]["layer"], stored["geometry"]["size"]
+    backbone = build_backbone(name, size=tuple(size), weights=weights, layer=layer)
+    if backbone.identity()["weights"] != stored["backbone"]["weights"]:
+        raise JobError(f"--weights {weights} are not those that made {store.uri}: give those, or none")
+    return backbone
+
+
+def _suffix(output: str) -> str:
+    return PurePath(output).suffix.lower()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,50 @@
+"""The picture of a store."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from images import photo
+from PIL import Image
+from stores import make_store
+
+from jobs.show_features import ShowConfig, show
+from jobs.upsample_imagenet import upsample
+from pipeline.errors import JobError
+from schemas.config import UpsampleConfig
+
+
+@pytest.mark.parametrize("weights", ["random", "none"])
+def test_a_picture_of_a_store(tmp_path: Path, weights: str) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "photos" / f"{name}.jpg").write_bytes(photo(96, 96))
+    job = UpsampleConfig(
+        images=str(tmp_path / "photos"), store=str(tmp_path / "store"), backbone="resnet18", weights="random", layer=2,
+        size="64", components=4, workers=0, device="cpu",
+    )  # fmt: skip
+    assert upsample(job) == 0
+    picture = tmp_path / "new" / "picture.PNG"
+    assert show(ShowConfig(store=job.store, output=str(picture), weights=weights)) == 0
+    pixels = np.asarray(Image.open(picture))
+    assert pixels.shape[1] > 2 * 64
+    assert pixels.shape[0] > 2 * 64
+    assert pixels.std() > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rows": (99,)}, r"--rows \[99\]: the store has rows 0 … 10"),
+        ({"output": "/proc/picture.png"}, r"--output /proc/picture.png cannot be written"),
+    ],
+)
+def test_what_cannot_be_shown(tmp_path: Path, options: dict[str, object], words: str) -> None:
+    store = make_store(str(tmp_path / "store"))
+    with pytest.raises(JobError, match=words):
+        show(ShowConfig(**{"store": store.uri, "output": str(tmp_path / "x.png"), "weights": "none", **options}))
+
+
+def test_the_picture_has_a_known_kind() -> None:
+    with pytest.raises(ValueError, match=r"--output is a picture.*x\.gif"):
+        ShowConfig(store="store", output="x.gif")
