@@ -54,9 +54,9 @@ def config_of(recipe: str, output: Path, **changes: Any) -> TrainConfig:
 def seconds_of_a_step(recipe: str, device: str) -> dict[str, float]:
     """Mean over a few steps, once warm, by part; the backbone's is with its random views, and of the first epoch."""
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(
-            recipe, Path(folder), steps=2 * _TIMED_STEPS, val_count=1, val_views=1, evaluate_every=999, cache_gb=0
-        )
+        measured = {"steps": 2 * _TIMED_STEPS, "val_count": 1, "val_views": 1, "evaluate_every": 999}
+        uncached = {"cache_gb": 0} if RECIPES[recipe].get("upsampler") == "lift" else {}
+        config = config_of(recipe, Path(folder), **measured, **uncached)
         plan, backbones = make_train_plan(config)
         world = World(torch.device(device))
         training = Training(plan, build_stages(plan, world, 1, backbones), world)

@@ -1,5 +1,6 @@
 """What a person can ask of a job. Every field is an option of the command line; its comment is the help text."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -218,10 +219,14 @@ def parse_size(option: str, text: str) -> tuple[int, int]:
 
 
 def at_least(option: str, value: float | None, least: float) -> None:
-    """Refuse an option's value below the least one; None is not given.
+    """Refuse an option's value below the least one, and NaN and infinity; None is not given.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is one of these.
     """
-    if value is not None and value < least:
+    if value is None:
+        return
+    if not math.isfinite(value):
+        raise ValueError(f"{option} must be a finite number: got {value}")
+    if value < least:
         raise ValueError(f"{option} must be at least {least}: got {value}")

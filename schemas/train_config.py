@@ -1,7 +1,8 @@
 """What a person can ask of jobs/train_upsampler.py. Comments are the help texts, as in schemas/config.py."""
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from schemas.config import at_least, parse_size
@@ -140,11 +141,21 @@ class TrainConfig:
             ("--learning-rate", self.effective_learning_rate),
             ("--initial-sigma", self.initial_sigma),
         ):
-            if not value > 0:
-                raise ValueError(f"{option} must be positive: got {value}")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{option} must be positive and finite: got {value}")
         at_least("--max-pixels", self.max_pixels, self.min_side**2)
+        self._check_upsampler()
         self._check_views()
         self._check_backbones()
+
+    def _check_upsampler(self) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for upsampler, options in _OPTIONS_OF.items():
+            for option in options if upsampler != self.upsampler else ():
+                if (value := getattr(self, option)) != defaults[option]:
+                    raise ValueError(
+                        f"--{option.replace('_', '-')} {value} is for --upsampler {upsampler}: got {self.upsampler}"
+                    )
 
     def _check_views(self) -> None:
         if self.max_pad_px >= min(self.size_px):
@@ -171,16 +182,14 @@ class TrainConfig:
         ):
             if alone and several:
                 raise ValueError(f"{option}: {alone}, so its weights serve one backbone: give one, or jbu --no-final")
-        if self.final and self.upsampler == "lift":
-            raise ValueError("--final is an option of --upsampler jbu: leave it out")
         if self.featup_checkpoint is not None:
             self._check_featup_checkpoint(self.featup_checkpoint)
 
     def _check_featup_checkpoint(self, uri: str) -> None:
-        if self.upsampler != "jbu" or len(self.backbones) > 1:
+        if len(self.backbones) > 1:
             raise ValueError(
                 "--featup-checkpoint: FeatUp's layout is of a jbu for one backbone's number of channels; got "
-                f"--upsampler {self.upsampler} with {len(self.backbones)} --backbones"
+                f"{len(self.backbones)} --backbones"
             )
         if not uri.endswith((".pth", ".ckpt")):
             raise ValueError(f"--featup-checkpoint is a .pth or .ckpt file: got {uri!r}")
@@ -212,6 +221,12 @@ class TrainConfig:
         """What was asked for, or the upsampler's own."""
         return _LEARNING_RATE[self.upsampler] if self.learning_rate is None else self.learning_rate
 
+
+# What one of them only takes, by attribute.
+_OPTIONS_OF = {
+    "jbu": ("final", "jitters", "projection_chs", "crf_weight", "initial_sigma", "downsampler", "featup_checkpoint"),
+    "lift": ("lift_initial", "lift_loss", "lift_octaves", "lift_consistency", "cache_gb"),
+}
 
 _LEAST: dict[str, float] = {
     "limit": 1, "val_count": 1, "val_views": 1, "steps": 1, "batch_size": 1, "jitters": 1, "max_pad_px": 0,

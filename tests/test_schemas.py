@@ -26,6 +26,8 @@ def test_sizes(text: str, size: tuple[int, int]) -> None:
         ({"limit": 0}, "--limit"),
         ({"batch_size": -1}, "--batch-size"),
         ({"error_floor": -0.1}, "--error-floor"),
+        ({"error_floor": float("nan")}, "--error-floor must be a finite number: got nan"),
+        ({"stall_timeout_s": float("inf")}, "--stall-timeout-s must be a finite number: got inf"),
         ({"max_failed_share": 2}, "--max-failed-share is a share"),
         ({"resume": True, "overwrite": True}, "give one of them"),
         ({"shards": "1-3"}, "--shards is a range"),

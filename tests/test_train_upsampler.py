@@ -316,7 +316,7 @@ def newest_step(output: Path) -> int:
 
 def test_killed_it_goes_on(photographs: Path, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "training"
-    job = start({**options(photographs, output), "steps": 800, "checkpoint_every": 1, "evaluate_every": 800})
+    job = start(options(photographs, output, steps=800, checkpoint_every=1, evaluate_every=800))
     wait_for(lambda: newest_step(output) >= 2 and any((output / "_tmp").glob("*")))  # while it writes
     job.kill()
     job.communicate(timeout=60)
@@ -333,7 +333,7 @@ def test_interrupted_it_says_how_to_go_on(
     photographs: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     output = tmp_path / "training"
-    job = start({**options(photographs, output), "steps": 800, "checkpoint_every": 1})
+    job = start(options(photographs, output, steps=800, checkpoint_every=1))
     wait_for(lambda: newest_step(output) >= 1)
     job.send_signal(number)
     _, said = job.communicate(timeout=60)
@@ -402,12 +402,12 @@ def test_weights_that_overflow_stop_it(photographs: Path, tmp_path: Path, caplog
 def test_what_is_refused_before_work(photographs: Path, tmp_path: Path, changed: dict[str, Any], words: str) -> None:
     if "device" in changed and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    if changed.get("output") == "{images}":
-        changed = {"output": str(photographs / "train" / "training")}
     if changed.get("val_images"):
         changed = {"val_images": str(photographs / "train")}
+    asked = dict(changed)
+    output = asked.pop("output", str(tmp_path / "training")).format(images=photographs / "train" / "training")
     with pytest.raises(JobError) as caught:
-        train_upsampler(replace(train_config(photographs, tmp_path / "training"), **changed))
+        train_upsampler(train_config(photographs, output, **asked))
     assert words in str(caught.value)
     assert not (tmp_path / "training").exists()
 
@@ -467,7 +467,7 @@ def test_checkpoints_in_an_object_store(photographs: Path, undisturbed: Path, s3
 @pytest.mark.slow
 def test_two_workers_one_of_which_dies(photographs: Path, tmp_path: Path) -> None:
     pytest.importorskip("pandas", reason="Ray Train needs the extra train")
-    asked = {**options(photographs, tmp_path / "undisturbed"), "workers": 2, "steps": 6}
+    asked = options(photographs, tmp_path / "undisturbed", workers=2, steps=6)
     job = start(asked)
     _, said = job.communicate(timeout=300)
     assert job.returncode == 0, said
@@ -494,7 +494,7 @@ def test_what_a_worker_cannot_do_is_said_once(photographs: Path, tmp_path: Path)
     write_photographs(spoiled, 3)
     for path in spoiled.iterdir():
         path.write_bytes(b"")
-    asked = {**options(photographs, tmp_path / "training"), "workers": 2, "images": str(spoiled)}
+    asked = options(photographs, tmp_path / "training", workers=2, images=str(spoiled))
     job = start(asked)
     _, said = job.communicate(timeout=300)
     assert job.returncode == 2, said

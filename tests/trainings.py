@@ -21,9 +21,11 @@ def write_photographs(folder: Path, count: int, *, first: int = 0) -> Path:
     return folder
 
 
-def options(photographs: Path, output: Path | str) -> dict[str, Any]:
+def options(photographs: Path, output: Path | str, **changed: Any) -> dict[str, Any]:
     """Of a training on ``photographs/train``, measured on ``photographs/val``."""
+    of_jbu = {"jitters": 2, "projection_chs": 6} if changed.get("upsampler", "jbu") == "jbu" else {}
     return {
+        **of_jbu,
         "images": str(photographs / "train"),
         "val_images": str(photographs / "val"),
         "output": str(output),
@@ -33,17 +35,16 @@ def options(photographs: Path, output: Path | str) -> dict[str, Any]:
         "val_views": 2,
         "steps": 4,
         "batch_size": 2,
-        "jitters": 2,
         "max_pad_px": 8,
-        "projection_chs": 6,
         "checkpoint_every": 2,
         "evaluate_every": 2,
         "device": "cpu",
+        **changed,
     }
 
 
 def train_config(photographs: Path, output: Path | str, **changed: Any) -> TrainConfig:
-    return TrainConfig(**{**options(photographs, output), **changed})
+    return TrainConfig(**options(photographs, output, **changed))
 
 
 def arguments(config_options: dict[str, Any]) -> list[str]:
