@@ -36,6 +36,7 @@ def run(
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("timm").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     # A cluster's way to ask a job to stop; then it ends as on Ctrl-C, saying how to go on.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     warn_of_name_collisions()

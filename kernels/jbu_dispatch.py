@@ -83,11 +83,9 @@ def choose(asked: str | None, radius: int, *tensors: Tensor) -> str:
         if asked not in (None, "reference"):
             raise ValueError(f"implementation: {asked!r} has no forward-mode derivatives: take 'reference', or None")
         return "reference"
-    chosen: str = _choose(asked, radius, tuple(tuple(kind(tensor)) for tensor in tensors))
-    return chosen
+    return _choose(asked, radius, tuple((tensor.device, tensor.dtype) for tensor in tensors))
 
 
-@torch.compiler.assume_constant_result
 def _choose(asked: str | None, radius: int, kinds: tuple[tuple[torch.device, torch.dtype], ...]) -> str:
     """`choose`, as torch.compile may take it for a constant: of plain tuples, it loses named ones."""
     named = tuple(Kind(*each) for each in kinds)
@@ -99,6 +97,10 @@ def _choose(asked: str | None, radius: int, kinds: tuple[tuple[torch.device, tor
     if reasons:
         raise ValueError(f"implementation: {asked!r} cannot take these inputs: {'; '.join(reasons)}")
     return asked
+
+
+# What torch.compiler.assume_constant_result does, but for importing the compiler: five seconds of each start.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def implementation(name: str) -> Any:
