@@ -62,6 +62,36 @@ def _error(row: dict[str, Any], few: int) -> float:
     return statistics.mean(errors[:: len(errors) // few])
 
 
+def training() -> None:
+    """For each recipe: its loss over steps; its error on held-out views, as a share of bilinear interpolation's."""
+    latest = {row["recipe"]: row for row in rows.read("training")}
+    figure, panels = plt.subplots(2, len(latest), figsize=(9, 4.6), sharex="col", layout="constrained", squeeze=False)
+    for (above, below), (recipe, row) in zip(panels.T, latest.items(), strict=True):
+        above.plot(*zip(*row["losses"], strict=True), c="C7")
+        above.set_title(recipe)
+        _held_out(below, row, recipe.split()[0])
+        below.axhline(1, c="0.6", lw=1)
+        below.set_xlabel("step")
+        for panel in (above, below):
+            panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("loss")
+    panels[1][0].set_ylabel("held-out error / bilinear's")
+    figure.savefig(rows.RESULTS / "training.svg", metadata={"Date": None})
+
+
+def _held_out(panel: Axes, row: dict[str, Any], trainee: str) -> None:
+    for backbone in dict.fromkeys(measured["backbone"] for measured in row["held_out"]):
+        own = [measured for measured in row["held_out"] if measured["backbone"] == backbone]
+        shares = [
+            float(measured[f"{trainee}_relative_error"]) / float(measured["bilinear_relative_error"])
+            for measured in own
+        ]
+        label = backbone + ("" if own[0]["trained_on"] == "1" else ", never seen")
+        panel.plot([int(measured["step"]) for measured in own], shares, "o-", ms=3, label=label)
+    panel.legend(fontsize="xx-small")
+
+
 if __name__ == "__main__":
     mpl.rcParams.update({"svg.hashsalt": "densefeat", "svg.fonttype": "none", "axes.spines.top": False})
     fits()
+    training()

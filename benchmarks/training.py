@@ -3,12 +3,13 @@
     python -m benchmarks.training --folder trainings
 
 Trains each recipe on coco200's training half (hours on a CPU; what is in --folder already is not trained again), and
-keeps its error on held-out views of the validation half over steps. A step's seconds, and the backbone's share of them,
-are measured apart, on a few steps.
+keeps its loss and its error on held-out views of the validation half over steps. A step's seconds, and the backbone's
+share of them, are measured apart, on a few steps.
 """
 
 import csv
 import json
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lift on lite0": {"upsampler": "lift", "backbones": (_LITE0.format(3),), "steps": 400, "evaluate_every": 100},
 }
 _TIMED_STEPS = 6
+_POINTS = 30  # about so many a curve
 _STEP = "data", "backbone", "forward", "backward", "optimizer"
 
 
@@ -79,6 +81,15 @@ def held_out_curves(output: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def loss_curve(output: Path) -> list[tuple[int, float]]:
+    """(step, mean loss since the one before), all backbones together."""
+    with (output / "losses.csv").open(newline="") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    stretch = max(1, len(losses) // _POINTS)
+    ends = range(stretch, len(losses) + 1, stretch)
+    return [(end, round(statistics.mean(losses[end - stretch : end]), 5)) for end in ends]
+
+
 def main(folder: Path = Path("trainings"), recipes: tuple[str, ...] = tuple(RECIPES), device: str = "auto") -> None:
     """Measure, a row for each recipe.
 
@@ -94,7 +105,8 @@ def main(folder: Path = Path("trainings"), recipes: tuple[str, ...] = tuple(RECI
             raise SystemExit(f"{recipe}: training failed")
         torch.set_num_threads(1)
         seconds = seconds_of_a_step(recipe, chosen)
-        row = {"recipe": recipe, "step_s": seconds, "threads": 1, "held_out": held_out_curves(output)}
+        curves = {"losses": loss_curve(output), "held_out": held_out_curves(output)}
+        row = {"recipe": recipe, "step_s": seconds, "threads": 1, **curves}
         rows.append("training", {**row, **rows.measured_on()})
         print(json.dumps(row))
 

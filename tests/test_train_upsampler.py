@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -244,7 +245,8 @@ def test_metadata_of_others_says_nothing_and_damaged_ones_are_named(undisturbed:
             check_pairing(str(weights), "jbu", resnet18(3))
 
 
-def test_lift(photographs: Path, tmp_path: Path) -> None:
+def test_lift(photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     config = train_config(photographs, tmp_path / "training", upsampler="lift", backbones=("resnet18@2=random",))
     assert train_upsampler(config) == 0
     weights = str(tmp_path / "training" / "upsampler.safetensors")
@@ -255,6 +257,10 @@ def test_lift(photographs: Path, tmp_path: Path) -> None:
     names = {"step", "backbone", "loss", "octave_1", "consistency"}
     assert set(table(tmp_path / "training", "losses.csv")) == names
     assert train_upsampler(replace(config, resume=True, steps=5)) == 0
+    before = record(tmp_path / "training")
+    assert train_upsampler(replace(config, resume=True, steps=3)) == 0
+    assert "nothing to train: --steps 3, and step 5 is done" in caplog.text
+    assert record(tmp_path / "training") == before
     upsampler = build_upsampler("lift", weights, resnet18(2))
     assert upsampler.identity()["patch"] == 8
     with pytest.raises(JobError, match=r"for resnet18 at layer 2 .* resnet18 at layer 1 .* cell: weights 8, asked 4"):

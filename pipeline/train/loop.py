@@ -107,6 +107,8 @@ class Training:
         model = self._distributed()
         if not state.held_out:
             self._measure()
+        if state.step >= config.steps:
+            self._say("nothing to train: --steps %d, and step %d is done", config.steps, state.step)
         said_at, said, spent = time.monotonic(), state.step, 0.0
         for keys, images in self._batches(range(state.step, config.steps)):
             losses = self._step(model, keys, images)
