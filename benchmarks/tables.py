@@ -97,15 +97,15 @@ def upsampler_costs() -> str:
     """Time and memory of each upsampler that looks once, and of doing without PCA or bounded memory."""
     latest = {(row["upsampler"], row["size"]): row for row in rows.read("upsamplers")}
     table = [
-        "| upsampler | 224 px | 448 px | all 384 channels, 224 px | 448 px | the plain way, 224 px | 448 px |",
-        "|---|---|---|---|---|---|---|",
+        "| upsampler | 224 px | 448 px | 896 px | all 384 channels, 224 px | 448 px | the plain way, 224 px | 448 px |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(name for name, _ in latest):
-        both = latest[name, 224], latest[name, 448]
+        measured = [(latest[name, size], "k") for size in (224, 448, 896)]
+        measured += [(latest[name, size], side) for side in ("all channels", "plain") for size in (224, 448)]
         cells = [
             f"{_ms(row['ms'][side])}, {row['peak_bytes'][side] / 1e6:,.0f} MB" if side in row["ms"] else ""
-            for side in ("k", "all channels", "plain")
-            for row in both
+            for row, side in measured
         ]
         table.append(f"| {name} | {' | '.join(cells)} |")
     sample = latest["jbu", 224]
