@@ -1,6 +1,7 @@
 """What all jobs do around their work: read options, set up logging, turn errors into messages and exit codes.
 
-Exit codes: 0 done; 1 done, but too much failed; 2 it cannot be done as asked; 70 a fault in densefeat; 130 interrupted.
+Exit codes: 0 done; 1 done, but too much failed, or a training diverged; 2 it cannot be done as asked; 70 a fault in
+densefeat; 130 interrupted.
 """
 
 import importlib.metadata

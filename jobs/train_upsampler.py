@@ -14,6 +14,7 @@ LiFT, for one backbone and layer::
 """
 
 import logging
+from contextlib import suppress
 
 import torch
 
@@ -22,7 +23,7 @@ from pipeline.errors import TrainingDiverged
 from pipeline.feature_worker import pick_device
 from pipeline.plan import available_cores
 from pipeline.train.loop import train
-from pipeline.train.plan import claim_output, make_train_plan
+from pipeline.train.plan import claim_output, make_train_plan, release_output
 from pipeline.train.result import WEIGHTS
 from pipeline.train.world import World
 from schemas.train_config import TrainConfig
@@ -49,7 +50,11 @@ def train_upsampler(config: TrainConfig) -> int:
             runner.train_on_ray(plan)
         else:
             train(plan, World(device), threads=available_cores(), built=backbones)
-    except TrainingDiverged as error:
+    except BaseException as error:
+        with suppress(OSError):  # of a storage that the other error may be of
+            release_output(plan)
+        if not isinstance(error, TrainingDiverged):
+            raise
         logger.error("%s", error)
         return FAILED
     logger.info("wrote %s/%s: use it as --upsampler-weights", config.output.rstrip("/"), WEIGHTS)

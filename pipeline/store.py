@@ -305,11 +305,11 @@ def explain_storage_error(error: BaseException, uri: str) -> JobError | None:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return JobError(
-            f"no space left for {uri} ({error.strerror}): free some and run the job again with --resume; finished "
-            "shards are kept"
+            f"no space left for {uri} ({error.strerror}): free some and run the job again with --resume; what is "
+            "finished is kept"
         )
     if isinstance(error, PermissionError) or getattr(error, "errno", None) in (errno.EROFS, errno.EACCES):
-        return JobError(f"no permission to write {uri}: {error}; choose another --store, or ask for the right to write")
+        return JobError(f"no permission to write {uri}: {error}; choose another place, or ask for the right to write")
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return JobError(f"{uri} cannot be written: {error}; the bucket or the file system must be there")
     if isinstance(error, ImportError):

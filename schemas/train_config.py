@@ -135,6 +135,8 @@ class TrainConfig:
         for option, least in _LEAST.items():
             at_least(f"--{option.replace('_', '-')}", getattr(self, option), least)
         parse_size("--size", self.size)
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed must be less than 2^63: got {self.seed}")
         if not 0 < self.val_share < 1:
             raise ValueError(f"--val-share is a share: got {self.val_share}, expected between 0 and 1")
         for option, value in (

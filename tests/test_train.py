@@ -144,7 +144,7 @@ def test_images_that_cannot_be_used_are_replaced(photographs: Path, tmp_path: Pa
         assert torch.equal(pixels, other_pixels)
     assert caplog.text.count("00.png cannot be used") == 2  # once a run
     assert len(first_usable(source.references, loader, 3)[0]) == 3
-    with pytest.raises(JobError, match=r"3 of 5 images can be used, expected --val-count 4; one cannot"):
+    with pytest.raises(JobError, match=r"3 of 5 images can be used, expected --val-count 4; 03\.png cannot"):
         first_usable(source.references, loader, 4)
     for path in folder.iterdir():
         path.write_bytes(b"")
@@ -477,9 +477,13 @@ def test_checkpoints_come_back_and_old_ones_go(tmp_path: Path, caplog: pytest.Lo
     assert tables(loaded) == tables(expected)
     assert sorted(objects.list("checkpoints")) == [f"checkpoints/step_{n:08}.pt" for n in (4, 6)]
     newest = tmp_path / "checkpoints" / "step_00000006.pt"
-    newest.write_bytes(newest.read_bytes()[:-100])
-    assert load_newest(objects).step == 4
-    assert "step_00000006.pt is damaged" in caplog.text
+    whole, weight = newest.read_bytes(), torch.full((2,), 6.0).numpy().tobytes()
+    assert whole.count(weight) == 1
+    for damaged in (whole[:-100], whole.replace(weight, weight[:-1] + b"\x00")):
+        newest.write_bytes(damaged)
+        caplog.clear()
+        assert load_newest(objects).step == 4
+        assert "step_00000006.pt is damaged: BadZipFile" in caplog.text
     (tmp_path / "checkpoints" / "step_00000004.pt").write_bytes(b"")
     with pytest.raises(JobError, match="all checkpoints"):
         load_newest(objects)
@@ -491,6 +495,8 @@ def test_tables_and_curves() -> None:
     assert held_out.splitlines()[-1] == "3,vit@1,0,0.333333333,0.5,0.4,0.6"
     for step in (0, 1, 3, 1000):
         assert curves(state_at(step)).startswith(b"\x89PNG")
+    diverging = TrainState(1, losses=[LossRow(1, "resnet18@3", {"loss": 1e18})])
+    assert curves(diverging).startswith(b"\x89PNG")
 
 
 # --- Configuration ---
@@ -510,6 +516,7 @@ def test_a_backbone_on_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
+        ({"seed": 2**63}, "--seed must be less than"),
         ({"steps": 0}, "--steps must be at least 1: got 0"),
         ({"val_share": 1.0}, "--val-share"),
         ({"learning_rate": 0.0}, "--learning-rate must be positive"),

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -384,6 +385,25 @@ def test_weights_that_overflow_stop_it(photographs: Path, tmp_path: Path, caplog
     assert train_upsampler(train_config(photographs, tmp_path / "training", learning_rate=1e38)) == 1
     assert "There is no checkpoint yet" in caplog.text
     assert newest_step(tmp_path / "training") == 0
+    # Nothing is lost if it begins anew there, as the message says.
+    assert train_upsampler(train_config(photographs, tmp_path / "training", steps=1)) == 0
+
+
+def test_what_cannot_begin_leaves_the_place_to_others(photographs: Path, tmp_path: Path) -> None:
+    shutil.copytree(photographs / "val", tmp_path / "val")
+    next((tmp_path / "val").iterdir()).write_bytes(b"no picture")
+    count = len(list((tmp_path / "val").iterdir()))
+    asked = train_config(photographs, tmp_path / "training", val_images=str(tmp_path / "val"), steps=1)
+    with pytest.raises(JobError, match=rf"{count - 1} of {count} images can be used.*lower --val-count"):
+        train_upsampler(replace(asked, val_count=count))
+    assert train_upsampler(replace(asked, val_count=count - 1)) == 0
+
+
+def test_lift_needs_enough_to_begin_as_interpolation(photographs: Path, tmp_path: Path) -> None:
+    asked = train_config(photographs, tmp_path / "training", upsampler="lift", limit=1, steps=1)
+    with pytest.raises(JobError, match=r"takes 256 places .* got 1 images of 4×4\. Give more .* --lift-initial random"):
+        train_upsampler(asked)
+    assert train_upsampler(replace(asked, lift_initial="random")) == 0
 
 
 @pytest.mark.parametrize(
@@ -416,6 +436,35 @@ def test_what_is_refused_before_work(photographs: Path, tmp_path: Path, changed:
         train_upsampler(train_config(photographs, output, **asked))
     assert words in str(caught.value)
     assert not (tmp_path / "training").exists()
+
+
+def test_a_training_whose_record_is_lost_is_not_gone_on_with(
+    undisturbed: Path, photographs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "training")
+    config = train_config(photographs, tmp_path / "training", steps=9, resume=True)
+    checkpoint = tmp_path / "training" / "checkpoints" / "step_00000008.pt"
+    plain = torch.load(checkpoint, weights_only=True)
+    plain["model"].popitem()
+    torch.save(plain, checkpoint)
+    with pytest.raises(JobError, match=r"(?s)checkpoint of step 8 .* is of another network.*Missing key"):
+        train_upsampler(config)
+    claim = tmp_path / "training" / "training.json"
+    claim.write_text(claim.read_text()[:-200])
+    with pytest.raises(JobError, match=r"its training.json is damaged"):
+        train_upsampler(config)
+    claim.unlink()
+    for resume in (True, False):
+        with pytest.raises(JobError, match=r"has checkpoints, but no training.json"):
+            train_upsampler(replace(config, resume=resume))
+
+
+def test_backbones_take_turns_in_the_order_that_they_began_in(photographs: Path, tmp_path: Path) -> None:
+    backbones = ("resnet18@2=random", "resnet18@3=random")
+    config = train_config(photographs, tmp_path / "training", steps=2, backbones=backbones)
+    assert train_upsampler(config) == 0
+    with pytest.raises(JobError, match=r'turns: stored \["resnet18@2", "resnet18@3"\], asked \["resnet18@3"'):
+        train_upsampler(replace(config, resume=True, steps=3, backbones=backbones[::-1]))
 
 
 def test_another_training_is_not_gone_on_with(undisturbed: Path, photographs: Path) -> None:

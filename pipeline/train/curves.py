@@ -14,6 +14,7 @@ __all__ = ["curves"]
 
 _WIDTH, _HEIGHT = 560, 360  # of a panel, in pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 40, 40  # margins of a panel
+_NAME = 14  # height of a line's name, in pixels
 _INK, _GRID, _PAPER = (40, 40, 40), (225, 225, 225), (255, 255, 255)
 _COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207))
 _POINTS = 60  # a loss is averaged over stretches, so that a curve has about so many
@@ -71,6 +72,7 @@ def _panel(title: str, lines: Sequence[_Line]) -> Image.Image:
     draw, font = ImageDraw.Draw(image), ImageFont.load_default()
     points = [point for line in lines for point in line.points if math.isfinite(point[1])]
     (x_low, x_high), (y_low, y_high) = (_range([point[axis] for point in points]) for axis in (0, 1))
+    y_high += (y_high - y_low) * _NAME * len(lines) / (_HEIGHT - _TOP - _BOTTOM)  # room for the names of the lines
 
     def place(x: float, y: float) -> tuple[float, float]:
         right = _LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
@@ -83,20 +85,21 @@ def _panel(title: str, lines: Sequence[_Line]) -> Image.Image:
     for x in _ticks(x_low, x_high):
         draw.text((place(x, y_low)[0], _HEIGHT - _BOTTOM + 8), f"{x:.4g}", _INK, font, anchor="mt")
     draw.text((_LEFT, 8), title, _INK, font)
+    draw.text((_WIDTH - _RIGHT, _HEIGHT - 4), "step", _INK, font, anchor="rb")
     for number, line in enumerate(lines):
         colour = _COLOURS[number % len(_COLOURS)]
         drawn = [place(*point) for point in line.points if math.isfinite(point[1])]
         draw.line(drawn, colour, 2)
         for right, down in drawn:
             draw.ellipse([right - 2, down - 2, right + 2, down + 2], colour)
-        draw.text((_WIDTH - _RIGHT - 4, _TOP + 4 + 14 * number), line.name, colour, font, anchor="rt")
+        draw.text((_WIDTH - _RIGHT - 4, _TOP + 4 + _NAME * number), line.name, colour, font, anchor="rt")
     return image
 
 
 def _range(values: list[float]) -> tuple[float, float]:
     """From the least to the greatest value, with a little room."""
     low, high = min(values, default=0.0), max(values, default=1.0)
-    room = 0.05 * (high - low) or 0.5
+    room = 0.05 * (high - low) or max(0.5, 0.05 * abs(high))
     return low - room, high + room
 
 

@@ -131,8 +131,16 @@ def training_batches(
             yield names, pixels
 
 
-def first_usable(references: pa.Table, loader: BatchLoader, count: int) -> tuple[list[str], Tensor]:
+def first_usable(
+    references: pa.Table, loader: BatchLoader, count: int, *, tell: bool = True
+) -> tuple[list[str], Tensor]:
     """Keys and pixels of the first ``count`` images that can be decoded: uint8 [count, 3, H, W].
+
+    Args:
+        references: the dataset.
+        loader: for batches of any size.
+        count: how many are wanted.
+        tell: whether to name in the log those that cannot.
 
     Raises:
         JobError: there are fewer.
@@ -140,10 +148,13 @@ def first_usable(references: pa.Table, loader: BatchLoader, count: int) -> tuple
     keys, kept, reason = references["key"].to_pylist(), [], ""
     for number, batch in enumerate(loader.batches(references, StageSeconds())):
         for place, image in enumerate(batch.decoded):
+            key = keys[number * loader.batch_size + place]
             if isinstance(image, Decoded):
-                kept.append((keys[number * loader.batch_size + place], batch.pixels[place]))
-            else:
-                reason = f"; one cannot: {image}"
+                kept.append((key, batch.pixels[place]))
+            elif len(kept) < count:
+                reason = f"; {key} cannot: {image}"
+                if tell:
+                    logger.warning("%s cannot be used, and is not measured on: %s", key, image)
         if len(kept) >= count:
             names, pixels = zip(*kept[:count], strict=True)
             return list(names), torch.stack(pixels)

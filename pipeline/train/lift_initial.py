@@ -4,9 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.errors import JobError
 from pipeline.lift import LiFT
 
-__all__ = ["begin_as_interpolation"]
+__all__ = ["PLACES_PER_CHANNEL", "begin_as_interpolation"]
+
+# Of a sample: with one, interpolation misses twice as much of other images; with fewer, it makes no sense.
+PLACES_PER_CHANNEL = 4
 
 # Channels pass a ReLU with mean 3 and deviation 1: hardly anything of them is cut off.
 _LIFTED = 3.0
@@ -25,9 +29,18 @@ def begin_as_interpolation(lift: LiFT, features: Tensor, image: Tensor) -> None:
 
     Args:
         lift: new, in training mode, on the CPU or a GPU.
-        features: [B, C, h, w] float32, a sample of what it will be given; more than C places.
+        features: [B, C, h, w] float32, a sample of what it will be given, of `PLACES_PER_CHANNEL` · C places or more.
         image: [B, 3, H, W] float32, ImageNet-normalised: what they show.
+
+    Raises:
+        JobError: the features have fewer than C places.
     """
+    B, C, h, w = features.shape
+    if B * h * w < C:
+        raise JobError(
+            f"lift begins as interpolation of {C} channels, which takes {C} places of training images at least: got "
+            f"{B} images of {h}×{w}. Give more images, a larger --size, an earlier layer, or --lift-initial random"
+        )
     width = lift.outc.in_channels
     components, mean = _components(features, width)
     _set(lift.up1.up, components, -(components @ mean))

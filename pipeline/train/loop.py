@@ -93,8 +93,18 @@ class Training:
         self._check_shared()
         self._safe_at = self.state.step
         if self.state.step:
-            stages.trainee.load_state_dict(self.state.model)
+            self._restore()
+
+    def _restore(self) -> None:
+        try:
+            self._stages.trainee.load_state_dict(self.state.model)
             self._optimizer.load_state_dict(self.state.optimizer)
+        except (RuntimeError, ValueError, LookupError) as error:
+            raise JobError(
+                f"--resume: the checkpoint of step {self.state.step} in {self._objects.uri} is of another network, or "
+                f"of another version of densefeat: delete it to go on from the one before, or begin anew with another "
+                f"--output ({error})"
+            ) from error
 
     def run(self) -> None:
         """Train up to --steps.

@@ -16,10 +16,11 @@ from pipeline.source import Source, keys_digest, list_images
 from pipeline.store import check_writable, storage_explained
 from pipeline.train.data import ImageTable, key_hash
 from pipeline.train.lift import lift_scales
+from pipeline.train.state import has_checkpoints
 from schemas.attributes import differences
 from schemas.train_config import BackboneChoice, TrainConfig
 
-__all__ = ["TrainPlan", "backbone_at", "build_backbones", "claim_output", "make_train_plan"]
+__all__ = ["TrainPlan", "backbone_at", "build_backbones", "claim_output", "make_train_plan", "release_output"]
 
 # The object in --output that claims it: the configuration, which a resume is compared with.
 _CLAIM = "training.json"
@@ -123,6 +124,14 @@ def claim_output(plan: TrainPlan) -> None:
             raise JobError(f"another training has begun in {plan.config.output}: choose another --output") from None
 
 
+def release_output(plan: TrainPlan) -> None:
+    """Take `claim_output` back if the training has no checkpoint yet: other options can then be tried there."""
+    objects = Objects(plan.config.output)
+    if not plan.begun and not has_checkpoints(objects):
+        objects.delete(_CLAIM)
+        objects.tidy()
+
+
 def build_backbones(plan: TrainPlan, choice: BackboneChoice, built: Backbone | None = None) -> list[Backbone]:
     """A backbone at every size that training needs it at, on the CPU: at --size only, or for lift at `lift_scales`.
 
@@ -143,10 +152,21 @@ def backbone_at(config: TrainConfig, choice: BackboneChoice, scale: float = 1) -
 
 def _stored_configuration(config: TrainConfig) -> dict[str, Any] | None:
     with storage_explained(f"--output {config.output}"):
+        objects = Objects(config.output)
         try:
-            stored: dict[str, Any] = json.loads(Objects(config.output).get(_CLAIM))["configuration"]
+            stored: dict[str, Any] = json.loads(objects.get(_CLAIM))["configuration"]
         except FileNotFoundError:
+            if has_checkpoints(objects):
+                raise JobError(
+                    f"--output {config.output} has checkpoints, but no {_CLAIM}, which says of what training: choose "
+                    "another, or delete them"
+                ) from None
             return None
+        except (ValueError, LookupError, TypeError) as error:
+            raise JobError(
+                f"--output {config.output}: its {_CLAIM} is damaged ({error}), which says what the checkpoints are of: "
+                "begin anew with another"
+            ) from error
     if not config.resume:
         raise JobError(f"--output {config.output} has a training already: --resume goes on with it, or choose another")
     return stored
@@ -252,6 +272,7 @@ def _configuration(
     return {
         "upsampler": config.upsampler,
         "backbones": {f"{one['name']}@{one['layer']}": one for one in identities},
+        "turns": [f"{one['name']}@{one['layer']}" for one in identities],  # the order: keys of a mapping have none
         "images": _described(config.images, train),
         "geometry": {
             "size": list(config.size_px),

@@ -1,6 +1,7 @@
 """From the plan of a training to what one of its processes computes with."""
 
 import logging
+import math
 import socket
 from dataclasses import dataclass
 
@@ -17,9 +18,11 @@ from pipeline.train.feature_cache import FeatureCache
 from pipeline.train.held_out_views import HeldOutViews
 from pipeline.train.jbu import JBUTraining
 from pipeline.train.lift import AT_SIZE, LiFTTraining, lift_scales
+from pipeline.train.lift_initial import PLACES_PER_CHANNEL
 from pipeline.train.plan import TrainPlan, backbone_at, build_backbones
 from pipeline.train.trainee import FeatureSample, Trainee
 from pipeline.train.world import World
+from schemas.train_config import TrainConfig
 
 __all__ = ["TrainStages", "build_stages"]
 
@@ -79,7 +82,9 @@ def build_stages(plan: TrainPlan, world: World, threads: int, built: list[Backbo
             if config.upsampler == "lift"
             else JBUTraining(config, backbones, [sample.statistics for sample in samples])
         )
-    _, held_out = first_usable(plan.val.references, plan.val.loader(config, 8, threads), config.val_count)
+    _, held_out = first_usable(
+        plan.val.references, plan.val.loader(config, 8, threads), config.val_count, tell=world.leads
+    )
     return TrainStages(
         trainee.to(world.device),
         plan.train.loader(config, config.batch_images, threads, lift_scales(1)[0] if config.upsampler == "lift" else 1),
@@ -107,7 +112,7 @@ def _samples(plan: TrainPlan, world: World, threads: int, backbones: list[Backbo
     Raises:
         JobError: none of the images can be used, or features are not finite.
     """
-    rows = sample_rows(plan.train.references.num_rows, _SAMPLE_IMAGES)
+    rows = sample_rows(plan.train.references.num_rows, max(_SAMPLE_IMAGES, *_needed(plan.config, backbones)))
     loader = plan.train.loader(plan.config, len(rows), threads)
     (batch,) = loader.batches(plan.train.references.take(rows), StageSeconds())
     if not batch.usable_rows.any():
@@ -116,6 +121,13 @@ def _samples(plan: TrainPlan, world: World, threads: int, backbones: list[Backbo
         )
     images = batch.pixels[batch.usable_rows].to(world.device)
     return [FeatureSample(images.cpu(), _features_of(backbone, images)) for backbone in backbones]
+
+
+def _needed(config: TrainConfig, backbones: list[Backbone]) -> list[int]:
+    """How many images of each backbone's features lift wants to begin with: 0 if it does not look at them."""
+    if config.upsampler != "lift" or config.lift_initial != "interpolation":
+        return [0]
+    return [math.ceil(PLACES_PER_CHANNEL * one.num_chs / (one.grid[0] * one.grid[1])) for one in backbones]
 
 
 def _features_of(backbone: Backbone, images: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import csv
 import io
 import logging
 import re
+import zipfile
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,7 +15,17 @@ from densefeat.objects import Objects
 from pipeline.errors import JobError
 from pipeline.train.held_out_views import ViewError
 
-__all__ = ["HELD_OUT", "LOSSES", "HeldOutRow", "LossRow", "TrainState", "load_newest", "save", "tables"]
+__all__ = [
+    "HELD_OUT",
+    "LOSSES",
+    "HeldOutRow",
+    "LossRow",
+    "TrainState",
+    "has_checkpoints",
+    "load_newest",
+    "save",
+    "tables",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +102,11 @@ def save(state: TrainState, objects: Objects) -> None:
         objects.delete(key)
 
 
+def has_checkpoints(objects: Objects) -> bool:
+    """Whether there are any, damaged ones included."""
+    return bool(_checkpoints(objects))
+
+
 def load_newest(objects: Objects) -> TrainState:
     """The newest checkpoint that can be read, or a state at step 0 if there is none at all.
 
@@ -100,7 +116,7 @@ def load_newest(objects: Objects) -> TrainState:
     found = _checkpoints(objects)
     for _, key in found:
         try:
-            plain = torch.load(io.BytesIO(objects.get(key)), map_location="cpu", weights_only=True)
+            plain = torch.load(_undamaged(objects.get(key)), map_location="cpu", weights_only=True)
             return TrainState(
                 step=plain["step"],
                 model=plain["model"],
@@ -115,6 +131,20 @@ def load_newest(objects: Objects) -> TrainState:
     if found:
         raise JobError(f"--resume: all checkpoints in {objects.uri} are damaged: begin anew with another --output")
     return TrainState()
+
+
+def _undamaged(checkpoint: bytes) -> io.BytesIO:
+    """The same, read against the checksums that it has as a zip file: torch.load takes flipped bits for values.
+
+    Raises:
+        BadZipFile: it differs from what was written.
+    """
+    buffer = io.BytesIO(checkpoint)
+    with zipfile.ZipFile(buffer) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"checksum of {damaged}")
+    buffer.seek(0)
+    return buffer
 
 
 def tables(state: TrainState) -> dict[str, str]:
