@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from densefeat._version import __version__
-from densefeat.objects import Objects, split_uri
 from jobs.command_line import DONE, run
 from pipeline.decode import Decoded
 from pipeline.downsampler_file import Downsampler, Origin
@@ -20,10 +19,10 @@ from pipeline.downsampler_sample import sampled_views
 from pipeline.errors import JobError
 from pipeline.feature_worker import FeatureWorker
 from pipeline.multiview_views import MOST_VIEWS
+from pipeline.output_file import check_output_file, write_output_file
 from pipeline.pca import sample_rows
 from pipeline.plan import feature_spec
 from pipeline.stage_seconds import StageSeconds
-from pipeline.store import check_writable, storage_explained
 from schemas.config import FitDownsamplerConfig
 
 logger = logging.getLogger(__name__)
@@ -40,9 +39,7 @@ def fit(config: FitDownsamplerConfig) -> int:
     if config.views > MOST_VIEWS:
         raise JobError(f"--views: got {config.views}, expected at most {MOST_VIEWS}: those after are held out")
     spec, references, backbone = feature_spec(config)
-    folder, name = split_uri(config.output)
-    with storage_explained(f"--output {config.output}"):  # before the work, not after it
-        check_writable(Objects(folder))
+    check_output_file("--output", config.output)  # before the work, not after it
     worker = FeatureWorker(spec, backbone)
     images = sample_images(worker, references, config.fit_images)
     components = config.components or min(_COMPONENTS, backbone.num_chs)
@@ -54,9 +51,7 @@ def fit(config: FitDownsamplerConfig) -> int:
         found = fit_downsampler(sample, backbone.reduction, config.solver_stride, worker.device)
     account = {"images": config.images, "fit": config.fit, "densefeat": __version__, "torch": torch.__version__}
     origin = Origin(backbone.identity(), backbone.size, backbone.grid, {**account, **found.account})
-    with storage_explained(f"--output {config.output}"):
-        Objects(folder).put(name, Downsampler(found.bias, found.settings, origin).to_bytes())
-        Objects(folder).tidy()
+    write_output_file("--output", config.output, Downsampler(found.bias, found.settings, origin).to_bytes())
     logger.info("%s\nwrote %s", describe(found), config.output)
     return DONE
 

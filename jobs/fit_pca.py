@@ -6,12 +6,11 @@ python -m jobs.upsample_imagenet --images others/ --store features/ --pca basis.
 
 import logging
 
-from densefeat.objects import Objects, split_uri
 from jobs.command_line import DONE, run
 from jobs.upsample_imagenet import open_workers
+from pipeline.output_file import check_output_file, write_output_file
 from pipeline.plan import DEFAULT_COMPONENTS, feature_spec
 from pipeline.prepare import fit_basis
-from pipeline.store import check_writable, storage_explained
 from schemas.config import FitPcaConfig
 
 logger = logging.getLogger(__name__)
@@ -24,9 +23,7 @@ def fit_pca(config: FitPcaConfig) -> int:
         JobError: it cannot be done as asked.
     """
     spec, references, backbone = feature_spec(config)
-    folder, name = split_uri(config.output)
-    with storage_explained(f"--output {config.output}"):  # before the work, not after it
-        check_writable(Objects(folder))
+    check_output_file("--output", config.output)  # before the work, not after it
     k = config.components or min(DEFAULT_COMPONENTS, backbone.num_chs)
     with open_workers(spec, config.workers, attempts=3, stall_timeout_s=1800) as workers:
         basis = fit_basis(references, k, config.pca_images, workers)
@@ -37,9 +34,7 @@ def fit_pca(config: FitPcaConfig) -> int:
         "images": config.images,
         "fitted_on_images": min(config.pca_images or references.num_rows, references.num_rows),
     }
-    with storage_explained(f"--output {config.output}"):
-        Objects(folder).put(name, basis.to_npz(provenance))
-        Objects(folder).tidy()
+    write_output_file("--output", config.output, basis.to_npz(provenance))
     for count in sorted({1, 8, 32, 64, 128, k}):
         if count <= k:
             share = 100 * basis.explained_variance_ratio[:count].sum()

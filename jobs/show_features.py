@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from densefeat.objects import Objects, split_uri
 from densefeat.store import FeatureStore
 from jobs.command_line import DONE, run
 from pipeline.backbone import Backbone, build_backbone
 from pipeline.errors import JobError
+from pipeline.output_file import check_output_file, write_output_file
 from pipeline.picture import comparison
-from pipeline.store import check_writable, storage_explained
 from schemas.index import OK
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -50,15 +49,11 @@ def show(config: ShowConfig) -> int:
             be shown.
     """
     store = FeatureStore(config.store)
-    folder, name = split_uri(config.output)
-    with storage_explained(f"--output {config.output}"):  # before the work, not after it
-        check_writable(Objects(folder))
+    check_output_file("--output", config.output)  # before the work, not after it
     rows = _rows(store, config)
     picture = io.BytesIO()
     comparison(store, rows, _backbone(store, config.weights)).save(picture, _FORMATS[_suffix(config.output)])
-    with storage_explained(f"--output {config.output}"):
-        Objects(folder).put(name, picture.getvalue())
-        Objects(folder).tidy()
+    write_output_file("--output", config.output, picture.getvalue())
     print(config.output)
     return DONE
 

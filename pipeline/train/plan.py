@@ -6,9 +6,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from densefeat.objects import Objects, absolute_path, split_uri
+from densefeat.objects import Objects, absolute_path
 from pipeline.backbone import Backbone, build_backbone
 from pipeline.errors import JobError
+from pipeline.output_file import check_output_file
 from pipeline.pairing import backbone_name
 from pipeline.plan import check_apart
 from pipeline.software import software_versions
@@ -177,8 +178,7 @@ def _check_writable(config: TrainConfig) -> None:
     with storage_explained(f"--output {config.output}"):
         check_writable(Objects(config.output))
     if config.featup_checkpoint is not None:
-        with storage_explained(f"--featup-checkpoint {config.featup_checkpoint}"):
-            check_writable(Objects(split_uri(config.featup_checkpoint)[0]))
+        check_output_file("--featup-checkpoint", config.featup_checkpoint)
 
 
 def _check_labels(config: TrainConfig, identities: list[dict[str, object]], held_out: dict[str, object] | None) -> None:
@@ -269,10 +269,11 @@ def _configuration(
         names += ["jitters", "projection_chs", "crf_weight", "initial_sigma", "downsampler", "final"]
     else:
         names += ["lift_initial", "lift_loss", "lift_octaves", "lift_consistency"]
+    backbones = {f"{one['name']}@{one['layer']}": one for one in identities}
     return {
         "upsampler": config.upsampler,
-        "backbones": {f"{one['name']}@{one['layer']}": one for one in identities},
-        "turns": [f"{one['name']}@{one['layer']}" for one in identities],  # the order: keys of a mapping have none
+        "backbones": backbones,
+        "turns": list(backbones),  # their order, which `differences` does not see in a mapping
         "images": _described(config.images, train),
         "geometry": {
             "size": list(config.size_px),

@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 import torch
 
-from densefeat.objects import Objects, split_uri
+from densefeat.objects import Objects
+from pipeline.output_file import write_output_file
 from pipeline.pairing import FORMAT
 from pipeline.software import commit, software_versions
 from pipeline.store import storage_explained
@@ -35,10 +36,8 @@ def write_result(plan: TrainPlan, stages: TrainStages, state: TrainState) -> Non
         objects.put(WEIGHTS, save(weights, metadata=provenance(plan, stages.trainee, state)))
     write_record(plan, state)
     if plan.config.featup_checkpoint is not None:
-        folder, name = split_uri(plan.config.featup_checkpoint)
-        with storage_explained(f"--featup-checkpoint {plan.config.featup_checkpoint}"):
-            Objects(folder).put(name, _featup_checkpoint(weights, num_chs=stages.backbones[0].num_chs))
-            Objects(folder).tidy()
+        checkpoint = _featup_checkpoint(weights, num_chs=stages.backbones[0].num_chs)
+        write_output_file("--featup-checkpoint", plan.config.featup_checkpoint, checkpoint)
 
 
 def write_record(plan: TrainPlan, state: TrainState) -> None:
