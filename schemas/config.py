@@ -2,8 +2,9 @@
 
 import math
 import re
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 # The issue in numbers: int8 shards of 64 images are about 120 MB before compression at k = 128, 224 px, as are
 # float16 shards of 8; large enough for object storage, small enough to redo.
@@ -119,18 +120,10 @@ class UpsampleConfig(FeatureConfig):
         at_least("--shard-images", self.shard_images, 1)
         at_least("--attempts", self.attempts, 1)
         at_least("--lift-iterations", self.lift_iterations, 1)
-        if self.lift_iterations > 1 and self.upsampler != "lift":
-            raise ValueError(f"--lift-iterations {self.lift_iterations} is for --upsampler lift: got {self.upsampler}")
         at_least("--views", self.views, 2)
         at_least("--regularisation", self.regularisation, 0)
         at_least("--fit-steps", self.fit_steps, 1)
-        for option, value, takers in (
-            ("--views", self.views, ("multiview", "implicit")),
-            ("--fit-steps", self.fit_steps, ("implicit",)),
-            ("--regularisation", self.regularisation, ("multiview",)),
-        ):
-            if value is not None and self.upsampler not in takers:
-                raise ValueError(f"{option} {value} is for --upsampler {' or '.join(takers)}: got {self.upsampler}")
+        check_takers(self, _TAKERS)
         at_least("--error-floor", self.error_floor, 0)
         at_least("--stall-timeout-s", self.stall_timeout_s, 1)
         if not 0 <= self.max_failed_share <= 1:
@@ -162,6 +155,15 @@ class UpsampleConfig(FeatureConfig):
         if end is not None and end <= first:
             raise ValueError(f"--shards {self.shards} is empty: the end must be greater than the start")
         return range(first, shards)[: None if end is None else end - first]
+
+
+# Upsamplers that take an option, by attribute.
+_TAKERS = {
+    "lift_iterations": ("lift",),
+    "views": ("multiview", "implicit"),
+    "fit_steps": ("implicit",),
+    "regularisation": ("multiview",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,3 +232,23 @@ def at_least(option: str, value: float | None, least: float) -> None:
         raise ValueError(f"{option} must be a finite number: got {value}")
     if value < least:
         raise ValueError(f"{option} must be at least {least}: got {value}")
+
+
+def check_takers(config: Any, takers: Mapping[str, Sequence[str]]) -> None:
+    """Refuse options that are for other upsamplers than the one asked for.
+
+    Args:
+        config: a dataclass with the attribute ``upsampler``.
+        takers: upsamplers that take an option, by its attribute; those not named here are for all.
+
+    Raises:
+        ValueError: one is given, that is: not its default.
+    """
+    defaults = {field.name: field.default for field in fields(config)}
+    for name, upsamplers in takers.items():
+        value = getattr(config, name)
+        if value != defaults[name] and config.upsampler not in upsamplers:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value} is for --upsampler {' or '.join(upsamplers)}: got "
+                f"{config.upsampler}"
+            )

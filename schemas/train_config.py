@@ -2,10 +2,10 @@
 
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
-from schemas.config import at_least, parse_size
+from schemas.config import at_least, check_takers, parse_size
 
 # As published: FeatUp takes 4 images a step, LiFT 64 to 256, of which a CPU or a small GPU takes 16.
 _BATCH_SIZE = {"jbu": 4, "lift": 16}
@@ -146,18 +146,9 @@ class TrainConfig:
             if not 0 < value < math.inf:
                 raise ValueError(f"{option} must be positive and finite: got {value}")
         at_least("--max-pixels", self.max_pixels, self.min_side**2)
-        self._check_upsampler()
+        check_takers(self, _TAKERS)
         self._check_views()
         self._check_backbones()
-
-    def _check_upsampler(self) -> None:
-        defaults = {field.name: field.default for field in fields(self)}
-        for upsampler, options in _OPTIONS_OF.items():
-            for option in options if upsampler != self.upsampler else ():
-                if (value := getattr(self, option)) != defaults[option]:
-                    raise ValueError(
-                        f"--{option.replace('_', '-')} {value} is for --upsampler {upsampler}: got {self.upsampler}"
-                    )
 
     def _check_views(self) -> None:
         if self.max_pad_px >= min(self.size_px):
@@ -224,11 +215,9 @@ class TrainConfig:
         return _LEARNING_RATE[self.upsampler] if self.learning_rate is None else self.learning_rate
 
 
-# What one of them only takes, by attribute.
-_OPTIONS_OF = {
-    "jbu": ("final", "jitters", "projection_chs", "crf_weight", "initial_sigma", "downsampler", "featup_checkpoint"),
-    "lift": ("lift_initial", "lift_loss", "lift_octaves", "lift_consistency", "cache_gb"),
-}
+_OF_JBU = "final", "jitters", "projection_chs", "crf_weight", "initial_sigma", "downsampler", "featup_checkpoint"
+_OF_LIFT = "lift_initial", "lift_loss", "lift_octaves", "lift_consistency", "cache_gb"
+_TAKERS = {**dict.fromkeys(_OF_JBU, ("jbu",)), **dict.fromkeys(_OF_LIFT, ("lift",))}
 
 _LEAST: dict[str, float] = {
     "limit": 1, "val_count": 1, "val_views": 1, "steps": 1, "batch_size": 1, "jitters": 1, "max_pad_px": 0,
