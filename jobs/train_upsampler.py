@@ -50,13 +50,12 @@ def train_upsampler(config: TrainConfig) -> int:
             runner.train_on_ray(plan)
         else:
             train(plan, World(device), threads=available_cores(), built=backbones)
-    except BaseException as error:
-        with suppress(OSError):  # of a storage that the other error may be of
-            release_output(plan)
-        if not isinstance(error, TrainingDiverged):
-            raise
+    except TrainingDiverged as error:
         logger.error("%s", error)
         return FAILED
+    finally:
+        with suppress(OSError):  # of a storage that another error may be of
+            release_output(plan)
     logger.info("wrote %s/%s: use it as --upsampler-weights", config.output.rstrip("/"), WEIGHTS)
     return DONE
 

@@ -97,7 +97,8 @@ class LiFTTraining(Trainee):
             predicted = self.lift(octave.low, octave.image).float()  # of autocast, where that is on
             octaves.append(self._error(predicted, octave.target))
             coarse.append(self._error(F.avg_pool2d(predicted, 2), octave.low))
-            self._note_scale(predicted.detach(), octave.target)
+            if self._config.lift_loss == "cosine":
+                self._note_scale(predicted.detach(), octave.target)
         error, consistency = torch.stack(octaves).sum(), torch.stack(coarse).sum()
         parts = {f"octave_{number}": octave for number, octave in enumerate(octaves, start=1)}
         return {LOSS: error + self._config.lift_consistency * consistency, **parts, "consistency": consistency}
@@ -141,10 +142,10 @@ class LiFTTraining(Trainee):
     def _scale(self) -> Tensor:
         """[]: what the output is multiplied with, positive.
 
-        1 before the first step, and as long as predictions do not point where the targets do: the least squares would
-        turn them round. And where lengths are trained.
+        1 where lengths are trained, before the first step, and as long as predictions do not point where the targets
+        do: the least squares would turn them round.
         """
-        if self._config.lift_loss != "cosine" or not (self.predicted_squared > 0 and self.predicted_on_target > 0):
+        if not (self.predicted_squared > 0 and self.predicted_on_target > 0):
             return torch.ones_like(self.predicted_squared)
         return self.predicted_on_target / self.predicted_squared
 

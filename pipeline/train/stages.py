@@ -112,7 +112,7 @@ def _samples(plan: TrainPlan, world: World, threads: int, backbones: list[Backbo
     Raises:
         JobError: none of the images can be used, or features are not finite.
     """
-    rows = sample_rows(plan.train.references.num_rows, max(_SAMPLE_IMAGES, *_needed(plan.config, backbones)))
+    rows = sample_rows(plan.train.references.num_rows, _sample_images(plan.config, backbones))
     loader = plan.train.loader(plan.config, len(rows), threads)
     (batch,) = loader.batches(plan.train.references.take(rows), StageSeconds())
     if not batch.usable_rows.any():
@@ -123,11 +123,12 @@ def _samples(plan: TrainPlan, world: World, threads: int, backbones: list[Backbo
     return [FeatureSample(images.cpu(), _features_of(backbone, images)) for backbone in backbones]
 
 
-def _needed(config: TrainConfig, backbones: list[Backbone]) -> list[int]:
-    """How many images of each backbone's features lift wants to begin with: 0 if it does not look at them."""
+def _sample_images(config: TrainConfig, backbones: list[Backbone]) -> int:
+    """How many; more where lift begins as interpolation of many channels on a coarse grid."""
     if config.upsampler != "lift" or config.lift_initial != "interpolation":
-        return [0]
-    return [math.ceil(PLACES_PER_CHANNEL * one.num_chs / (one.grid[0] * one.grid[1])) for one in backbones]
+        return _SAMPLE_IMAGES
+    (backbone,) = backbones
+    return max(_SAMPLE_IMAGES, math.ceil(PLACES_PER_CHANNEL * backbone.num_chs / math.prod(backbone.grid)))
 
 
 def _features_of(backbone: Backbone, images: torch.Tensor) -> torch.Tensor:
