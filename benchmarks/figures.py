@@ -80,8 +80,7 @@ def training() -> None:
 
 
 def _held_out(panel: Axes, row: dict[str, Any], trainee: str) -> None:
-    for backbone in dict.fromkeys(measured["backbone"] for measured in row["held_out"]):
-        own = [measured for measured in row["held_out"] if measured["backbone"] == backbone]
+    for backbone, own in rows.by_backbone(row["held_out"]).items():
         shares = [
             float(measured[f"{trainee}_relative_error"]) / float(measured["bilinear_relative_error"])
             for measured in own

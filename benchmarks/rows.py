@@ -53,6 +53,12 @@ def read(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
 
 
+def by_backbone(held_out: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
+    """Measurements on held-out views, of a row of ``training``, in the order of their steps, by backbone."""
+    names = dict.fromkeys(measured["backbone"] for measured in held_out)
+    return {name: [measured for measured in held_out if measured["backbone"] == name] for name in names}
+
+
 def _processor() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

@@ -171,8 +171,7 @@ def training() -> str:
     for recipe, row in latest.items():
         seconds = sum(row["step_s"].values())
         share = row["step_s"]["backbone"] / seconds
-        for backbone in dict.fromkeys(measured["backbone"] for measured in row["held_out"]):
-            own = [measured for measured in row["held_out"] if measured["backbone"] == backbone]
+        for backbone, own in rows.by_backbone(row["held_out"]).items():
             trainee = recipe.split()[0]
             seen = "" if own[0]["trained_on"] == "1" else ", never seen"
             errors = [own[0][f"{trainee}_relative_error"], own[-1][f"{trainee}_relative_error"]]
