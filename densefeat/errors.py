@@ -9,6 +9,13 @@ class StoreError(DensefeatError):
     """The store cannot be opened or read: not a store, not finished, damaged, or of an unknown format version."""
 
 
+class StorageUnavailable(DensefeatError):  # noqa: N818 - says what happened
+    """A storage did not answer, for as long as it was asked again (`densefeat.retries`).
+
+    Nothing is known of the object that was asked for: whoever meets this fails as a whole and is tried again later.
+    """
+
+
 class MissingFeatures(DensefeatError, LookupError):  # noqa: N818 - says what is missing, like KeyError
     """The row has no features: its image failed when the store was made, or its shard is not there yet.
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
+from densefeat.places import open_uri
 from pipeline.errors import ImageError
-from pipeline.source_files import open_filesystem
 
 __all__ = ["BACKOFF_S", "Fetch", "Outcome", "is_transient", "unreadable"]
 
@@ -30,7 +30,7 @@ class Fetch:
 
     def open_filesystem(self, uri: str) -> tuple[AbstractFileSystem, str]:
         """The options are for the dataset's filesystem; a column of URIs can lead to another, with its defaults."""
-        return open_filesystem(uri, self._storage_options if _protocol(uri) == self._protocol else None)
+        return open_uri(uri, self._storage_options if _protocol(uri) == self._protocol else None)
 
     def __call__(
         self, uri: str, *, start: int | None = None, end: int | None = None, nbytes: int | None = None

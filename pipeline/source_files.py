@@ -10,9 +10,10 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-from fsspec import AbstractFileSystem, get_filesystem_class
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from densefeat.places import open_place
 from pipeline.errors import JobError
 from schemas.index import REFERENCES
 
@@ -21,7 +22,6 @@ __all__ = [
     "Found",
     "explained",
     "find_files",
-    "open_filesystem",
     "scan_in_order",
     "suffix_of",
     "uri_of",
@@ -47,27 +47,6 @@ class Found(NamedTuple):
 
     filesystem: AbstractFileSystem
     files: list[File]
-
-
-def open_filesystem(uri: str, storage_options: Mapping[str, Any] | None = None) -> tuple[AbstractFileSystem, str]:
-    """Return the filesystem of a path or URI, and the path as that filesystem writes it.
-
-    fsspec's ``url_to_fs`` reads ``::`` as a chain of filesystems; a file may well be called that, so this does not.
-
-    Args:
-        uri: a local path (relative ones are made absolute) or ``protocol://...``.
-        storage_options: keyword arguments for a remote filesystem, as fsspec takes them.
-
-    Raises:
-        ImportError: the package behind the protocol is not installed.
-        ValueError: the protocol is unknown.
-    """
-    protocol, separator, _ = uri.partition("://")
-    if not separator or protocol in ("file", "local"):
-        local = uri if not separator else LocalFileSystem._strip_protocol(uri)
-        return LocalFileSystem(), os.path.abspath(os.path.expanduser(local))  # noqa: PTH100, PTH111 - Path keeps ".."
-    cls = get_filesystem_class(protocol)
-    return cls(**{**cls._get_kwargs_from_urls(uri), **(storage_options or {})}), cls._strip_protocol(uri)
 
 
 def uri_of(filesystem: AbstractFileSystem, path: str) -> str:
@@ -134,7 +113,7 @@ def find_files(images: str, *, suffixes: frozenset[str], storage_options: Mappin
     Raises:
         OSError: as the storage raises it; FileNotFoundError names what a brace pattern spells out but is missing.
     """
-    filesystem, path = open_filesystem(images, storage_options)
+    filesystem, path = open_place(images, storage_options)
     path = path.rstrip("/") or path
     magic = "*" if path.startswith("http") else "*?["  # "?" begins the query of a URL
     if not any(character in path for character in magic + "{") or filesystem.exists(path):
