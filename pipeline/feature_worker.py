@@ -10,10 +10,11 @@ import pyarrow as pa
 import torch
 
 from pipeline.backbone import Backbone, build_backbone
-from pipeline.batches import BatchLoader
+from pipeline.batches import Batch, BatchLoader
 from pipeline.decode import Decoded, Geometry
 from pipeline.errors import JobError
 from pipeline.pca import Moments
+from pipeline.sample import Part
 from pipeline.source import Kind
 from pipeline.stage_seconds import StageSeconds
 from schemas.config import FeatureConfig
@@ -95,19 +96,26 @@ class FeatureWorker:
                 f"{self.spec.identities[stage]}; every node must load the same weights with the same version of timm"
             )
 
-    def moments(self, references: pa.Table) -> tuple[Moments, str | None]:
-        """Moments of the low-resolution features of some images, and the first error among those left out."""
-        total, first_error = Moments.none(self.backbone.num_chs), None
+    def moments(self, references: pa.Table) -> Part[Moments]:
+        """Moments of the low-resolution features of some images."""
+        total = Part(Moments.none(self.backbone.num_chs), 0, None)
         for batch in self.loader.batches(references, StageSeconds()):
-            errors = [str(image) for image in batch.decoded if not isinstance(image, Decoded)]
-            first_error = first_error or next(iter(errors), None)
-            if batch.usable_rows.any():
-                with self.computing:
-                    features = self.backbone(batch.pixels.to(self.device))
-                valid = batch.valid_cells(self.backbone.grid, self.geometry.output_size).to(self.device)
-                total = total.merged(Moments.of(features, valid & features.isfinite().all(1)))
+            error = next((str(image) for image in batch.decoded if not isinstance(image, Decoded)), None)
+            total = total.merged(self._moments_of(batch, error))
             self.images_done += len(batch.decoded)
-        return total, first_error
+        return total
+
+    def _moments_of(self, batch: Batch, error: str | None) -> Part[Moments]:
+        if not batch.usable_rows.any():
+            return Part(Moments.none(self.backbone.num_chs), 0, error)
+        with self.computing:
+            features = self.backbone(batch.pixels.to(self.device))
+        finite = features.isfinite().all(1)
+        valid = finite & batch.valid_cells(self.backbone.grid, self.geometry.output_size).to(self.device)
+        images = int(valid.flatten(1).any(1).sum())
+        if error is None and not finite.all():
+            error = "its features contain NaN or infinity"
+        return Part(Moments.of(features, valid), images, error)
 
     def made_by(self) -> dict[str, str]:
         """What may differ between the shards of one store: for the ledger."""

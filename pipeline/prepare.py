@@ -3,30 +3,32 @@
 import logging
 import shutil
 import time
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from densefeat.layout import FEATURES
 from densefeat.objects import Objects
 from densefeat.store import FeatureStore
 from pipeline.errors import JobError
-from pipeline.pca import Basis, Moments, fit, sample_rows
+from pipeline.gather import gather
+from pipeline.pca import Basis, fit
 from pipeline.plan import Plan, readable_size
+from pipeline.quantize import steps
 from pipeline.software import software_versions
 from pipeline.store import delete_store, existing_store, explain_storage_error, set_up, step_sha256
 from pipeline.worker import Encoding
-from pipeline.workers import TaskFailed, Workers
+from pipeline.workers import Workers
 from schemas.attributes import StoreAttributes, differences
 from schemas.index import pending_index
 
 logger = logging.getLogger(__name__)
 
 _IMAGES_IN_TASK = 32  # images of the PCA sample in one task
-_LINE_EVERY_S = 5.0
 _OTHERS_SETUP_S = 120.0
 _CALIBRATION_IMAGES = 32  # images whose upsampled features set the quantization steps
+_IMAGES_IN_CALIBRATION_TASK = 4  # few: an upsampler that fits each image takes minutes for one
 
 
 def prepare(plan: Plan, objects: Objects, workers: Workers) -> Encoding:
@@ -40,7 +42,7 @@ def prepare(plan: Plan, objects: Objects, workers: Workers) -> Encoding:
     basis = plan.basis or fit_basis(plan.references, plan.features.components, plan.config.pca_images, workers)
     explained = float(basis.explained_variance_ratio.sum())
     logger.info("PCA: %d components explain %.1f %% of the variance", len(basis.components), 100 * explained)
-    step, image_nbytes = _sample_encoding(plan, basis, workers)
+    step, image_nbytes = _calibrate(plan, basis, workers)
     _check_space(plan, objects, image_nbytes)
     attributes = StoreAttributes(
         configuration={**plan.configuration, "pca": {**plan.configuration["pca"], "basis": basis.digest}},
@@ -85,46 +87,29 @@ def _join(objects: Objects, attributes: StoreAttributes) -> Encoding:
 
 
 def fit_basis(references: pa.Table, k: int, images: int, workers: Workers) -> Basis:
-    """Fit ``k`` components on a sample of the images, spread over the workers.
+    """Fit ``k`` components on a sample of ``images`` (0: all) usable images, spread over the workers.
 
     Raises:
         JobError: too few images can be used.
     """
-    rows = sample_rows(references.num_rows, images)
-    logger.info("PCA: fitting %d components on %d images", k, len(rows))
-    sample = references.take(rows)
-    tasks = [(sample.slice(first, _IMAGES_IN_TASK),) for first in range(0, len(rows), _IMAGES_IN_TASK)]
-    results: dict[int, tuple[Moments, str | None]] = {}
-    done, said = 0, time.monotonic()
-
-    def say(images_more: int) -> None:
-        nonlocal done, said
-        done += images_more
-        if time.monotonic() - said > _LINE_EVERY_S:
-            said = time.monotonic()
-            logger.info("PCA: %d/%d images", done, len(rows))
-
-    for task, result in workers.map("moments", tasks, say):
-        if isinstance(result, TaskFailed):
-            raise JobError(f"PCA: a part of the sample failed {result.attempts} times: {result.reason}")
-        results[task] = result
-    # In the order of the tasks, so that the bits do not depend on who was first.
-    moments = [results[task][0] for task in range(len(tasks))]
-    total = moments[0]
-    for other in moments[1:]:
-        total = total.merged(other)
-    if total.count == 0:
-        first_error = next((error for _, error in results.values() if error), "no error was recorded")
-        raise JobError(f"none of the {len(rows)} sampled images could be used; the first says: {first_error}")
-    return fit(total, k)
+    logger.info("PCA: fitting %d components on %d images", k, min(images, references.num_rows) or references.num_rows)
+    sample = gather(workers, "moments", references, images, images_in_task=_IMAGES_IN_TASK, what="PCA")
+    return fit(sample.sums, k)
 
 
-def _sample_encoding(plan: Plan, basis: Basis, workers: Workers) -> tuple[np.ndarray[Any, Any] | None, float]:
-    sample = plan.references.take(sample_rows(plan.references.num_rows, _CALIBRATION_IMAGES))
-    ((_, result),) = workers.map("sample_encoding", [(sample, basis)])
-    if isinstance(result, TaskFailed):
-        raise JobError(f"measuring the features of a sample failed {result.attempts} times: {result.reason}")
-    return result[0], result[1]
+def _calibrate(plan: Plan, basis: Basis, workers: Workers) -> tuple[npt.NDArray[np.float32] | None, float]:
+    """Quantization steps [k], None for float16; and the bytes that an image will take, about."""
+    sample = gather(
+        workers,
+        "calibrate",
+        plan.references,
+        _CALIBRATION_IMAGES,
+        workers.share(basis),
+        images_in_task=_IMAGES_IN_CALIBRATION_TASK,
+        what="calibration",
+    )
+    mean_square, nbytes = sample.sums.mean_square / sample.images, sample.sums.nbytes / sample.images
+    return steps(mean_square, plan.config.error_floor) if plan.config.dtype == "int8" else None, nbytes
 
 
 def _check_space(plan: Plan, objects: Objects, image_nbytes: float) -> None:

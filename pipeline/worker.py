@@ -18,13 +18,13 @@ from torch import Tensor
 
 from densefeat import layout
 from densefeat.objects import Objects
-from kernels.quantization import Quantization
 from pipeline.batches import Batch
+from pipeline.calibration import Calibration
 from pipeline.decode import Decoded
 from pipeline.errors import ImageError
 from pipeline.feature_worker import FeatureWorker, WorkerSpec
 from pipeline.pca import Basis
-from pipeline.quantize import quantize, steps, to_float16
+from pipeline.sample import Part
 from pipeline.stage_seconds import StageSeconds
 from pipeline.store import storage_explained, write_shard
 from pipeline.upsample import Projected, build_configured
@@ -71,26 +71,27 @@ class ShardWorker(FeatureWorker):
         self._encoders = ThreadPoolExecutor(spec.threads, "encode")
         self._with_basis: tuple[str, Projected] | None = None
 
-    def sample_encoding(self, references: pa.Table, basis: Basis) -> tuple[npt.NDArray[np.float32] | None, float]:
-        """Quantization steps [k] (None for float16) from a sample of images, and how many bytes one of them takes."""
-        total, images, kept = np.zeros(len(basis.components)), 0, None
+    def calibrate(self, references: pa.Table, basis: Basis) -> Part[Calibration]:
+        """Scale of the upsampled features of some images, one by one: an upsampler may take minutes for each."""
+        total = Part(Calibration.none(len(basis.components)), 0, None)
         for batch in self.loader.batches(references, StageSeconds()):
-            usable = batch.usable_rows
-            if usable.any():
-                with self.computing, torch.inference_mode():
-                    features, pixels = self._features(batch, StageSeconds())
-                    high = self._projected(basis)(features, pixels, self.geometry.output_size)
-                    high = high[usable.to(self.device)]
-                square = high.square().mean((2, 3), dtype=torch.float64).cpu().numpy()
-                finite = np.isfinite(square).all(1)
-                total, images = total + square[finite].sum(0), images + int(finite.sum())
-                kept = high if kept is None else kept
-        step = steps(total / max(images, 1), self.config.error_floor) if self.config.dtype == "int8" else None
-        if kept is None:
-            return step, 0.0
-        steps_ = None if step is None else torch.tensor(step, device=self.device)
-        codes = to_float16(kept) if steps_ is None else quantize(kept, Quantization(steps_, torch.zeros_like(steps_)))
-        return step, float(np.mean([len(layout.encode_chunk(image)) for image in codes.codes.cpu().numpy()]))
+            for i, decoded in enumerate(batch.decoded):
+                if isinstance(decoded, Decoded):
+                    total = total.merged(self._calibrate_image(batch.pixels[i : i + 1], basis))
+                else:
+                    total = total.merged(Part(Calibration.none(len(basis.components)), 0, str(decoded)))
+                self.images_done += 1
+        return total
+
+    def _calibrate_image(self, pixels: Tensor, basis: Basis) -> Part[Calibration]:
+        with self.computing, torch.inference_mode():
+            pixels = pixels.to(self.device)
+            features = self.backbone(pixels)
+            high = self._projected(basis)(features, pixels, self.geometry.output_size)[0]
+            found = Calibration.of(high, self.config.dtype, self.config.error_floor)
+        if found is None:
+            return Part(Calibration.none(len(basis.components)), 0, "its features contain NaN or infinity")
+        return Part(found, 1, None)
 
     def make_shard(self, store: Objects, shard: int, references: pa.Table, encoding: Encoding) -> LedgerRecord:
         """Make a shard's features, write it, commit it.

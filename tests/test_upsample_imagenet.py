@@ -440,3 +440,40 @@ def test_missing_credentials_and_buckets(photographs: Path, s3_bucket: str, monk
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(JobError, match="AWS_ACCESS_KEY_ID"):
         upsample(config(photographs, f"{s3_bucket}/store"))
+
+
+def test_icons_between_the_photographs_do_not_hide_them(photographs: Path, tmp_path: Path) -> None:
+    """Whatever the period of a dataset: steps come from images that are usable, and from no others."""
+    from PIL import Image
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, file in enumerate(sorted(photographs.rglob("*.png"))):
+        shutil.copy(file, images / f"{i:02}_photo.png")
+        Image.open(file).resize((4, 4)).save(images / f"{i:02}_icon.png")
+    assert upsample(config(images, tmp_path / "store", max_failed_share=0.5)) == 0
+    store, alone = FeatureStore(str(tmp_path / "store")), tmp_path / "alone"
+    statuses = store.index["status"].to_pylist()
+    assert statuses == ["too_small", "ok"] * 14
+    assert upsample(config(photographs, alone)) == 0
+    assert store.step is not None
+    # The same fourteen photographs, so the same steps up to the order of the sums and what that does to the basis.
+    np.testing.assert_allclose(store.step, FeatureStore(str(alone)).step, rtol=1e-3)
+
+
+def test_a_dataset_with_nothing_usable_is_refused(photographs: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    images = tmp_path / "icons"
+    images.mkdir()
+    for i in range(3):
+        Image.new("RGB", (4, 4)).save(images / f"{i}.png")
+    with pytest.raises(JobError, match=r"PCA: none of 3 sampled images is usable.*4x4 pixels"):
+        upsample(config(images, tmp_path / "store"))
+    basis = tmp_path / "basis.npz"
+    job = config(photographs, tmp_path / "store")
+    features = {name: getattr(job, name) for name in FitPcaConfig.__dataclass_fields__ if hasattr(job, name)}
+    assert fit_pca(FitPcaConfig(**features, output=str(basis))) == 0
+    with pytest.raises(JobError, match=r"calibration: none of 3 sampled images is usable.*4x4 pixels"):
+        upsample(config(images, tmp_path / "store", pca=str(basis)))
+    assert not (tmp_path / "store").exists()
