@@ -149,6 +149,6 @@ def _content(value: pa.Scalar) -> str | bytes | None:
         value = value.value
     if not value.is_valid:
         return None
-    content = value.as_buffer().to_pybytes()
+    data: bytes = value.as_buffer().to_pybytes()
     is_text = isinstance(value, pa.StringScalar | pa.LargeStringScalar | pa.StringViewScalar)
-    return content.decode("utf-8", "surrogateescape") if is_text else content
+    return data.decode("utf-8", "surrogateescape") if is_text else data

@@ -2,6 +2,7 @@
 
 import tarfile
 from io import UnsupportedOperation
+from typing import Any
 
 from pipeline.errors import ImageError
 from pipeline.ranged_file import Ahead, RangedFile
@@ -49,7 +50,8 @@ def _read(uri: str, member: tarfile.TarInfo, end: int, fetch: Fetch) -> Outcome:
     if member.size > fetch.max_bytes:
         message = f"{uri}: the member {name} has {member.size} bytes, more than max_bytes={fetch.max_bytes}."
         return ImageError("too_large", message)
-    segments = [(0, member.size)] if member.sparse is None else [(start, n) for start, n in member.sparse if n]
+    sparse: Any = member.sparse  # a list of starts and lengths, whatever typeshed says
+    segments = [(0, member.size)] if sparse is None else [(start, n) for start, n in sparse if n]
     stored = sum(n for _, n in segments)
     last = 0
     for start, n in segments:

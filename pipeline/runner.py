@@ -217,6 +217,33 @@ class RayWorkers:
         return done
 
 
+def map_on_cluster(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """``function`` of every item, in order: each a task of the cluster that RAY_ADDRESS names.
+
+    Args:
+        function: can be pickled, and called again if its worker is lost.
+        items: what it takes.
+
+    Raises:
+        DensefeatError: as ``function`` raises it, or the cluster does not answer.
+    """
+    with connected():
+        task = ray.remote(_applied).options(num_cpus=1, scheduling_strategy="SPREAD", max_retries=5)
+        shared = ray.put(function)
+        for call in [task.remote(shared, item) for item in items]:
+            ready, _ = ray.wait([call], timeout=_WAITING_S)
+            if not ready:
+                logger.info("waiting for the cluster to list the images: it has %s free", ray.available_resources())
+            try:
+                yield ray.get(call)
+            except RayTaskError as error:
+                raise error.cause from None
+
+
+def _applied(function: Callable[[Any], Any], item: Any) -> Any:
+    return function(item)
+
+
 @contextmanager
 def connected(*, dashboard: bool = False) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names (``ray job submit`` sets it), or start Ray in this process.

@@ -223,9 +223,5 @@ def _names_in_keys(files: Sequence[File]) -> dict[str, str]:
     """What keys call each file: its name without the suffix, or if that is not unique, its path."""
     stems = Counter(PurePosixPath(file.path).stem for file in files)
     unique = max(stems.values()) == 1
-    return {
-        file.path: escaped(
-            PurePosixPath(file.path).stem if unique else str(PurePosixPath(file.relative).with_suffix(""))
-        )
-        for file in files
-    }
+    names = (PurePosixPath(file.path).stem if unique else file.relative.rpartition(".")[0] for file in files)
+    return {file.path: escaped(name) for file, name in zip(files, names, strict=True)}

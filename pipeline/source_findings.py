@@ -75,7 +75,7 @@ def add_unused(tally: Tally, name: str, example: str) -> None:
 
 
 def describe_findings(findings: Sequence[Finding]) -> list[str]:
-    """Lines for a plan; of each heading the most frequent reasons, and how many more there are."""
+    """Lines for a plan: of each kind of finding the most frequent ones, and how many more there are."""
     lines = []
     for about, heading in _HEADINGS.items():
         some = [finding for finding in findings if finding.about == about]

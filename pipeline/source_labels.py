@@ -32,6 +32,11 @@ _LONGEST_NAME = 256  # characters; what is longer is a text about the image rath
 _MOST_NAMES = 100_000
 _INT64 = range(-(2**63), 2**63)
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+_NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
+_TEXTS = (
+    pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary,
+    pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary,
+)  # fmt: skip
 _EMPTY = ("", b"")  # no label, as null
 
 
@@ -79,15 +84,10 @@ def column_labels(column: pa.ChunkedArray, name: str, uri: str, tally: Tally) ->
     kind, where = column.type, f"column {name} of {uri}"
     if pa.types.is_null(kind):
         return no_labels(len(column))
-    if (
-        pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_decimal(kind)
-        or pa.types.is_boolean(kind)
-    ):
+    if any(is_kind(kind) for is_kind in _NUMBERS):
         values = (column.cast(pa.float32()) if pa.types.is_float16(kind) else column).combine_chunks()
         return Labels(_translated(values, _whole, pa.int64(), "labels that are no whole number", where, tally))
-    if _is_text(kind):
+    if any(is_kind(kind) for is_kind in _TEXTS):
         # By way of bytes, as a text can hold some that are not UTF-8.
         plain = column.cast(pa.string()) if pa.types.is_string_view(kind) else column
         values = plain.cast(pa.binary()).combine_chunks()
@@ -122,25 +122,35 @@ def unify_labels(parts: Sequence[Labels], tally: Tally) -> tuple[pa.ChunkedArray
             texts.update({count["values"]: count["counts"] for count in _value_counts(part.values)})
     words = sum(count for text, count in texts.items() if _parsed(text) is None)
     numbers = sum(len(part.values) - part.values.null_count for part in parts) - words
-    names = declared
-    if not declared and words > numbers:
-        names = tuple(sorted(texts))
-        if len(names) > _MOST_NAMES:
-            tally.add("label", f"labels that are texts, {len(names):,} different ones: no classes", names[0], words)
-            return pa.chunked_array([pa.nulls(len(part.values), pa.int64()) for part in parts], pa.int64()), ()
-    arrays = [_by_names(part, names, tally) if names else _numbers(part, tally) for part in parts]
-    return pa.chunked_array(arrays, pa.int64()), names
+    if declared:
+        arrays = [_declared(part, declared, tally) for part in parts]
+        return pa.chunked_array(arrays, pa.int64()), declared
+    if words <= numbers:
+        return pa.chunked_array([_numbers(part, tally) for part in parts], pa.int64()), ()
+    names = tuple(sorted(texts))
+    if len(names) > _MOST_NAMES:
+        tally.add("label", f"labels that are texts, {len(names):,} different ones: no classes", names[0], words)
+        return pa.chunked_array([pa.nulls(len(part.values), pa.int64()) for part in parts], pa.int64()), ()
+    return pa.chunked_array([_named(part, names, tally) for part in parts], pa.int64()), names
 
 
-def _by_names(part: Labels, names: tuple[str, ...], tally: Tally) -> pa.Array:
-    """Labels as places in ``names``."""
+def _named(part: Labels, names: tuple[str, ...], tally: Tally) -> pa.Array:
+    """Texts as places in ``names``."""
     place = {name: label for label, name in enumerate(names)}
     if pa.types.is_string(part.values.type):
         return _translated(part.values, place.get, pa.int64(), "labels that are none of the classes", "", tally)
-    # A part of a dataset can lack the declaration that the others have.
-    own = [place[name] for name in part.names or names]
-    hidden = pc.less(part.values, 0)
-    shown = pc.if_else(hidden, pa.scalar(None, pa.int64()), part.values)
+    return _translated(
+        part.values, lambda number: None, pa.int64(), "labels that are numbers, where most are text", "", tally
+    )
+
+
+def _declared(part: Labels, names: tuple[str, ...], tally: Tally) -> pa.Array:
+    """Integers by what their file calls them, as places in ``names``."""
+    if pa.types.is_string(part.values.type):
+        return _named(part, names, tally)
+    place = {name: label for label, name in enumerate(names)}
+    own = [place[name] for name in part.names or names]  # a file can lack the declaration that the others have
+    shown = pc.if_else(pc.less(part.values, 0), pa.scalar(None, pa.int64()), part.values)
 
     def renumbered(label: int) -> int | None:
         return own[label] if label < len(own) else None
@@ -171,17 +181,6 @@ def _translated(
 def _value_counts(values: pa.Array) -> list[dict[str, Any]]:
     counts: list[dict[str, Any]] = values.drop_null().value_counts().to_pylist()
     return counts
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    types = pa.types
-    return any(
-        test(kind)
-        for test in (
-            types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary,
-            types.is_binary_view, types.is_fixed_size_binary,
-        )
-    )  # fmt: skip
 
 
 def _whole(value: bool | int | float | Decimal) -> int | None:

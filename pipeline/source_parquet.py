@@ -208,7 +208,7 @@ def _mean_bytes(metadata: pq.FileMetaData, column: str) -> float:
         for chunk in map(metadata.row_group(group).column, range(metadata.num_columns))
         if chunk.path_in_schema == column
     ]
-    return sum(chunk.total_uncompressed_size for chunk in chunks) / max(1, metadata.num_rows)
+    return float(sum(chunk.total_uncompressed_size for chunk in chunks) / max(1, metadata.num_rows))
 
 
 def _keys(table: pa.Table, columns: _Columns, rows: int) -> list[str | None]:

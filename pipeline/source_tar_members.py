@@ -86,7 +86,7 @@ def _read_archive(file: RangedFile, uri: str, start: int) -> Generator[Member, N
         with open_tar(file) as tar:
             while (info := tar.next()) is not None:
                 position = info.offset
-                tar.members.clear()  # a million of them would take a gigabyte
+                tar.members.clear()  # type: ignore[attr-defined]  # a million of them would take a gigabyte
                 yield _member(tar, info)
             position = tar.offset
     except (tarfile.TarError, ValueError, OverflowError) as error:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pipeline.source_findings import Tally
 from pipeline.source_names import IMAGE_SUFFIXES, escaped, suffix_of
@@ -15,10 +15,10 @@ _NOT_ASKED = "images with another extension than the one asked for"
 
 
 class Chosen(NamedTuple):
-    """An image: its key, and which of the names it is."""
+    """An image: its key, and the place of its name among all names."""
 
     key: str
-    index: int
+    place: int
 
 
 @dataclass
@@ -80,18 +80,18 @@ def choose_images(names: Sequence[str], asked: str | None, tally: Tally) -> list
         else:
             for key, images in _own_images(sample, names).items():
                 chosen += _one_of(key, images, names, tally)
-    return sorted(chosen, key=lambda image: image.index)
+    return sorted(chosen, key=lambda image: image.place)
 
 
 def _one_of(key: str, images: list[tuple[str, int]], names: Sequence[str], tally: Tally) -> list[Chosen]:
     if not images:
         return []
     best = min(images, key=_preference)  # the first of equals
-    reason: tuple[Literal["other", "image"], str]
-    reason = ("other", _FURTHER) if "." not in best[0] else ("image", _AMBIGUOUS)
+    is_first_choice = "." not in best[0]
     for image in images:
         if image is not best:
-            tally.add(*reason, escaped(names[image[1]]))
+            reason = _FURTHER if is_first_choice else _AMBIGUOUS
+            tally.add("other" if is_first_choice else "image", reason, escaped(names[image[1]]))
     return [Chosen(key, best[1])]
 
 

@@ -11,9 +11,10 @@ from pipeline.backbone import Backbone, build_backbone
 from pipeline.errors import JobError
 from pipeline.output_file import check_output_file
 from pipeline.pairing import backbone_name
-from pipeline.plan import check_apart
+from pipeline.plan import check_apart, cluster_scan_map
 from pipeline.software import software_versions
 from pipeline.source import Source, keys_digest, list_images
+from pipeline.source_findings import Finding, describe_findings
 from pipeline.store import check_writable, storage_explained
 from pipeline.train.data import ImageTable, key_hash
 from pipeline.train.lift import lift_scales
@@ -39,6 +40,7 @@ class TrainPlan:
         identities: of the backbones trained on, in order.
         held_out: identity of the one that is only measured on.
         begun: whether this training was begun before, and is to go on.
+        findings: what of --images is not used.
     """
 
     config: TrainConfig
@@ -48,6 +50,7 @@ class TrainPlan:
     identities: list[dict[str, object]]
     held_out: dict[str, object] | None
     begun: bool
+    findings: tuple[Finding, ...] = ()
 
     def describe(self) -> str:
         """The plan for a person."""
@@ -58,6 +61,7 @@ class TrainPlan:
                 "" if config.upsampler == "lift" else f", {'with' if config.final else 'without'} the final convolution"
             ),
             f"images      {self.train.references.num_rows:,} from {config.images}",
+            *describe_findings(self.findings),
             f"held out    {config.val_count:,} of {self.val.references.num_rows:,} from "
             f"{config.val_images or config.images}, {config.val_views} views each",
             *(f"backbone    {backbone_name(identity)}" for identity in self.identities),
@@ -87,7 +91,9 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
     identities = [backbone.identity() for backbone in backbones]
     _check_labels(config, identities, held_out)
     _check_grids(config, backbones)
-    source = list_images(config.images, limit=config.limit, image_column=config.image_column)
+    source = list_images(
+        config.images, limit=config.limit, image_column=config.image_column, scan_map=cluster_scan_map()
+    )
     train, val = _split(config, source)
     plan = TrainPlan(
         config=config,
@@ -97,6 +103,7 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
         identities=identities,
         held_out=held_out,
         begun=stored is not None,
+        findings=source.findings,
     )
     if stored is not None and (different := differences(stored, plan.configuration)):
         raise JobError(
