@@ -230,14 +230,16 @@ def map_on_cluster(function: Callable[[Any], Any], items: Sequence[Any]) -> Iter
     with connected():
         task = ray.remote(_applied).options(num_cpus=1, scheduling_strategy="SPREAD", max_retries=5)
         shared = ray.put(function)
-        for call in [task.remote(shared, item) for item in items]:
-            ready, _ = ray.wait([call], timeout=_WAITING_S)
-            if not ready:
-                logger.info("waiting for the cluster to list the images: it has %s free", ray.available_resources())
+        calls = [task.remote(shared, item) for item in items]
+        if not ray.wait(calls, timeout=_WAITING_S)[0]:
+            logger.info("the images are being listed; the cluster has %s free", ray.available_resources())
+        for call in calls:
             try:
                 yield ray.get(call)
             except RayTaskError as error:
                 raise error.cause from None
+            except RayError as error:
+                raise JobError(f"listing the images on the cluster failed: {_last_line(error)}") from error
 
 
 def _applied(function: Callable[[Any], Any], item: Any) -> Any:

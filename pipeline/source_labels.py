@@ -97,8 +97,8 @@ def column_labels(column: pa.ChunkedArray, name: str, uri: str, tally: Tally) ->
 
 
 def text_labels(texts: Sequence[str | None]) -> Labels:
-    """Labels that are texts, such as those of ``.cls`` members."""
-    return Labels(pa.array(texts, pa.string()))
+    """Labels that are texts, such as those of ``.cls`` members; an empty one is none."""
+    return Labels(pa.array([text or None for text in texts], pa.string()))
 
 
 def unify_labels(parts: Sequence[Labels], tally: Tally) -> tuple[pa.ChunkedArray, tuple[str, ...]]:
