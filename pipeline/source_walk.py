@@ -23,7 +23,7 @@ class Entry(NamedTuple):
     nbytes: int | None
 
 
-def walk_local(folder: str, tally: Tally, ancestors: tuple[_Identity, ...] = ()) -> Iterator[Entry]:
+def walk_local(folder: str, tally: Tally, ancestors: tuple[_Identity, ...] | None = None) -> Iterator[Entry]:
     """Every file below a folder, in no order. Links are followed, but for one to a folder that it lies in.
 
     A link to nothing or to itself is an entry without a size, so that it is reported as unreadable and not overlooked.
@@ -32,13 +32,13 @@ def walk_local(folder: str, tally: Tally, ancestors: tuple[_Identity, ...] = ())
         folder: where to begin.
         tally: gets what is hidden (a leading ".", as of the "._photo.jpg" in which macOS keeps a file's attributes),
             and what is no file but has an image's name.
-        ancestors: the folders that this one lies in.
+        ancestors: the folders that this one lies in, if they are known.
 
     Raises:
         PermissionError: a folder cannot be listed; it has its name.
     """
-    status = os.stat(folder)  # noqa: PTH116 - paths stay strings: there can be millions
-    identity = (status.st_dev, status.st_ino)
+    ancestors = _lineage(folder) if ancestors is None else ancestors
+    identity = _identity(folder)
     if identity in ancestors:
         tally.add("other", "links to folders that they lie in", escaped(folder))
         return
@@ -64,7 +64,7 @@ def glob_local(pattern: str, tally: Tally) -> Iterator[Entry]:
         tally: as for `walk_local`.
     """
     first, *parts = pattern.split("/")
-    for path in outermost(_matches(first or "/", parts, ())):
+    for path in outermost(_matches(first or "/", parts)):
         if os.path.isdir(path):  # noqa: PTH112
             yield from walk_local(path, tally)
         elif found := _file(path, tally):
@@ -80,25 +80,21 @@ def outermost(paths: Iterable[str]) -> Iterator[str]:
             last = path.rstrip("/") + "/"
 
 
-def _matches(folder: str, parts: list[str], ancestors: tuple[_Identity, ...]) -> Iterator[str]:
-    """Paths below ``folder`` that match. ``ancestors``: the folders that ``**`` has entered on the way."""
+def _matches(folder: str, parts: list[str], ancestors: tuple[_Identity, ...] = ()) -> Iterator[str]:
+    """Paths below ``folder`` that match. ``ancestors``: the folders it lies in, if ``**`` has led here."""
     if not parts:
         yield folder
         return
     part, *rest = parts
     if part == "**":
-        status = os.stat(folder)  # noqa: PTH116
-        identity = (status.st_dev, status.st_ino)
-        if identity in ancestors:
-            return
-        yield from _matches(folder, rest, ())
-        for name in _folders(folder, lambda name: not name.startswith(".")):
-            yield from _matches(_join(folder, name), parts, (*ancestors, identity))
-    elif not any(character in part for character in MAGIC):
-        path = _join(folder, part)
-        if os.path.isdir(path) if rest else os.path.lexists(path):  # noqa: PTH112
-            yield from _matches(path, rest, ())
-    else:
+        ancestors = ancestors or _lineage(folder)
+        identity = _identity(folder)
+        if identity not in ancestors:
+            yield from _matches(folder, rest)
+            for name in _folders(folder, lambda name: not name.startswith(".")):
+                yield from _matches(_join(folder, name), parts, (*ancestors, identity))
+        return
+    if any(character in part for character in MAGIC):
         matches = re.compile(fnmatch.translate(part)).match
         hidden = part.startswith(".")
 
@@ -107,7 +103,22 @@ def _matches(folder: str, parts: list[str], ancestors: tuple[_Identity, ...]) ->
 
         names = _folders(folder, wanted) if rest else filter(wanted, os.listdir(folder))  # noqa: PTH208
         for name in names:
-            yield from _matches(_join(folder, name), rest, ())
+            yield from _matches(_join(folder, name), rest)
+        return
+    path = _join(folder, part)
+    if os.path.isdir(path) if rest else os.path.lexists(path):  # noqa: PTH112
+        yield from _matches(path, rest)
+
+
+def _identity(folder: str) -> _Identity:
+    status = os.stat(folder)  # noqa: PTH116 - paths stay strings: there can be millions
+    return status.st_dev, status.st_ino
+
+
+def _lineage(folder: str) -> tuple[_Identity, ...]:
+    """The folders that a folder lies in."""
+    names = folder.split("/")[1:-1]
+    return tuple(_identity("/" + "/".join(names[:end])) for end in range(len(names) + 1)) if names else ()
 
 
 def _folders(folder: str, wanted: Callable[[str], bool]) -> list[str]:
