@@ -131,9 +131,13 @@ def test_folders(tmp_path: Path, folders: dict[str, int], labels: list[int | Non
     assert column(source, "label") == labels
     assert source.class_names == names
     assert len(set(column(source, "key"))) == len(labels)
-    first = next(iter(folders))
-    inside = list_images(f"{tmp_path}/{first}")
-    assert column(inside, "label")[0] == (labels[-1] if names or len(labels) == 3 else labels[0]) or names
+
+
+def test_a_folder_that_is_named_itself(tmp_path: Path) -> None:
+    (tmp_path / "label=3").mkdir()
+    pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "label=3" / "part.parquet")
+    for images in ("label=3", "label=3/part.parquet", "*/*.parquet"):
+        assert column(list_images(f"{tmp_path}/{images}"), "label") == [3]
 
 
 def test_a_column_comes_before_the_folder() -> None:
