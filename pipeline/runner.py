@@ -227,8 +227,12 @@ def map_on_cluster(function: Callable[[Any], Any], items: Sequence[Any]) -> Iter
     Raises:
         DensefeatError: as ``function`` raises it, or the cluster does not answer.
     """
+
+    def applied(function: Callable[[Any], Any], item: Any) -> Any:  # in here, so that workers need not import this file
+        return function(item)
+
     with connected():
-        task = ray.remote(_applied).options(num_cpus=1, scheduling_strategy="SPREAD", max_retries=5)
+        task = ray.remote(applied).options(num_cpus=1, scheduling_strategy="SPREAD", max_retries=5)
         shared = ray.put(function)
         calls = [task.remote(shared, item) for item in items]
         if not ray.wait(calls, timeout=_WAITING_S)[0]:
@@ -240,10 +244,6 @@ def map_on_cluster(function: Callable[[Any], Any], items: Sequence[Any]) -> Iter
                 raise error.cause from None
             except RayError as error:
                 raise JobError(f"listing the images on the cluster failed: {_last_line(error)}") from error
-
-
-def _applied(function: Callable[[Any], Any], item: Any) -> Any:
-    return function(item)
 
 
 @contextmanager
