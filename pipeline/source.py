@@ -161,7 +161,7 @@ def _list_folder(found: Found, files: list[File], limit: int | None, tally: Tall
     if found.is_local:
         for file in files:
             if file.nbytes is None:
-                tally.add("row", "links that lead to no file", escaped(file.relative))
+                tally.add("row", "files that cannot be reached, such as links to nothing", escaped(file.relative))
     columns = [
         [escaped(file.relative) for file in files],
         [uri_of(found.filesystem, file.path) for file in files],

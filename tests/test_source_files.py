@@ -42,7 +42,7 @@ def test_a_folder_with_links(tree: Path) -> None:
     assert column(source, "key") == KEYS
     images = by_key(source)
     assert (images["linked/deep/8.jpg"], images["gone.jpg"], images["self.jpg"]) == (b"8", "unreadable", "unreadable")
-    assert found(source, "row") == {"links that lead to no file": 2}
+    assert found(source, "row") == {"files that cannot be reached, such as links to nothing": 2}
     assert found(source, "other") == {
         "hidden files with an image's name": 1,
         "hidden folders, not entered": 1,

@@ -48,7 +48,9 @@ def test_links_to_nothing_are_refused_before_the_work(tmp_path: Path) -> None:
     for i in range(4):
         (tmp_path / f"{i}.jpg").write_bytes(photo())
     (tmp_path / "x.jpg").symlink_to("nothing")
-    with pytest.raises(JobError, match=r"1 of 5 images .*\n  1 links that lead to no file, e.g. x.jpg"):
+    with pytest.raises(
+        JobError, match=r"1 of 5 images .*\n  1 files that cannot be reached, such as links to nothing, e.g. x.jpg"
+    ):
         plan(tmp_path)
     assert plan(tmp_path, max_failed_share=0.2).features.rows == 5
 

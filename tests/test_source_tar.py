@@ -4,6 +4,7 @@ import io
 import random
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,23 @@ class TestLinks:
         assert by_key(source) == {"./a": b"new", "b": b"b"}
         assert found(source, "image") == {"members that a later one of the same name replaces": 1}
         assert found(source, "other") == {"members that are there twice, used once": 1}
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.lists(
+            st.builds(lambda hidden, name: hidden + name, st.sampled_from(["", "", "./", "._"]), NAMES), max_size=9
+        )
+    )
+    def test_every_image_of_a_tar_is_a_row_or_counted(self, names: list[str]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            members = [(tar_info(name), str(number).encode()) for number, name in enumerate(["ok.jpg", *names])]
+            source = list_images(str(write_tar(Path(folder, "x.tar"), members)))
+            images = dict.fromkeys(column(source, "key"))
+            counted = [f for f in source.findings if f.about in ("image", "other") and "no images" not in f.reason]
+            assert len(images) == source.references.num_rows
+            assert len(images) + sum(f.count for f in counted) == 1 + sum(map(is_image, names))
+            for image in read(source):
+                assert is_image(["ok.jpg", *names][int(image)])  # type: ignore[arg-type]
 
 
 class TestFormats:

@@ -1,6 +1,7 @@
 """What a training is going to do, found out and checked before it does anything."""
 
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from schemas.attributes import differences
 from schemas.train_config import BackboneChoice, TrainConfig
 
 __all__ = ["TrainPlan", "backbone_at", "build_backbones", "claim_output", "make_train_plan", "release_output"]
+
+logger = logging.getLogger(__name__)
 
 # The object in --output that claims it: the configuration, which a resume is compared with.
 _CLAIM = "training.json"
@@ -234,7 +237,9 @@ def _split(config: TrainConfig, source: Source) -> tuple[ImageTable, ImageTable]
         val = ImageTable(source.references, source.kind, source.image_column)
         candidates = [row for row in _by(hashes) if hashes[row] < config.val_share]
     else:
-        other = list_images(config.val_images, image_column=config.image_column)
+        other = list_images(config.val_images, image_column=config.image_column, scan_map=cluster_scan_map())
+        for line in describe_findings(other.findings):
+            logger.info("--val-images: %s", line)
         train = ImageTable(source.references, source.kind, source.image_column)
         val = ImageTable(other.references, other.kind, other.image_column)
         candidates = _by([key_hash(key) for key in other.references["key"].to_pylist()])
