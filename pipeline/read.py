@@ -11,6 +11,7 @@ import pyarrow as pa
 from pipeline.errors import ImageError
 from pipeline.read_fetch import Fetch, Outcome
 from pipeline.read_parquet import Reference, read_batches
+from pipeline.read_tar import read_member
 from pipeline.source import Kind
 
 __all__ = ["read_images"]
@@ -130,8 +131,14 @@ def _tar_tasks(rows: Iterable[Reference], fetch: Fetch, *, max_rows: int) -> Ite
     """Join neighbouring members of one tar to ranged reads."""
     run: list[_Range] = []
     for row in rows:
-        if row.offset is None or row.nbytes is None:
-            raise ValueError(f"read_images: got a row of {row.uri} without offset or nbytes, expected both for a tar.")
+        if row.offset is None:
+            raise ValueError(f"read_images: got a row of {row.uri} without offset, expected it for a tar.")
+        if row.nbytes is None:  # not one range of bytes
+            if run:
+                yield _Task(len(run), partial(_fetch_run, run, fetch))
+                run = []
+            yield _Task(1, partial(_fetch_member, row.uri, row.offset, fetch))
+            continue
         member = _Range(row.uri, row.offset, row.offset + row.nbytes)
         if run and (len(run) == max_rows or not _joins(run, member, fetch.max_bytes)):
             yield _Task(len(run), partial(_fetch_run, run, fetch))
@@ -139,6 +146,10 @@ def _tar_tasks(rows: Iterable[Reference], fetch: Fetch, *, max_rows: int) -> Ite
         run.append(member)
     if run:
         yield _Task(len(run), partial(_fetch_run, run, fetch))
+
+
+def _fetch_member(uri: str, header: int, fetch: Fetch) -> list[Outcome]:
+    return [read_member(uri, header, fetch)]
 
 
 def _joins(run: list[_Range], member: _Range, max_bytes: int) -> bool:

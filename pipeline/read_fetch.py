@@ -6,8 +6,9 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from densefeat.places import open_uri
+from densefeat.places import is_local, open_uri
 from pipeline.errors import ImageError
+from pipeline.source_names import unescaped
 
 __all__ = ["BACKOFF_S", "Fetch", "Outcome", "is_transient", "unreadable"]
 
@@ -30,6 +31,8 @@ class Fetch:
 
     def open_filesystem(self, uri: str) -> tuple[AbstractFileSystem, str]:
         """The options are for the dataset's filesystem; a column of URIs can lead to another, with its defaults."""
+        if is_local(uri):
+            return open_uri(unescaped(uri))  # as source_names.escaped wrote it
         return open_uri(uri, self._storage_options if _protocol(uri) == self._protocol else None)
 
     def __call__(

@@ -10,12 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ImageError
+from pipeline.inline_images import inline_image, is_inline_image
 from pipeline.read_fetch import BACKOFF_S, Fetch, Outcome, is_transient, unreadable
+from pipeline.source_names import escaped
 
 __all__ = ["Reference", "read_batches"]
 
 # Of a column chunk, which may be hundreds of megabytes, so much is read at a time.
 _BUFFER_BYTES = 4 << 20
+_LONGEST_URI = 8192  # characters: signed URLs have thousands
 
 
 class Reference(NamedTuple):
@@ -111,11 +114,41 @@ def _groups(metadata: pq.FileMetaData, numbers: Sequence[int]) -> tuple[list[int
 
 
 def _cell(value: pa.Scalar, parquet_uri: str, fetch: Fetch) -> Outcome | str:
-    content = value.as_py()
-    if isinstance(content, dict):  # Hugging Face: the bytes, or where they are
-        content = content.get("path") if content.get("bytes") is None else content["bytes"]
+    content = _content(value)
     if content is None:
         return ImageError("unreadable", f"{parquet_uri}: the row's image is null.")
-    if isinstance(content, str):
-        return content if "://" in content or content.startswith("/") else f"{parquet_uri.rpartition('/')[0]}/{content}"
-    return fetch.check(content, parquet_uri)
+    if not isinstance(content, str):
+        return fetch.check(content, parquet_uri)
+    if is_inline_image(content):
+        if len(content) * 3 // 4 > fetch.max_bytes:
+            message = f"{parquet_uri}: an image of {len(content)} characters, more than max_bytes={fetch.max_bytes}."
+            return ImageError("too_large", message)
+        try:
+            return fetch.check(inline_image(content), parquet_uri)
+        except ValueError as error:
+            return ImageError("corrupt", f"{parquet_uri}: the row's image is a text, {error}.")
+    if len(content) > _LONGEST_URI:
+        return ImageError(
+            "unreadable",
+            f"{parquet_uri}: the row's image is a text of {len(content)} characters, {content[:40]!r}…: expected a "
+            "path, a URI, or an image as base64.",
+        )
+    if "://" in content:
+        return content
+    path = escaped(content)
+    return path if path.startswith("/") else f"{parquet_uri.rpartition('/')[0]}/{path}"
+
+
+def _content(value: pa.Scalar) -> str | bytes | None:
+    """The bytes, the text, or of Hugging Face's struct whichever it has; a text can hold bytes that are not UTF-8."""
+    if isinstance(value, pa.StructScalar):
+        fields = [field.name for field in value.type]
+        content = _content(value["bytes"]) if value.is_valid else None
+        return _content(value["path"]) if content is None and value.is_valid and "path" in fields else content
+    if isinstance(value, pa.DictionaryScalar):
+        value = value.value
+    if not value.is_valid:
+        return None
+    data: bytes = value.as_buffer().to_pybytes()
+    is_text = isinstance(value, pa.StringScalar | pa.LargeStringScalar | pa.StringViewScalar)
+    return data.decode("utf-8", "surrogateescape") if is_text else data

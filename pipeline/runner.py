@@ -217,6 +217,35 @@ class RayWorkers:
         return done
 
 
+def map_on_cluster(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """``function`` of every item, in order: each a task of the cluster that RAY_ADDRESS names.
+
+    Args:
+        function: can be pickled, and called again if its worker is lost.
+        items: what it takes.
+
+    Raises:
+        DensefeatError: as ``function`` raises it, or the cluster does not answer.
+    """
+
+    def applied(function: Callable[[Any], Any], item: Any) -> Any:  # in here, so that workers need not import this file
+        return function(item)
+
+    with connected():
+        task = ray.remote(applied).options(num_cpus=1, scheduling_strategy="SPREAD", max_retries=5)
+        shared = ray.put(function)
+        calls = [task.remote(shared, item) for item in items]
+        if not ray.wait(calls, timeout=_WAITING_S)[0]:
+            logger.info("the images are being listed; the cluster has %s free", ray.available_resources())
+        for call in calls:
+            try:
+                yield ray.get(call)
+            except RayTaskError as error:
+                raise error.cause from None
+            except RayError as error:
+                raise JobError(f"listing the images on the cluster failed: {_last_line(error)}") from error
+
+
 @contextmanager
 def connected(*, dashboard: bool = False) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names (``ray job submit`` sets it), or start Ray in this process.

@@ -208,10 +208,11 @@ class TestTar:
         assert read(source) == [bytes([index]) * 100 for index in range(6)] + [b"z"]
         assert len(requests) == 2
 
-    def test_a_label_that_is_no_integer_is_told(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_label_that_is_text_is_the_name_of_a_class(self, tmp_path: Path) -> None:
         (tmp_path / "x.tar").write_bytes(tar_of({"a.jpg": b"a", "a.cls": b"cat"}))
-        assert column(list_images(str(tmp_path)), "label") == [None]
-        assert "not an integer" in caplog.text
+        source = list_images(str(tmp_path))
+        assert column(source, "label") == [0]
+        assert source.class_names == ("cat",)
 
 
 class TestParquet:
