@@ -50,19 +50,30 @@ class Objects:
         fs, root = self._open()
         return Path(root) if isinstance(fs, LocalFileSystem) else None
 
+    @property
+    def can_list(self) -> bool:
+        """False over http(s): few servers list, each in its own way."""
+        return not self.uri.startswith(("http://", "https://"))
+
     def get(self, key: str) -> bytes:
         """The whole object."""
         fs, root = self._open()
+        if not self.can_list:
+            return bytes(_http().get(fs, f"{root}/{key}"))
         return bytes(fs.cat_file(f"{root}/{key}"))
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
-        """Bytes ``start`` (inclusive) to ``end`` (exclusive) of the object."""
+        """Bytes ``start`` (inclusive) to ``end`` (exclusive) of the object, fewer if it ends before."""
         fs, root = self._open()
+        if not self.can_list:
+            return bytes(_http().get_range(fs, f"{root}/{key}", start, end))
         return bytes(fs.cat_file(f"{root}/{key}", start=start, end=end))
 
     def exists(self, key: str) -> bool:
         """Whether the object is there."""
         fs, root = self._open()
+        if not self.can_list:
+            return bool(_http().exists(fs, f"{root}/{key}"))
         return bool(fs.exists(f"{root}/{key}"))
 
     def list(self, prefix: str = "") -> dict[str, int]:
@@ -109,6 +120,12 @@ class Objects:
         for folder in (root / TEMPORARY, root):
             with contextlib.suppress(OSError):  # not empty, or gone
                 folder.rmdir()
+
+
+def _http() -> Any:
+    from densefeat import http  # it imports aiohttp, which only this needs
+
+    return http
 
 
 def _with_parents(path: Path) -> Path:

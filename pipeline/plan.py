@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from densefeat.index import stored_index
 from densefeat.layout import ZSTD_LEVEL, FeatureLayout
 from densefeat.objects import Objects, absolute_path, split_uri
 from densefeat.store import FeatureStore
@@ -17,7 +18,7 @@ from pipeline.errors import JobError
 from pipeline.feature_worker import WorkerSpec
 from pipeline.pca import Basis
 from pipeline.source import keys_digest, list_images
-from pipeline.store import check_writable, existing_store, foreign_keys, storage_explained, stored_index
+from pipeline.store import check_writable, existing_store, foreign_keys, storage_explained
 from pipeline.upsample import Upsampler, build_configured
 from schemas.attributes import StoreAttributes, differences
 from schemas.config import FeatureConfig, UpsampleConfig
