@@ -45,16 +45,6 @@ def test_reads_what_was_written(known: KnownStore) -> None:
     assert np.array_equal(store.read(-1), floats(known, ROWS - 1))
 
 
-def test_plain_zarr_reads_the_same(known: KnownStore) -> None:
-    group = zarr.open_group(known.uri, mode="r", zarr_format=3)
-    for row in GOOD_ROWS:
-        assert np.array_equal(group["features"][row], known.codes[row])
-    empty = group["features"][FAILED_ROWS[0]]
-    assert np.isnan(empty).all() if known.step is None else (empty == layout.INT8_NO_DATA).all()
-    assert np.array_equal(group["pca/components"][:], known.basis.components)
-    assert ("step" in group) == (known.step is not None)
-
-
 def test_a_box_is_a_part_of_the_row(known: KnownStore) -> None:
     store = FeatureStore(known.uri)
     assert np.array_equal(store.read(4, box=(1, 2, H, 7)), floats(known, 4)[:, 1:, 2:7])
