@@ -14,7 +14,7 @@ from densefeat.errors import StoreError
 from densefeat.layout import FeatureLayout
 from densefeat.objects import Objects
 
-__all__ = ["read_attributes", "read_layout", "read_small_array"]
+__all__ = ["own_attributes", "read_attributes", "read_layout", "read_root", "read_small_array"]
 
 # What the reader and the pipeline take for granted; whatever else is there is for them to look at.
 _ATTRIBUTE_TYPES: dict[str, type] = {"configuration": dict, "configuration_hash": str, "setup_complete": bool}
@@ -28,49 +28,71 @@ def read_attributes(objects: Objects) -> dict[str, Any]:
     Raises:
         StoreError: there is no densefeat store, its attributes are damaged, or its format version is another one.
     """
+    return own_attributes(objects.uri, read_root(objects))
+
+
+def read_root(objects: Objects) -> dict[str, Any]:
+    """The document of the root group.
+
+    Raises:
+        StoreError: there is none, or it is damaged.
+    """
     try:
-        group = _json_object(objects.get(layout.ATTRIBUTES))
-        attributes = group.get("attributes", {})
-        if not isinstance(attributes, dict):
-            raise ValueError(f"its attributes are {_shown(attributes)}")
-        own = attributes.get(layout.ATTRIBUTES_KEY)
-        if own is None:
-            raise StoreError(f"{objects.uri} is a Zarr group, but not a feature store: it has no densefeat attributes")
-        if not isinstance(own, dict):
-            raise ValueError(f"its densefeat attributes are {_shown(own)}")
+        return _json_object(objects.get(layout.ATTRIBUTES))
     except _ABSENT:
         raise StoreError(f"{objects.uri} is not a feature store: it has no {layout.ATTRIBUTES}") from None
     except ValueError as error:
+        raise _no_store(objects.uri, error) from error
+
+
+def own_attributes(uri: str, root: dict[str, Any]) -> dict[str, Any]:
+    """What `read_attributes` gives, of the root's document."""
+    attributes = root.get("attributes", {})
+    if not isinstance(attributes, dict):
+        raise _no_store(uri, f"its attributes are {_shown(attributes)}")
+    if layout.ATTRIBUTES_KEY not in attributes:
+        raise StoreError(f"{uri} is a Zarr group, but not a feature store: it has no densefeat attributes")
+    own = attributes[layout.ATTRIBUTES_KEY]
+    if not isinstance(own, dict):
+        raise _no_store(uri, f"its densefeat attributes are {_shown(own)}")
+    version = own.get("format_version")
+    if type(version) is not int or version != layout.FORMAT_VERSION:
         raise StoreError(
-            f"{objects.uri} is not a feature store: its {layout.ATTRIBUTES} is damaged: {error}"
-        ) from error
-    if own.get("format_version") != layout.FORMAT_VERSION:
-        raise StoreError(
-            f"{objects.uri} has format version {own.get('format_version')}, this densefeat knows "
-            f"{layout.FORMAT_VERSION}: use the densefeat release that made it"
+            f"{uri} has format version {version}, this densefeat knows {layout.FORMAT_VERSION}: use the densefeat "
+            "release that made it"
         )
     for name, kind in _ATTRIBUTE_TYPES.items():
         if not isinstance(own.get(name), kind):
             raise StoreError(
-                f"{objects.uri}: the attribute {name} in {layout.ATTRIBUTES} is {_shown(own.get(name))}, expected "
+                f"{uri}: the attribute {name} in {layout.ATTRIBUTES} is {_shown(own.get(name))}, expected "
                 f"{kind.__name__}; {_BEGIN_ANEW}"
             )
     return own
 
 
-def read_layout(objects: Objects) -> FeatureLayout:
+def read_layout(objects: Objects, root: dict[str, Any]) -> FeatureLayout:
     """Shape and cutting of the features.
+
+    Args:
+        objects: the store.
+        root: its root's document. The copy of the array's metadata in it, which stores made by early versions do not
+            have, must say the same: rows of a store that is cut otherwise would be found in the wrong places.
 
     Raises:
         StoreError: the array's metadata is missing, damaged, or not what this package reads.
     """
     key = f"{layout.FEATURES}/{layout.ATTRIBUTES}"
     try:
-        return FeatureLayout.from_metadata(_json_object(objects.get(key)))
+        features = FeatureLayout.from_metadata(_json_object(objects.get(key)))
+        if root.get("consolidated_metadata") is not None:
+            copy = root["consolidated_metadata"]["metadata"][layout.FEATURES]
+            if FeatureLayout.from_metadata(copy) != features:
+                raise ValueError(f"its copy in {layout.ATTRIBUTES} says otherwise")
     except _ABSENT:
         raise StoreError(f"{objects.uri}: {key} is missing; {_BEGIN_ANEW}") from None
-    except ValueError as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise StoreError(f"{objects.uri}: {key} is damaged: {error}; {_BEGIN_ANEW}") from error
+    return features
 
 
 def read_small_array(objects: Objects, name: str) -> npt.NDArray[np.float32]:
@@ -102,6 +124,10 @@ def read_small_array(objects: Objects, name: str) -> npt.NDArray[np.float32]:
     if not np.isfinite(array).all():
         raise StoreError(f"{objects.uri}: the array {name} is damaged: not all of it is finite; {_BEGIN_ANEW}")
     return array
+
+
+def _no_store(uri: str, reason: object) -> StoreError:
+    return StoreError(f"{uri} is not a feature store: its {layout.ATTRIBUTES} is damaged: {reason}")
 
 
 def _json_object(data: bytes) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from densefeat import layout
 from densefeat.arguments import box_of, points_of, whole_number
 from densefeat.errors import MissingFeatures, StoreError
 from densefeat.index import read_index
-from densefeat.metadata import read_attributes, read_layout, read_small_array
+from densefeat.metadata import own_attributes, read_attributes, read_layout, read_root, read_small_array
 from densefeat.objects import Objects
 
 __all__ = ["FeatureStore", "read_attributes"]
@@ -44,12 +44,13 @@ class FeatureStore:
     def __init__(self, uri: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> None:
         self.uri = os.fspath(uri)
         self._objects = Objects(self.uri, storage_options)
-        self.attributes = read_attributes(self._objects)
+        root = read_root(self._objects)
+        self.attributes = own_attributes(self.uri, root)
         if not self.attributes["setup_complete"]:
             raise StoreError(
                 f"{self.uri} is still being set up; if the job that did it died, run it again with --resume"
             )
-        self.layout = read_layout(self._objects)
+        self.layout = read_layout(self._objects, root)
         self.shape = self.layout.image_shape
 
     def __len__(self) -> int:

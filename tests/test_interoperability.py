@@ -16,8 +16,6 @@ from http_servers import serve
 from stores import FAILED_ROWS, ROWS, SHARD_ROWS, C, H, K, KnownStore, W, make_store, set_up_store, write_known_shard
 
 from densefeat import FeatureStore, layout
-from densefeat.metadata import read_layout
-from densefeat.objects import Objects
 
 GOOD_ROWS = [row for row in range(ROWS) if row not in FAILED_ROWS]
 DIMENSIONS = {
@@ -171,5 +169,5 @@ def test_stores_of_before_still_open(tmp_path: Path, dtype: str) -> None:
     assert store.components.shape == (K, C)
     for name, values in arrays(known).items():
         assert np.array_equal(store.array(name), values.astype(np.float32))
-    assert read_layout(Objects(known.uri)) == store.layout
+    assert (store.layout.shard_rows, store.layout.dtype) == (SHARD_ROWS, dtype)
     assert np.array_equal(zarr.open_group(known.uri, mode="r")["features"][:][GOOD_ROWS], known.codes[GOOD_ROWS])
