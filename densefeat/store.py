@@ -146,7 +146,7 @@ class FeatureStore:
         """
         row = self.row_of(row_or_key)
         offset, nbytes = (int(column[row]) for column in self._places)
-        if offset < 0 or nbytes < 0:
+        if offset < 0 or nbytes <= 0:
             raise self._missing(row)
         key = layout.shard_key(row // self.layout.shard_rows)
         try:

@@ -213,3 +213,12 @@ def test_reading_an_index_starts_no_threads(known: KnownStore) -> None:
     )
     finished = subprocess.run([sys.executable, "-c", program, known.uri], check=True, capture_output=True, text=True)
     assert finished.stdout == "0\n"
+
+
+def test_reading_needs_neither_torch_nor_aiohttp(known: KnownStore) -> None:
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'aiohttp', 's3fs', 'numba', 'PIL', 'xarray']))\n"
+        "from densefeat import FeatureStore; print(FeatureStore(sys.argv[1]).read(0).shape)"
+    )
+    finished = subprocess.run([sys.executable, "-c", program, known.uri], check=True, capture_output=True, text=True)
+    assert finished.stdout == f"{(K, H, W)}\n"
