@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from densefeat.index import stored_index
 from densefeat.layout import ZSTD_LEVEL, FeatureLayout
 from densefeat.objects import Objects, absolute_path, split_uri
 from densefeat.store import FeatureStore
@@ -21,7 +22,7 @@ from pipeline.pca import Basis
 from pipeline.source import Source, keys_digest, list_images
 from pipeline.source_files import Scan, ScanMap
 from pipeline.source_findings import Finding, describe_findings, refuse_losses
-from pipeline.store import check_writable, existing_store, foreign_keys, storage_explained, stored_index
+from pipeline.store import check_writable, existing_store, foreign_keys, storage_explained
 from pipeline.upsample import Upsampler, build_configured
 from schemas.attributes import StoreAttributes, differences
 from schemas.config import FeatureConfig, UpsampleConfig
