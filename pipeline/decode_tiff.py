@@ -9,8 +9,9 @@ from PIL import Image, TiffImagePlugin
 
 from pipeline.decode_samples import Samples, over_white, to_8_bits, to_rgb
 from pipeline.decode_stored import Stored
-from pipeline.decode_tiff_header import Alpha, Header, Photometric, Tag, read_header
+from pipeline.decode_tiff_header import Alpha, Header, Photometric, read_header
 from pipeline.decode_tiff_samples import blocks
+from pipeline.decode_tiff_tags import Tag
 
 __all__ = ["open_tiff"]
 
@@ -41,33 +42,33 @@ def _by_pillow(data: bytes, header: Header) -> Image.Image:
 
     The orientation is left out too, since Pillow would turn the image.
     """
-    number = "Q" if header.big else "H"
-    orientation = struct.pack(header.order + "H", Tag.ORIENTATION)
-    entries = [entry for entry in header.entries if not entry.startswith(orientation)]
-    table = struct.pack(header.order + number, len(entries)) + b"".join(entries)
-    at, size = header.directory
-    image = TiffImagePlugin.TiffImageFile(io.BytesIO(data[:at] + table.ljust(size, b"\0") + data[at + size :]))
+    order, big, _, records, start, size = header.directory
+    kept = [record for tag, record in sorted(records.items()) if tag != Tag.ORIENTATION]
+    table = struct.pack(order + ("Q" if big else "H"), len(kept)) + b"".join(kept)
+    needed = data[:start] + table.ljust(size, b"\0") + data[start + size :]
+    image = TiffImagePlugin.TiffImageFile(io.BytesIO(needed))
     image.load()
     return to_rgb(image)
 
 
 def _by_samples(data: bytes, header: Header) -> Image.Image:
     pixels = np.empty((header.height, header.width, 3), np.uint8)
+    palette = _palette(header)
     for block in blocks(data, header):
         height, width, channels = block.samples.shape
         rows = max(1, _ROWS_BYTES // (4 * width * channels))
         for top in range(0, height, rows):
-            part = _rgb(block.samples[top : top + rows], header)
+            part = _rgb(block.samples[top : top + rows], header, palette)
             pixels[block.y + top : block.y + top + len(part), block.x : block.x + width] = part
     return Image.fromarray(pixels)
 
 
-def _rgb(samples: Samples, header: Header) -> NDArray[np.uint8]:
+def _rgb(samples: Samples, header: Header, palette: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[rows, columns, channels] -> uint8 [rows, columns, 3], or [rows, columns, 1] for gray."""
     maximum = (1 << header.bits) - 1
     colour = samples[..., : header.colour_channels]
     if header.photometric == Photometric.PALETTE:
-        colour, whole = _palette(header)[colour[..., 0]], 255
+        colour, whole = palette[colour[..., 0]], 255
     elif header.photometric == Photometric.YCBCR:
         colour, whole = np.asarray(Image.fromarray(colour, "YCbCr").convert("RGB")), 255
     else:
@@ -87,8 +88,11 @@ def _rgb(samples: Samples, header: Header) -> NDArray[np.uint8]:
 
 
 def _palette(header: Header) -> NDArray[np.uint8]:
-    """uint8 [colours, 3]. The high byte is exact both for writers that fill the low one and for those that do not."""
-    table = np.array(header.tags[Tag.COLOR_MAP], np.uint16)
-    if table.max() > 255:  # else written with 8 bits, against the specification and not rarely
+    """uint8 [colours, 3], of no colours where there is no palette.
+
+    The high byte of 16 is exact both for writers that fill the low one and for those that do not.
+    """
+    table = np.array(header.tags.get(Tag.COLOR_MAP, ()), np.uint16)
+    if table.max(initial=0) > 255:  # else written with 8 bits, against the specification and not rarely
         table >>= 8
-    return table.astype(np.uint8).reshape(3, -1).T
+    return table.astype(np.uint8).reshape(3, len(table) // 3).T

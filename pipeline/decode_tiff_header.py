@@ -1,54 +1,14 @@
-"""TIFF: the tags that decide pixels, and which combinations of them have a meaning here."""
+"""TIFF: which combinations of tags have a meaning here, and which are refused."""
 
-import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-import numpy as np
-
+from pipeline.decode_tiff_tags import Directory, Tag, read_directory
 from pipeline.errors import ImageError
 
-__all__ = ["Alpha", "Compression", "Header", "Photometric", "Tag", "read_header"]
+__all__ = ["Alpha", "Compression", "Header", "Photometric", "read_header"]
 
-
-class Tag(IntEnum):
-    """The tags that decide pixels."""
-
-    WIDTH = 256
-    HEIGHT = 257
-    BITS = 258
-    COMPRESSION = 259
-    PHOTOMETRIC = 262
-    FILL_ORDER = 266
-    STRIP_OFFSETS = 273
-    ORIENTATION = 274
-    CHANNELS = 277
-    ROWS_PER_STRIP = 278
-    STRIP_BYTES = 279
-    PLANAR = 284
-    FAX3_OPTIONS = 292
-    FAX4_OPTIONS = 293
-    PREDICTOR = 317
-    COLOR_MAP = 320
-    TILE_WIDTH = 322
-    TILE_HEIGHT = 323
-    TILE_OFFSETS = 324
-    TILE_BYTES = 325
-    INK_SET = 332
-    EXTRA_SAMPLES = 338
-    SAMPLE_FORMAT = 339
-    JPEG_TABLES = 347
-    OLD_JPEG_PROCESS = 512
-    OLD_JPEG_OFFSET = 513
-    OLD_JPEG_BYTES = 514
-    OLD_JPEG_RESTART = 515
-    OLD_JPEG_QUANTIZATION = 519
-    OLD_JPEG_DC = 520
-    OLD_JPEG_AC = 521
-    YCBCR_COEFFICIENTS = 529
-    YCBCR_SUBSAMPLING = 530
-    YCBCR_POSITIONING = 531
-    REFERENCE_BLACK_WHITE = 532
+_Values = dict[Tag, tuple[int, ...]]
 
 
 class Compression(IntEnum):
@@ -97,15 +57,12 @@ _COLOUR_CHANNELS = {
     Photometric.CMYK: 4,
 }
 _IMAGE_CODECS = (Compression.FAX_RLE, Compression.FAX3, Compression.FAX4, Compression.JPEG, Compression.OLD_JPEG)
-_TAGS, _COMPRESSIONS, _PHOTOMETRICS, _ALPHAS = (frozenset(kind) for kind in (Tag, Compression, Photometric, Alpha))
+_COMPRESSIONS, _PHOTOMETRICS, _ALPHAS = (frozenset(kind) for kind in (Compression, Photometric, Alpha))
 _BITS = (1, 2, 4, 8, 12, 16)
 _MAX_CHANNELS = 16
 _SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "float", 4: "undefined", 5: "complex signed", 6: "complex float"}
 _PHOTOMETRIC_NAMES = {4: "a mask", 8: "CIE L*a*b*", 9: "ICC L*a*b*", 10: "ITU L*a*b*", 32803: "a colour filter array",
                       32844: "LogL", 32845: "LogLuv", 34892: "linear raw"}  # fmt: skip
-_INTEGERS = {1: "u1", 3: "u2", 4: "u4", 7: "u1", 13: "u4", 16: "u8", 18: "u8"}  # type of a tag -> numpy's
-_RATIONAL = 5
-_FRACTIONS = (Tag.YCBCR_COEFFICIENTS, Tag.REFERENCE_BLACK_WHITE)
 _BT601 = (299, 587, 114)
 _FULL_RANGE = (0, 255, 128, 255, 128, 255)
 
@@ -114,20 +71,12 @@ class Header(NamedTuple):
     """The first image of a file, checked: its combination of tags has a meaning here.
 
     Attributes:
-        order: "<" or ">".
-        tags: values of the tags in ``Tag``, fractions in thousandths; those not in the file are left out.
-        entries: the directory's records of these tags, as they stand in the file.
-        directory: where the directory is in the file, and how many bytes it takes with the link that ends it.
-        big: whether the file is a BigTIFF.
+        directory: the tags.
         bits: of each sample.
         channels: samples of a pixel, extra ones included.
     """
 
-    order: str
-    tags: dict[Tag, tuple[int, ...]]
-    entries: list[bytes]
-    directory: tuple[int, int]
-    big: bool
+    directory: Directory
     width: int
     height: int
     bits: int
@@ -147,85 +96,71 @@ class Header(NamedTuple):
         """Whether what is compressed are pixels (JPEG, fax), not bytes."""
         return self.compression in _IMAGE_CODECS
 
+    @property
+    def tags(self) -> _Values:
+        """Values of the tags."""
+        return self.directory.values
+
     def value(self, tag: Tag, default: int) -> int:
         """The first value of ``tag``."""
         return self.tags.get(tag, (default,))[0]
 
 
 def read_header(data: bytes) -> Header:
-    """Read and check the first directory of a TIFF or BigTIFF; other tags than those in ``Tag`` are not looked at.
+    """Read and check the first directory of a TIFF or BigTIFF.
 
     Raises:
         ImageError: ``corrupt``: tags are missing or contradict each other; ``unsupported``: the combination of tags
             has no defined colours, or none that can be decoded here.
         Exception: of struct and numpy, where the directory points outside the file.
     """
-    order = "<" if data[:2] == b"II" else ">"
-    big = 43 in data[2:4]
-    at = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)[0]
-    (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
-    first, size, form = (at + 8, 20, "HHQ") if big else (at + 2, 12, "HHI")
-    end = first + count * size + (8 if big else 4)
-    tags: dict[Tag, tuple[int, ...]] = {}
-    entries = []
-    for place in range(first, first + min(count, len(data) // size) * size, size):
-        number, kind, length = struct.unpack_from(order + form, data, place)
-        if number in _TAGS and Tag(number) not in tags and length:
-            tags[Tag(number)] = _values(
-                data, order, Tag(number), kind, length, place + struct.calcsize(order + form), big=big
-            )
-            entries.append(data[place : place + size])
-    return _checked(order, tags, entries, (at, end - at), big=big)
-
-
-def _values(data: bytes, order: str, tag: Tag, kind: int, length: int, at: int, *, big: bool) -> tuple[int, ...]:
-    form = "u4" if kind == _RATIONAL and tag in _FRACTIONS else _INTEGERS.get(kind)
-    if form is None:
-        raise ImageError("corrupt", f"Got the TIFF tag {tag.name} with values of type {kind}, expected whole numbers.")
-    dtype = np.dtype(order + form)
-    numbers = length * 2 if kind == _RATIONAL else length
-    if numbers * dtype.itemsize > (8 if big else 4):
-        at = struct.unpack_from(order + ("Q" if big else "I"), data, at)[0]
-    values = np.frombuffer(data, dtype, numbers, at).tolist()
-    if kind == _RATIONAL:
-        values = [round(1000 * top / bottom) if bottom else 0 for top, bottom in zip(*[iter(values)] * 2, strict=True)]
-    return tuple(values)
-
-
-def _refuse(got: str, expected: str) -> ImageError:
-    return ImageError("unsupported", f"Got a TIFF with {got}, expected {expected}.")
-
-
-def _checked(
-    order: str, tags: dict[Tag, tuple[int, ...]], entries: list[bytes], directory: tuple[int, int], *, big: bool
-) -> Header:
+    directory = read_directory(data)
+    tags = directory.values
     if Tag.WIDTH not in tags or Tag.HEIGHT not in tags:
         raise ImageError("corrupt", "Got a TIFF without a width or a height.")
-    packed = tags.get(Tag.COMPRESSION, (1,))[0]
-    if packed not in _COMPRESSIONS:
-        raise _refuse(f"compression {packed}", ", ".join(f"{member.name} ({member})" for member in Compression))
-    if Tag.PHOTOMETRIC not in tags:
-        raise _refuse("no PhotometricInterpretation", "one: without it, black and white may be swapped")
-    meaning = tags[Tag.PHOTOMETRIC][0]
-    if meaning not in _PHOTOMETRICS:
-        name = _PHOTOMETRIC_NAMES.get(meaning, "unknown")
-        known = ", ".join(f"{member.name} ({member})" for member in Photometric)
-        raise _refuse(f"photometric interpretation {meaning} ({name})", known)
-    photometric = Photometric(meaning)
-    old_colour = packed == Compression.OLD_JPEG and photometric in (Photometric.RGB, Photometric.YCBCR)
+    compression, photometric = _compression(tags), _photometric(tags)
+    old_colour = compression == Compression.OLD_JPEG and photometric in (Photometric.RGB, Photometric.YCBCR)
     channels = tags.get(Tag.CHANNELS, (3 if old_colour else 1,))[0]
     header = Header(
-        order, tags, entries, directory, big, tags[Tag.WIDTH][0], tags[Tag.HEIGHT][0], _bits(tags, channels), channels,
-        Compression(packed), photometric, _alpha(tags, photometric, channels),
-        tags.get(Tag.PLANAR, (1,))[0] == 2 and channels > 1,
-    )  # fmt: skip
+        directory,
+        width=tags[Tag.WIDTH][0],
+        height=tags[Tag.HEIGHT][0],
+        bits=_bits(tags, channels),
+        channels=channels,
+        compression=compression,
+        photometric=photometric,
+        alpha=_alpha(tags, photometric, channels),
+        planar=tags.get(Tag.PLANAR, (1,))[0] == 2 and channels > 1,
+    )
     _check_samples(header)
     if header.is_image_codec:
         _check_image_codec(header)
     return header
 
 
-def _bits(tags: dict[Tag, tuple[int, ...]], channels: int) -> int:
+def _refuse(got: str, expected: str) -> ImageError:
+    return ImageError("unsupported", f"Got a TIFF with {got}, expected {expected}.")
+
+
+def _compression(tags: _Values) -> Compression:
+    value = tags.get(Tag.COMPRESSION, (1,))[0]
+    if value not in _COMPRESSIONS:
+        raise _refuse(f"compression {value}", ", ".join(f"{member.name} ({member})" for member in Compression))
+    return Compression(value)
+
+
+def _photometric(tags: _Values) -> Photometric:
+    if Tag.PHOTOMETRIC not in tags:
+        raise _refuse("no PhotometricInterpretation", "one: without it, black and white may be swapped")
+    value = tags[Tag.PHOTOMETRIC][0]
+    if value not in _PHOTOMETRICS:
+        name = _PHOTOMETRIC_NAMES.get(value, "unknown")
+        known = ", ".join(f"{member.name} ({member})" for member in Photometric)
+        raise _refuse(f"photometric interpretation {value} ({name})", known)
+    return Photometric(value)
+
+
+def _bits(tags: _Values, channels: int) -> int:
     if not 1 <= channels <= _MAX_CHANNELS:
         raise _refuse(f"{channels} samples a pixel", f"1 to {_MAX_CHANNELS}")
     bits = tags.get(Tag.BITS, (1,))[:channels]
@@ -238,7 +173,7 @@ def _bits(tags: dict[Tag, tuple[int, ...]], channels: int) -> int:
     return bits[0]
 
 
-def _alpha(tags: dict[Tag, tuple[int, ...]], photometric: Photometric, channels: int) -> Alpha:
+def _alpha(tags: _Values, photometric: Photometric, channels: int) -> Alpha:
     colours = _COLOUR_CHANNELS[photometric]
     extra = tags.get(Tag.EXTRA_SAMPLES, ())
     if channels < colours:
@@ -277,7 +212,7 @@ def _check_samples(header: Header) -> None:
             )
 
 
-def _is_standard_ycbcr(tags: dict[Tag, tuple[int, ...]]) -> bool:
+def _is_standard_ycbcr(tags: _Values) -> bool:
     """Whether YCbCr is JFIF's: ITU-R BT.601, full range."""
     weights = tags.get(Tag.YCBCR_COEFFICIENTS, _BT601)
     range_ = tags.get(Tag.REFERENCE_BLACK_WHITE, _FULL_RANGE)
@@ -293,7 +228,7 @@ def _check_image_codec(header: Header) -> None:
             allowed += [(Photometric.BLACK_IS_ZERO, 8, 1), (Photometric.CMYK, 8, 4)]
     else:
         allowed = [(Photometric.WHITE_IS_ZERO, 1, 1), (Photometric.BLACK_IS_ZERO, 1, 1)]
-    if header.big and header.order == ">":
+    if header.directory.big and header.directory.order == ">":
         raise _refuse(f"BigTIFF's format in big-endian order and compression {header.compression.name}", "classic TIFF")
     if colour not in allowed or header.planar:
         raise _refuse(

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import TiffImagePlugin
 
 from pipeline.decode_samples import Samples, unpack_bits
-from pipeline.decode_tiff_header import Compression, Header, Tag
+from pipeline.decode_tiff_header import Compression, Header
+from pipeline.decode_tiff_tags import Tag
 from pipeline.errors import ImageError
 
 __all__ = ["Block", "blocks"]
@@ -149,7 +150,7 @@ def _samples(packed: NDArray[np.uint8], header: Header, layout: _Layout) -> Samp
     if header.bits == 8:
         samples = packed
     elif header.bits == 16:
-        samples = packed.view(np.dtype(header.order + "u2")).astype(np.uint16)
+        samples = packed.view(np.dtype(header.directory.order + "u2")).astype(np.uint16)
     elif header.bits == 12:  # two in three bytes, most significant bits first, whatever the byte order
         triples = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 3))).reshape(len(packed), -1, 3).astype(np.uint16)
         pairs = [triples[..., 0] << 4 | triples[..., 1] >> 4, (triples[..., 1] & 15) << 8 | triples[..., 2]]
