@@ -36,7 +36,7 @@ def open_stored(data: bytes) -> Stored:
     for name in _FORMATS:
         factory, accept = Image.OPEN.get(name, (None, None))
         if factory and accept and accept(data[:16]) is True:
-            return _OPENERS.get(name, _open_other)(data)
+            return _OPENERS[name](data)
     raise ImageError(
         "unsupported",
         f"Not an image: got {len(data)} bytes beginning with {data[:16]!r}, expected one of {', '.join(_FORMATS)}.",
@@ -55,10 +55,25 @@ def _stored(image: ImageFile.ImageFile, load: Callable[[], Image.Image] | None =
     return Stored(image.size, orientation_of(image), load or by_pillow)
 
 
-def _open_other(data: bytes) -> Stored:
-    """WebP, GIF: Pillow's modes carry them."""
-    name = "GIF" if data.startswith(b"GIF") else "WEBP"
-    return _stored(_opened(name, data))
+def _open_webp(data: bytes) -> Stored:
+    return _stored(_opened("WEBP", data))
+
+
+def _open_gif(data: bytes) -> Stored:
+    """Of an animation the first frame. What it does not cover of the image is transparent, as viewers show it."""
+    image = _opened("GIF", data)
+    frame = image.tile[0].extents
+
+    def load() -> Image.Image:
+        image.load()
+        rgb = to_rgb(image)
+        if frame in (None, (0, 0, *rgb.size)):
+            return rgb
+        canvas = Image.new("RGB", rgb.size, "white")
+        canvas.paste(rgb.crop(frame), frame)
+        return canvas
+
+    return _stored(image, load)
 
 
 def _open_avif(data: bytes) -> Stored:
@@ -140,6 +155,8 @@ def _open_bmp(data: bytes) -> Stored:
 _OPENERS: dict[str, Callable[[bytes], Stored]] = {
     "JPEG": open_jpeg,
     "PNG": open_png,
+    "WEBP": _open_webp,
+    "GIF": _open_gif,
     "TIFF": open_tiff,
     "BMP": _open_bmp,
     "PPM": _open_pnm,
