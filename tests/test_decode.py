@@ -195,11 +195,12 @@ class TestGeometry:
     def test_draft_changes_speed_and_not_the_picture(self, monkeypatch, fit: str, orientation: int) -> None:
         data = photo(1203, 1601, quality=92, exif=orientation_exif(orientation))
         geometry = Geometry((96, 64), fit, (96, 64))
-        image = decode_module._open(data)
-        assert decode_module._draft(image, geometry) in (4, 8)
-        assert min(image.size) >= 2 * 64
+        stored = decode_module.open_stored(data)
+        assert decode_module._draft(stored, geometry) in (4, 8)
+        assert stored.jpeg is not None
+        assert min(stored.jpeg.size) >= 2 * 64
         fast = decode(data, geometry)
-        monkeypatch.setattr(decode_module, "_draft", lambda image, geometry: 1)
+        monkeypatch.setattr(decode_module, "_draft", lambda stored, geometry: 1)
         slow = decode(data, geometry)
         assert np.abs(fast.pixels.astype(int) - slow.pixels).max() <= 3
         assert fast.affine == slow.affine
