@@ -16,7 +16,14 @@ from typing import Any
 
 from densefeat.errors import StorageUnavailable
 
-__all__ = ["http_status", "is_transient", "is_unreachable", "lacks_credentials", "retry_after"]
+__all__ = [
+    "http_status",
+    "is_transient",
+    "is_unreachable",
+    "is_unreachable_for_good",
+    "lacks_credentials",
+    "retry_after",
+]
 
 _TRANSIENT_HTTP = frozenset({408, 425, 429, *range(500, 600)}) - {501, 505}
 
@@ -35,6 +42,8 @@ _TRANSIENT_ERRNO = _errnos(
     "EAGAIN", "EINTR", "ECANCELED", "ENOBUFS", "ENOMEM", "ENOSR", "EMFILE", "ENFILE", "EUSERS",
 )  # fmt: skip
 _CREDENTIAL_ERRNO = _errnos("ENOKEY", "EKEYEXPIRED", "EKEYREVOKED", "EKEYREJECTED")  # of NFS and AFS with Kerberos
+
+_NAME_UNKNOWN = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 
 # By package, names of classes; those derived from them count as well.
 _TRANSIENT_CLASSES = {
@@ -105,6 +114,16 @@ def lacks_credentials(error: BaseException) -> bool:
 def is_unreachable(error: BaseException) -> bool:
     """Whether a host could not be talked to over HTTP at all: name, connection, certificate, protocol."""
     return any(_is_a(cause, _UNREACHABLE_CLASSES) for cause in _causes(error))
+
+
+def is_unreachable_for_good(error: BaseException) -> bool:
+    """Whether waiting will not help, unless it is this machine that is cut off: an unknown name, a bad certificate."""
+    for cause in _causes(error):
+        if isinstance(cause, socket.gaierror) and cause.errno in _NAME_UNKNOWN:
+            return True
+        if isinstance(cause, ssl.CertificateError):
+            return True
+    return False
 
 
 def http_status(error: BaseException) -> int | None:

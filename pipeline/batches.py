@@ -1,5 +1,6 @@
 """References -> decoded batches: reading and decoding, ahead of whoever computes on them."""
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -83,20 +84,40 @@ class BatchLoader:
         self._limits = {"max_pixels": max_pixels, "min_side": min_side}
         self._readers = ThreadPoolExecutor(max(8, threads), "read")
         self._decoders = ThreadPoolExecutor(threads, "decode")
+        self._stops: set[threading.Event] = set()  # of what is being read
+
+    def stop(self) -> None:
+        """Let everything that is being read end at once with `StorageUnavailable`, waits for a storage included."""
+        for stop in list(self._stops):
+            stop.set()
 
     def batches(self, references: pa.Table, seconds: StageSeconds) -> Iterator[Batch]:
-        """Batches of the rows of ``references``, in order; at most two are decoded ahead of the consumer."""
-        reads = self._reads(references, seconds)
-        pending: deque[Future[Decoded | ImageError]] = deque()
-        while True:
-            for data in islice(reads, 2 * self.batch_size - len(pending)):
-                pending.append(self._decoders.submit(self._decode, data, seconds))
-            if not pending:
-                return
-            yield self._stack([pending.popleft().result() for _ in range(min(self.batch_size, len(pending)))])
+        """Batches of the rows of ``references``, in order; at most two are decoded ahead of the consumer.
 
-    def _reads(self, references: pa.Table, seconds: StageSeconds) -> Iterator[bytes | ImageError]:
-        images = read_images(references, image_column=self._image_column, kind=self._source_kind, pool=self._readers)
+        Raises:
+            StorageUnavailable, JobError: as ``read_images``: nothing is known of the images from there on.
+        """
+        stop = threading.Event()
+        self._stops.add(stop)
+        try:
+            reads = self._reads(references, seconds, stop)
+            pending: deque[Future[Decoded | ImageError]] = deque()
+            while True:
+                for data in islice(reads, 2 * self.batch_size - len(pending)):
+                    pending.append(self._decoders.submit(self._decode, data, seconds))
+                if not pending:
+                    return
+                yield self._stack([pending.popleft().result() for _ in range(min(self.batch_size, len(pending)))])
+        finally:
+            stop.set()
+            self._stops.discard(stop)
+
+    def _reads(
+        self, references: pa.Table, seconds: StageSeconds, stop: threading.Event
+    ) -> Iterator[bytes | ImageError]:
+        images = read_images(
+            references, image_column=self._image_column, kind=self._source_kind, pool=self._readers, stop=stop
+        )
         while True:
             with seconds.stage("read"):  # what is waited for; most of the reading happens meanwhile
                 data = next(images, None)
