@@ -206,11 +206,10 @@ def _status(error: BaseException) -> int | None:
         return None
     response: Any = getattr(error, "response", None)
     if isinstance(response, dict):
-        metadata = response.get("ResponseMetadata", {})
-        values = [metadata.get("HTTPStatusCode"), _code(error)]
-    else:
-        values = [getattr(error, name, None) for name in ("status", "status_code", "code")]
-        values.append(getattr(response, "status_code", None))
+        values = iter((response.get("ResponseMetadata", {}).get("HTTPStatusCode"), _code(error)))
+    else:  # one after the other: aiohttp warns of its "code", which is its "status"
+        places = ((error, "status"), (error, "status_code"), (response, "status_code"), (error, "code"))
+        values = (getattr(place, name, None) for place, name in places)
     numbers = (int(value) for value in map(str, values) if value.isdigit() and len(value) == 3)
     return next(numbers, None)
 

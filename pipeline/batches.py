@@ -64,6 +64,9 @@ class BatchLoader:
         max_pixels: as ``decode``.
         min_side: as ``decode``.
         threads: to decode with.
+
+    Attributes:
+        stop: once set, all that is being read ends at once with ``StorageUnavailable``, waits for a storage included.
     """
 
     def __init__(
@@ -84,12 +87,7 @@ class BatchLoader:
         self._limits = {"max_pixels": max_pixels, "min_side": min_side}
         self._readers = ThreadPoolExecutor(max(8, threads), "read")
         self._decoders = ThreadPoolExecutor(threads, "decode")
-        self._stops: set[threading.Event] = set()  # of what is being read
-
-    def stop(self) -> None:
-        """Let everything that is being read end at once with `StorageUnavailable`, waits for a storage included."""
-        for stop in list(self._stops):
-            stop.set()
+        self.stop = threading.Event()
 
     def batches(self, references: pa.Table, seconds: StageSeconds) -> Iterator[Batch]:
         """Batches of the rows of ``references``, in order; at most two are decoded ahead of the consumer.
@@ -97,26 +95,18 @@ class BatchLoader:
         Raises:
             StorageUnavailable, JobError: as ``read_images``: nothing is known of the images from there on.
         """
-        stop = threading.Event()
-        self._stops.add(stop)
-        try:
-            reads = self._reads(references, seconds, stop)
-            pending: deque[Future[Decoded | ImageError]] = deque()
-            while True:
-                for data in islice(reads, 2 * self.batch_size - len(pending)):
-                    pending.append(self._decoders.submit(self._decode, data, seconds))
-                if not pending:
-                    return
-                yield self._stack([pending.popleft().result() for _ in range(min(self.batch_size, len(pending)))])
-        finally:
-            stop.set()
-            self._stops.discard(stop)
+        reads = self._reads(references, seconds)
+        pending: deque[Future[Decoded | ImageError]] = deque()
+        while True:
+            for data in islice(reads, 2 * self.batch_size - len(pending)):
+                pending.append(self._decoders.submit(self._decode, data, seconds))
+            if not pending:
+                return
+            yield self._stack([pending.popleft().result() for _ in range(min(self.batch_size, len(pending)))])
 
-    def _reads(
-        self, references: pa.Table, seconds: StageSeconds, stop: threading.Event
-    ) -> Iterator[bytes | ImageError]:
+    def _reads(self, references: pa.Table, seconds: StageSeconds) -> Iterator[bytes | ImageError]:
         images = read_images(
-            references, image_column=self._image_column, kind=self._source_kind, pool=self._readers, stop=stop
+            references, image_column=self._image_column, kind=self._source_kind, pool=self._readers, stop=self.stop
         )
         while True:
             with seconds.stage("read"):  # what is waited for; most of the reading happens meanwhile

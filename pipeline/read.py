@@ -13,7 +13,7 @@ import pyarrow as pa
 from densefeat.places import is_local
 from densefeat.retries import PATIENCE_S
 from pipeline.errors import ImageError
-from pipeline.read_bounds import Bounds
+from pipeline.read_bounds import Bounds, Stop
 from pipeline.read_fetch import Fetch, Outcome
 from pipeline.read_parquet import Reference, read_batches
 from pipeline.source import Kind
@@ -73,7 +73,7 @@ def read_images(
         storage_options: keyword arguments for the filesystem of the references.
         patience_s: how long after its first failure something is tried again.
         bounds: on the time of each request; by default `Bounds`'s own.
-        stop: ends it when set, with `StorageUnavailable`. Set when the iterator ends.
+        stop: ends it when set, with `StorageUnavailable`.
 
     Returns:
         An iterator with one item a row: ``bytes`` (an empty file gives ``b""``), or an ``ImageError`` with the status
@@ -90,14 +90,14 @@ def read_images(
         raise ValueError("read_images: got image_column=None for Parquet, expected Source.image_column.")
     columns = (references[name].to_pylist() for name in ("uri", "offset", "nbytes"))
     rows = [Reference(*values) for values in zip(*columns, strict=True)]
-    stop = threading.Event() if stop is None else stop
+    ended = Stop(stop)
     fetch = Fetch(
         rows[0].uri if rows else "",
         max_bytes,
         storage_options,
         patience_s=patience_s,
         bounds=bounds,
-        stop=stop,
+        stop=ended,
         folder=_common_folder(rows),
     )
     if kind == "parquet":
@@ -105,10 +105,10 @@ def read_images(
         batch_size = max(1, ahead // 4)
         batches = _read_ahead(read_batches(rows, str(image_column), fetch, batch_size), pool)
         tasks = (_Task(1, partial(_fetch_cell, cell, fetch)) for batch in batches for cell in batch)
-        return _in_order(tasks, pool, max(1, ahead - 2 * batch_size), stop)
+        return _in_order(tasks, pool, max(1, ahead - 2 * batch_size), ended)
     if kind == "tar":
-        return _in_order(_tar_tasks(rows, fetch, max_rows=max(1, ahead // 2)), pool, ahead, stop)
-    return _in_order((_Task(1, partial(_fetch_file, row, fetch)) for row in rows), pool, ahead, stop)
+        return _in_order(_tar_tasks(rows, fetch, max_rows=max(1, ahead // 2)), pool, ahead, ended)
+    return _in_order((_Task(1, partial(_fetch_file, row, fetch)) for row in rows), pool, ahead, ended)
 
 
 def _common_folder(rows: list[Reference]) -> str | None:
@@ -119,7 +119,7 @@ def _common_folder(rows: list[Reference]) -> str | None:
     return os.path.commonpath(folder or "/" for folder in folders)
 
 
-def _in_order(tasks: Iterable[_Task], pool: Executor, ahead: int, stop: threading.Event) -> Iterator[Outcome]:
+def _in_order(tasks: Iterable[_Task], pool: Executor, ahead: int, ended: Stop) -> Iterator[Outcome]:
     """Run tasks in the pool, yield their outcomes in order; at most ``ahead`` rows are begun beyond the consumer's."""
     waiting = iter(tasks)
     task = next(waiting, None)
@@ -137,7 +137,7 @@ def _in_order(tasks: Iterable[_Task], pool: Executor, ahead: int, stop: threadin
             held -= 1
             yield ready.popleft()
     finally:
-        stop.set()
+        ended.set()
         for future in running:
             future.cancel()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Coroutine
 from concurrent.futures import wait
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from fsspec.asyn import AsyncFileSystem
 
 from densefeat.errors import StorageUnavailable
 
-__all__ = ["Bounds", "TooLarge", "run_bounded"]
+__all__ = ["Bounds", "Stop", "TooLarge", "run_bounded"]
 
-_POLL_S = 0.25  # how soon a request that is waited for ends when it is stopped
+_POLL_S = 0.25  # how soon what is waited for ends when it is stopped
 
 Result = TypeVar("Result")
 
@@ -39,6 +40,28 @@ class Bounds:
     def for_bytes(self, nbytes: int) -> float:
         """How long an answer of so many bytes may take."""
         return min(self.slack_s + nbytes / self.bytes_per_s, self.in_all_s)
+
+
+class Stop(threading.Event):
+    """An event that counts as set, too, when ``outer`` is: one reading ends by itself, or with all of a worker."""
+
+    def __init__(self, outer: threading.Event | None = None) -> None:
+        super().__init__()
+        self._outer = outer
+
+    def is_set(self) -> bool:
+        """Whether it or ``outer`` is set."""
+        return super().is_set() or (self._outer is not None and self._outer.is_set())
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it or ``outer`` is set, within a quarter of a second; whether it is."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self.is_set():
+            left = _POLL_S if end is None else min(_POLL_S, end - time.monotonic())
+            if left <= 0:
+                return False
+            super().wait(left)
+        return True
 
 
 class TooLarge(Exception):  # noqa: N818 - says what it is

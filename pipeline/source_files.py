@@ -15,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from densefeat.places import open_place
 from pipeline.errors import JobError
+from pipeline.storage_errors import explain_storage_error
 from schemas.index import REFERENCES
 
 __all__ = [
@@ -71,22 +72,10 @@ def explained(images: str) -> Iterator[None]:
             f"Images {images!r}: {missing} does not exist. Check the spelling; for a brace pattern, every file it "
             "spells out must be there."
         ) from error
-    except PermissionError as error:
-        raise JobError(
-            f"Images {images!r}: not allowed to read: {error}. Give this user the permission to list and to read, or "
-            "other credentials."
-        ) from error
-    except ImportError as error:
-        raise JobError(
-            f"Images {images!r}: the package for this protocol is not installed ({error}). Install densefeat[s3], "
-            "densefeat[gcs] or densefeat[http]."
-        ) from error
     except Exception as error:
-        if "Credentials" in type(error).__name__:
-            raise JobError(
-                f"Images {images!r}: no credentials ({error}). Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
-                "AWS_PROFILE, run where a role gives them, or set FSSPEC_S3_ANON=true if it is public."
-            ) from error
+        known = explain_storage_error(error, f"Images {images!r}", "read")
+        if known is not None:
+            raise known from error
         package = type(error).__module__.partition(".")[0]
         if not isinstance(error, OSError | ValueError) and package not in _STORAGE_PACKAGES:
             raise
