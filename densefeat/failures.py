@@ -207,8 +207,10 @@ def _status(error: BaseException) -> int | None:
     response: Any = getattr(error, "response", None)
     if isinstance(response, dict):
         values = iter((response.get("ResponseMetadata", {}).get("HTTPStatusCode"), _code(error)))
-    else:  # one after the other: aiohttp warns of its "code", which is its "status"
-        places = ((error, "status"), (error, "status_code"), (response, "status_code"), (error, "code"))
+    else:
+        places = [(error, "status"), (error, "status_code"), (response, "status_code")]
+        if not hasattr(error, "status"):  # aiohttp, which has one, warns of its "code"
+            places.append((error, "code"))
         values = (getattr(place, name, None) for place, name in places)
     numbers = (int(value) for value in map(str, values) if value.isdigit() and len(value) == 3)
     return next(numbers, None)

@@ -21,7 +21,7 @@ from densefeat.retries import PATIENCE_S, retried
 from pipeline.errors import ImageError
 from pipeline.read_bounds import Bounds, TooLarge
 from pipeline.read_bytes import object_size, read_bytes
-from pipeline.read_hosts import HOSTS, host_of
+from pipeline.read_hosts import HOSTS, host_of, is_answer
 from pipeline.storage_errors import explain_storage_error
 
 __all__ = ["Fetch", "Outcome"]
@@ -139,6 +139,8 @@ class Fetch:
         except Exception as error:
             if isinstance(filesystem, LocalFileSystem) and isinstance(error, OSError):
                 self._refuse_missing_folder(error)
+            if host_of(uri) and is_answer(error):
+                HOSTS.answered(uri)
             if lacks_credentials(error):
                 filesystem.clear_instance_cache()  # the next try looks for credentials anew
             if (HOSTS.is_known_dead(uri) or is_unreachable_for_good(error)) and self._host_is_dead(uri, error):

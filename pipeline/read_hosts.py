@@ -11,9 +11,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from densefeat.failures import is_transient
+from densefeat.failures import http_status, is_unreachable
 
-__all__ = ["HOSTS", "Hosts", "host_of"]
+__all__ = ["HOSTS", "Hosts", "host_of", "is_answer"]
 
 _WITNESSES = 3
 _DEAD_REMEMBERED = 10_000
@@ -74,9 +74,15 @@ def host_of(uri: str) -> str:
         return ""
 
 
+def is_answer(error: BaseException) -> bool:
+    """Whether a host has answered, e.g. 404; not that something in between has failed."""
+    status = 404 if isinstance(error, FileNotFoundError) else http_status(error)
+    return status is not None and status < 500 and not is_unreachable(error)
+
+
 def _answers(url: str, ask: Callable[[str], object]) -> bool:
     try:
         ask(url)
-    except Exception as error:  # a 404 is an answer
-        return not is_transient(error)
+    except Exception as error:
+        return is_answer(error)
     return True
