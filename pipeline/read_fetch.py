@@ -18,7 +18,7 @@ from densefeat.errors import DensefeatError, StorageUnavailable
 from densefeat.failures import is_transient, is_unreachable, is_unreachable_for_good, lacks_credentials
 from densefeat.places import open_uri
 from densefeat.retries import PATIENCE_S, retried
-from pipeline.errors import ImageError
+from pipeline.errors import ImageError, JobError
 from pipeline.read_bounds import Bounds, TooLarge
 from pipeline.read_bytes import object_size, read_bytes
 from pipeline.read_hosts import HOSTS, host_of, is_answer
@@ -122,7 +122,7 @@ class Fetch:
             raise explained from cause
         if isinstance(error, StorageUnavailable) and cause is not None and self._host_is_dead(uri, cause):
             return _unreadable(uri, cause)
-        if isinstance(error, DensefeatError):
+        if isinstance(error, StorageUnavailable | JobError):
             raise error
         return _unreadable(uri, error)
 
