@@ -1,5 +1,6 @@
 """References -> decoded batches: reading and decoding, ahead of whoever computes on them."""
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -63,6 +64,9 @@ class BatchLoader:
         max_pixels: as ``decode``.
         min_side: as ``decode``.
         threads: to decode with.
+
+    Attributes:
+        stop: once set, all that is being read ends at once with ``StorageUnavailable``, waits for a storage included.
     """
 
     def __init__(
@@ -83,9 +87,14 @@ class BatchLoader:
         self._limits = {"max_pixels": max_pixels, "min_side": min_side}
         self._readers = ThreadPoolExecutor(max(8, threads), "read")
         self._decoders = ThreadPoolExecutor(threads, "decode")
+        self.stop = threading.Event()
 
     def batches(self, references: pa.Table, seconds: StageSeconds) -> Iterator[Batch]:
-        """Batches of the rows of ``references``, in order; at most two are decoded ahead of the consumer."""
+        """Batches of the rows of ``references``, in order; at most two are decoded ahead of the consumer.
+
+        Raises:
+            StorageUnavailable, JobError: as ``read_images``: nothing is known of the images from there on.
+        """
         reads = self._reads(references, seconds)
         pending: deque[Future[Decoded | ImageError]] = deque()
         while True:
@@ -96,7 +105,9 @@ class BatchLoader:
             yield self._stack([pending.popleft().result() for _ in range(min(self.batch_size, len(pending)))])
 
     def _reads(self, references: pa.Table, seconds: StageSeconds) -> Iterator[bytes | ImageError]:
-        images = read_images(references, image_column=self._image_column, kind=self._source_kind, pool=self._readers)
+        images = read_images(
+            references, image_column=self._image_column, kind=self._source_kind, pool=self._readers, stop=self.stop
+        )
         while True:
             with seconds.stage("read"):  # what is waited for; most of the reading happens meanwhile
                 data = next(images, None)

@@ -1,17 +1,17 @@
 """Cells of a Parquet column of images, streamed from the row groups that are needed."""
 
-import time
+import io
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ImageError
 from pipeline.inline_images import inline_image, is_inline_image
-from pipeline.read_fetch import BACKOFF_S, Fetch, Outcome, is_transient, unreadable
+from pipeline.read_fetch import Fetch, Outcome
 from pipeline.source_names import escaped
 
 __all__ = ["Reference", "read_batches"]
@@ -34,33 +34,30 @@ def read_batches(
 ) -> Iterator[list[Outcome | str]]:
     """Yield the cells of ``rows`` in order, at most ``batch_size`` at a time.
 
-    Only row groups with one of the rows are read, each from its start to the last row needed. Network errors are
-    tried again from the row they hit.
+    Only row groups with one of the rows are read, each from its start to the last row needed, by ranges that are
+    fetched as patiently as an image.
 
     Args:
         rows: references into Parquet files; ``offset`` is the row in the file.
         column: binary, a string, or ``struct<bytes, path>``.
-        fetch: gives the filesystem and the bound on an image's bytes.
+        fetch: reads ranges, and has the bound on an image's bytes.
         batch_size: rows.
 
     Yields:
         For every row the image's bytes, the absolute URI to read them from, or an ``ImageError``.
+
+    Raises:
+        Exception: as ``Fetch``.
     """
     for run in _runs(rows):
         uri, numbers = run[0].uri, [row.offset or 0 for row in run]
-        done = attempt = 0
-        while done < len(run):
-            try:
-                for cells in _stream(uri, numbers[done:], column, fetch, batch_size):
-                    done += len(cells)
-                    yield cells
-            except Exception as error:  # of pyarrow, or of any storage package
-                if attempt < len(BACKOFF_S) and is_transient(uri, error):
-                    time.sleep(BACKOFF_S[attempt])
-                    attempt += 1
-                    continue
-                yield [unreadable(uri, error)] * (len(run) - done)
-                break
+        done = 0
+        try:
+            for cells in _stream(uri, numbers, column, fetch, batch_size):
+                done += len(cells)
+                yield cells
+        except Exception as error:  # of pyarrow, or of any storage package
+            yield [fetch.outcome(uri, error)] * (len(run) - done)
 
 
 def _runs(rows: Sequence[Reference]) -> Iterator[list[Reference]]:
@@ -81,9 +78,9 @@ def _stream(
     uri: str, numbers: Sequence[int], column: str, fetch: Fetch, batch_size: int
 ) -> Iterator[list[Outcome | str]]:
     """One pass over a file for the rows of these numbers, ascending; raises whatever storage or pyarrow does."""
-    filesystem, path = fetch.open_filesystem(uri)
+    raw = io.BufferedReader(_Ranges(uri, fetch), _BUFFER_BYTES)
     # Without pre_buffer, which would hold whole column chunks.
-    with filesystem.open(path, "rb") as raw, pq.ParquetFile(raw, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
+    with raw, pq.ParquetFile(raw, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
         if numbers[-1] >= file.metadata.num_rows:
             raise EOFError(f"row {numbers[-1]} was listed, but the file has {file.metadata.num_rows}: it has changed")
         groups, in_groups = _groups(file.metadata, numbers)
@@ -98,6 +95,35 @@ def _stream(
                 yield cells
             if not missing:
                 return
+
+
+class _Ranges(io.RawIOBase):
+    """A file whose every read is a range that is fetched: patiently, and whole or not at all."""
+
+    def __init__(self, uri: str, fetch: Fetch) -> None:
+        self._uri, self._fetch = uri, fetch
+        self._size, self._position = fetch.size(uri), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        start = self._position
+        end = min(start + len(buffer), self._size)
+        if start >= end:
+            return 0
+        data = self._fetch.read(self._uri, start, end, end - start)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 def _groups(metadata: pq.FileMetaData, numbers: Sequence[int]) -> tuple[list[int], Iterator[int]]:

@@ -20,6 +20,7 @@ from pipeline.source_findings import Finding, Tally
 from pipeline.source_labels import Labels
 from pipeline.source_names import IMAGE_SUFFIXES, escaped, looks_like_image, suffix_of
 from pipeline.source_walk import MAGIC, Entry, glob_local, outermost, walk_local
+from pipeline.storage_errors import explain_storage_error
 
 __all__ = ["File", "Found", "Scan", "ScanMap", "explained", "find_files", "scan_in_order", "uri_of"]
 
@@ -90,22 +91,10 @@ def explained(images: str) -> Iterator[None]:
             f"Images {images!r}: {missing} does not exist. Check the spelling; for a brace pattern, every file it "
             "spells out must be there."
         ) from error
-    except PermissionError as error:
-        raise JobError(
-            f"Images {images!r}: not allowed to read: {error}. Give this user the permission to list and to read, or "
-            "other credentials."
-        ) from error
-    except ImportError as error:
-        raise JobError(
-            f"Images {images!r}: the package for this protocol is not installed ({error}). Install densefeat[s3], "
-            "densefeat[gcs] or densefeat[http]."
-        ) from error
     except Exception as error:
-        if "Credentials" in type(error).__name__:
-            raise JobError(
-                f"Images {images!r}: no credentials ({error}). Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
-                "AWS_PROFILE, run where a role gives them, or set FSSPEC_S3_ANON=true if it is public."
-            ) from error
+        known = explain_storage_error(error, f"Images {images!r}", "read")
+        if known is not None:
+            raise known from error
         package = type(error).__module__.partition(".")[0]
         if not isinstance(error, OSError | ValueError) and package not in _STORAGE_PACKAGES:
             raise

@@ -4,7 +4,6 @@ A shard counts as done when its ledger record is there; the record is written af
 behind (a store that is half set up, an object without a record) is written again by the next run.
 """
 
-import errno
 import hashlib
 import json
 import re
@@ -26,6 +25,7 @@ from densefeat.store import read_attributes
 from pipeline.errors import JobError
 from pipeline.pca import Basis
 from pipeline.stage_seconds import StageSeconds
+from pipeline.storage_errors import explain_storage_error
 from pipeline.store_documents import zarr_documents
 from schemas.attributes import StoreAttributes
 from schemas.index import REFERENCES, pending_index, with_outcomes
@@ -249,27 +249,6 @@ def storage_explained(uri: str) -> Iterator[None]:
         if explained is None:
             raise
         raise explained from error
-
-
-def explain_storage_error(error: BaseException, uri: str) -> JobError | None:
-    """What to do about a storage error that trying again will not mend; None for any other error."""
-    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"):
-        return JobError(
-            f"no credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the "
-            "machine a role; on a cluster, on every node"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return JobError(
-            f"no space left for {uri} ({error.strerror}): free some and run the job again with --resume; what is "
-            "finished is kept"
-        )
-    if isinstance(error, PermissionError) or getattr(error, "errno", None) in (errno.EROFS, errno.EACCES):
-        return JobError(f"no permission to write {uri}: {error}; choose another place, or ask for the right to write")
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return JobError(f"{uri} cannot be written: {error}; the bucket or the file system must be there")
-    if isinstance(error, ImportError):
-        return JobError(f"{uri} needs a package that is not installed: {error}")
-    return None
 
 
 def _parallel(function: Any, items: Iterable[Any]) -> list[Any]:

@@ -13,11 +13,11 @@ from densefeat.layout import FeatureLayout
 from densefeat.objects import Objects
 from pipeline.errors import JobError
 from pipeline.repair import take_out
+from pipeline.storage_errors import explain_storage_error
 from pipeline.store import (
     check_writable,
     delete_store,
     existing_store,
-    explain_storage_error,
     finish,
     finished_shards,
     set_up,
@@ -199,8 +199,7 @@ def test_verifying_finds_another_basis_and_other_steps(known: KnownStore) -> Non
 
 
 def test_storage_errors_are_explained() -> None:
-    class NoCredentialsError(Exception):
-        pass
+    from botocore.exceptions import NoCredentialsError
 
     for error, words in [
         (OSError(errno.ENOSPC, "No space left on device"), "no space left for s3://b"),
