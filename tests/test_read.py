@@ -237,7 +237,8 @@ class TestS3:
         with serving() as web:
             web.answers["/b/1.jpg"], web.faults["/b/1.jpg"] = answer, list(faults)
             storage_options = {**S3_OPTIONS, "endpoint_url": web.url}
-            (outcome,) = read_rows(references(["s3://b/1.jpg"]), "folder", storage_options=storage_options, **options)
+            options = {"bounds": Bounds(), "storage_options": storage_options, **options}
+            (outcome,) = read_rows(references(["s3://b/1.jpg"]), "folder", **options)
             return outcome
 
     def test_bytes(self) -> None:
@@ -256,7 +257,7 @@ class TestS3:
 
     def test_a_server_that_is_silent_or_gone(self) -> None:
         with pytest.raises(StorageUnavailable):
-            self.read_one(silent)
+            self.read_one(silent, bounds=BOUNDS)
         with serving() as web:
             options = {**S3_OPTIONS, "endpoint_url": web.url}
         with pytest.raises(StorageUnavailable):
