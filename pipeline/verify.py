@@ -11,7 +11,8 @@ from densefeat.errors import StoreError
 from densefeat.objects import Objects
 from densefeat.store import FeatureStore
 from pipeline.pca import Basis
-from pipeline.store import read_record, reopen, step_sha256
+from pipeline.shard import read_record, withdraw
+from pipeline.store import reopen, step_sha256
 from schemas.index import OK, OUTCOMES
 from schemas.ledger import LedgerRecord
 
@@ -109,7 +110,7 @@ class StoreCheck:
 
 
 def repair(objects: Objects, shards: Sequence[int]) -> None:
-    """Take damaged shards out of the ledger: their rows are pending, and a resumed job makes them anew."""
+    """Delete damaged shards: their rows are pending, and a resumed job makes them anew."""
     for shard in shards:
-        objects.delete(layout.ledger_key(shard))
+        withdraw(objects, shard)
     reopen(objects)

@@ -1,0 +1,110 @@
+"""Storage that a job writes to: whether it can all that will be needed, and what to do when it cannot."""
+
+import errno
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from densefeat.errors import DensefeatError, StorageUnavailable
+from densefeat.objects import Objects
+from pipeline.errors import JobError
+
+__all__ = ["CHECK", "check_writable", "explain_storage_error", "storage_explained"]
+
+CHECK = "_check"  # the folder of the objects that `check_writable` writes
+_BEFORE, _AFTER = b"densefeat", b"densefeat!"
+
+
+def check_writable(objects: Objects, place: str) -> None:
+    """Try everything that writing needs: create, replace, read, read a part, list, delete. Nothing of it stays.
+
+    Args:
+        objects: the place to write to.
+        place: what the message calls it, e.g. ``"--store s3://…"``.
+
+    Raises:
+        JobError: something does not work; it says what.
+        StorageUnavailable: the storage does not answer.
+    """
+    key = f"{CHECK}/{uuid.uuid4().hex}"  # of its own: other jobs may try at the same moment
+    with objects.leaving_no_folders():
+        try:
+            with _tried(place, "create an object"):
+                objects.create(key, _BEFORE)
+            with _tried(
+                place,
+                "keep two jobs from creating the same object (on S3 by If-None-Match, which not every compatible "
+                "server has)",
+            ):
+                with suppress(FileExistsError):
+                    objects.create(key, _AFTER)
+                    raise OSError("a second one replaced the first")
+                _expect(objects.get(key), _BEFORE)
+            with _tried(place, "replace an object"):
+                objects.put(key, _AFTER)
+            with _tried(place, "read what was written"):
+                _expect(objects.get(key), _AFTER)
+            with _tried(place, "read a part of an object"):
+                _expect(objects.get_range(key, 2, 5), _AFTER[2:5])
+            with _tried(place, "list objects"):
+                _expect(objects.list(CHECK).get(key), len(_AFTER))
+            with _tried(place, "delete an object"):
+                objects.delete(key)
+                _expect(objects.size(key), None)
+        except BaseException:
+            with suppress(Exception):  # something else is being told already
+                objects.delete(key)
+            raise
+
+
+@contextmanager
+def _tried(place: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except StorageUnavailable:
+        raise
+    except Exception as error:  # each client has its own kinds
+        explained = explain_storage_error(error, place)
+        if explained is None and not isinstance(error, OSError):
+            raise
+        raise JobError(f"{place}: the storage cannot {what}: {explained or error}") from error
+
+
+def _expect(got: object, expected: object) -> None:
+    if got != expected:
+        raise OSError(f"got {got!r}, expected {expected!r}")
+
+
+@contextmanager
+def storage_explained(uri: str) -> Iterator[None]:
+    """Turn storage errors in the block that trying again will not mend into a ``JobError`` about ``uri``."""
+    try:
+        yield
+    except Exception as error:
+        explained = explain_storage_error(error, uri)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def explain_storage_error(error: BaseException, uri: str) -> JobError | None:
+    """What to do about a storage error that trying again will not mend; None for any other error."""
+    if isinstance(error, DensefeatError):  # explained already
+        return None
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"):
+        return JobError(
+            f"no credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the "
+            "machine a role; on a cluster, on every node"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return JobError(
+            f"no space left for {uri} ({error.strerror}): free some and run the job again with --resume; what is "
+            "finished is kept"
+        )
+    if isinstance(error, PermissionError) or getattr(error, "errno", None) in (errno.EROFS, errno.EACCES):
+        return JobError(f"no permission to write {uri}: {error}; choose another place, or ask for the right to write")
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return JobError(f"{uri} cannot be written: {error}; the bucket or the file system must be there")
+    if isinstance(error, ImportError):
+        return JobError(f"{uri} needs a package that is not installed: {error}")
+    return None
