@@ -151,9 +151,10 @@ def _checked(place: str | os.PathLike[str]) -> str:
         raise PlaceError(f"{text!r} begins with a blank: leave that out, or write ./ before it if it is a file's name")
     slip = _ONE_SLASH.match(text)
     if slip and slip[1].lower() not in _LOCAL_PROTOCOLS and slip[1].lower() in fsspec.available_protocols():
+        uri = f"{slip[1]}://{text[slip.end() :]}"
         raise PlaceError(
-            f"{text!r} has one slash after {slip[1]}: where a URI has two. Write {slip[1]}://{text[slip.end() :]} (as a "
-            f"str: a pathlib.Path drops a slash), or ./{text} if that is a folder's name"
+            f"{text!r} has one slash where a URI has two: write {uri} (as a str: a pathlib.Path drops a slash), or "
+            f"./{text} if that is a folder's name"
         )
     return text
 
