@@ -1,15 +1,17 @@
 """Storage that a job writes to: whether it can all that will be needed, and what to do when it cannot."""
 
 import errno
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from densefeat.errors import DensefeatError, StorageUnavailable
 from densefeat.objects import Objects
 from pipeline.errors import JobError
 
-__all__ = ["CHECK", "check_writable", "explain_storage_error", "storage_explained"]
+__all__ = ["CHECK", "check_writable", "explain_storage_error", "storage_explained", "temporary_folder"]
 
 CHECK = "_check"  # the folder of the objects that `check_writable` writes
 _BEFORE, _AFTER = b"densefeat", b"densefeat!"
@@ -73,6 +75,21 @@ def _tried(place: str, what: str) -> Iterator[None]:
 def _expect(got: object, expected: object) -> None:
     if got != expected:
         raise OSError(f"got {got!r}, expected {expected!r}")
+
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """A new folder on this machine, gone afterwards.
+
+    Raises:
+        JobError: there is no place for one.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=prefix)
+    except OSError as error:
+        raise JobError(f"no folder for temporary files: {error}; set TMPDIR to one that can be written to") from error
+    with folder as path:
+        yield Path(path)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
-from densefeat.errors import StorageUnavailable
+from densefeat.errors import PlaceError, StorageUnavailable
 from densefeat.places import open_place
 from densefeat.retries import retried
 from pipeline.errors import JobError
@@ -137,6 +137,8 @@ def _opened(uri: str) -> Path | bytes:
             return Path(path)
     except FileNotFoundError as error:
         raise JobError(f"Weights {uri!r}: got no such file, expected a checkpoint. Check the path or URI.") from error
+    except PlaceError as error:
+        raise JobError(f"Weights: {error}") from error
     except StorageUnavailable:
         raise
     except Exception as error:  # whatever the client of this file system raises: each has its own kinds

@@ -37,7 +37,7 @@ from densefeat.objects import Objects
 from pipeline.errors import JobError
 from pipeline.pca import Basis
 from pipeline.shard import finished_shards
-from pipeline.storage import check_writable, explain_storage_error
+from pipeline.storage import check_writable, explain_storage_error, temporary_folder
 from pipeline.store import (
     claim,
     complete_setup,
@@ -215,7 +215,7 @@ def test_every_key_of_a_store_is_known_as_its_own(known: KnownStore) -> None:
     assert foreign_keys(objects) == []
     assert "_tmp/host-1-abc" not in remains(objects)
     others = [
-        "_tmp/a/b", "_check/notes", "_intents/x.parquet", "_ledger/1.parquet", "features/c/0/0/0/0/0", "zarrXjson",
+        "_tmp/a/b", "_check/notes", "_intents/x.parquet", "_ledger/1.parquet", "features/c/8/0/0/0/0", "zarrXjson",
         "features/c/x/0/0/0", "pca/a/b/zarr.json", "step/c/1", "index.parquet.bak", "a/zarr.json", "manifest_parquet",
     ]  # fmt: skip
     for key in others:
@@ -322,6 +322,15 @@ def test_storage_errors_are_explained() -> None:
         assert explained is not None
         assert words in str(explained)
     assert explain_storage_error(ConnectionError("reset"), "s3://b") is None
+
+
+def test_no_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with temporary_folder("densefeat-") as folder:
+        (folder / "a").write_bytes(b"1")
+    assert not folder.exists()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(JobError, match=r"nowhere.*set TMPDIR"), temporary_folder("densefeat-"):
+        pass
 
 
 def test_an_unwritable_place_is_found_before_work() -> None:
