@@ -9,6 +9,7 @@ A store is a Zarr v3 group that any Zarr library opens, with core codecs only::
     index.parquet              one record a row
     manifest.parquet           one record a shard, when all are done
     _ledger/000000.parquet     one file a finished shard, until (and after) they are merged into the two above
+    _intents/                  while shards are written: the record of each, before it counts
 
 Encoding here, rather than through zarr-python, because a shard is made in memory and written with one request; the
 bytes are the same (tests/test_layout.py compares them).
@@ -33,6 +34,7 @@ STEP = "step"
 INDEX = "index.parquet"
 MANIFEST = "manifest.parquet"
 LEDGER = "_ledger"
+INTENTS = "_intents"
 
 ZSTD_LEVEL = 1  # higher levels cost time and gain little on quantized features
 INT8_NO_DATA = -128  # the fill value; codes are -127 … 127
@@ -119,6 +121,11 @@ def shard_key(shard: int) -> str:
 def ledger_key(shard: int) -> str:
     """Key of a shard's ledger record."""
     return f"{LEDGER}/{shard:06d}.parquet"
+
+
+def intent_key(shard: int, sha256: str) -> str:
+    """Key of what the ledger is going to record of a shard whose object has this digest."""
+    return f"{INTENTS}/{shard:06d}-{sha256}.parquet"
 
 
 def encode_chunk(features: npt.NDArray[Any]) -> bytes:

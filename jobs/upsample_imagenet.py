@@ -22,7 +22,8 @@ from pipeline.plan import Plan, make_plan
 from pipeline.prepare import prepare
 from pipeline.progress import Progress
 from pipeline.report import Report
-from pipeline.store import finish, finished_shards, reopen
+from pipeline.shard import finished_shards
+from pipeline.store import finish, reopen
 from pipeline.worker import Encoding
 from pipeline.workers import InlineWorkers, TaskFailed, Workers
 from schemas.config import UpsampleConfig
@@ -63,7 +64,11 @@ def carry_out(plan: Plan, started: float) -> Report:
     if to_do:
         with open_workers(plan.spec, config.workers, config.attempts, config.stall_timeout_s) as workers:
             encoding = prepare(plan, objects, workers)
-            reopen(objects)
+            if config.resume:  # another job may have begun the store meanwhile, or have made some of the shards
+                done = finished_shards(objects, encoding.configuration_hash)
+                to_do = [shard for shard in plan.shards if shard not in done]
+            if to_do:
+                reopen(objects)
             making = time.monotonic()
             mine = [record for shard, record in done.items() if shard in plan.shards]
             made, given_up = make_shards(plan, objects, workers, encoding, to_do, mine)

@@ -71,12 +71,12 @@ def verify(config: VerifyConfig) -> int:
 
 
 def _repair(objects: Objects, damaged: list[int], *, tables: bool) -> None:
-    # The tables first: if they cannot be rebuilt, nothing has changed.
     if tables:
-        finished = rebuild_tables(objects)
+        finished = rebuild_tables(objects, damaged)
         logger.info("rebuilt %s", "index and manifest" if finished else "the index; its shards are not all done")
-    if damaged:
+    elif damaged:
         take_out(objects, damaged)
+    if damaged:
         logger.info("taken out of the ledger: run the main job with --resume to make them anew")
 
 

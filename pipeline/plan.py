@@ -13,7 +13,8 @@ import torch
 
 from densefeat.index import stored_index
 from densefeat.layout import ZSTD_LEVEL, FeatureLayout
-from densefeat.objects import Objects, absolute_path, split_uri
+from densefeat.objects import Objects
+from densefeat.places import absolute_place, encloses, is_local, split_place
 from densefeat.store import FeatureStore
 from pipeline.backbone import Backbone, build_backbone
 from pipeline.errors import JobError
@@ -22,9 +23,10 @@ from pipeline.pca import Basis
 from pipeline.source import Source, keys_digest, list_images
 from pipeline.source_files import Scan, ScanMap
 from pipeline.source_findings import Finding, describe_findings, refuse_losses
-from pipeline.store import check_writable, existing_store, foreign_keys, storage_explained
+from pipeline.storage import check_writable, storage_explained
+from pipeline.store import existing_store, foreign_keys, remains
 from pipeline.upsample import Upsampler, build_configured
-from schemas.attributes import StoreAttributes, differences
+from schemas.attributes import StoreAttributes, differences, incompatibilities
 from schemas.config import FeatureConfig, UpsampleConfig
 from schemas.index import REFERENCES
 
@@ -164,7 +166,7 @@ def read_basis(uri: str, backbone: Backbone) -> Basis:
     """
     if uri.endswith(".npz"):
         try:
-            folder, name = split_uri(uri)
+            folder, name = split_place(uri)
             basis, provenance = Basis.from_npz(Objects(folder).get(name))
         except (OSError, ValueError) as error:
             raise JobError(f"--pca {uri} cannot be read: {error}; make one with jobs/fit_pca.py") from error
@@ -188,9 +190,15 @@ def _stored_attributes(config: UpsampleConfig) -> StoreAttributes | None:
         stored = existing_store(objects)
         if stored is None and (others := foreign_keys(objects)):
             raise JobError(
-                f"--store {config.store!r} holds other things ({', '.join(others[:3])}{' …' if others[3:] else ''}): "
-                "choose an empty place for the store"
+                f"--store {config.store!r} holds other things ({_few(others)}): choose an empty place for the store"
             )
+        if stored is None and not config.overwrite and (parts := remains(objects)):
+            stored = existing_store(objects)  # another job may set it up this very moment
+            if stored is None:
+                raise JobError(
+                    f"--store {config.store} holds parts of a store ({_few(parts)}), but no zarr.json: a deletion or a "
+                    "copy was interrupted; --overwrite deletes them and begins anew"
+                )
         if stored and not (config.resume or config.overwrite):
             raise JobError(
                 f"--store {config.store} exists: --resume goes on with it, --overwrite deletes it and begins anew"
@@ -200,8 +208,7 @@ def _stored_attributes(config: UpsampleConfig) -> StoreAttributes | None:
 
 def _check_writable(config: UpsampleConfig) -> None:
     """The last check, because it writes."""
-    with storage_explained(f"--store {config.store}"):
-        check_writable(Objects(config.store))
+    check_writable(Objects(config.store), f"--store {config.store}")
 
 
 def check_apart(images: str, option: str, place: str) -> None:
@@ -215,10 +222,9 @@ def check_apart(images: str, option: str, place: str) -> None:
     Raises:
         JobError: they lie in each other.
     """
-    if "://" in images or "://" in place:
-        return
-    source, result = Path(absolute_path(images)), Path(absolute_path(place))
-    if source.is_dir() and (result.is_relative_to(source) or source.is_relative_to(result)):
+    if is_local(images) and not Path(absolute_place(images)).is_dir():
+        return  # files or a pattern: the place is refused if it holds them
+    if encloses(images, place) or encloses(place, images):
         raise JobError(f"{option} {place} and the images {images} lie in each other: give {option} a folder of its own")
 
 
@@ -260,8 +266,7 @@ def _source(
 
     A store that is resumed has its images in its index: they are not listed again, so that rows stay where they are.
     """
-    images = config.images if "://" in config.images else absolute_path(config.images)
-    asked: dict[str, Any] = {"images": images, "limit": config.limit}
+    asked: dict[str, Any] = {"images": absolute_place(config.images), "limit": config.limit}
     if resumed and resumed.setup_complete:
         references = stored_index(Objects(config.store)).select(REFERENCES.names)
         if config.image_column is not None:
@@ -305,11 +310,7 @@ def _storage_configuration(config: UpsampleConfig) -> dict[str, Any]:
 
 def _check_same(stored: StoreAttributes, configuration: dict[str, Any], store: str) -> None:
     """Refuse to mix two configurations in one store."""
-    old = {**stored.configuration, "pca": dict(stored.configuration["pca"])}
-    if "fitted_on_images" in old["pca"]:
-        old["pca"].pop("basis", None)  # what came of fitting; asked for is only how to fit
-    different = differences(old, json.loads(json.dumps(configuration)))
-    if different:
+    if different := incompatibilities(stored.configuration, configuration):
         raise JobError(
             f"--resume: the store {store} was made with another configuration:\n  "
             + "\n  ".join(different)
@@ -320,6 +321,10 @@ def _check_same(stored: StoreAttributes, configuration: dict[str, Any], store: s
 def available_cores() -> int:
     """Cores that this process may use: a container may have fewer than its machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _few(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (" …" if keys[3:] else "")
 
 
 def _short(value: Any) -> str:

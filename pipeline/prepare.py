@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import time
 
 import numpy as np
 import numpy.typing as npt
@@ -17,17 +16,16 @@ from pipeline.pca import Basis, fit
 from pipeline.plan import Plan, readable_size
 from pipeline.quantize import steps
 from pipeline.software import software_versions
-from pipeline.storage_errors import explain_storage_error
-from pipeline.store import delete_store, existing_store, set_up, step_sha256
+from pipeline.storage import storage_explained
+from pipeline.store import claim, complete_setup, delete_store, existing_store, step_sha256
 from pipeline.worker import Encoding
 from pipeline.workers import Workers
-from schemas.attributes import StoreAttributes, differences
+from schemas.attributes import StoreAttributes, incompatibilities
 from schemas.index import pending_index
 
 logger = logging.getLogger(__name__)
 
 _IMAGES_IN_TASK = 32  # images of the PCA sample in one task
-_OTHERS_SETUP_S = 120.0
 _CALIBRATION_IMAGES = 32  # images whose upsampled features set the quantization steps
 _IMAGES_IN_CALIBRATION_TASK = 4  # few: an upsampler that fits each image takes minutes for one
 
@@ -38,8 +36,9 @@ def prepare(plan: Plan, objects: Objects, workers: Workers) -> Encoding:
     Raises:
         JobError: the sample cannot be used, the store does not fit on the disk, somebody else set it up meanwhile.
     """
-    if plan.config.resume and plan.stored and plan.stored.setup_complete:
-        return _stored_encoding(objects)
+    with storage_explained(objects.uri):
+        if plan.config.resume and (joined := _join(plan, objects)):
+            return joined
     basis = plan.basis or fit_basis(plan.references, plan.features.components, plan.config.pca_images, workers)
     explained = float(basis.explained_variance_ratio.sum())
     logger.info("PCA: %d components explain %.1f %% of the variance", len(basis.components), 100 * explained)
@@ -52,39 +51,48 @@ def prepare(plan: Plan, objects: Objects, workers: Workers) -> Encoding:
         explained_variance=explained,
         step_sha256=step_sha256(step),
     )
-    if plan.config.overwrite and plan.stored:
-        delete_store(objects)
-    try:
-        # Claimed by a run that died, or by one that works on it this moment: fitting took a while.
-        claimed = plan.config.resume and existing_store(objects)
-        if claimed and claimed.setup_complete:
-            return _join(objects, attributes)
-        set_up(objects, attributes, plan.features, basis, step, pending_index(plan.references), claimed=bool(claimed))
-    except FileExistsError:
-        if plan.config.resume:
-            return _join(objects, attributes)
-        raise JobError(f"another job set up {objects.uri} in the meantime: use --resume to work with it") from None
-    except OSError as error:
-        raise explain_storage_error(error, objects.uri) or error from error
-    return Encoding(basis, step, attributes.hash)
+    with storage_explained(objects.uri):
+        if plan.config.overwrite:
+            _delete_planned(plan, objects)
+        try:
+            claim(objects, attributes, basis, step)
+        except FileExistsError:
+            if not plan.config.resume:
+                raise JobError(
+                    f"another job set up {objects.uri} in the meantime: use --resume to work with it"
+                ) from None
+        encoding = _join(plan, objects)
+    if encoding is None:
+        raise JobError(f"another job deleted {objects.uri} while this one set it up: stop one of them")
+    return encoding
 
 
-def _join(objects: Objects, attributes: StoreAttributes) -> Encoding:
-    """Work with the store that another job has just set up, if it set up the same one.
+def _join(plan: Plan, objects: Objects) -> Encoding | None:
+    """Work with the store that is there, whoever set it up, and finish its setup if nobody has; None if there is none.
 
     Raises:
-        JobError: it is another one, or its setup does not come to an end.
+        JobError: it was made for other options, or is damaged.
     """
-    end = time.monotonic() + _OTHERS_SETUP_S
-    while time.monotonic() < end:
-        stored = existing_store(objects)
-        if stored is not None and stored.hash != attributes.hash:
-            different = "; ".join(differences(stored.configuration, attributes.configuration))
-            raise JobError(f"another job set up {objects.uri} in the meantime, with other options: {different}")
-        if stored is not None and stored.setup_complete:
-            return _stored_encoding(objects)
-        time.sleep(1)
-    raise JobError(f"another job began to set up {objects.uri} and did not finish: run this one again with --resume")
+    stored = existing_store(objects)
+    if stored is None:
+        return None
+    if different := incompatibilities(stored.configuration, plan.configuration):
+        raise JobError(f"another job set up {objects.uri} in the meantime, with other options: {'; '.join(different)}")
+    try:
+        complete_setup(objects, plan.features, pending_index(plan.references))
+    except FileExistsError as error:
+        raise JobError(f"{error}: stop one of them") from error
+    return _stored_encoding(plan, objects)
+
+
+def _delete_planned(plan: Plan, objects: Objects) -> None:
+    """Delete the store that was there when the job was planned, and no other."""
+    stored = existing_store(objects)
+    if stored is not None and stored != plan.stored:
+        raise JobError(
+            f"another job set up {objects.uri} in the meantime: it is not the store that --overwrite was to delete"
+        )
+    delete_store(objects)
 
 
 def fit_basis(references: pa.Table, k: int, images: int, workers: Workers) -> Basis:
@@ -131,11 +139,13 @@ def _check_space(plan: Plan, objects: Objects, image_nbytes: float) -> None:
         )
 
 
-def _stored_encoding(objects: Objects) -> Encoding:
+def _stored_encoding(plan: Plan, objects: Objects) -> Encoding:
     store = FeatureStore(objects.uri)
     basis = Basis.of_store(store)
     if basis.digest != store.attributes["configuration"]["pca"]["basis"]:
         raise JobError(f"the PCA basis in {objects.uri} is not the one that its attributes name: use --overwrite")
     if step_sha256(store.step) != store.attributes["step_sha256"]:
         raise JobError(f"the steps in {objects.uri} are not those that its attributes name: use --overwrite")
+    if store.layout != plan.features:
+        raise JobError(f"the array in {objects.uri} is {store.layout}, expected {plan.features}: use --overwrite")
     return Encoding(basis, store.step, store.attributes["configuration_hash"])

@@ -12,22 +12,25 @@ from densefeat.objects import Objects
 from densefeat.parquet import parquet_bytes
 from densefeat.store import FeatureStore
 from pipeline.errors import JobError
+from pipeline.shard import finished_shards, withdraw
 from pipeline.source import keys_digest, list_images
-from pipeline.store import finish, finished_shards, reopen
+from pipeline.store import finish, reopen
 from schemas.index import REFERENCES, pending_index
 
 __all__ = ["rebuild_tables", "take_out"]
 
 
 def take_out(objects: Objects, shards: Sequence[int]) -> None:
-    """Take damaged shards out of the ledger: their rows are pending, and a resumed job makes them anew."""
+    """Delete damaged shards: their rows are pending, and a resumed job makes them anew."""
     for shard in shards:
-        objects.delete(layout.ledger_key(shard))
+        withdraw(objects, shard)
     reopen(objects)
 
 
-def rebuild_tables(objects: Objects) -> bool:
+def rebuild_tables(objects: Objects, damaged: Sequence[int]) -> bool:
     """Write the index anew, from the images and the ledger, and the manifest, if all shards are done.
+
+    Damaged shards are deleted as by `take_out`, once it is known that the index can be rebuilt.
 
     Which images the rows are is read off the index; if that is damaged, they are listed again, where the store's
     configuration says that they are.
@@ -42,6 +45,8 @@ def rebuild_tables(objects: Objects) -> bool:
     store = FeatureStore(objects.uri, objects.storage_options)
     source = store.attributes["configuration"].get("source", {})
     references = _references(objects, store.layout.rows, source)
+    for shard in damaged:
+        withdraw(objects, shard)
     objects.delete(layout.MANIFEST)  # first: until the index is there again, the ledger says what is done
     objects.put(layout.INDEX, parquet_bytes(pending_index(references)))
     records = finished_shards(objects, store.attributes["configuration_hash"])

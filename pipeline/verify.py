@@ -14,8 +14,9 @@ from densefeat.objects import Objects
 from densefeat.parquet import read_parquet
 from densefeat.store import FeatureStore
 from pipeline.pca import Basis
+from pipeline.shard import read_record
 from pipeline.source import keys_digest
-from pipeline.store import read_record, step_sha256
+from pipeline.store import step_sha256
 from schemas.attributes import StoreAttributes
 from schemas.index import OK, OUTCOMES
 from schemas.ledger import LedgerRecord, manifest

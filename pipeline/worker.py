@@ -25,8 +25,9 @@ from pipeline.errors import ImageError
 from pipeline.feature_worker import FeatureWorker, WorkerSpec
 from pipeline.pca import Basis
 from pipeline.sample import Part
+from pipeline.shard import committed, write_shard
 from pipeline.stage_seconds import StageSeconds
-from pipeline.store import storage_explained, write_shard
+from pipeline.storage import storage_explained
 from pipeline.upsample import Projected, build_configured
 from pipeline.upsample_interface import Stored
 from schemas.config import UpsampleConfig
@@ -105,6 +106,9 @@ class ShardWorker(FeatureWorker):
         Raises:
             JobError: the storage refuses in a way that trying again will not mend.
         """
+        if (record := committed(store, shard, encoding.configuration_hash)) is not None:  # by another job meanwhile
+            self.images_done += references.num_rows
+            return record
         seconds = StageSeconds()
         shard_rows = self.config.shard_rows
         outcomes: list[RowOutcome] = []

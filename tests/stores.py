@@ -11,8 +11,9 @@ from densefeat import layout
 from densefeat.layout import FeatureLayout
 from densefeat.objects import Objects
 from pipeline.pca import Basis
+from pipeline.shard import write_shard
 from pipeline.stage_seconds import StageSeconds
-from pipeline.store import finish, set_up, step_sha256, write_shard
+from pipeline.store import finish, set_up, step_sha256
 from schemas.attributes import StoreAttributes
 from schemas.index import OK, REFERENCES, pending_index
 from schemas.ledger import LedgerRecord, RowOutcome

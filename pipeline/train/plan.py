@@ -2,12 +2,17 @@
 
 import json
 import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from densefeat.objects import Objects, absolute_path
+from densefeat.errors import StorageUnavailable
+from densefeat.objects import Objects
+from densefeat.places import absolute_place
 from pipeline.backbone import Backbone, build_backbone
 from pipeline.errors import JobError
 from pipeline.output_file import check_output_file
@@ -16,14 +21,14 @@ from pipeline.plan import check_apart, cluster_scan_map
 from pipeline.software import software_versions
 from pipeline.source import Source, keys_digest, list_images
 from pipeline.source_findings import Finding, describe_findings
-from pipeline.store import check_writable, storage_explained
+from pipeline.storage import check_writable, storage_explained
 from pipeline.train.data import ImageTable, key_hash
 from pipeline.train.lift import lift_scales
 from pipeline.train.state import has_checkpoints
 from schemas.attributes import differences
 from schemas.train_config import BackboneChoice, TrainConfig
 
-__all__ = ["TrainPlan", "backbone_at", "build_backbones", "claim_output", "make_train_plan", "release_output"]
+__all__ = ["TrainPlan", "backbone_at", "build_backbones", "claimed_output", "make_train_plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,28 +124,37 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
     return plan, backbones
 
 
-def claim_output(plan: TrainPlan) -> None:
-    """Write the configuration to --output, unless it is there already.
+@contextmanager
+def claimed_output(plan: TrainPlan) -> Iterator[None]:
+    """Write the configuration to --output, unless it is there already, for the training in the block.
+
+    If that ends without a checkpoint, the claim is taken back, with the folder if it was made for it: other options can
+    then be tried there.
 
     Raises:
         JobError: another training has been begun there in the meantime.
     """
     if plan.begun:
+        yield
         return
-    claim = {"configuration": plan.configuration, "versions": software_versions()}
+    objects = Objects(plan.config.output)
+    with objects.leaving_no_folders():
+        _claim(plan, objects)
+        try:
+            yield
+        finally:
+            with suppress(OSError, StorageUnavailable):  # of a storage that another error may be of
+                if not has_checkpoints(objects):
+                    objects.delete(_CLAIM)
+
+
+def _claim(plan: TrainPlan, objects: Objects) -> None:
+    claim = {"configuration": plan.configuration, "versions": software_versions(), "claimed_by": uuid.uuid4().hex}
     with storage_explained(f"--output {plan.config.output}"):
         try:
-            Objects(plan.config.output).create(_CLAIM, json.dumps(claim, indent=2).encode())
+            objects.create(_CLAIM, json.dumps(claim, indent=2).encode())
         except FileExistsError:
             raise JobError(f"another training has begun in {plan.config.output}: choose another --output") from None
-
-
-def release_output(plan: TrainPlan) -> None:
-    """Take `claim_output` back if the training has no checkpoint yet: other options can then be tried there."""
-    objects = Objects(plan.config.output)
-    if not plan.begun and not has_checkpoints(objects):
-        objects.delete(_CLAIM)
-        objects.tidy()
 
 
 def build_backbones(plan: TrainPlan, choice: BackboneChoice, built: Backbone | None = None) -> list[Backbone]:
@@ -185,8 +199,7 @@ def _stored_configuration(config: TrainConfig) -> dict[str, Any] | None:
 
 def _check_writable(config: TrainConfig) -> None:
     """The last check, because it writes: whatever gets a result, before hours are spent on it."""
-    with storage_explained(f"--output {config.output}"):
-        check_writable(Objects(config.output))
+    check_writable(Objects(config.output), f"--output {config.output}")
     if config.featup_checkpoint is not None:
         check_output_file("--featup-checkpoint", config.featup_checkpoint)
 
@@ -305,6 +318,5 @@ def _configuration(
 
 
 def _described(images: str, table: ImageTable) -> dict[str, Any]:
-    place = images if "://" in images else absolute_path(images)
     known = {"rows": table.references.num_rows, "keys_sha256": keys_digest(table.references)}
-    return {"images": place, "image_column": table.image_column, **known}
+    return {"images": absolute_place(images), "image_column": table.image_column, **known}

@@ -7,7 +7,6 @@ the training's own: the same files, whether Ray takes part or not.
 import logging
 import os
 import queue
-import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from densefeat.errors import DensefeatError
 from pipeline.errors import JobError, TrainingDiverged
 from pipeline.runner import connected
+from pipeline.storage import temporary_folder
 from pipeline.train.loop import train
 from pipeline.train.plan import TrainPlan
 from pipeline.train.world import World
@@ -47,7 +47,7 @@ def train_on_ray(plan: TrainPlan) -> None:
             f"--workers {plan.config.workers} needs Ray Train, which cannot be imported ({error}): "
             "pip install -e '.[train]', or leave --workers out to train in one process"
         ) from error
-    with connected(dashboard=True), tempfile.TemporaryDirectory(prefix="densefeat-train-") as ray_files:
+    with connected(dashboard=True), temporary_folder("densefeat-train-") as ray_files:
         on_gpus, cpus = _resources(plan)
         trainer: Any = TorchTrainer(
             _be_a_worker,
@@ -57,7 +57,7 @@ def train_on_ray(plan: TrainPlan) -> None:
                 use_gpu=on_gpus,
                 resources_per_worker={"CPU": cpus, "GPU": int(on_gpus)},
             ),
-            run_config=RunConfig(name="train", storage_path=ray_files, **_quiet()),
+            run_config=RunConfig(name="train", storage_path=str(ray_files), **_quiet()),
         )
         logger.info("starting %d workers; the cluster has %s", plan.config.workers, ray.cluster_resources())
         _persistently(lambda: _interruptible(trainer.fit), plan.config.attempts, TrainingFailedError)
