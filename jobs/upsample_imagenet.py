@@ -115,7 +115,8 @@ def make_shards(
 def open_workers(spec: WorkerSpec, count: int | None, attempts: int, stall_timeout_s: float) -> Iterator[Workers]:
     """Workers on the Ray cluster, or with ``count`` 0 in this process; gone at the end."""
     if count == 0:
-        yield InlineWorkers(spec)
+        with InlineWorkers(spec, attempts=attempts) as inline:
+            yield inline
         return
     from pipeline import runner  # ray takes a second to import
 

@@ -1,5 +1,6 @@
 """References -> decoded batches: reading and decoding, ahead of whoever computes on them."""
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,6 +53,10 @@ class Batch:
         return valid
 
 
+class WorkStopped(Exception):  # noqa: N818 - says what happened
+    """Somebody asked the work to stop; nothing is wrong with it."""
+
+
 class BatchLoader:
     """Makes batches; its thread pools are shared by all the shards that are in the worker.
 
@@ -63,6 +68,9 @@ class BatchLoader:
         max_pixels: as ``decode``.
         min_side: as ``decode``.
         threads: to decode with.
+
+    Attributes:
+        stop: once set, no further batch is made.
     """
 
     def __init__(
@@ -83,9 +91,14 @@ class BatchLoader:
         self._limits = {"max_pixels": max_pixels, "min_side": min_side}
         self._readers = ThreadPoolExecutor(max(8, threads), "read")
         self._decoders = ThreadPoolExecutor(threads, "decode")
+        self.stop = threading.Event()
 
     def batches(self, references: pa.Table, seconds: StageSeconds) -> Iterator[Batch]:
-        """Batches of the rows of ``references``, in order; at most two are decoded ahead of the consumer."""
+        """Batches of the rows of ``references``, in order; at most two are decoded ahead of the consumer.
+
+        Raises:
+            WorkStopped: before a batch, after ``stop`` was set.
+        """
         reads = self._reads(references, seconds)
         pending: deque[Future[Decoded | ImageError]] = deque()
         while True:
@@ -93,6 +106,8 @@ class BatchLoader:
                 pending.append(self._decoders.submit(self._decode, data, seconds))
             if not pending:
                 return
+            if self.stop.is_set():
+                raise WorkStopped
             yield self._stack([pending.popleft().result() for _ in range(min(self.batch_size, len(pending)))])
 
     def _reads(self, references: pa.Table, seconds: StageSeconds) -> Iterator[bytes | ImageError]:

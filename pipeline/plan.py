@@ -16,14 +16,13 @@ from pipeline.backbone import Backbone, build_backbone
 from pipeline.errors import JobError
 from pipeline.feature_worker import WorkerSpec
 from pipeline.pca import Basis
+from pipeline.resources import available_cores
 from pipeline.source import keys_digest, list_images
 from pipeline.store import check_writable, existing_store, foreign_keys, storage_explained, stored_index
 from pipeline.upsample import Upsampler, build_configured
 from schemas.attributes import StoreAttributes, differences
-from schemas.config import FeatureConfig, UpsampleConfig
+from schemas.config import DEFAULT_COMPONENTS, FeatureConfig, UpsampleConfig
 from schemas.index import REFERENCES
-
-DEFAULT_COMPONENTS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,11 +279,6 @@ def _check_same(stored: StoreAttributes, configuration: dict[str, Any], store: s
             + "\n  ".join(different)
             + "\nGive the options it was begun with, or another --store, or --overwrite to begin anew"
         )
-
-
-def available_cores() -> int:
-    """Cores that this process may use: a container may have fewer than its machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _short(value: Any) -> str:

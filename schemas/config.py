@@ -9,6 +9,7 @@ from typing import Any, Literal
 # The issue in numbers: int8 shards of 64 images are about 120 MB before compression at k = 128, 224 px, as are
 # float16 shards of 8; large enough for object storage, small enough to redo.
 SHARD_IMAGES = {"int8": 64, "float16": 8}
+DEFAULT_COMPONENTS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
