@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from densefeat.errors import DensefeatError
 from densefeat.objects import Objects
 from densefeat.store import FeatureStore
 from jobs.command_line import DONE, FAILED, run
@@ -22,7 +23,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.prepare import prepare
 from pipeline.progress import Progress
 from pipeline.report import Report
-from pipeline.store import finish, finished_shards, reopen
+from pipeline.store import existing_store, finish, finished_shards, reopen
 from pipeline.worker import Encoding
 from pipeline.workers import InlineWorkers, TaskFailed, Workers
 from schemas.config import UpsampleConfig
@@ -53,37 +54,43 @@ def carry_out(plan: Plan, started: float) -> Report:
     Args:
         plan: of the job.
         started: ``time.monotonic()`` when the job began, for the report.
+
+    Raises:
+        KeyboardInterrupt: somebody stopped it; says what is kept, and how to go on.
     """
     config, objects = plan.config, Objects(plan.config.store)
     done = finished_shards(objects, plan.stored.hash) if config.resume and plan.stored else {}
     to_do = [shard for shard in plan.shards if shard not in done]
     made: dict[int, LedgerRecord] = {}
     given_up: dict[int, str] = {}
-    making_seconds = 0.0
-    if to_do:
-        with open_workers(plan.spec, config.workers, config.attempts, config.stall_timeout_s) as workers:
-            encoding = prepare(plan, objects, workers)
-            reopen(objects)
-            making = time.monotonic()
-            mine = [record for shard, record in done.items() if shard in plan.shards]
-            made, given_up = make_shards(plan, objects, workers, encoding, to_do, mine)
-            making_seconds = time.monotonic() - making
-    attributes = FeatureStore(config.store).attributes
-    # Other jobs may have made other shards meanwhile.
-    records = finished_shards(objects, attributes["configuration_hash"]) if config.shards else {**done, **made}
-    report = Report(
-        store=config.store,
-        shards=plan.features.shards,
-        own=plan.shards,
-        records=[records[shard] for shard in sorted(records)],
-        made=list(made),
-        given_up=given_up,
-        explained_variance=attributes["explained_variance"],
-        seconds=time.monotonic() - started,
-        making_seconds=making_seconds,
-    )
-    if report.complete:
-        finish(objects, report.records)
+    making = None
+    try:
+        if to_do:
+            with open_workers(plan.spec, config.workers, config.attempts, config.stall_timeout_s) as workers:
+                encoding = prepare(plan, objects, workers)
+                making = time.monotonic()
+                reopen(objects)
+                mine = [record for shard, record in done.items() if shard in plan.shards]
+                make_shards(plan, objects, workers, encoding, to_do, mine, made, given_up)
+        making_seconds = 0.0 if making is None else time.monotonic() - making
+        attributes = FeatureStore(config.store).attributes
+        # Other jobs may have made other shards meanwhile.
+        records = finished_shards(objects, attributes["configuration_hash"]) if config.shards else {**done, **made}
+        report = Report(
+            store=config.store,
+            shards=plan.features.shards,
+            own=plan.shards,
+            records=[records[shard] for shard in sorted(records)],
+            made=list(made),
+            given_up=given_up,
+            explained_variance=attributes["explained_variance"],
+            seconds=time.monotonic() - started,
+            making_seconds=making_seconds,
+        )
+        if report.complete:
+            finish(objects, report.records)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(what_is_kept(plan, objects, len(done | made), set_up=making is not None)) from None
     return report
 
 
@@ -94,10 +101,21 @@ def make_shards(
     encoding: Encoding,
     to_do: list[int],
     done: list[LedgerRecord],
-) -> tuple[dict[int, LedgerRecord], dict[int, str]]:
-    """Make the shards ``to_do``; returns the records of those made, and the reasons for those given up."""
-    made: dict[int, LedgerRecord] = {}
-    given_up: dict[int, str] = {}
+    made: dict[int, LedgerRecord],
+    given_up: dict[int, str],
+) -> None:
+    """Make the shards ``to_do``.
+
+    Args:
+        plan: of the job.
+        objects: the store.
+        workers: who makes them.
+        encoding: of the store.
+        to_do: numbers of shards.
+        done: records of this job's shards that were finished before.
+        made: gets the records of those made, one by one: they count even if the job is stopped.
+        given_up: gets the reasons for the others.
+    """
     shared = workers.share(encoding)
     tasks = [(objects, shard, plan.shard_references(shard), shared) for shard in to_do]
     images = sum(len(plan.features.rows_of(shard)) for shard in plan.shards)
@@ -108,7 +126,28 @@ def make_shards(
             else:
                 made[to_do[task]] = result
                 progress.shard_done(result)
-    return made, given_up
+
+
+def what_is_kept(plan: Plan, objects: Objects, finished: int, *, set_up: bool) -> str:
+    """For somebody who stopped the job: what there is of the store, and how to go on.
+
+    Args:
+        plan: of the job.
+        objects: the store.
+        finished: shards.
+        set_up: whether this job saw the store set up.
+    """
+    if finished:
+        return f"{finished:,} of {plan.features.shards:,} shards are finished and kept; --resume goes on from them"
+    try:
+        stored = existing_store(objects)
+    except (DensefeatError, OSError) as error:
+        return f"no shard is finished, and whether the store was set up cannot be seen ({error}): go on with --resume"
+    if stored is None:
+        return "nothing was stored: run the same command again"
+    if not set_up and stored == plan.stored:
+        return "the store is what it was before: run the same command again"
+    return "no shard is finished, but the store was begun: --resume goes on with it"
 
 
 @contextmanager
@@ -128,4 +167,4 @@ def open_workers(spec: WorkerSpec, count: int | None, attempts: int, stall_timeo
 
 
 if __name__ == "__main__":
-    run(UpsampleConfig, upsample, __doc__ or "", interrupted="finished shards are kept; --resume goes on from them")
+    run(UpsampleConfig, upsample, __doc__ or "", interrupted="nothing was stored: run the same command again")

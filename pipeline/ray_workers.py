@@ -19,11 +19,12 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from pipeline.cluster import is_death, is_lost_node, last_line, living_nodes
 from pipeline.errors import JobError
-from pipeline.feature_worker import WorkerSpec
+from pipeline.feature_worker import FeatureWorker, WorkerSpec
 from pipeline.remote_worker import RemoteWorker, result_of
 from pipeline.resources import Slot
 from pipeline.task_failures import FailureLog, is_suspect
 from pipeline.task_queue import TaskFailed, TaskQueue
+from pipeline.worker import make_worker
 from pipeline.worker_actor import WorkerProgress
 from pipeline.worker_starts import WorkerStarts
 
@@ -56,6 +57,7 @@ class RayWorkers:
         stall_timeout_s: a worker with tasks that shows no progress for so long is killed and replaced.
         set_up_timeout_s: the same for a worker that is set up, from when it is on a node.
         first_wait_s: as `TaskQueue` and `WorkerStarts`.
+        make: what makes a worker; an importable function.
     """
 
     def __init__(
@@ -67,9 +69,10 @@ class RayWorkers:
         stall_timeout_s: float = 1800,
         set_up_timeout_s: float = _SET_UP_S,
         first_wait_s: float = 5.0,
+        make: Callable[[WorkerSpec], FeatureWorker] = make_worker,
     ) -> None:
         self.count = len(slots)
-        self._spec = ray.put(spec)
+        self._spec = ray.put((spec, make))
         self._slots = list(slots)
         self._attempts, self._first_wait_s = attempts, first_wait_s
         self._stall_timeout_s = stall_timeout_s

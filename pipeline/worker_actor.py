@@ -6,6 +6,7 @@ file system that does not answer) comes in ``set_up``, which has a time-out.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,15 +46,15 @@ class WorkerActor:
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
-    async def set_up(self, spec: "WorkerSpec", granted: float) -> int:
+    async def set_up(self, what: "tuple[WorkerSpec, Callable[[WorkerSpec], FeatureWorker]]", granted: float) -> int:
         """Build the stages; returns how many tasks the worker can have at once.
 
         Args:
-            spec: its threads are counted here.
+            what: the spec, whose threads are counted here, and what makes a worker of it.
             granted: CPUs that this actor asked for.
         """
         loop = asyncio.get_running_loop()
-        self._worker = await loop.run_in_executor(self._threads, _build, spec, granted)
+        self._worker = await loop.run_in_executor(self._threads, _build, *what, granted)
         self._threads = ThreadPoolExecutor(self._worker.tasks_at_once, "task")
         return self._worker.tasks_at_once
 
@@ -71,12 +72,11 @@ class WorkerActor:
             self._running -= 1
 
 
-def _build(spec: "WorkerSpec", granted: float) -> "FeatureWorker":
+def _build(spec: "WorkerSpec", make: "Callable[[WorkerSpec], FeatureWorker]", granted: float) -> "FeatureWorker":
     import torch
 
     from pipeline.cluster import living_nodes
     from pipeline.resources import available_cores, threads_in_operations, worker_threads
-    from pipeline.worker import make_worker
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO)
@@ -86,4 +86,4 @@ def _build(spec: "WorkerSpec", granted: float) -> "FeatureWorker":
     assert device != "auto"  # settled by the driver
     threads = worker_threads(device, available_cores(), gpus=gpus, granted=granted)
     torch.set_num_threads(threads_in_operations(device, threads))  # of the whole process, which is the worker's
-    return make_worker(spec.on(device, threads))
+    return make(spec.on(device, threads))

@@ -60,12 +60,21 @@ class InlineWorkers:
         spec: of the worker.
         attempts: times a task may fail.
         first_wait_s: as `TaskQueue`.
+        make: what makes the worker.
     """
 
     count = 1
 
-    def __init__(self, spec: WorkerSpec, *, attempts: int = 3, first_wait_s: float = 5.0) -> None:
-        self._spec, self._attempts, self._first_wait_s = spec, attempts, first_wait_s
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        *,
+        attempts: int = 3,
+        first_wait_s: float = 5.0,
+        make: Callable[[WorkerSpec], FeatureWorker] = make_worker,
+    ) -> None:
+        self._spec, self._make = spec, make
+        self._attempts, self._first_wait_s = attempts, first_wait_s
         self._running: dict[Future[Any], int] = {}
         self._failures = FailureLog()
         self._entered = ExitStack()
@@ -75,7 +84,7 @@ class InlineWorkers:
         threads = threads_in_operations(pick_device(self._spec.config.device), self._spec.threads)
         with ExitStack() as stack:
             stack.enter_context(torch_threads(threads))
-            self._worker: FeatureWorker = make_worker(self._spec)
+            self._worker = self._make(self._spec)
             self._pool = ThreadPoolExecutor(self._worker.tasks_at_once, "task")
             self._entered = stack.pop_all()
         return self
