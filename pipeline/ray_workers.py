@@ -205,9 +205,10 @@ class RayWorkers:
         self._starts.failed(actor.slot, reason, time.monotonic())
 
     def _told(self, error: RayError, what: str) -> str:
-        if isinstance(error, RayTaskError):
-            return self._failures.told(error.cause, what, traceback=str(error))
-        reason = last_line(error)
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if not isinstance(cause, RayError):
+            return self._failures.told(cause, what, traceback=str(error))
+        reason = last_line(cause)  # Ray's own errors are long
         logger.warning("%s: %s", what, reason)
         return reason
 

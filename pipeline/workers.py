@@ -96,7 +96,7 @@ class InlineWorkers:
         with self._entered:
             self._worker.stop()
             self._pool.shutdown(wait=False, cancel_futures=True)
-            wait(self._running, timeout=_STOP_S)
+            wait([task for task in self._running if not task.cancelled()], timeout=_STOP_S)
 
     def share(self, value: Any) -> Any:
         """The value itself."""
