@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from densefeat import layout
 from densefeat.errors import DensefeatError
 from densefeat.objects import Objects
 from densefeat.store import FeatureStore
@@ -71,7 +72,7 @@ def carry_out(plan: Plan, started: float) -> Report:
                 making = time.monotonic()
                 reopen(objects)
                 mine = [record for shard, record in done.items() if shard in plan.shards]
-                make_shards(plan, objects, workers, encoding, to_do, mine, made, given_up)
+                made, given_up = make_shards(plan, objects, workers, encoding, to_do, mine)
         making_seconds = 0.0 if making is None else time.monotonic() - making
         attributes = FeatureStore(config.store).attributes
         # Other jobs may have made other shards meanwhile.
@@ -90,7 +91,7 @@ def carry_out(plan: Plan, started: float) -> Report:
         if report.complete:
             finish(objects, report.records)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(what_is_kept(plan, objects, len(done | made), set_up=making is not None)) from None
+        raise KeyboardInterrupt(what_is_kept(plan, objects, set_up=making is not None)) from None
     return report
 
 
@@ -101,21 +102,10 @@ def make_shards(
     encoding: Encoding,
     to_do: list[int],
     done: list[LedgerRecord],
-    made: dict[int, LedgerRecord],
-    given_up: dict[int, str],
-) -> None:
-    """Make the shards ``to_do``.
-
-    Args:
-        plan: of the job.
-        objects: the store.
-        workers: who makes them.
-        encoding: of the store.
-        to_do: numbers of shards.
-        done: records of this job's shards that were finished before.
-        made: gets the records of those made, one by one: they count even if the job is stopped.
-        given_up: gets the reasons for the others.
-    """
+) -> tuple[dict[int, LedgerRecord], dict[int, str]]:
+    """Make the shards ``to_do``; returns the records of those made, and the reasons for those given up."""
+    made: dict[int, LedgerRecord] = {}
+    given_up: dict[int, str] = {}
     shared = workers.share(encoding)
     tasks = [(objects, shard, plan.shard_references(shard), shared) for shard in to_do]
     images = sum(len(plan.features.rows_of(shard)) for shard in plan.shards)
@@ -126,28 +116,29 @@ def make_shards(
             else:
                 made[to_do[task]] = result
                 progress.shard_done(result)
+    return made, given_up
 
 
-def what_is_kept(plan: Plan, objects: Objects, finished: int, *, set_up: bool) -> str:
+def what_is_kept(plan: Plan, objects: Objects, *, set_up: bool) -> str:
     """For somebody who stopped the job: what there is of the store, and how to go on.
 
     Args:
         plan: of the job.
-        objects: the store.
-        finished: shards.
+        objects: the store. It is asked: workers may have finished shards that the job does not know of.
         set_up: whether this job saw the store set up.
     """
-    if finished:
-        return f"{finished:,} of {plan.features.shards:,} shards are finished and kept; --resume goes on from them"
     try:
         stored = existing_store(objects)
+        finished = len(objects.list(layout.LEDGER)) if stored else 0
     except (DensefeatError, OSError) as error:
-        return f"no shard is finished, and whether the store was set up cannot be seen ({error}): go on with --resume"
+        return f"what is stored cannot be seen now ({error}): go on with --resume"
     if stored is None:
         return "nothing was stored: run the same command again"
     if not set_up and stored == plan.stored:
         return "the store is what it was before: run the same command again"
-    return "no shard is finished, but the store was begun: --resume goes on with it"
+    if not finished:
+        return "no shard is finished, but the store was begun: --resume goes on with it"
+    return f"{finished:,} of {plan.features.shards:,} shards are finished and kept; --resume goes on from them"
 
 
 @contextmanager

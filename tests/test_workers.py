@@ -1,6 +1,5 @@
 """What a job may rely on, wherever its tasks run: in this process, or as actors of a Ray that is started here."""
 
-import logging
 import os
 import signal
 import threading
