@@ -81,10 +81,34 @@ class FeatureLayout:
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, Any]) -> "FeatureLayout":
-        """Read the layout off the array's ``zarr.json``."""
-        rows, components, height, width = metadata["shape"]
-        shard_rows = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
-        return cls(rows, components, height, width, metadata["data_type"], shard_rows)
+        """Read the layout off the array's ``zarr.json``.
+
+        Raises:
+            ValueError: it is not an array that this package writes.
+        """
+        try:
+            grid, keys, codecs = (metadata[name] for name in ("chunk_grid", "chunk_key_encoding", "codecs"))
+            shape, dtype, shard_shape = metadata["shape"], metadata["data_type"], grid["configuration"]["chunk_shape"]
+            separator = keys.get("configuration", {}).get("separator", "/")
+            (sharding,) = codecs
+            chunk_shape, inner = (sharding["configuration"][name] for name in ("chunk_shape", "codecs"))
+            names = [grid["name"], keys["name"], separator, sharding["name"], *(codec["name"] for codec in inner)]
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"not the metadata of sharded features: {type(error).__name__}: {error}") from error
+        if not _are_sizes(shape, 4) or not _are_sizes(shard_shape, 4):
+            raise ValueError(f"expected 4 axes: got the shape {shape!r} in shards of {shard_shape!r}")
+        rows, components, height, width = shape
+        if shard_shape[1:] != shape[1:] or chunk_shape != [1, *shape[1:]]:
+            raise ValueError(f"expected one image a chunk: got {chunk_shape!r}, in shards of {shard_shape!r}")
+        if names != ["regular", "default", "/", "sharding_indexed", "bytes", "zstd", "crc32c"]:
+            raise ValueError(f"expected shards of chunks in zstd with crc32c: got {names!r}")
+        if dtype not in ("int8", "float16"):
+            raise ValueError(f"expected int8 or float16: got {dtype!r}")
+        return cls(rows, components, height, width, dtype, shard_shape[0])
+
+
+def _are_sizes(shape: Any, axes: int) -> bool:
+    return isinstance(shape, list) and len(shape) == axes and all(type(n) is int and n > 0 for n in shape)
 
 
 def shard_key(shard: int) -> str:

@@ -70,7 +70,8 @@ class BatchLoader:
         threads: to decode with.
 
     Attributes:
-        stop: once set, no further batch is made.
+        stop: once set, no further batch is made, and all that is being read ends at once with ``StorageUnavailable``,
+            waits for a storage included.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class BatchLoader:
         """Batches of the rows of ``references``, in order; at most two are decoded ahead of the consumer.
 
         Raises:
+            StorageUnavailable, JobError: as ``read_images``: nothing is known of the images from there on.
             WorkStopped: before a batch, after ``stop`` was set.
         """
         reads = self._reads(references, seconds)
@@ -111,7 +113,9 @@ class BatchLoader:
             yield self._stack([pending.popleft().result() for _ in range(min(self.batch_size, len(pending)))])
 
     def _reads(self, references: pa.Table, seconds: StageSeconds) -> Iterator[bytes | ImageError]:
-        images = read_images(references, image_column=self._image_column, kind=self._source_kind, pool=self._readers)
+        images = read_images(
+            references, image_column=self._image_column, kind=self._source_kind, pool=self._readers, stop=self.stop
+        )
         while True:
             with seconds.stage("read"):  # what is waited for; most of the reading happens meanwhile
                 data = next(images, None)

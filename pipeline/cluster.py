@@ -3,11 +3,13 @@
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 from ray.exceptions import (
+    GetTimeoutError,
     LocalRayletDiedError,
     NodeDiedError,
     OutOfMemoryError,
@@ -21,8 +23,12 @@ from ray.exceptions import (
 from pipeline.errors import JobError
 from pipeline.resources import Node, available_cores
 
-__all__ = ["connected", "is_death", "is_lost_node", "last_line", "living_nodes"]
+__all__ = ["connected", "is_death", "is_lost_node", "last_line", "living_nodes", "map_on_cluster"]
 
+logger = logging.getLogger(__name__)
+
+_WAITING_S = 30.0  # until it is said that nothing has been done yet
+_STALL_S = 3600.0
 _DEATHS = (
     RayActorError, WorkerCrashedError, NodeDiedError, LocalRayletDiedError, OutOfMemoryError, RuntimeEnvSetupError,
 )  # fmt: skip
@@ -60,6 +66,41 @@ def connected(*, dashboard: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def map_on_cluster(function: Callable[[Any], Any], items: Sequence[Any], *, stall_s: float = _STALL_S) -> Iterator[Any]:
+    """``function`` of every item, in order: each a task of the cluster that RAY_ADDRESS names.
+
+    Args:
+        function: can be pickled, and called again if its worker is lost.
+        items: what it takes.
+        stall_s: how long the next result is waited for.
+
+    Raises:
+        DensefeatError: as ``function`` raises it, or the cluster does not answer.
+    """
+
+    def applied(function: Callable[[Any], Any], item: Any) -> Any:  # in here, so that workers need not import this file
+        return function(item)
+
+    with connected():
+        task = ray.remote(applied).options(num_cpus=1, scheduling_strategy="SPREAD", max_retries=5)
+        shared = ray.put(function)
+        calls = [task.remote(shared, item) for item in items]
+        if not ray.wait(calls, timeout=_WAITING_S)[0]:
+            logger.info("the images are being listed; the cluster has %s free", ray.available_resources())
+        for item, call in zip(items, calls, strict=True):
+            try:
+                yield ray.get(call, timeout=stall_s)
+            except RayTaskError as error:
+                raise error.cause from None
+            except GetTimeoutError as error:
+                raise JobError(
+                    f"listing the images on the cluster: nothing came of {item} for {stall_s:.0f} s; the cluster has "
+                    f"{ray.available_resources()} free. Has it a node with a CPU, and does its storage answer?"
+                ) from error
+            except RayError as error:
+                raise JobError(f"listing the images on the cluster failed: {last_line(error)}") from error
 
 
 def living_nodes() -> list[Node]:

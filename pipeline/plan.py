@@ -1,7 +1,9 @@
 """What a job is going to do, found out and checked before it does anything."""
 
 import json
+import logging
 import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from densefeat.index import stored_index
 from densefeat.layout import ZSTD_LEVEL, FeatureLayout
 from densefeat.objects import Objects, absolute_path, split_uri
 from densefeat.store import FeatureStore
@@ -17,12 +20,16 @@ from pipeline.errors import JobError
 from pipeline.feature_worker import WorkerSpec
 from pipeline.pca import Basis
 from pipeline.resources import available_cores
-from pipeline.source import keys_digest, list_images
-from pipeline.store import check_writable, existing_store, foreign_keys, storage_explained, stored_index
+from pipeline.source import Source, keys_digest, list_images
+from pipeline.source_files import Scan, ScanMap
+from pipeline.source_findings import Finding, describe_findings, refuse_losses
+from pipeline.store import check_writable, existing_store, foreign_keys, storage_explained
 from pipeline.upsample import Upsampler, build_configured
 from schemas.attributes import StoreAttributes, differences
 from schemas.config import DEFAULT_COMPONENTS, FeatureConfig, UpsampleConfig
 from schemas.index import REFERENCES
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +45,7 @@ class Plan:
         basis: given by ``--pca``; None: to be fitted.
         stored: attributes of the store that is to be resumed or overwritten.
         spec: for the workers.
+        findings: what of the source is not used; nothing if the store is resumed, as its source is not listed.
     """
 
     config: UpsampleConfig
@@ -48,6 +56,7 @@ class Plan:
     basis: Basis | None
     stored: StoreAttributes | None
     spec: WorkerSpec
+    findings: tuple[Finding, ...]
 
     @property
     def shards(self) -> range:
@@ -64,9 +73,12 @@ class Plan:
         layout, config = self.features, self.config
         k, height, width = layout.image_shape
         nbytes = layout.rows * layout.image_nbytes
+        labelled = layout.rows - self.references["label"].null_count
         lines = [
             f"images      {layout.rows:,} from {config.images}"
-            + (f", {len(self.class_names):,} classes" if self.class_names else ""),
+            + (f", {len(self.class_names):,} classes" if self.class_names else "")
+            + (f", {labelled:,} with a label" if labelled else ", no labels"),
+            *describe_findings(self.findings),
             f"store       {config.store}" + (" (resumed)" if config.resume and self.stored else ""),
             f"features    {k} components, {height}×{width}, {layout.dtype}",
             f"shards      {layout.shards:,} of {layout.shard_rows} images"
@@ -93,7 +105,7 @@ def make_plan(config: UpsampleConfig) -> Plan:
     _check_upsampler(upsampler, backbone, config)
     basis = None if config.pca is None else read_basis(config.pca, backbone)
     k = _components(config, backbone, basis)
-    source, references, class_names = _source(config, resumed)
+    source, references, class_names, findings = _source(config, resumed)
     identities = {"backbone": backbone.identity(), "upsampler": upsampler.identity()}
     plan = Plan(
         config=config,
@@ -117,6 +129,7 @@ def make_plan(config: UpsampleConfig) -> Plan:
         basis=None if basis is None else basis.truncated(k),
         stored=stored,
         spec=WorkerSpec(config, source["kind"], source["image_column"], available_cores(), identities),
+        findings=findings,
     )
     if not plan.shards:
         raise JobError(f"--shards {config.shards} holds none of the {plan.features.shards} shards of this dataset")
@@ -134,7 +147,9 @@ def feature_spec(config: FeatureConfig) -> tuple[WorkerSpec, pa.Table, Backbone]
         JobError: as ``make_plan``.
     """
     backbone = _checked_backbone(config)
-    source = list_images(config.images, limit=config.limit, image_column=config.image_column)
+    source = _listed(config)
+    for line in describe_findings(source.findings):
+        logger.info("%s", line)
     identities = {"backbone": backbone.identity()}
     spec = WorkerSpec(config, source.kind, source.image_column, available_cores(), identities)
     return spec, source.references, backbone
@@ -239,8 +254,8 @@ def _components(config: UpsampleConfig, backbone: Backbone, basis: Basis | None)
 
 def _source(
     config: UpsampleConfig, resumed: StoreAttributes | None
-) -> tuple[dict[str, Any], pa.Table, tuple[str, ...]]:
-    """The source's part of the configuration, its images, its classes.
+) -> tuple[dict[str, Any], pa.Table, tuple[str, ...], tuple[Finding, ...]]:
+    """The source's part of the configuration, its images, its classes, and what of it is not used.
 
     A store that is resumed has its images in its index: they are not listed again, so that rows stay where they are.
     """
@@ -250,10 +265,30 @@ def _source(
         references = stored_index(Objects(config.store)).select(REFERENCES.names)
         if config.image_column is not None:
             asked["image_column"] = config.image_column
-        return {**resumed.configuration["source"], **asked}, references, resumed.class_names
-    source = list_images(config.images, limit=config.limit, image_column=config.image_column)
+        return {**resumed.configuration["source"], **asked}, references, resumed.class_names, ()
+    source = _listed(config)
+    refuse_losses(config.images, source.findings, source.candidates, config.max_failed_share)
     known = {"kind": source.kind, "image_column": source.image_column, "rows": source.references.num_rows}
-    return {**asked, **known, "keys_sha256": keys_digest(source.references)}, source.references, source.class_names
+    asked |= {**known, "keys_sha256": keys_digest(source.references)}
+    return asked, source.references, source.class_names, source.findings
+
+
+def _listed(config: FeatureConfig) -> Source:
+    scan_map = cluster_scan_map() if config.workers != 0 else None
+    return list_images(config.images, limit=config.limit, image_column=config.image_column, scan_map=scan_map)
+
+
+def cluster_scan_map() -> ScanMap | None:
+    """Where the files of a large dataset are scanned: on the Ray cluster that RAY_ADDRESS names, if there is one."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return None
+
+    def scan(function: Callable[[str], Scan], paths: Sequence[str]) -> Iterator[Scan]:
+        from pipeline import cluster  # ray takes a second to import
+
+        return cluster.map_on_cluster(function, paths)
+
+    return scan
 
 
 def _pca_configuration(config: UpsampleConfig, k: int, basis: Basis | None, rows: int) -> dict[str, Any]:

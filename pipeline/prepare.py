@@ -17,7 +17,8 @@ from pipeline.pca import Basis, fit
 from pipeline.plan import Plan, readable_size
 from pipeline.quantize import steps
 from pipeline.software import software_versions
-from pipeline.store import delete_store, existing_store, explain_storage_error, set_up, step_sha256
+from pipeline.storage_errors import explain_storage_error
+from pipeline.store import delete_store, existing_store, set_up, step_sha256
 from pipeline.worker import Encoding
 from pipeline.workers import Workers
 from schemas.attributes import StoreAttributes, differences

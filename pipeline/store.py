@@ -4,7 +4,6 @@ A shard counts as done when its ledger record is there; the record is written af
 behind (a store that is half set up, an object without a record) is written again by the next run.
 """
 
-import errno
 import hashlib
 import json
 import re
@@ -16,18 +15,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.storage import MemoryStore
 
 from densefeat import layout
+from densefeat.index import stored_index
 from densefeat.layout import FeatureLayout
 from densefeat.objects import TEMPORARY, Objects
-from densefeat.parquet import parquet_bytes, read_parquet
+from densefeat.parquet import parquet_bytes
 from densefeat.store import read_attributes
 from pipeline.errors import JobError
 from pipeline.pca import Basis
 from pipeline.stage_seconds import StageSeconds
+from pipeline.storage_errors import explain_storage_error
+from pipeline.store_documents import zarr_documents
 from schemas.attributes import StoreAttributes
 from schemas.index import REFERENCES, pending_index, with_outcomes
 from schemas.ledger import LedgerRecord, RowOutcome, manifest, outcomes_table
@@ -108,7 +107,7 @@ def set_up(
     Raises:
         FileExistsError: somebody else set up a store here in the meantime.
     """
-    documents = _zarr_documents(attributes.completed(), features, basis, step)
+    documents = zarr_documents(attributes.completed(), features, basis, step)
     if not claimed:
         claim = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes.to_dict()}, indent=2)
         objects.create(layout.ATTRIBUTES, claim.encode())
@@ -118,45 +117,6 @@ def set_up(
         objects.put(key, data)
     objects.put(layout.ATTRIBUTES, root)
     return attributes.completed()
-
-
-def _zarr_documents(
-    attributes: StoreAttributes, features: FeatureLayout, basis: Basis, step: np.ndarray[Any, Any] | None
-) -> dict[str, bytes]:
-    """Key → bytes of all metadata and small arrays, made by zarr-python in memory."""
-    store = MemoryStore()
-    group = zarr.create_group(store, zarr_format=3, attributes=attributes.to_dict())
-    group.create_array(
-        layout.FEATURES,
-        shape=(features.rows, *features.image_shape),
-        dtype=features.dtype,
-        chunks=(1, *features.image_shape),
-        shards=(features.shard_rows, *features.image_shape),
-        filters=None,
-        compressors=[ZstdCodec(level=layout.ZSTD_LEVEL), Crc32cCodec()],
-        fill_value=layout.INT8_NO_DATA if features.dtype == "int8" else float("nan"),
-        dimension_names=("row", "component", "y", "x"),
-    )
-    pca = group.create_group(layout.PCA)
-    for name, array in basis.__dict__.items():
-        _create_small_array(pca, name, array)
-    if step is not None:
-        _create_small_array(group, layout.STEP, step)
-    return {key: buffer.to_bytes() for key, buffer in store._store_dict.items()}
-
-
-def _create_small_array(group: zarr.Group, name: str, data: np.ndarray[Any, Any]) -> None:
-    """One chunk, with a checksum. The fill value is NaN: a chunk that is lost must not read as zeros."""
-    array = group.create_array(
-        name,
-        shape=data.shape,
-        dtype=data.dtype,
-        chunks=data.shape,
-        filters=None,
-        compressors=[ZstdCodec(level=layout.ZSTD_LEVEL), Crc32cCodec()],
-        fill_value=float("nan"),
-    )
-    array[...] = data
 
 
 def step_sha256(step: np.ndarray[Any, Any] | None) -> str | None:
@@ -260,11 +220,6 @@ def finished_shards(objects: Objects, configuration_hash: str) -> dict[int, Ledg
     return {record.shard: record for record in _parallel(check, keys) if record is not None}
 
 
-def stored_index(objects: Objects) -> pa.Table:
-    """The index as it lies in the store (``FeatureStore.index`` also merges the ledger of an unfinished one)."""
-    return read_parquet(objects.get(layout.INDEX))
-
-
 def reopen(objects: Objects) -> None:
     """Make a finished store unfinished again, because a shard of it is to be made anew: every row is pending until
     its shard's record says otherwise. Nothing happens to a store that is not finished.
@@ -294,27 +249,6 @@ def storage_explained(uri: str) -> Iterator[None]:
         if explained is None:
             raise
         raise explained from error
-
-
-def explain_storage_error(error: BaseException, uri: str) -> JobError | None:
-    """What to do about a storage error that trying again will not mend; None for any other error."""
-    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"):
-        return JobError(
-            f"no credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the "
-            "machine a role; on a cluster, on every node"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return JobError(
-            f"no space left for {uri} ({error.strerror}): free some and run the job again with --resume; what is "
-            "finished is kept"
-        )
-    if isinstance(error, PermissionError) or getattr(error, "errno", None) in (errno.EROFS, errno.EACCES):
-        return JobError(f"no permission to write {uri}: {error}; choose another place, or ask for the right to write")
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return JobError(f"{uri} cannot be written: {error}; the bucket or the file system must be there")
-    if isinstance(error, ImportError):
-        return JobError(f"{uri} needs a package that is not installed: {error}")
-    return None
 
 
 def _parallel(function: Any, items: Iterable[Any]) -> list[Any]:

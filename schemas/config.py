@@ -16,9 +16,11 @@ DEFAULT_COMPONENTS = 128
 class FeatureConfig:
     """Which images, and which low-resolution features of them: what all jobs share."""
 
-    # Folder, WebDataset tar shards ({000..099} patterns) or Parquet; local, s3://, gs:// or http(s)://.
+    # Folder, WebDataset tars or Parquet, or a pattern (*.tar, {000..099}); local, s3://, gs:// or http(s)://. What is
+    # not used of it is said in the plan, by reason.
     images: str
-    # Parquet: the column with image bytes or URIs; found by itself if not given.
+    # Parquet: the column with image bytes, URIs or base64; tars: the extension, such as "left.png". Found by itself if
+    # not given.
     image_column: str | None = None
     # Only the first N images.
     limit: int | None = None
@@ -108,7 +110,8 @@ class UpsampleConfig(FeatureConfig):
     overwrite: bool = False
     # Print the plan and stop.
     dry_run: bool = False
-    # Exit with 1 if more than this share of the images failed.
+    # Exit with 1 if more than this share of the images failed; with 2, before the work, if the listing already shows
+    # that more will: formats that are not read (.heic), links to nothing.
     max_failed_share: float = 0.01
     # Times a shard is tried before it is given up.
     attempts: int = 3

@@ -26,6 +26,9 @@ def test_what_is_put_can_be_got(objects: Objects) -> None:
     objects.put("a/b/c", b"0123456789")
     assert objects.get("a/b/c") == b"0123456789"
     assert objects.get_range("a/b/c", 2, 5) == b"234"
+    assert objects.get_range("a/b/c", 8, 12) == b"89"
+    assert objects.get_range("a/b/c", 10, 12) == objects.get_range("a/b/c", 20, 22) == b""
+    assert objects.get_range("a/b/c", 5, 5) == b""
     assert objects.exists("a/b/c")
     objects.put("a/b/c", b"new")
     assert objects.get("a/b/c") == b"new"

@@ -12,16 +12,17 @@ from densefeat import FeatureStore, StoreError, layout
 from densefeat.layout import FeatureLayout
 from densefeat.objects import Objects
 from pipeline.errors import JobError
+from pipeline.repair import take_out
+from pipeline.storage_errors import explain_storage_error
 from pipeline.store import (
     check_writable,
     delete_store,
     existing_store,
-    explain_storage_error,
     finish,
     finished_shards,
     set_up,
 )
-from pipeline.verify import StoreCheck, repair
+from pipeline.verify import StoreCheck
 from schemas.attributes import StoreAttributes
 from schemas.index import pending_index
 
@@ -169,7 +170,7 @@ def test_verifying_finds_damage_and_repair_reopens(known: KnownStore) -> None:
     found = problems(known.uri)
     assert "rows [4]" in found[1][-1]
     assert "gone" in found[2][-1]
-    repair(Objects(known.uri), [1, 2])
+    take_out(Objects(known.uri), [1, 2])
     store = FeatureStore(known.uri)
     assert store.index["status"].to_pylist() == ["ok", "ok", "corrupt", "ok", *["pending"] * 7]
     assert list(finished_shards(Objects(known.uri), known.configuration_hash)) == [0]
@@ -198,8 +199,7 @@ def test_verifying_finds_another_basis_and_other_steps(known: KnownStore) -> Non
 
 
 def test_storage_errors_are_explained() -> None:
-    class NoCredentialsError(Exception):
-        pass
+    from botocore.exceptions import NoCredentialsError
 
     for error, words in [
         (OSError(errno.ENOSPC, "No space left on device"), "no space left for s3://b"),

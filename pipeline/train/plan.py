@@ -1,6 +1,7 @@
 """What a training is going to do, found out and checked before it does anything."""
 
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ from pipeline.backbone import Backbone, build_backbone
 from pipeline.errors import JobError
 from pipeline.output_file import check_output_file
 from pipeline.pairing import backbone_name
-from pipeline.plan import check_apart
+from pipeline.plan import check_apart, cluster_scan_map
 from pipeline.software import software_versions
 from pipeline.source import Source, keys_digest, list_images
+from pipeline.source_findings import Finding, describe_findings
 from pipeline.store import check_writable, storage_explained
 from pipeline.train.data import ImageTable, key_hash
 from pipeline.train.lift import lift_scales
@@ -22,6 +24,8 @@ from schemas.attributes import differences
 from schemas.train_config import BackboneChoice, TrainConfig
 
 __all__ = ["TrainPlan", "backbone_at", "build_backbones", "claim_output", "make_train_plan", "release_output"]
+
+logger = logging.getLogger(__name__)
 
 # The object in --output that claims it: the configuration, which a resume is compared with.
 _CLAIM = "training.json"
@@ -39,6 +43,7 @@ class TrainPlan:
         identities: of the backbones trained on, in order.
         held_out: identity of the one that is only measured on.
         begun: whether this training was begun before, and is to go on.
+        findings: what of --images is not used.
     """
 
     config: TrainConfig
@@ -48,6 +53,7 @@ class TrainPlan:
     identities: list[dict[str, object]]
     held_out: dict[str, object] | None
     begun: bool
+    findings: tuple[Finding, ...] = ()
 
     def describe(self) -> str:
         """The plan for a person."""
@@ -58,6 +64,7 @@ class TrainPlan:
                 "" if config.upsampler == "lift" else f", {'with' if config.final else 'without'} the final convolution"
             ),
             f"images      {self.train.references.num_rows:,} from {config.images}",
+            *describe_findings(self.findings),
             f"held out    {config.val_count:,} of {self.val.references.num_rows:,} from "
             f"{config.val_images or config.images}, {config.val_views} views each",
             *(f"backbone    {backbone_name(identity)}" for identity in self.identities),
@@ -87,7 +94,9 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
     identities = [backbone.identity() for backbone in backbones]
     _check_labels(config, identities, held_out)
     _check_grids(config, backbones)
-    source = list_images(config.images, limit=config.limit, image_column=config.image_column)
+    source = list_images(
+        config.images, limit=config.limit, image_column=config.image_column, scan_map=cluster_scan_map()
+    )
     train, val = _split(config, source)
     plan = TrainPlan(
         config=config,
@@ -97,6 +106,7 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
         identities=identities,
         held_out=held_out,
         begun=stored is not None,
+        findings=source.findings,
     )
     if stored is not None and (different := differences(stored, plan.configuration)):
         raise JobError(
@@ -227,7 +237,9 @@ def _split(config: TrainConfig, source: Source) -> tuple[ImageTable, ImageTable]
         val = ImageTable(source.references, source.kind, source.image_column)
         candidates = [row for row in _by(hashes) if hashes[row] < config.val_share]
     else:
-        other = list_images(config.val_images, image_column=config.image_column)
+        other = list_images(config.val_images, image_column=config.image_column, scan_map=cluster_scan_map())
+        for line in describe_findings(other.findings):
+            logger.info("--val-images: %s", line)
         train = ImageTable(source.references, source.kind, source.image_column)
         val = ImageTable(other.references, other.kind, other.image_column)
         candidates = _by([key_hash(key) for key in other.references["key"].to_pylist()])
