@@ -2,10 +2,11 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +152,25 @@ def test_inline_what_runs_is_stopped_by_an_interrupt() -> None:
 
 
 def actors() -> list[psutil.Process]:
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "ray::WorkerActor" in " ".join(process.cmdline())
-    ]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it ended meanwhile
+            if "ray::WorkerActor" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def cut_connections(process: psutil.Process) -> int:
+    """Shut this process's connections to another one down, as a network does that fails; how many there were."""
+    theirs = {connection.laddr for connection in process.net_connections("tcp") if connection.status == "LISTEN"}
+    ports = {address.port for address in theirs}
+    cut = 0
+    for connection in psutil.Process().net_connections("tcp"):
+        if connection.raddr and connection.raddr.port in ports and connection.fd >= 0:
+            with socket.socket(fileno=os.dup(connection.fd)) as own:
+                own.shutdown(socket.SHUT_RDWR)
+            cut += 1
+    return cut
 
 
 @pytest.mark.usefixtures("ray_here")
@@ -188,6 +203,25 @@ def test_a_worker_that_ends_between_two_maps(number: signal.Signals, caplog: pyt
         second = results(workers, "where", ())[0][0]  # at the first attempt
     assert second != first
     assert ("a worker died" if number == signal.SIGKILL else "no progress for 2 s") in caplog.text
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_worker_that_cannot_be_reached_for_a_moment_is_not_dead(caplog: pytest.LogCaptureFixture) -> None:
+    cut = 0
+
+    def on_progress(images: int) -> None:
+        nonlocal cut
+        if images and not cut:
+            (process,) = actors()
+            cut = cut_connections(process)
+
+    with on_ray(attempts=1) as workers:
+        before = results(workers, "where", ())[0][0]
+        assert dict(workers.map("slow", [(3, 0), (3, 1)], on_progress)) == {0: 0, 1: 1}
+        assert results(workers, "where", ())[0][0] == before
+    assert cut
+    assert "a worker cannot be reached, it is asked again" in caplog.text
+    assert "died" not in caplog.text
 
 
 @pytest.mark.usefixtures("ray_here")
