@@ -20,6 +20,7 @@ from pipeline.feature_worker import FeatureWorker
 from pipeline.multiview_views import MOST_VIEWS
 from pipeline.output_file import check_output_file, write_output_file
 from pipeline.plan import feature_spec
+from pipeline.resources import all_cores
 from pipeline.sample import usable_images
 from pipeline.stage_seconds import StageSeconds
 from schemas.config import FitDownsamplerConfig
@@ -42,9 +43,12 @@ def fit(config: FitDownsamplerConfig) -> int:
     worker = FeatureWorker(spec, backbone)
     images = sample_images(worker, references, config.fit_images)
     components = config.components or min(_COMPONENTS, backbone.num_chs)
-    with sampled_views(
-        backbone, images, views=config.views, held_out=config.held_out_views, components=components
-    ) as sample:
+    with (
+        all_cores(),
+        sampled_views(
+            backbone, images, views=config.views, held_out=config.held_out_views, components=components
+        ) as sample,
+    ):
         if len(sample.images) < config.fit_images:
             raise JobError(_too_few(len(sample.images), config.fit_images, "have features that can be used"))
         found = fit_downsampler(sample, backbone.reduction, config.solver_stride, worker.device)

@@ -20,7 +20,7 @@ import torch
 from jobs.command_line import DONE, FAILED, run
 from pipeline.errors import TrainingDiverged
 from pipeline.feature_worker import pick_device
-from pipeline.plan import available_cores
+from pipeline.resources import all_cores, available_cores
 from pipeline.train.loop import train
 from pipeline.train.plan import claimed_output, make_train_plan
 from pipeline.train.result import WEIGHTS
@@ -48,7 +48,8 @@ def train_upsampler(config: TrainConfig) -> int:
 
                 runner.train_on_ray(plan)
             else:
-                train(plan, World(device), threads=available_cores(), built=backbones)
+                with all_cores():
+                    train(plan, World(device), threads=available_cores(), built=backbones)
     except TrainingDiverged as error:
         logger.error("%s", error)
         return FAILED

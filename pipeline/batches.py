@@ -53,6 +53,10 @@ class Batch:
         return valid
 
 
+class WorkStopped(Exception):  # noqa: N818 - says what happened
+    """Somebody asked the work to stop; nothing is wrong with it."""
+
+
 class BatchLoader:
     """Makes batches; its thread pools are shared by all the shards that are in the worker.
 
@@ -66,7 +70,8 @@ class BatchLoader:
         threads: to decode with.
 
     Attributes:
-        stop: once set, all that is being read ends at once with ``StorageUnavailable``, waits for a storage included.
+        stop: once set, no further batch is made, and all that is being read ends at once with ``StorageUnavailable``,
+            waits for a storage included.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class BatchLoader:
 
         Raises:
             StorageUnavailable, JobError: as ``read_images``: nothing is known of the images from there on.
+            WorkStopped: before a batch, after ``stop`` was set.
         """
         reads = self._reads(references, seconds)
         pending: deque[Future[Decoded | ImageError]] = deque()
@@ -102,6 +108,8 @@ class BatchLoader:
                 pending.append(self._decoders.submit(self._decode, data, seconds))
             if not pending:
                 return
+            if self.stop.is_set():
+                raise WorkStopped
             yield self._stack([pending.popleft().result() for _ in range(min(self.batch_size, len(pending)))])
 
     def _reads(self, references: pa.Table, seconds: StageSeconds) -> Iterator[bytes | ImageError]:

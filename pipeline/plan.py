@@ -20,6 +20,7 @@ from pipeline.backbone import Backbone, build_backbone
 from pipeline.errors import JobError
 from pipeline.feature_worker import WorkerSpec
 from pipeline.pca import Basis
+from pipeline.resources import available_cores
 from pipeline.source import Source, keys_digest, list_images
 from pipeline.source_files import Scan, ScanMap
 from pipeline.source_findings import Finding, describe_findings, refuse_losses
@@ -27,12 +28,10 @@ from pipeline.storage import check_writable, storage_explained
 from pipeline.store import existing_store, foreign_keys, remains
 from pipeline.upsample import Upsampler, build_configured
 from schemas.attributes import StoreAttributes, differences, incompatibilities
-from schemas.config import FeatureConfig, UpsampleConfig
+from schemas.config import DEFAULT_COMPONENTS, FeatureConfig, UpsampleConfig
 from schemas.index import REFERENCES
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_COMPONENTS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,9 +289,9 @@ def cluster_scan_map() -> ScanMap | None:
         return None
 
     def scan(function: Callable[[str], Scan], paths: Sequence[str]) -> Iterator[Scan]:
-        from pipeline import runner  # ray takes a second to import
+        from pipeline import cluster  # ray takes a second to import
 
-        return runner.map_on_cluster(function, paths)
+        return cluster.map_on_cluster(function, paths)
 
     return scan
 
@@ -316,11 +315,6 @@ def _check_same(stored: StoreAttributes, configuration: dict[str, Any], store: s
             + "\n  ".join(different)
             + "\nGive the options it was begun with, or another --store, or --overwrite to begin anew"
         )
-
-
-def available_cores() -> int:
-    """Cores that this process may use: a container may have fewer than its machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _few(keys: list[str]) -> str:

@@ -6,6 +6,7 @@ does not depend on that, nor on rows that failed: their places in the batch stay
 """
 
 import logging
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +31,13 @@ from pipeline.stage_seconds import StageSeconds
 from pipeline.storage import storage_explained
 from pipeline.upsample import Projected, build_configured
 from pipeline.upsample_interface import Stored
-from schemas.config import UpsampleConfig
+from schemas.config import DEFAULT_COMPONENTS, UpsampleConfig
 from schemas.index import OK
 from schemas.ledger import LedgerRecord, RowOutcome
 
 logger = logging.getLogger(__name__)
+
+_COPIES_IN_UPSAMPLING = 4  # of a batch's values: as floats of two steps, as codes, and those being encoded
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,10 @@ class ShardWorker(FeatureWorker):
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
-        super().__init__(spec)
         config = spec.config
         assert isinstance(config, UpsampleConfig)
         self.config = config
+        super().__init__(spec)
         upsampler = build_configured(config, self.backbone)
         self.upsampler = upsampler.to(self.device)
         self.check_identity("upsampler", upsampler.identity())
@@ -171,6 +174,13 @@ class ShardWorker(FeatureWorker):
         if self._with_basis is None or self._with_basis[0] != basis.digest:
             self._with_basis = basis.digest, self.upsampler.with_basis(*basis.tensors).to(self.device)
         return self._with_basis[1]
+
+    def _task_nbytes(self) -> int:
+        """And of a shard: its chunks, counted as if they did not compress; float32 features of a batch, and scratch."""
+        k = min(self.config.components or DEFAULT_COMPONENTS, self.backbone.num_chs)
+        values = k * math.prod(self.config.output_size_px)
+        chunks = self.config.shard_rows * values * np.dtype(self.config.dtype).itemsize
+        return super()._task_nbytes() + chunks + self.batch_size * values * 4 * _COPIES_IN_UPSAMPLING
 
     def made_by(self) -> dict[str, str]:
         """As ``FeatureWorker.made_by``, and who upsampled."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 # The issue in numbers: int8 shards of 64 images are about 120 MB before compression at k = 128, 224 px, as are
 # float16 shards of 8; large enough for object storage, small enough to redo.
 SHARD_IMAGES = {"int8": 64, "float16": 8}
+DEFAULT_COMPONENTS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class FeatureConfig:
     batch_size: int | None = None
     # "auto", "cpu" or "cuda".
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Ray actors; not given: one per GPU of the cluster, or one per CPU node. 0: this process, without Ray.
+    # Ray actors; not given: one per GPU of the cluster, or one per node that has CPUs. 0: this process, without Ray.
     workers: int | None = None
     # Images with more pixels than this are not opened (decompression bombs).
     max_pixels: int = 178_956_970
@@ -112,7 +113,7 @@ class UpsampleConfig(FeatureConfig):
     # Exit with 1 if more than this share of the images failed; with 2, before the work, if the listing already shows
     # that more will: formats that are not read (.heic), links to nothing.
     max_failed_share: float = 0.01
-    # Times a shard is tried before it is given up.
+    # Times a shard may fail before this run gives it up; to lose a node is no failure. --resume tries it again.
     attempts: int = 3
     # A worker that shows no progress for this long is replaced.
     stall_timeout_s: float = 1800.0

@@ -75,7 +75,7 @@ def test_scans_go_to_a_cluster_only_if_there_is_one(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.s3
 def test_tars_are_scanned_as_tasks(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import runner
+    from pipeline import cluster
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)  # a Ray of this process then
     filesystem, path = fsspec.core.url_to_fs(s3_bucket)
@@ -86,12 +86,12 @@ def test_tars_are_scanned_as_tasks(s3_bucket: str, tmp_path: Path, monkeypatch: 
         tar = write_tar(tmp_path / f"{number}.tar", members)
         filesystem.pipe_file(f"{path}/{number}.tar", tar.read_bytes())
     here = list_images(s3_bucket)
-    with runner.connected():
-        monkeypatch.setattr(runner, "connected", contextlib.nullcontext)  # one start of Ray is enough
-        there = list_images(s3_bucket, scan_map=runner.map_on_cluster)
+    with cluster.connected():
+        monkeypatch.setattr(cluster, "connected", contextlib.nullcontext)  # one start of Ray is enough
+        there = list_images(s3_bucket, scan_map=cluster.map_on_cluster)
         filesystem.pipe_file(f"{path}/1.tar", tar.read_bytes()[:700])
         with pytest.raises(JobError, match=r"^Tar s3://.*/1\.tar: truncated or damaged"):
-            list_images(s3_bucket, scan_map=runner.map_on_cluster)
+            list_images(s3_bucket, scan_map=cluster.map_on_cluster)
     assert column(there, "key") == ["0a", "1a", "2a"]
     assert there.references.equals(here.references)
     assert (there.class_names, there.findings, there.candidates) == (("dog",), here.findings, 6)

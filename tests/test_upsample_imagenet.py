@@ -1,6 +1,7 @@
 """The main job, end to end: in this process where that is enough, as a command where it is not."""
 
 import io
+import logging
 import multiprocessing
 import os
 import re
@@ -21,6 +22,7 @@ from images import orientation_exif, photo, png_header
 from stores import SHARED
 
 from densefeat import FeatureStore, MissingFeatures, TorchFeatures, layout
+from densefeat.errors import StorageUnavailable
 from jobs.fit_pca import fit_pca
 from jobs.upsample_imagenet import upsample
 from jobs.verify_store import VerifyConfig, verify
@@ -29,6 +31,7 @@ from pipeline.decode import decode
 from pipeline.errors import JobError
 from pipeline.picture import stored_geometry
 from pipeline.upsample import build_upsampler
+from pipeline.worker import ShardWorker
 from schemas.config import FitPcaConfig, UpsampleConfig
 
 COCO = SHARED / "data" / "coco200" / "images"
@@ -271,6 +274,34 @@ def test_resuming_completes_with_the_same_bytes(photographs: Path, tmp_path: Pat
     before = {path: path.stat().st_mtime_ns for path in Path(parts.store, "features/c").rglob("*")}
     assert upsample(parts) == 0
     assert before == {path: path.stat().st_mtime_ns for path in Path(parts.store, "features/c").rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (StorageUnavailable("s3://photos did not answer: 503"), "s3://photos did not answer: 503"),
+        (ValueError("a fault"), "ValueError: a fault"),
+    ],
+)
+def test_a_shard_that_fails_is_given_up_by_this_run_and_made_by_the_next(
+    photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception, reason: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    job = config(photographs, tmp_path / "store", attempts=1)
+    make_shard = ShardWorker.make_shard
+
+    def failing(worker: ShardWorker, store: Any, shard: int, *arguments: Any) -> Any:
+        if shard == 2:
+            raise error
+        return make_shard(worker, store, shard, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardWorker, "make_shard", failing)
+        assert upsample(job) == 1
+    assert f"given up    shard 2: tried 1 times; the last time: {reason}" in caplog.text
+    assert "not done    1 shards: run the same command with --resume to make them" in caplog.text
+    assert upsample(replace(job, resume=True)) == 0
+    assert set(FeatureStore(job.store).index["status"].to_pylist()) == {"ok"}
 
 
 def test_damage_is_found_and_mended(photographs: Path, tmp_path: Path) -> None:
