@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import njit
 from torch import Tensor
 
+from kernels.compilation import compiled
 from kernels.multiview_reference import edge_weights
 from kernels.multiview_views import Solution, ViewMatrices
 
@@ -24,7 +24,7 @@ Doubles = npt.NDArray[np.float64]
 
 _CHANNELS = 8  # solved for together
 # Sums may be reordered (so that they vectorise), the same way in each run; NaN and infinities keep their meaning.
-_compiled = njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
+_compiled = compiled(fastmath={"contract", "reassoc", "nsz", "arcp"})
 
 
 def solve(

@@ -6,13 +6,14 @@ torch's embedding bag does, which is also the definition. Both are deterministic
 
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from kernels.compilation import compiled
 
 __all__ = ["reference_window_sum", "window_sum"]
 
@@ -88,7 +89,7 @@ class _Numba(torch.autograd.Function):
         return of_maps, of_weights, None, None
 
 
-@numba.njit(cache=True, fastmath={"contract", "reassoc"}, nogil=True, error_model="numpy")
+@compiled(fastmath={"contract", "reassoc"}, error_model="numpy")
 def _sum(maps: _Floats, weights: _Floats, rows: _Integers, columns: _Integers, output: _Floats) -> None:
     N, M, height, width = weights.shape
     for n in range(N):
@@ -101,7 +102,7 @@ def _sum(maps: _Floats, weights: _Floats, rows: _Integers, columns: _Integers, o
                         total[c] += weight * pixel[c]
 
 
-@numba.njit(cache=True, fastmath={"contract", "reassoc"}, nogil=True, error_model="numpy")
+@compiled(fastmath={"contract", "reassoc"}, error_model="numpy")
 def _gradients(
     maps: _Floats,
     weights: _Floats,

@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -322,20 +321,6 @@ def in_another_python(root, **environment):
 def test_without_compilation_the_reference_runs():
     done = in_another_python(ROOT, NUMBA_DISABLE_JIT="1")
     assert "reference (not cpu: it cannot be imported: ImportError: NUMBA_DISABLE_JIT is set" in done.stdout
-
-
-def test_where_nothing_can_be_written(tmp_path):
-    """A read-only checkout, without a home: compiled all the same, by each process."""
-    ignored = shutil.ignore_patterns("__pycache__")
-    for package in ("kernels", "schemas"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
-    for folder in (tmp_path / "kernels").rglob("*"):
-        if folder.is_dir():
-            (folder / "__pycache__").touch()  # a folder cannot be made there, even by root
-    nowhere = {"HOME": "/proc/none", "XDG_CACHE_HOME": "/proc/none", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = in_another_python(tmp_path, **nowhere)
-    assert done.stderr.count("cannot be written to: each process compiles again") == 1
-    assert done.stdout.startswith("cpu")
 
 
 def test_one_pool_serves_all_numbers_of_threads(threads):

@@ -140,5 +140,35 @@ def test_everything_compiles(case, tmp_path):
     check(tmp_path, *case, OPERATIONS)
 
 
+WHERE_NOTHING_CAN_BE_KEPT = """
+import os
+import doubling
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels.jbu_triton.cache import ensure_cache
+ensure_cache()
+ensure_cache()
+triton.compile(ASTSource(doubling.double, {"x": "*fp32"}, {}, {}), target=GPUTarget("cuda", 80, 32))
+print(triton.knobs.cache.dir)
+assert os.listdir(triton.knobs.cache.dir)
+"""
+
+
+@pytest.mark.parametrize("unwritable", ["TRITON_CACHE_DIR", "TRITON_HOME", "HOME"])
+def test_where_its_cache_cannot_be_written(tmp_path, unwritable):
+    pytest.importorskip("triton")
+    double = "import triton\nimport triton.language as tl\n@triton.jit\ndef double(x): tl.store(x, tl.load(x) * 2)\n"
+    (tmp_path / "doubling.py").write_text(double)
+    unset = ("TRITON_INTERPRET", "TRITON_CACHE_DIR", "TRITON_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment |= {unwritable: "/proc/none", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    command = [sys.executable, "-c", WHERE_NOTHING_CAN_BE_KEPT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("cannot be written to: each process compiles again. Set TRITON_CACHE_DIR") == 1
+    assert not Path(done.stdout.strip()).exists()  # any more
+
+
 if __name__ == "__main__":
     compile_operations(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])

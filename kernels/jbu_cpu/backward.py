@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.compilation import compiled
 from kernels.jbu_cpu.conv import VECTORS, Fold, fold_block, fold_scratch, folding
 from kernels.jbu_cpu.fillers import PAIRS, Consumer, Fillers
 from kernels.jbu_cpu.layout import (
@@ -26,7 +27,7 @@ from kernels.jbu_cpu.layout import (
     vector_lanes,
 )
 from kernels.jbu_cpu.memory import lanes, load, load_rows, load_tile, load_window, splats, store, store_tile, zeros
-from kernels.jbu_cpu.simd import Array, compiled, fma, inlined, rows_of, summed_products
+from kernels.jbu_cpu.simd import Array, fma, inlined, rows_of, summed_products
 from kernels.jbu_cpu.threads import in_threads, row_jobs
 
 __all__ = ["keys_gradient", "source_gradient"]

@@ -6,8 +6,9 @@ from typing import Any
 from llvmlite import ir  # type: ignore[import-untyped, unused-ignore]
 from numba import types
 
+from kernels.compilation import compiled
 from kernels.jbu_cpu.memory import address, index_type, lanes, load
-from kernels.jbu_cpu.simd import Array, compiled, elementwise, inlined, lane_numbers, llvm, tile_intrinsic
+from kernels.jbu_cpu.simd import Array, elementwise, inlined, lane_numbers, llvm, tile_intrinsic
 
 __all__ = ["SQUARE", "quantize"]
 

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kernels.compilation import compiled
 from kernels.jbu_cpu.layout import STRIP, DType, aligned_zeros, in_strips, vector_lanes
 from kernels.jbu_cpu.memory import lanes, load, load_row, load_tile, splat, splats, store_part, store_tile, zeros
-from kernels.jbu_cpu.simd import VECTOR_BYTES, Array, compiled, fma, inlined, rows_of, swapped_pairs, width
+from kernels.jbu_cpu.simd import VECTOR_BYTES, Array, fma, inlined, rows_of, swapped_pairs, width
 
 __all__ = ["VECTORS", "Fold", "convolve", "fold_block", "fold_scratch", "folding", "margin"]
 

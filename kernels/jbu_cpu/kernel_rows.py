@@ -12,10 +12,11 @@ Letters: D key and G guidance channels, T = n*n taps, L pixels in a vector. Imag
 
 from typing import Any
 
+from kernels.compilation import compiled
 from kernels.jbu_cpu.functions import exp2, gelu
 from kernels.jbu_cpu.layout import STRIP, reflected
 from kernels.jbu_cpu.memory import lanes, load_row, load_tile, load_window, splat, splats, store_tile, zeros
-from kernels.jbu_cpu.simd import Array, compiled, fma, inlined, maximum
+from kernels.jbu_cpu.simd import Array, fma, inlined, maximum
 
 __all__ = ["KEY_STRIP", "bilateral", "keys", "learned", "products"]
 

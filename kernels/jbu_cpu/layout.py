@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.compilation import compiled
 from kernels.jbu_cpu.functions import TINY, without_denormals
 from kernels.jbu_cpu.memory import lanes, load, store
-from kernels.jbu_cpu.simd import VECTOR_BYTES, Array, compiled, inlined
+from kernels.jbu_cpu.simd import VECTOR_BYTES, Array, inlined
 from kernels.jbu_cpu.threads import in_threads, row_jobs
 
 __all__ = [

@@ -9,11 +9,8 @@ Loads and stores are in `kernels.jbu_cpu.memory`, functions like exp in `kernels
 """
 
 import functools
-import hashlib
-import logging
 import operator
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -27,7 +24,6 @@ __all__ = [
     "VECTOR_BYTES",
     "Array",
     "Tile",
-    "compiled",
     "constant",
     "elementwise",
     "fma",
@@ -45,8 +41,6 @@ __all__ = [
     "width",
 ]
 
-logger = logging.getLogger(__name__)
-
 Array = npt.NDArray[Any]
 
 if config.DISABLE_JIT:  # type: ignore[attr-defined]
@@ -54,33 +48,6 @@ if config.DISABLE_JIT:  # type: ignore[attr-defined]
 
 _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]  # of the machine numba compiles for
 VECTOR_BYTES = 64 if "+avx512f" in _FEATURES else 32 if "+avx" in _FEATURES else 16
-
-
-def _sources() -> str:
-    """Digest of this package, all of which compiled functions may be made of."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-_SOURCES = _sources()
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """A function compiled at its first call with some dtype, and kept on disk. It runs without Python's lock."""
-    try:
-        dispatcher: Any = njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither the checkout nor a home to write to
-        _say_that_nothing_is_kept()
-        return njit(nogil=True)(function)
-    # What is on disk numba takes for outdated only if the function's own file changed. Inlined ones are in others.
-    key_of = dispatcher._cache._index_key
-    dispatcher._cache._index_key = lambda *arguments: (*key_of(*arguments), _SOURCES)
-    return dispatcher
-
-
-@functools.cache
-def _say_that_nothing_is_kept() -> None:
-    logger.warning("%s cannot be written to: each process compiles again. Set NUMBA_CACHE_DIR", Path(__file__).parent)
 
 
 def inlined(function: Callable[..., Any]) -> Any:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.jbu_triton.cache import ensure_cache
 from kernels.jbu_triton.geometry import Geometry, power_of_two
 
 __all__ = ["by_pixel", "channel_block", "launch", "options", "padded", "padded_keys", "precision", "strides"]
@@ -21,6 +22,7 @@ def launch(kernel: Any, grid: tuple[int, ...], geometry: Geometry, dtype: torch.
         dtype: of the matrices it multiplies.
         arguments: all others, by name.
     """
+    ensure_cache()
     tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device_of(tensor):  # Triton launches on the current device
         kernel[grid](**arguments, **geometry.constants(), **options(geometry, dtype, arguments))
