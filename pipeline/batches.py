@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from densefeat.errors import StorageUnavailable
 from pipeline.decode import Decoded, Geometry, decode
 from pipeline.errors import ImageError
 from pipeline.read import read_images
@@ -118,7 +119,12 @@ class BatchLoader:
         )
         while True:
             with seconds.stage("read"):  # what is waited for; most of the reading happens meanwhile
-                data = next(images, None)
+                try:
+                    data = next(images, None)
+                except StorageUnavailable:
+                    if self.stop.is_set():  # a read that was stopped, not a storage that was down
+                        raise WorkStopped from None
+                    raise
             if data is None:
                 return
             yield data
