@@ -29,7 +29,7 @@ class ShowConfig:
     store: str
     # The picture to write, a file or URI.
     output: str = "features.png"
-    # Rows to show; not given: the first four that have features.
+    # Rows to show, counted from the end if negative; not given: the first four that have features.
     rows: tuple[int, ...] = ()
     # Weights of the backbone as given to the main job; "none" leaves the low-resolution features out.
     weights: str = "pretrained"
@@ -63,8 +63,11 @@ def _rows(store: FeatureStore, config: ShowConfig) -> Sequence[int]:
     rows = config.rows or [row for row, status in enumerate(statuses) if status == OK][:4]
     if unknown := [row for row in rows if not -len(store) <= row < len(store)]:
         raise JobError(f"--rows {unknown}: the store has rows 0 … {len(store) - 1}")
+    if without := [row for row in rows if statuses[row] != OK]:
+        reasons = "; ".join(f"row {row} ({store.keys[row]}) is {statuses[row]}" for row in without)
+        raise JobError(f"--rows {without} have no features: {reasons}. Leave them out")
     if not rows:
-        raise JobError(f"no row of {config.store} has features yet")
+        raise JobError(f"no row of {config.store} has features: all failed, or their shards are not done yet")
     return rows
 
 

@@ -47,7 +47,7 @@ def upsample(config: UpsampleConfig) -> int:
         return DONE
     report = carry_out(plan, started)
     logger.info("%s", report.describe())
-    return FAILED if report.given_up or report.failed_share > config.max_failed_share else DONE
+    return FAILED if report.given_up or report.too_many_failed else DONE
 
 
 def carry_out(plan: Plan, started: float) -> Report:
@@ -92,6 +92,8 @@ def carry_out(plan: Plan, started: float) -> Report:
             explained_variance=attributes["explained_variance"],
             seconds=time.monotonic() - started,
             making_seconds=making_seconds,
+            keys=plan.references["key"],
+            max_failed_share=config.max_failed_share,
         )
         if report.complete:
             finish(objects, report.records)

@@ -17,17 +17,23 @@ from pipeline.errors import JobError
 Pixels = npt.NDArray[np.uint8]
 
 _GAP_PX = 8
+# Number of components, at most three -> which of them are red, green and blue.
+_CHANNELS = {1: [0, 0, 0], 2: [0, 1, 1], 3: [0, 1, 2]}
 _PERCENTILES = (1, 99)  # a few extreme values must not make everything else grey
 
 
 def feature_colours(features: Sequence[npt.NDArray[np.float32]]) -> list[Pixels]:
-    """First three components as red, green and blue, on one scale for all of ``features`` ([k, H, W] each, k ≥ 3)."""
-    values = np.concatenate([image[:3].reshape(3, -1) for image in features], axis=1)
+    """Components as colours, uint8 [H, W, 3], on one scale for all of ``features`` ([k, H, W] each).
+
+    The first three are red, green and blue; of two, the second is green and blue alike; one alone is grey.
+    """
+    shown = [image[_CHANNELS[min(len(image), 3)]] for image in features]
+    values = np.concatenate([image.reshape(3, -1) for image in shown], axis=1)
     low, high = np.percentile(values, _PERCENTILES, axis=1)
     scale = np.maximum(high - low, np.finfo(np.float32).tiny)[:, None, None]
     return [
-        (np.clip((image[:3] - low[:, None, None]) / scale, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
-        for image in features
+        (np.clip((image - low[:, None, None]) / scale, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
+        for image in shown
     ]
 
 

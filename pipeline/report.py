@@ -4,10 +4,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from schemas.index import OK
 from schemas.ledger import LedgerRecord
 
-_SHOWN_ERRORS = 10
+_SHOWN_OF_A_REASON = 3
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Report:
         explained_variance: share kept by PCA.
         seconds: wall time of this job.
         making_seconds: of that, the making of shards: without start, PCA and setup.
+        keys: of all rows of the store.
+        max_failed_share: of the rows, 0 … 1, that may fail.
     """
 
     store: str
@@ -35,6 +40,8 @@ class Report:
     explained_variance: float | None
     seconds: float
     making_seconds: float
+    keys: pa.ChunkedArray
+    max_failed_share: float
 
     @property
     def rows_ok(self) -> int:
@@ -55,6 +62,11 @@ class Report:
     def failed_share(self) -> float:
         """Share of the rows that failed, 0 … 1."""
         return self.rows_failed / max(self.rows_ok + self.rows_failed, 1)
+
+    @property
+    def too_many_failed(self) -> bool:
+        """Whether more rows failed than may."""
+        return self.failed_share > self.max_failed_share
 
     def describe(self) -> str:
         """The report for a person."""
@@ -110,14 +122,30 @@ class Report:
         ]
 
     def _failures(self) -> list[str]:
+        """Failed rows by reason, the first few of each by key."""
         lines = []
-        for record in self.records:
-            if record.rows_failed:
-                for outcome in record.outcomes.to_pylist():
-                    if outcome["status"] != OK:
-                        lines.append(f"failed      row {outcome['row']}: {outcome['status']}: {outcome['error']}")
-        if len(lines) > _SHOWN_ERRORS:
-            more = len(lines) - _SHOWN_ERRORS
-            lines = [*lines[:_SHOWN_ERRORS], f"            … and {more:,} more: see status and error in index.parquet"]
+        failed = self._failed_rows()
+        for status, count in sorted(
+            Counter(failed["status"].to_pylist()).items(), key=lambda item: (-item[1], item[0])
+        ):
+            lines.append(f"failed      {count:,} {status}, {'all' if count <= _SHOWN_OF_A_REASON else 'for example'}:")
+            of_status = failed.filter(pc.equal(failed["status"], status)).slice(0, _SHOWN_OF_A_REASON)
+            for outcome in of_status.to_pylist():
+                lines.append(f"            {self.keys[outcome['row']]} (row {outcome['row']}): {outcome['error']}")
+        if lines:
+            lines.append("            the status and error of every row are in index.parquet")
+        if self.too_many_failed:
+            lines.append(
+                f"            {100 * self.failed_share:.3g} % of the rows failed, more than --max-failed-share "
+                f"{self.max_failed_share:g} allows: the exit code is 1. Give a greater share to accept that"
+            )
         clipped = sum(record.clipped for record in self.records)
         return [*lines, f"clipped     {clipped:,} values beyond the int8 range"] if clipped else lines
+
+    def _failed_rows(self) -> pa.Table:
+        columns = ["row", "status", "error"]
+        tables = [record.outcomes.select(columns) for record in self.records if record.rows_failed]
+        if not tables:
+            return pa.table({name: pa.array([], pa.string()) for name in columns})
+        outcomes = pa.concat_tables(tables)
+        return outcomes.filter(pc.not_equal(outcomes["status"], OK))
