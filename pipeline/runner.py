@@ -20,6 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from pipeline.errors import JobError
 from pipeline.feature_worker import FeatureWorker, WorkerSpec, shards_in_worker
+from pipeline.ray_token import ensure_token
 from pipeline.worker import make_worker
 from pipeline.workers import TaskFailed
 from schemas.config import FeatureConfig
@@ -233,6 +234,7 @@ def connected(*, dashboard: bool = False) -> Iterator[None]:
         if address:
             ray.init(address="auto", logging_level=logging.ERROR)
         else:
+            ensure_token()
             ray.init(address="local", include_dashboard=dashboard, logging_level=logging.ERROR)
     except Exception as error:  # RuntimeError, ConnectionError, RPC errors: as far as Ray got
         where = f"the Ray cluster at RAY_ADDRESS={address} does not answer" if address else "Ray does not start"
