@@ -5,6 +5,10 @@ class DensefeatError(Exception):
     """Base of every error meant for a person: its text says what was got, what was expected and what to do."""
 
 
+class PlaceError(DensefeatError, ValueError):
+    """A text that should name a path or a URI does not, or names one of an unknown kind."""
+
+
 class StoreError(DensefeatError):
     """The store cannot be opened or read: not a store, not finished, damaged, or of an unknown format version."""
 

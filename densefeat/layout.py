@@ -9,6 +9,7 @@ A store is a Zarr v3 group that any Zarr library opens, with core codecs only::
     index.parquet              one record a row
     manifest.parquet           one record a shard, when all are done
     _ledger/000000.parquet     one file a finished shard, until (and after) they are merged into the two above
+    _intents/                  while shards are written: the record of each, before it counts
 
 Encoding here, rather than through zarr-python, because a shard is made in memory and written with one request; the
 bytes are the same (tests/test_layout.py compares them).
@@ -33,6 +34,7 @@ STEP = "step"
 INDEX = "index.parquet"
 MANIFEST = "manifest.parquet"
 LEDGER = "_ledger"
+INTENTS = "_intents"
 
 ZSTD_LEVEL = 1  # higher levels cost time and gain little on quantized features
 INT8_NO_DATA = -128  # the fill value; codes are -127 … 127
@@ -81,10 +83,34 @@ class FeatureLayout:
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, Any]) -> "FeatureLayout":
-        """Read the layout off the array's ``zarr.json``."""
-        rows, components, height, width = metadata["shape"]
-        shard_rows = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
-        return cls(rows, components, height, width, metadata["data_type"], shard_rows)
+        """Read the layout off the array's ``zarr.json``.
+
+        Raises:
+            ValueError: it is not an array that this package writes.
+        """
+        try:
+            grid, keys, codecs = (metadata[name] for name in ("chunk_grid", "chunk_key_encoding", "codecs"))
+            shape, dtype, shard_shape = metadata["shape"], metadata["data_type"], grid["configuration"]["chunk_shape"]
+            separator = keys.get("configuration", {}).get("separator", "/")
+            (sharding,) = codecs
+            chunk_shape, inner = (sharding["configuration"][name] for name in ("chunk_shape", "codecs"))
+            names = [grid["name"], keys["name"], separator, sharding["name"], *(codec["name"] for codec in inner)]
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"not the metadata of sharded features: {type(error).__name__}: {error}") from error
+        if not _are_sizes(shape, 4) or not _are_sizes(shard_shape, 4):
+            raise ValueError(f"expected 4 axes: got the shape {shape!r} in shards of {shard_shape!r}")
+        rows, components, height, width = shape
+        if shard_shape[1:] != shape[1:] or chunk_shape != [1, *shape[1:]]:
+            raise ValueError(f"expected one image a chunk: got {chunk_shape!r}, in shards of {shard_shape!r}")
+        if names != ["regular", "default", "/", "sharding_indexed", "bytes", "zstd", "crc32c"]:
+            raise ValueError(f"expected shards of chunks in zstd with crc32c: got {names!r}")
+        if dtype not in ("int8", "float16"):
+            raise ValueError(f"expected int8 or float16: got {dtype!r}")
+        return cls(rows, components, height, width, dtype, shard_shape[0])
+
+
+def _are_sizes(shape: Any, axes: int) -> bool:
+    return isinstance(shape, list) and len(shape) == axes and all(type(n) is int and n > 0 for n in shape)
 
 
 def shard_key(shard: int) -> str:
@@ -95,6 +121,11 @@ def shard_key(shard: int) -> str:
 def ledger_key(shard: int) -> str:
     """Key of a shard's ledger record."""
     return f"{LEDGER}/{shard:06d}.parquet"
+
+
+def intent_key(shard: int, sha256: str) -> str:
+    """Key of what the ledger is going to record of a shard whose object has this digest."""
+    return f"{INTENTS}/{shard:06d}-{sha256}.parquet"
 
 
 def encode_chunk(features: npt.NDArray[Any]) -> bytes:

@@ -1,27 +1,34 @@
 """From a text that names a place (a path, ``s3://…``, ``zip://…::…``) to its file system and the path there.
 
 The only such function: images, stores, weights, bases and outputs all go through it, so that a text means the same
-place to whoever reads, writes, compares or deletes what lies there.
+place to whoever reads, writes, compares or deletes what lies there. A text that is probably a slip of the pen (an empty
+one, ``s3:/bucket``) is refused, rather than taken for a folder of that name.
 """
 
 import inspect
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import fsspec
 from fsspec import AbstractFileSystem, get_filesystem_class
 from fsspec.implementations.local import LocalFileSystem
 
-__all__ = ["absolute_place", "is_local", "open_place", "open_uri", "split_place"]
+from densefeat.errors import PlaceError
+
+__all__ = ["absolute_place", "encloses", "is_local", "open_place", "open_uri", "split_place"]
 
 _LOCAL_PROTOCOLS = ("file", "local")
+# The first part of a path is a bucket: there is nothing to write above it, and no path begins with a slash.
+_BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "tos")
+_OTHER_NAMES = {"s3a": "s3", "gcs": "gs", "az": "abfs", "abfss": "abfs"}  # of the same file system
 # In a URL a second slash can mean something, and nothing is ever written there.
 _SLASHES_KEPT = ("http", "https")
 # Constructor arguments of file systems that lie in another one (archives, caches): only these make a chain.
 _WRAPPING_ARGUMENTS = frozenset({"fo", "fs", "target_protocol"})
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/(?!/)")
 
 
 def absolute_place(place: str | os.PathLike[str]) -> str:
@@ -31,25 +38,33 @@ def absolute_place(place: str | os.PathLike[str]) -> str:
         place: a local path, ``file://…``, or a URI of any file system that fsspec knows.
 
     Returns:
-        A local path is absolute, without ``~``, ``..`` and ``file://``; a URI has single slashes and none at its end
-        (``http(s)`` keeps them as they are, but for the last).
+        A local path is absolute, without ``~``, ``..``, double slashes and ``file://``; a URI has its protocol in
+        lower case, single slashes, none at its end, no ``.`` and no ``..`` (``http(s)`` keeps all but the last slash).
+        Nothing is decoded: ``%``, ``#``, ``?`` and spaces are parts of names.
+
+    Raises:
+        PlaceError: the text names no place.
     """
-    text = os.fspath(place)
-    protocol, separator, rest = text.partition("://")
+    text = _checked(place)
     if is_local(text):
-        local = LocalFileSystem._strip_protocol(text) if separator else text
-        return os.path.abspath(Path(local).expanduser())  # noqa: PTH100 - Path.absolute keeps "..", resolve follows links
+        return _local_path(text)
+    protocol, rest = _split_uri(text)
     if _is_chain(text):
-        return text
-    if protocol not in _SLASHES_KEPT:
-        rest = re.sub("/{2,}", "/", rest)
-    return f"{protocol}://{rest.rstrip('/')}"
+        return _absolute_chain(text)
+    if protocol in _SLASHES_KEPT:
+        return f"{protocol}://{rest.rstrip('/')}"
+    # Of hdfs:///path the host is left out; of s3:///bucket there is one slash too many.
+    root = "/" if rest.startswith("/") and protocol not in (*_BUCKET_PROTOCOLS, "memory") else ""
+    parts = _parts(rest, text, kept=int(not root))
+    if not parts and protocol in _BUCKET_PROTOCOLS:
+        raise PlaceError(f"{text!r} names no bucket: expected {protocol}://bucket/…")
+    return f"{protocol}://{root}{'/'.join(parts)}"
 
 
-def is_local(place: str) -> bool:
-    """Whether the text names a path on this machine, ``file://`` included. A name may hold ``::``."""
-    protocol, separator, _ = place.partition("://")
-    return not separator or protocol in _LOCAL_PROTOCOLS
+def is_local(place: str | os.PathLike[str]) -> bool:
+    """Whether the text names a path on this machine, ``file://`` included. A name may hold ``::`` and ``://``."""
+    match = _URI.match(os.fspath(place))
+    return match is None or match[1].lower() in _LOCAL_PROTOCOLS
 
 
 def open_place(
@@ -66,7 +81,7 @@ def open_place(
 
     Raises:
         ImportError: the package behind the protocol is not installed.
-        ValueError: the protocol is unknown.
+        PlaceError: the text names no place, or its protocol is unknown.
     """
     return open_uri(absolute_place(place), storage_options)
 
@@ -74,25 +89,137 @@ def open_place(
 def open_uri(uri: str, storage_options: Mapping[str, Any] | None = None) -> tuple[AbstractFileSystem, str]:
     """As `open_place`, for the URI of one object as a listing or a table has it: its slashes are part of its name."""
     if is_local(uri):
-        return LocalFileSystem(), absolute_place(uri)
+        return LocalFileSystem(), _local_path(_checked(uri))
     options = dict(storage_options or {})
     if _is_chain(uri):
         filesystem, path = fsspec.core.url_to_fs(uri, **options)
         return filesystem, path
-    cls = get_filesystem_class(uri.partition("://")[0])
-    return cls(**{**cls._get_kwargs_from_urls(uri), **options}), cls._strip_protocol(uri)
+    cls = _filesystem_class(uri)
+    try:
+        filesystem = cls(**{**cls._get_kwargs_from_urls(uri), **options})
+    except TypeError as error:  # zip://photos.zip: it lies in another one, which is not named
+        raise PlaceError(f"{uri!r} cannot be opened: {error}") from error
+    protocol, rest = _split_uri(uri)
+    return filesystem, cls._strip_protocol(f"{protocol}://{rest}")
 
 
 def split_place(place: str | os.PathLike[str]) -> tuple[str, str]:
-    """Folder and name of a place, e.g. for ``Objects(folder).get(name)``."""
-    folder, _, name = absolute_place(place).rpartition("/")
-    return folder or "/", name
+    """Folder and name of a file, e.g. for ``Objects(folder).get(name)``.
+
+    Raises:
+        PlaceError: it has no folder: it is the root, or a bucket.
+    """
+    text = absolute_place(place)
+    if is_local(text):
+        folder, name = os.path.split(text)
+    else:
+        link, separator, rest = text.partition("::") if _is_chain(text) else (text, "", "")
+        protocol, path = _split_uri(link)
+        folder, slash, name = path.rpartition("/")
+        if not slash and protocol in (*_BUCKET_PROTOCOLS, *_SLASHES_KEPT):
+            name = ""
+        folder = f"{protocol}://{folder}{separator}{rest}"
+    if not name:
+        raise PlaceError(f"{os.fspath(place)!r} names no file: expected one in a folder or a bucket")
+    return folder, name
+
+
+def encloses(outer: str | os.PathLike[str], inner: str | os.PathLike[str]) -> bool:
+    """Whether ``inner`` is the place ``outer``, or lies below it; symbolic links are followed."""
+    top, place = _identity(outer), _identity(inner)
+    return place == top or place.startswith(f"{top.rstrip('/')}/")
+
+
+def _identity(place: str | os.PathLike[str]) -> str:
+    text = absolute_place(place)
+    if is_local(text):
+        return os.path.realpath(text)
+    protocol, rest = _split_uri(text)
+    return f"{_OTHER_NAMES.get(protocol, protocol)}://{rest}"
+
+
+def _checked(place: str | os.PathLike[str]) -> str:
+    """The text, if it does not look like a slip."""
+    text = os.fspath(place)
+    if not isinstance(text, str):
+        raise TypeError(f"a place is named by a str or a path of str: got {place!r}")
+    if not text.strip():
+        raise PlaceError(f"{text!r} names no place: expected a path, or a URI such as s3://bucket/folder")
+    if "\0" in text:
+        raise PlaceError(f"{text!r} names no place: it has a null character in it")
+    if not _URI.match(text) and _URI.match(text.strip()):
+        raise PlaceError(f"{text!r} begins with a blank: leave that out, or write ./ before it if it is a file's name")
+    slip = _ONE_SLASH.match(text)
+    if slip and slip[1].lower() not in _LOCAL_PROTOCOLS and slip[1].lower() in fsspec.available_protocols():
+        uri = f"{slip[1]}://{text[slip.end() :]}"
+        raise PlaceError(
+            f"{text!r} has one slash where a URI has two: write {uri} (as a str: a pathlib.Path drops a slash), or "
+            f"./{text} if that is a folder's name"
+        )
+    return text
+
+
+def _split_uri(text: str) -> tuple[str, str]:
+    """Protocol in lower case, and what follows its ``://``."""
+    match = _URI.match(text)
+    assert match is not None
+    return match[1].lower(), match[2]
+
+
+def _local_path(text: str) -> str:
+    match = _URI.match(text)
+    path = text
+    if match:
+        path = match[2]
+        if path == "localhost" or path.startswith("localhost/"):  # this machine, as file URIs may say
+            path = path.removeprefix("localhost") or "/"
+        if not path:
+            raise PlaceError(f"{text!r} names no path: expected file:///…")
+    elif text[:6].lower() == "file:/":
+        path = text[5:]
+    path = os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - pathlib keeps ".." and refuses "~nobody"
+    # POSIX leaves the meaning of two leading slashes open; here they mean one, and would compare as another place.
+    return f"/{path.lstrip('/')}" if path.startswith("//") else path
+
+
+def _parts(rest: str, text: str, *, kept: int) -> list[str]:
+    """The names in a URI's path, the first ``kept`` of which ``..`` does not leave."""
+    parts: list[str] = []
+    for part in rest.split("/"):
+        if part == "..":
+            if len(parts) <= kept:
+                raise PlaceError(f"{text!r} names no place: its '..' leads out of it")
+            parts.pop()
+        elif part not in ("", "."):
+            parts.append(part)
+    return parts
+
+
+def _absolute_chain(text: str) -> str:
+    """Each link as such: what it lies in must be found from another working directory too."""
+    first, *links = text.split("::")
+    if not links[-1]:
+        raise PlaceError(f"{text!r} does not say in what it lies: expected a path or a URI behind the last '::'")
+    protocol, rest = _split_uri(first)
+    inner = re.sub("/{2,}", "/", rest).rstrip("/")
+    return "::".join([f"{protocol}://{inner}", *links[:-1], absolute_place(links[-1])])
+
+
+def _filesystem_class(text: str) -> type[AbstractFileSystem]:
+    protocol, _ = _split_uri(text)
+    try:
+        cls: type[AbstractFileSystem] = get_filesystem_class(protocol)
+        return cls
+    except ValueError as error:
+        raise PlaceError(
+            f"{text!r} has the unknown protocol {protocol}://: expected a path, s3://, gs://, http(s):// or another "
+            "that fsspec has; write ./ before it if it is a file's name"
+        ) from error
 
 
 def _is_chain(text: str) -> bool:
     first, separator, _ = text.partition("::")
-    protocol, has_protocol, _ = first.partition("://")
-    if not separator or not has_protocol or protocol in _LOCAL_PROTOCOLS:
+    if not separator or is_local(first):
         return False
-    arguments = inspect.signature(get_filesystem_class(protocol).__init__).parameters
+    arguments = inspect.signature(_filesystem_class(first).__init__).parameters
     return not _WRAPPING_ARGUMENTS.isdisjoint(arguments)

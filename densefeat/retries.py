@@ -1,17 +1,19 @@
-"""Failures of storage that pass: which they are, and waiting for them to pass.
+"""Waiting for failures of storage to pass.
 
 An outage, a throttled request, a stale handle say nothing about the object that was asked for. They are tried again
-for a minute or more; what still fails then is `StorageUnavailable`, never "this object is bad".
+for a minute or more; what still fails then is `StorageUnavailable`, never "this object is bad". Which errors these are:
+`densefeat.failures`.
 """
 
-import errno
 import logging
 import random
+import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 from densefeat.errors import StorageUnavailable
+from densefeat.failures import is_transient, retry_after
 
 __all__ = ["PATIENCE_S", "is_transient", "retried"]
 
@@ -22,33 +24,29 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 10.0
 
 Result = TypeVar("Result")
 
-_TRANSIENT_HTTP = frozenset({408, 425, 429, *range(500, 600)}) - {501, 505}
-_TRANSIENT_ERRNO = frozenset(
-    getattr(errno, name)
-    for name in (
-        "EIO", "ESTALE", "EAGAIN", "EBUSY", "EINTR", "ETIMEDOUT", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED",
-        "EPIPE", "ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENOTCONN", "ENOBUFS",
-        "EREMOTEIO", "ENOLINK", "ECOMM", "ENODEV", "ENFILE", "EMFILE", "ENOLCK",
-    )
-    if hasattr(errno, name)
-)  # fmt: skip
 
-
-def is_transient(error: BaseException) -> bool:
-    """Whether trying again may help: what failed is the way to the object, not the object."""
-    return any(_passes(cause) for cause in _causes(error))
-
-
-def retried(operation: Callable[[], Result], place: str, *, patience_s: float = PATIENCE_S) -> Result:
+def retried(
+    operation: Callable[[], Result],
+    place: str,
+    *,
+    patience_s: float = PATIENCE_S,
+    when: Callable[[BaseException], bool] = is_transient,
+    stop: threading.Event | None = None,
+) -> Result:
     """The result of ``operation``, tried again with growing, random waits while it fails in a way that passes.
+
+    A server that says when to come back (``Retry-After``) is not asked before, as far as the patience reaches. At the
+    end of the patience comes a last try.
 
     Args:
         operation: reads, or writes something that may be written twice.
         place: what it is about, for the message.
         patience_s: how long after the first failure it is tried again.
+        when: whether an error is worth another try.
+        stop: once set, there is no other try, and no wait.
 
     Raises:
-        StorageUnavailable: it still fails.
+        StorageUnavailable: it still fails, or was stopped.
         Exception: any other error of ``operation``, as it is.
     """
     wait, end = _FIRST_WAIT_S, None
@@ -56,47 +54,24 @@ def retried(operation: Callable[[], Result], place: str, *, patience_s: float = 
         try:
             return operation()
         except Exception as error:
-            if not is_transient(error):
+            if not when(error):
                 raise
-            now = time.monotonic()
-            end = now + patience_s if end is None else end
-            pause = wait * random.uniform(0.5, 1.5)  # so that many workers do not come back at the same moment
-            if now + pause > end:
-                raise StorageUnavailable(f"{place} did not answer: {type(error).__name__}: {error}") from error
-            logger.debug("%s: %s: %s; trying again in %.1f s", place, type(error).__name__, error, pause)
-        time.sleep(pause)
+            failure = error
+        now = time.monotonic()
+        end = now + patience_s if end is None else end
+        if now >= end:
+            raise StorageUnavailable(_message(place, failure, patience_s)) from failure
+        pause = wait * random.uniform(0.5, 1.5)  # so that many workers do not come back at the same moment
+        pause = min(max(pause, retry_after(failure) or 0), end - now)
+        logger.debug("%s: %s: %s; trying again in %.1f s", place, type(failure).__name__, failure, pause)
+        if stop is None:
+            time.sleep(pause)
+        elif stop.wait(pause):
+            raise StorageUnavailable(f"{place}: stopped while waiting for it to answer") from failure
         wait = min(2 * wait, _LONGEST_WAIT_S)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it was raised from: file systems translate what their client raised."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__
-
-
-def _passes(error: BaseException) -> bool:
-    status = _http_status(error)
-    if status is not None:
-        return status in _TRANSIENT_HTTP
-    if isinstance(error, TimeoutError | ConnectionError):  # asyncio's, fsspec's and socket's time-outs are TimeoutError
-        return True
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _TRANSIENT_ERRNO
-    return False
-
-
-def _http_status(error: BaseException) -> int | None:
-    """Of aiohttp (``status``), gcsfs (``code``) or botocore (``response``)."""
-    response: Any = getattr(error, "response", None)
-    if isinstance(response, dict):
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return status if isinstance(status, int) else None
-    for name in ("status", "code"):
-        value = getattr(error, name, None)
-        if str(value).isdigit():
-            return int(str(value))
-    return None
+def _message(place: str, failure: Exception, patience_s: float) -> str:
+    return (
+        f"{place} did not answer, though it was asked again for {patience_s:.0f} s: {type(failure).__name__}: {failure}"
+    )

@@ -1,11 +1,13 @@
 """A PyTorch dataset over a feature store."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
+from densefeat.arguments import whole_number
 from densefeat.store import FeatureStore
 
 
@@ -15,23 +17,26 @@ class TorchFeatures(Dataset[Any]):
     Safe with ``fork`` and ``spawn`` workers: a store handle is opened anew in each process, and pickles small.
 
     Args:
-        store: a ``FeatureStore``, or its URI.
+        store: a ``FeatureStore``, or where it is (``str`` or ``Path``).
         transform: applied to each sample in the worker.
         dequantize: False gives the stored codes (int8 or float16) instead of float32: a quarter of the bytes between
             worker and device; multiply by ``dataset.step`` there.
 
     Each sample is a dict: ``features`` [k, H, W] tensor, ``row`` int, ``key`` str, ``label`` int (−1 if unknown).
-    Rows that failed are left out: ``len(dataset)`` counts the others, ``dataset.rows`` lists them.
+    Rows that failed are left out: ``len(dataset)`` counts the others, ``dataset.rows`` ([len] int64) lists them.
+
+    Raises:
+        StoreError: there is no store, or its index is damaged; of an item: its row is.
     """
 
     def __init__(
         self,
-        store: FeatureStore | str,
+        store: FeatureStore | str | os.PathLike[str],
         transform: Callable[[dict[str, Any]], Any] | None = None,
         *,
         dequantize: bool = True,
     ) -> None:
-        self.store = FeatureStore(store) if isinstance(store, str) else store
+        self.store = store if isinstance(store, FeatureStore) else FeatureStore(store)
         self.transform = transform
         self.dequantize = dequantize
         index = self.store.index
@@ -49,7 +54,7 @@ class TorchFeatures(Dataset[Any]):
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Any:
-        row = int(self.rows[i])
+        row = int(self.rows[whole_number(i, "an item of the dataset")])
         features = self.store.read(row) if self.dequantize else self.store.read_codes(row).copy()
         sample = {
             "features": torch.from_numpy(features),

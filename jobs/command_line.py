@@ -6,10 +6,13 @@ densefeat; 130 interrupted.
 
 import importlib.metadata
 import logging
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -33,13 +36,15 @@ def run(
         config_class: its fields are the options.
         job: returns an exit code.
         description: for ``--help``.
-        interrupted: what to say to somebody who interrupts it.
+        interrupted: what to say to somebody who interrupts it, unless the ``KeyboardInterrupt`` that the job raises
+            says what it has kept.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("timm").setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
-    # A cluster's way to ask a job to stop; then it ends as on Ctrl-C, saying how to go on.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop = _Stop()
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)  # a cluster's way to ask: it ends as on Ctrl-C, saying how to go on
     warn_of_name_collisions()
     try:
         config = tyro.cli(config_class, description=description)
@@ -49,9 +54,9 @@ def run(
         code = job(config)
     except DensefeatError as error:
         _refuse(error)
-    except KeyboardInterrupt:
-        logger.error("interrupted: %s", interrupted)
-        code = INTERRUPTED
+    except KeyboardInterrupt as error:
+        logger.error("interrupted: %s", error if error.args else interrupted)
+        _leave(INTERRUPTED)
     except Exception:
         logger.exception("this is a fault in densefeat, or of the machine; please report it with what stands here")
         code = FAULT
@@ -73,6 +78,33 @@ def warn_of_name_collisions() -> None:
 
 def _checkout() -> Path:
     return Path(__file__).parents[1]
+
+
+class _Stop:
+    """What a signal to stop does: the first interrupts the job, the second ends the process."""
+
+    _SAME_S = 0.5  # one Ctrl-C may come twice: from the terminal, and from a parent that passes it on
+
+    def __init__(self) -> None:
+        self._asked_at: float | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+            # Not by logging: the signal may have come amid a line of it.
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"\nstopping; once more to exit at once\n")
+            raise KeyboardInterrupt
+        if now - self._asked_at > self._SAME_S:
+            os._exit(INTERRUPTED)
+
+
+def _leave(code: int) -> NoReturn:
+    """End without waiting for threads: what one of them is at may take minutes, and is not going to be used."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def _refuse(error: Exception) -> NoReturn:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from densefeat._version import __version__
 from jobs.command_line import DONE, run
-from pipeline.decode import Decoded
 from pipeline.downsampler_file import Downsampler, Origin
 from pipeline.downsampler_fit import Fit, fit_downsampler
 from pipeline.downsampler_sample import sampled_views
@@ -20,8 +19,9 @@ from pipeline.errors import JobError
 from pipeline.feature_worker import FeatureWorker
 from pipeline.multiview_views import MOST_VIEWS
 from pipeline.output_file import check_output_file, write_output_file
-from pipeline.pca import sample_rows
 from pipeline.plan import feature_spec
+from pipeline.resources import all_cores
+from pipeline.sample import usable_images
 from pipeline.stage_seconds import StageSeconds
 from schemas.config import FitDownsamplerConfig
 
@@ -43,9 +43,12 @@ def fit(config: FitDownsamplerConfig) -> int:
     worker = FeatureWorker(spec, backbone)
     images = sample_images(worker, references, config.fit_images)
     components = config.components or min(_COMPONENTS, backbone.num_chs)
-    with sampled_views(
-        backbone, images, views=config.views, held_out=config.held_out_views, components=components
-    ) as sample:
+    with (
+        all_cores(),
+        sampled_views(
+            backbone, images, views=config.views, held_out=config.held_out_views, components=components
+        ) as sample,
+    ):
         if len(sample.images) < config.fit_images:
             raise JobError(_too_few(len(sample.images), config.fit_images, "have features that can be used"))
         found = fit_downsampler(sample, backbone.reduction, config.solver_stride, worker.device)
@@ -57,24 +60,17 @@ def fit(config: FitDownsamplerConfig) -> int:
 
 
 def sample_images(worker: FeatureWorker, references: pa.Table, count: int) -> Tensor:
-    """``count`` images spread evenly over the dataset, decoded: [count, 3, H, W] uint8.
+    """``count`` usable images spread over the dataset, decoded: [count, 3, H, W] uint8.
 
     Raises:
-        JobError: there are not so many, or some cannot be used.
+        JobError: the dataset has not so many.
     """
-    rows = sample_rows(references.num_rows, count)
-    if len(rows) < count:
-        raise JobError(_too_few(len(rows), count, "are there"))
-    usable, reason = [], ""
-    for batch in worker.loader.batches(references.take(rows), StageSeconds()):
-        for pixels, decoded in zip(batch.pixels, batch.decoded, strict=True):
-            if isinstance(decoded, Decoded):
-                usable.append(pixels)
-            else:
-                reason = reason or f" (the first says: {decoded})"
-    if len(usable) < count:
-        raise JobError(_too_few(len(usable), count, f"can be used{reason}"))
-    return torch.stack(usable)
+    if references.num_rows < count:
+        raise JobError(_too_few(references.num_rows, count, "are there"))
+    images, error = usable_images(references, count, lambda sample: worker.loader.batches(sample, StageSeconds()))
+    if len(images) < count:
+        raise JobError(_too_few(len(images), count, f"can be used{f' (the first says: {error})' if error else ''}"))
+    return images
 
 
 def describe(found: Fit) -> str:

@@ -14,16 +14,15 @@ LiFT, for one backbone and layer::
 """
 
 import logging
-from contextlib import suppress
 
 import torch
 
 from jobs.command_line import DONE, FAILED, run
 from pipeline.errors import TrainingDiverged
 from pipeline.feature_worker import pick_device
-from pipeline.plan import available_cores
+from pipeline.resources import all_cores, available_cores
 from pipeline.train.loop import train
-from pipeline.train.plan import claim_output, make_train_plan, release_output
+from pipeline.train.plan import claimed_output, make_train_plan
 from pipeline.train.result import WEIGHTS
 from pipeline.train.world import World
 from schemas.train_config import TrainConfig
@@ -42,20 +41,18 @@ def train_upsampler(config: TrainConfig) -> int:
     logger.info("%s", plan.describe())
     if config.dry_run:
         return DONE
-    claim_output(plan)
     try:
-        if device is None:
-            from pipeline.train import runner  # ray takes a second to import
+        with claimed_output(plan):
+            if device is None:
+                from pipeline.train import runner  # ray takes a second to import
 
-            runner.train_on_ray(plan)
-        else:
-            train(plan, World(device), threads=available_cores(), built=backbones)
+                runner.train_on_ray(plan)
+            else:
+                with all_cores():
+                    train(plan, World(device), threads=available_cores(), built=backbones)
     except TrainingDiverged as error:
         logger.error("%s", error)
         return FAILED
-    finally:
-        with suppress(OSError):  # of a storage that another error may be of
-            release_output(plan)
     logger.info("wrote %s/%s: use it as --upsampler-weights", config.output.rstrip("/"), WEIGHTS)
     return DONE
 

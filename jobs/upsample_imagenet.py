@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from densefeat import layout
+from densefeat.errors import DensefeatError
 from densefeat.objects import Objects
 from densefeat.store import FeatureStore
 from jobs.command_line import DONE, FAILED, run
@@ -22,7 +24,8 @@ from pipeline.plan import Plan, make_plan
 from pipeline.prepare import prepare
 from pipeline.progress import Progress
 from pipeline.report import Report
-from pipeline.store import finish, finished_shards, reopen
+from pipeline.shard import finished_shards
+from pipeline.store import existing_store, finish, reopen
 from pipeline.worker import Encoding
 from pipeline.workers import InlineWorkers, TaskFailed, Workers
 from schemas.config import UpsampleConfig
@@ -53,37 +56,47 @@ def carry_out(plan: Plan, started: float) -> Report:
     Args:
         plan: of the job.
         started: ``time.monotonic()`` when the job began, for the report.
+
+    Raises:
+        KeyboardInterrupt: somebody stopped it; says what is kept, and how to go on.
     """
     config, objects = plan.config, Objects(plan.config.store)
     done = finished_shards(objects, plan.stored.hash) if config.resume and plan.stored else {}
     to_do = [shard for shard in plan.shards if shard not in done]
     made: dict[int, LedgerRecord] = {}
     given_up: dict[int, str] = {}
-    making_seconds = 0.0
-    if to_do:
-        with open_workers(plan.spec, config.workers, config.attempts, config.stall_timeout_s) as workers:
-            encoding = prepare(plan, objects, workers)
-            reopen(objects)
-            making = time.monotonic()
-            mine = [record for shard, record in done.items() if shard in plan.shards]
-            made, given_up = make_shards(plan, objects, workers, encoding, to_do, mine)
-            making_seconds = time.monotonic() - making
-    attributes = FeatureStore(config.store).attributes
-    # Other jobs may have made other shards meanwhile.
-    records = finished_shards(objects, attributes["configuration_hash"]) if config.shards else {**done, **made}
-    report = Report(
-        store=config.store,
-        shards=plan.features.shards,
-        own=plan.shards,
-        records=[records[shard] for shard in sorted(records)],
-        made=list(made),
-        given_up=given_up,
-        explained_variance=attributes["explained_variance"],
-        seconds=time.monotonic() - started,
-        making_seconds=making_seconds,
-    )
-    if report.complete:
-        finish(objects, report.records)
+    making = None
+    try:
+        if to_do:
+            with open_workers(plan.spec, config.workers, config.attempts, config.stall_timeout_s) as workers:
+                encoding = prepare(plan, objects, workers)
+                making = time.monotonic()
+                if config.resume:  # another job may have begun the store meanwhile, or have made some of the shards
+                    done = finished_shards(objects, encoding.configuration_hash)
+                    to_do = [shard for shard in plan.shards if shard not in done]
+                if to_do:
+                    reopen(objects)
+                mine = [record for shard, record in done.items() if shard in plan.shards]
+                made, given_up = make_shards(plan, objects, workers, encoding, to_do, mine)
+        making_seconds = 0.0 if making is None else time.monotonic() - making
+        attributes = FeatureStore(config.store).attributes
+        # Other jobs may have made other shards meanwhile.
+        records = finished_shards(objects, attributes["configuration_hash"]) if config.shards else {**done, **made}
+        report = Report(
+            store=config.store,
+            shards=plan.features.shards,
+            own=plan.shards,
+            records=[records[shard] for shard in sorted(records)],
+            made=list(made),
+            given_up=given_up,
+            explained_variance=attributes["explained_variance"],
+            seconds=time.monotonic() - started,
+            making_seconds=making_seconds,
+        )
+        if report.complete:
+            finish(objects, report.records)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(what_is_kept(plan, objects, set_up=making is not None)) from None
     return report
 
 
@@ -111,11 +124,34 @@ def make_shards(
     return made, given_up
 
 
+def what_is_kept(plan: Plan, objects: Objects, *, set_up: bool) -> str:
+    """For somebody who stopped the job: what there is of the store, and how to go on.
+
+    Args:
+        plan: of the job.
+        objects: the store. It is asked: workers may have finished shards that the job does not know of.
+        set_up: whether this job saw the store set up.
+    """
+    try:
+        stored = existing_store(objects)
+        finished = len(objects.list(layout.LEDGER)) if stored else 0
+    except (DensefeatError, OSError) as error:
+        return f"what is stored cannot be seen now ({error}): go on with --resume"
+    if stored is None:
+        return "nothing was stored: run the same command again"
+    if not set_up and stored == plan.stored:
+        return "the store is what it was before: run the same command again"
+    if not finished:
+        return "no shard is finished, but the store was begun: --resume goes on with it"
+    return f"{finished:,} of {plan.features.shards:,} shards are finished and kept; --resume goes on from them"
+
+
 @contextmanager
 def open_workers(spec: WorkerSpec, count: int | None, attempts: int, stall_timeout_s: float) -> Iterator[Workers]:
     """Workers on the Ray cluster, or with ``count`` 0 in this process; gone at the end."""
     if count == 0:
-        yield InlineWorkers(spec)
+        with InlineWorkers(spec, attempts=attempts) as inline:
+            yield inline
         return
     from pipeline import runner  # ray takes a second to import
 
@@ -127,4 +163,4 @@ def open_workers(spec: WorkerSpec, count: int | None, attempts: int, stall_timeo
 
 
 if __name__ == "__main__":
-    run(UpsampleConfig, upsample, __doc__ or "", interrupted="finished shards are kept; --resume goes on from them")
+    run(UpsampleConfig, upsample, __doc__ or "", interrupted="nothing was stored: run the same command again")

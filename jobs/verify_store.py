@@ -2,8 +2,9 @@
 
     python -m jobs.verify_store --store features/
 
-Exit code 0: whole; 1: damaged or unfinished. ``--repair`` takes damaged shards out of the ledger, so that the main job
-with ``--resume`` makes them anew.
+Exit code 0: whole; 1: damaged (repaired or not) or unfinished. ``--repair`` takes damaged shards out of the ledger, so
+that the main job with ``--resume`` makes them anew, and rebuilds a damaged index or manifest from the ledger and, if
+need be, from the list of images.
 """
 
 import logging
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 
 from densefeat.objects import Objects
 from jobs.command_line import DONE, FAILED, run
-from pipeline.verify import StoreCheck, repair
+from pipeline.errors import JobError
+from pipeline.repair import rebuild_tables, take_out
+from pipeline.verify import StoreCheck
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +26,7 @@ class VerifyConfig:
 
     # The store to verify.
     store: str
-    # Take damaged shards out of the ledger, so that --resume makes them anew.
+    # Take damaged shards out of the ledger, so that --resume makes them anew; rebuild a damaged index or manifest.
     repair: bool = False
     # Shards read at the same time; each is held in memory whole.
     threads: int = 4
@@ -38,7 +41,8 @@ def verify(config: VerifyConfig) -> int:
     """Run the job; returns its exit code.
 
     Raises:
-        StoreError: there is no store.
+        StoreError: there is no store, or its metadata is damaged.
+        JobError: the index is to be rebuilt, and the images that the store was made of are not there.
     """
     check = StoreCheck(config.store)
     damaged: dict[int, list[str]] = {}
@@ -47,17 +51,33 @@ def verify(config: VerifyConfig) -> int:
             if problems:
                 damaged[shard] = problems
                 logger.error("shard %d: %s", shard, "; ".join(problems))
-    for problem in (general := check.store()):
+    attributes, tables = check.attributes(), check.tables()
+    general = [*attributes, *check.arrays(), *tables]
+    for problem in general:
         logger.error("store: %s", problem)
     missing = check.layout.shards - len(check.recorded)
     logger.info(
         "%s: %d of %d shards recorded, %d damaged, %d not done; %.1f MB read",
         config.store, len(check.recorded), check.layout.shards, len(damaged), missing, check.nbytes / 1e6,
     )  # fmt: skip
-    if config.repair and damaged:
-        repair(Objects(config.store), list(damaged))
-        logger.info("taken out of the ledger: run the main job with --resume to make them anew")
+    if config.repair:
+        if attributes:
+            raise JobError(
+                f"{config.store}: nothing was repaired: {attributes[0]}. Without them, sound shards cannot be told "
+                "from others: copy zarr.json from a copy of the store first"
+            )
+        _repair(Objects(config.store), list(damaged), tables=bool(tables))
     return FAILED if damaged or general or missing else DONE
+
+
+def _repair(objects: Objects, damaged: list[int], *, tables: bool) -> None:
+    if tables:
+        finished = rebuild_tables(objects, damaged)
+        logger.info("rebuilt %s", "index and manifest" if finished else "the index; its shards are not all done")
+    elif damaged:
+        take_out(objects, damaged)
+    if damaged:
+        logger.info("taken out of the ledger: run the main job with --resume to make them anew")
 
 
 if __name__ == "__main__":

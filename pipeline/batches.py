@@ -1,5 +1,6 @@
 """References -> decoded batches: reading and decoding, ahead of whoever computes on them."""
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from densefeat.errors import StorageUnavailable
 from pipeline.decode import Decoded, Geometry, decode
 from pipeline.errors import ImageError
 from pipeline.read import read_images
@@ -52,6 +54,10 @@ class Batch:
         return valid
 
 
+class WorkStopped(Exception):  # noqa: N818 - says what happened
+    """Somebody asked the work to stop; nothing is wrong with it."""
+
+
 class BatchLoader:
     """Makes batches; its thread pools are shared by all the shards that are in the worker.
 
@@ -63,6 +69,10 @@ class BatchLoader:
         max_pixels: as ``decode``.
         min_side: as ``decode``.
         threads: to decode with.
+
+    Attributes:
+        stop: once set, no further batch is made, and all that is being read ends at once with ``StorageUnavailable``,
+            waits for a storage included.
     """
 
     def __init__(
@@ -83,9 +93,15 @@ class BatchLoader:
         self._limits = {"max_pixels": max_pixels, "min_side": min_side}
         self._readers = ThreadPoolExecutor(max(8, threads), "read")
         self._decoders = ThreadPoolExecutor(threads, "decode")
+        self.stop = threading.Event()
 
     def batches(self, references: pa.Table, seconds: StageSeconds) -> Iterator[Batch]:
-        """Batches of the rows of ``references``, in order; at most two are decoded ahead of the consumer."""
+        """Batches of the rows of ``references``, in order; at most two are decoded ahead of the consumer.
+
+        Raises:
+            StorageUnavailable, JobError: as ``read_images``: nothing is known of the images from there on.
+            WorkStopped: before a batch, after ``stop`` was set.
+        """
         reads = self._reads(references, seconds)
         pending: deque[Future[Decoded | ImageError]] = deque()
         while True:
@@ -93,13 +109,22 @@ class BatchLoader:
                 pending.append(self._decoders.submit(self._decode, data, seconds))
             if not pending:
                 return
+            if self.stop.is_set():
+                raise WorkStopped
             yield self._stack([pending.popleft().result() for _ in range(min(self.batch_size, len(pending)))])
 
     def _reads(self, references: pa.Table, seconds: StageSeconds) -> Iterator[bytes | ImageError]:
-        images = read_images(references, image_column=self._image_column, kind=self._source_kind, pool=self._readers)
+        images = read_images(
+            references, image_column=self._image_column, kind=self._source_kind, pool=self._readers, stop=self.stop
+        )
         while True:
             with seconds.stage("read"):  # what is waited for; most of the reading happens meanwhile
-                data = next(images, None)
+                try:
+                    data = next(images, None)
+                except StorageUnavailable:
+                    if self.stop.is_set():  # a read that was stopped, not a storage that was down
+                        raise WorkStopped from None
+                    raise
             if data is None:
                 return
             yield data

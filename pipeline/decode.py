@@ -1,6 +1,5 @@
 """Bytes -> uint8 RGB on the target geometry: bounded in memory, and safe with any bytes."""
 
-import io
 import math
 import warnings
 from dataclasses import dataclass
@@ -8,21 +7,18 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile
+from PIL import Image
 
+from pipeline.decode_formats import open_stored
+from pipeline.decode_stored import Stored
 from pipeline.errors import ImageError
 
 __all__ = ["Decoded", "Fit", "Geometry", "decode"]
 
 Fit = Literal["crop", "pad", "squash"]
 
-# What may be opened, most frequent first. Pillow knows more, but some of it runs programs (EPS starts Ghostscript).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # ImageNet's mean colour: what a normalised network sees as zero.
 _PAD_RGB = (124, 116, 104)
-_WHITE_RGB = (255, 255, 255)
-# 16-bit gray -> 8 bits: value / 257, rounded, which maps 65535 to 255.
-_GRAY16_TO_8 = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 # EXIF orientation (TIFF 6.0, tag 274) -> what turns the stored image into the displayed one.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -34,8 +30,6 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Registers the formats now: doing so at the first image would race between threads.
-Image.init()
 # Pillow warns of odd metadata in files that it goes on to decode. Silenced once here, because
 # warnings.catch_warnings around each image is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -94,9 +88,11 @@ def decode(data: bytes, geometry: Geometry, *, max_pixels: int = 178_956_970, mi
 
     Crop and scale are one call of Pillow's ``resize(box=...)`` with a fractional box, so ``affine`` describes the
     pixels exactly. ``pad`` rounds the scaled sides to whole pixels; the affine map has the scale of each axis after
-    that. Transparency is composited over white, of an animation the first frame is taken, 16-bit gray becomes
-    value / 257, CMYK is converted without a colour profile (profiles are ignored throughout), and EXIF orientation is
-    applied; EXIF that cannot be parsed counts as none, as it does in image viewers. Safe to call from many threads.
+    that. Samples of d bits become value * 255 / (2^d - 1), rounded; where 16-bit RGB is not exact, ``open_png`` says by
+    how much. Transparency is composited over white, of an animation the first frame is taken (of an animated PNG the
+    image that viewers without animation show), CMYK is converted without a colour profile (profiles are ignored
+    throughout), and EXIF orientation is applied. Metadata that cannot be parsed counts as none, as it does in image
+    viewers. Safe to call from many threads.
 
     Args:
         data: a whole JPEG (MPO), PNG, WebP, GIF, BMP, TIFF, PPM/PGM/PBM, JPEG 2000 or AVIF file.
@@ -109,13 +105,14 @@ def decode(data: bytes, geometry: Geometry, *, max_pixels: int = 178_956_970, mi
         The pixels and where they come from.
 
     Raises:
-        ImageError: ``corrupt`` (empty, truncated or damaged), ``unsupported`` (another format, or pixels without a
-            defined range: float, 32-bit), ``too_large``, or ``too_small`` (also: so narrow that ``pad`` leaves no
-            feature pixel on it). Nothing else is raised, whatever the bytes.
+        ImageError: ``corrupt`` (empty, truncated or damaged), ``unsupported`` (another format, or pixels without
+            defined colours: signed, float, 32-bit, L*a*b* ...), ``too_large``, or ``too_small`` (also: so narrow that
+            ``pad`` leaves no feature pixel on it). Nothing else is raised, whatever the bytes.
+        MemoryError: the machine has no memory left, which says nothing about the image.
     """
     try:
         source = _load(data, geometry, max_pixels=max_pixels, min_side=min_side)
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_large", f"Refused by Pillow: {error}") from error
@@ -156,30 +153,15 @@ def _place(geometry: Geometry, height: int, width: int) -> _Placement:
 
 
 def _load(data: bytes, geometry: Geometry, *, max_pixels: int, min_side: int) -> _Source:
-    image = _open(data)
-    size = image.size
-    _check_size(size, max_pixels=max_pixels, min_side=min_side)
-    reduced = _draft(image, geometry) if image.format in ("JPEG", "MPO") else 1
-    image.load()
-    if reduced == 1 and image.size != size:
-        raise ImageError("corrupt", f"The header says {size[0]}x{size[1]} pixels, the image has {image.size}.")
-    orientation = _orientation(image)
-    width, height = size if orientation < 5 else size[::-1]
-    return _Source(_to_rgb(image), reduced, orientation, height, width)
-
-
-def _open(data: bytes) -> ImageFile.ImageFile:
-    """Parse the header. Not Image.open: that checks the size against a global, and warns where we accept."""
-    if not data:
-        raise ImageError("corrupt", "The file is empty (0 bytes).")
-    for name in _FORMATS:
-        factory, accept = Image.OPEN.get(name, (None, None))
-        if factory and accept and accept(data[:16]) is True:
-            return factory(io.BytesIO(data), "")
-    raise ImageError(
-        "unsupported",
-        f"Not an image: got {len(data)} bytes beginning with {data[:16]!r}, expected one of {', '.join(_FORMATS)}.",
-    )
+    stored = open_stored(data)
+    _check_size(stored.size, max_pixels=max_pixels, min_side=min_side)
+    reduced = _draft(stored, geometry)
+    image = stored.load()
+    if reduced == 1 and image.size != stored.size:
+        width, height = stored.size
+        raise ImageError("corrupt", f"The header says {width}x{height} pixels, the image has {image.size}.")
+    width, height = stored.size if stored.orientation < 5 else stored.size[::-1]
+    return _Source(image, reduced, stored.orientation, height, width)
 
 
 def _check_size(size: tuple[int, int], *, max_pixels: int, min_side: int) -> None:
@@ -190,61 +172,24 @@ def _check_size(size: tuple[int, int], *, max_pixels: int, min_side: int) -> Non
         raise ImageError("too_small", f"{width}x{height} pixels (width x height), a side below min_side={min_side}.")
 
 
-def _draft(image: ImageFile.ImageFile, geometry: Geometry) -> int:
+def _draft(stored: Stored, geometry: Geometry) -> int:
     """Let libjpeg decode at 1/2, 1/4 or 1/8, which is where most of the time goes; return that divisor.
 
     Only while at least twice the needed resolution is left: then the antialiased resize, not the DCT, still decides
     how the result looks.
     """
-    turned = _orientation(image) >= 5
-    width, height = image.size
+    if stored.jpeg is None:
+        return 1
+    turned = stored.orientation >= 5
+    width, height = stored.size
     placement = _place(geometry, *((width, height) if turned else (height, width)))
     x0, y0, x1, y1 = placement.box
     scales = (placement.content[1] / (x1 - x0), placement.content[0] / (y1 - y0))
     scale_x, scale_y = scales[::-1] if turned else scales
-    drafted = image.draft(None, (math.ceil(2 * width * scale_x), math.ceil(2 * height * scale_y)))
+    drafted = stored.jpeg.draft(None, (math.ceil(2 * width * scale_x), math.ceil(2 * height * scale_y)))
     if drafted is None:
         return 1
     return round(width / drafted[1][2])
-
-
-def _orientation(image: Image.Image) -> int:
-    if image.format == "TIFF":  # Pillow turns these itself, while loading
-        return 1
-    try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged metadata around what may be a sound image
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Bring any mode that has a defined range to RGB, transparency over white."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # PPM: scaled to 0..65535
-        return _gray16_to_rgb(image)
-    if image.mode in ("I", "F"):
-        kind = "32-bit float" if image.mode == "F" else "signed or 32-bit integer"
-        raise ImageError("unsupported", f"Got {kind} pixels, whose range is not defined; expected 8 or 16 bits.")
-    try:
-        if not image.has_transparency_data:
-            return image.convert("RGB")
-        rgba = image.convert("RGBA")
-    except ValueError as error:
-        raise ImageError("unsupported", f"Cannot convert mode {image.mode!r} to RGB: {error}") from error
-    canvas = Image.new("RGB", image.size, _WHITE_RGB)
-    canvas.paste(rgba, mask=rgba)
-    return canvas
-
-
-def _gray16_to_rgb(image: Image.Image) -> Image.Image:
-    bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))
-    if bits != (16,):
-        raise ImageError("unsupported", f"Got gray with {bits} bits a sample, expected 1, 8 or 16.")
-    table = _GRAY16_TO_8
-    if isinstance(key := image.info.get("transparency"), int):  # PNG: this gray value is transparent
-        table = table.copy()
-        table[key] = 255
-    return Image.fromarray(np.take(table, np.asarray(image), mode="clip")).convert("RGB")
 
 
 def _resample(source: _Source, geometry: Geometry) -> Decoded:

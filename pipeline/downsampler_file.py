@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from densefeat.objects import Objects, split_uri
+from densefeat.objects import Objects
+from densefeat.places import split_place
 from pipeline.backbone import Backbone
 from pipeline.errors import JobError
 from pipeline.weights import state_digest
@@ -113,7 +114,7 @@ class Downsampler:
             JobError: it is not there, or is not such a file.
         """
         try:
-            folder, name = split_uri(uri)
+            folder, name = split_place(uri)
             data = Objects(folder).get(name)
             header = _header(data, uri)
             if header["format"] != _FORMAT:

@@ -25,6 +25,7 @@ from pipeline.errors import JobError
 from pipeline.multiview_views import held_out_views, solver_views
 from pipeline.pca import Basis, Moments, fit
 from pipeline.progress_line import ProgressLine
+from pipeline.storage import temporary_folder
 from pipeline.view_features import JitterMatrices, project, view_features
 
 __all__ = ["ViewSample", "sampled_views"]
@@ -73,8 +74,8 @@ def sampled_views(
     jitters = solver_views(backbone.size, views) + held_out_views(backbone.size, held_out)
     matrices = JitterMatrices.of(jitters, device)
     shape = (len(images), len(jitters), backbone.num_chs, *backbone.grid)
-    with tempfile.TemporaryDirectory(prefix="densefeat-views-") as folder:
-        file = Path(folder) / "features"
+    with temporary_folder("densefeat-views-") as folder:
+        file = folder / "features"
         _take_space(file, 4 * math.prod(shape))
         spool: npt.NDArray[np.float32] = np.memmap(file, np.float32, "r+", shape=shape)
         moments, kept = Moments.none(backbone.num_chs), list[int]()

@@ -10,10 +10,12 @@ import pyarrow as pa
 import torch
 
 from pipeline.backbone import Backbone, build_backbone
-from pipeline.batches import BatchLoader
+from pipeline.batches import Batch, BatchLoader
 from pipeline.decode import Decoded, Geometry
 from pipeline.errors import JobError
 from pipeline.pca import Moments
+from pipeline.resources import available_cores, available_memory, shards_computing
+from pipeline.sample import Part
 from pipeline.source import Kind
 from pipeline.stage_seconds import StageSeconds
 from schemas.config import FeatureConfig
@@ -51,6 +53,7 @@ class FeatureWorker:
 
     Attributes:
         computing: to be held while the device computes.
+        tasks_at_once: how many tasks to give it, each in a thread of its own.
         images_done: rows through the backbone, all the worker's life long; progress is read off it.
 
     Raises:
@@ -61,11 +64,6 @@ class FeatureWorker:
         self.spec = spec
         config = spec.config
         self.device = torch.device(pick_device(config.device))
-        if self.device.type == "cpu":
-            # Parallel over shards, not inside operations: threads that wait for each other at every operation lose
-            # most of their time where decoding and compression want the same cores.
-            torch.set_num_threads(1)
-        self.computing = threading.BoundedSemaphore(shards_computing(self.device.type, spec.threads))
         self.batch_size = config.batch_size or _DEFAULT_BATCH_SIZE[self.device.type]
         self.geometry = Geometry(config.size_px, config.fit, config.output_size_px)
         self.loader = BatchLoader(
@@ -82,6 +80,14 @@ class FeatureWorker:
         self.backbone = backbone.to(self.device)
         self.check_identity("backbone", self.backbone.identity())
         self.images_done = 0
+        computing = shards_computing(
+            self.device.type,
+            spec.threads,
+            memory=available_memory() * spec.threads / max(available_cores(), spec.threads),
+            task_nbytes=self._task_nbytes(),
+        )
+        self.computing = threading.BoundedSemaphore(computing)
+        self.tasks_at_once = computing + 1  # one that reads or writes meanwhile
 
     def check_identity(self, stage: str, identity: dict[str, Any]) -> None:
         """Compare a stage built here with the driver's.
@@ -95,19 +101,35 @@ class FeatureWorker:
                 f"{self.spec.identities[stage]}; every node must load the same weights with the same version of timm"
             )
 
-    def moments(self, references: pa.Table) -> tuple[Moments, str | None]:
-        """Moments of the low-resolution features of some images, and the first error among those left out."""
-        total, first_error = Moments.none(self.backbone.num_chs), None
+    def moments(self, references: pa.Table) -> Part[Moments]:
+        """Moments of the low-resolution features of some images."""
+        total = Part(Moments.none(self.backbone.num_chs), 0, None)
         for batch in self.loader.batches(references, StageSeconds()):
-            errors = [str(image) for image in batch.decoded if not isinstance(image, Decoded)]
-            first_error = first_error or next(iter(errors), None)
-            if batch.usable_rows.any():
-                with self.computing:
-                    features = self.backbone(batch.pixels.to(self.device))
-                valid = batch.valid_cells(self.backbone.grid, self.geometry.output_size).to(self.device)
-                total = total.merged(Moments.of(features, valid & features.isfinite().all(1)))
+            error = next((str(image) for image in batch.decoded if not isinstance(image, Decoded)), None)
+            total = total.merged(self._moments_of(batch, error))
             self.images_done += len(batch.decoded)
-        return total, first_error
+        return total
+
+    def _moments_of(self, batch: Batch, error: str | None) -> Part[Moments]:
+        if not batch.usable_rows.any():
+            return Part(Moments.none(self.backbone.num_chs), 0, error)
+        with self.computing:
+            features = self.backbone(batch.pixels.to(self.device))
+        finite = features.isfinite().all(1)
+        valid = finite & batch.valid_cells(self.backbone.grid, self.geometry.output_size).to(self.device)
+        images = int(valid.flatten(1).any(1).sum())
+        if error is None and not finite.all():
+            error = "its features contain NaN or infinity"
+        return Part(Moments.of(features, valid), images, error)
+
+    def stop(self) -> None:
+        """Let tasks end before their next batch, in `pipeline.batches.WorkStopped`."""
+        self.loader.stop.set()
+
+    def _task_nbytes(self) -> int:
+        """About what a task has in memory: pixels of three batches, and what the backbone makes of one."""
+        height, width = self.geometry.size
+        return self.batch_size * height * width * (3 * 3 + 4 * _ACTIVATIONS_A_PIXEL)
 
     def made_by(self) -> dict[str, str]:
         """What may differ between the shards of one store: for the ledger."""
@@ -123,17 +145,7 @@ class FeatureWorker:
 
 # Enough to fill the device, few enough to fit its memory with k = 256 at 224 px; on a CPU for each shard that computes.
 _DEFAULT_BATCH_SIZE = {"cpu": 4, "cuda": 32}
-_MOST_SHARDS_COMPUTING = 16  # on a CPU: bounds memory
-
-
-def shards_computing(device: str, threads: int) -> int:
-    """How many shards compute at the same time in a worker: one on a GPU, one a core on a CPU."""
-    return min(threads, _MOST_SHARDS_COMPUTING) if device == "cpu" else 1
-
-
-def shards_in_worker(device: str, threads: int) -> int:
-    """How many shards a worker is given: those that compute, and one that reads or writes meanwhile."""
-    return shards_computing(device, threads) + 1
+_ACTIVATIONS_A_PIXEL = 64  # float32 values: of the widest layer and its neighbours
 
 
 def pick_device(device: str) -> str:

@@ -1,7 +1,8 @@
 """The one file that a job is asked to write: whether it can, before the work; the file itself, after it."""
 
-from densefeat.objects import Objects, split_uri
-from pipeline.store import check_writable, storage_explained
+from densefeat.objects import Objects
+from densefeat.places import split_place
+from pipeline.storage import check_writable, storage_explained
 
 __all__ = ["check_output_file", "write_output_file"]
 
@@ -16,8 +17,7 @@ def check_output_file(option: str, uri: str) -> None:
     Raises:
         JobError: it cannot be written to.
     """
-    with storage_explained(f"{option} {uri}"):
-        check_writable(Objects(split_uri(uri)[0]))
+    check_writable(Objects(split_place(uri)[0]), f"{option} {uri}")
 
 
 def write_output_file(option: str, uri: str, data: bytes) -> None:
@@ -26,7 +26,7 @@ def write_output_file(option: str, uri: str, data: bytes) -> None:
     Raises:
         JobError: it cannot be written.
     """
-    folder, name = split_uri(uri)
+    folder, name = split_place(uri)
     with storage_explained(f"{option} {uri}"):
         Objects(folder).put(name, data)
-        Objects(folder).tidy()
+        Objects(folder).sweep(deep=False)

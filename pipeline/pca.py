@@ -153,10 +153,3 @@ def fit(moments: Moments, k: int) -> Basis:
         values[:k].copy(),
         values[:k] / values.sum(),
     )
-
-
-def sample_rows(rows: int, images: int) -> list[int]:
-    """Rows to fit on: ``images`` of them (0: all) spread evenly over the dataset, in order, always the same."""
-    if images == 0 or images >= rows:
-        return list(range(rows))
-    return [i * rows // images for i in range(images)]

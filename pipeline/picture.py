@@ -7,7 +7,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from densefeat.objects import Objects, split_uri
+from densefeat.places import open_uri
+from densefeat.retries import retried
 from densefeat.store import FeatureStore
 from pipeline.backbone import Backbone
 from pipeline.decode import Geometry, decode
@@ -45,9 +46,9 @@ def read_photo(store: FeatureStore, row: int) -> npt.NDArray[np.uint8]:
     uri = store.index["uri"][row].as_py()
     if store.attributes["configuration"]["source"]["kind"] != "folder":
         raise JobError(f"row {row} lies inside {uri}: pictures can be made of images that are files of their own")
-    folder, name = split_uri(uri)
     try:
-        return decode(Objects(folder).get(name), stored_geometry(store)).pixels
+        filesystem, path = open_uri(uri)
+        return decode(bytes(retried(lambda: filesystem.cat_file(path), uri)), stored_geometry(store)).pixels
     except OSError as error:
         raise JobError(f"the image of row {row} cannot be read from {uri}: {error}") from error
 

@@ -1,7 +1,9 @@
 """What a job is going to do, found out and checked before it does anything."""
 
 import json
+import logging
 import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,21 +11,27 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from densefeat.index import stored_index
 from densefeat.layout import ZSTD_LEVEL, FeatureLayout
-from densefeat.objects import Objects, absolute_path, split_uri
+from densefeat.objects import Objects
+from densefeat.places import absolute_place, encloses, is_local, split_place
 from densefeat.store import FeatureStore
 from pipeline.backbone import Backbone, build_backbone
 from pipeline.errors import JobError
 from pipeline.feature_worker import WorkerSpec
 from pipeline.pca import Basis
-from pipeline.source import keys_digest, list_images
-from pipeline.store import check_writable, existing_store, foreign_keys, storage_explained, stored_index
+from pipeline.resources import available_cores
+from pipeline.source import Source, keys_digest, list_images
+from pipeline.source_files import Scan, ScanMap
+from pipeline.source_findings import Finding, describe_findings, refuse_losses
+from pipeline.storage import check_writable, storage_explained
+from pipeline.store import existing_store, foreign_keys, remains
 from pipeline.upsample import Upsampler, build_configured
-from schemas.attributes import StoreAttributes, differences
-from schemas.config import FeatureConfig, UpsampleConfig
+from schemas.attributes import StoreAttributes, differences, incompatibilities
+from schemas.config import DEFAULT_COMPONENTS, FeatureConfig, UpsampleConfig
 from schemas.index import REFERENCES
 
-DEFAULT_COMPONENTS = 128
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +47,7 @@ class Plan:
         basis: given by ``--pca``; None: to be fitted.
         stored: attributes of the store that is to be resumed or overwritten.
         spec: for the workers.
+        findings: what of the source is not used; nothing if the store is resumed, as its source is not listed.
     """
 
     config: UpsampleConfig
@@ -49,6 +58,7 @@ class Plan:
     basis: Basis | None
     stored: StoreAttributes | None
     spec: WorkerSpec
+    findings: tuple[Finding, ...]
 
     @property
     def shards(self) -> range:
@@ -65,9 +75,12 @@ class Plan:
         layout, config = self.features, self.config
         k, height, width = layout.image_shape
         nbytes = layout.rows * layout.image_nbytes
+        labelled = layout.rows - self.references["label"].null_count
         lines = [
             f"images      {layout.rows:,} from {config.images}"
-            + (f", {len(self.class_names):,} classes" if self.class_names else ""),
+            + (f", {len(self.class_names):,} classes" if self.class_names else "")
+            + (f", {labelled:,} with a label" if labelled else ", no labels"),
+            *describe_findings(self.findings),
             f"store       {config.store}" + (" (resumed)" if config.resume and self.stored else ""),
             f"features    {k} components, {height}×{width}, {layout.dtype}",
             f"shards      {layout.shards:,} of {layout.shard_rows} images"
@@ -94,7 +107,7 @@ def make_plan(config: UpsampleConfig) -> Plan:
     _check_upsampler(upsampler, backbone, config)
     basis = None if config.pca is None else read_basis(config.pca, backbone)
     k = _components(config, backbone, basis)
-    source, references, class_names = _source(config, resumed)
+    source, references, class_names, findings = _source(config, resumed)
     identities = {"backbone": backbone.identity(), "upsampler": upsampler.identity()}
     plan = Plan(
         config=config,
@@ -118,6 +131,7 @@ def make_plan(config: UpsampleConfig) -> Plan:
         basis=None if basis is None else basis.truncated(k),
         stored=stored,
         spec=WorkerSpec(config, source["kind"], source["image_column"], available_cores(), identities),
+        findings=findings,
     )
     if not plan.shards:
         raise JobError(f"--shards {config.shards} holds none of the {plan.features.shards} shards of this dataset")
@@ -135,7 +149,9 @@ def feature_spec(config: FeatureConfig) -> tuple[WorkerSpec, pa.Table, Backbone]
         JobError: as ``make_plan``.
     """
     backbone = _checked_backbone(config)
-    source = list_images(config.images, limit=config.limit, image_column=config.image_column)
+    source = _listed(config)
+    for line in describe_findings(source.findings):
+        logger.info("%s", line)
     identities = {"backbone": backbone.identity()}
     spec = WorkerSpec(config, source.kind, source.image_column, available_cores(), identities)
     return spec, source.references, backbone
@@ -149,7 +165,7 @@ def read_basis(uri: str, backbone: Backbone) -> Basis:
     """
     if uri.endswith(".npz"):
         try:
-            folder, name = split_uri(uri)
+            folder, name = split_place(uri)
             basis, provenance = Basis.from_npz(Objects(folder).get(name))
         except (OSError, ValueError) as error:
             raise JobError(f"--pca {uri} cannot be read: {error}; make one with jobs/fit_pca.py") from error
@@ -173,9 +189,15 @@ def _stored_attributes(config: UpsampleConfig) -> StoreAttributes | None:
         stored = existing_store(objects)
         if stored is None and (others := foreign_keys(objects)):
             raise JobError(
-                f"--store {config.store!r} holds other things ({', '.join(others[:3])}{' …' if others[3:] else ''}): "
-                "choose an empty place for the store"
+                f"--store {config.store!r} holds other things ({_few(others)}): choose an empty place for the store"
             )
+        if stored is None and not config.overwrite and (parts := remains(objects)):
+            stored = existing_store(objects)  # another job may set it up this very moment
+            if stored is None:
+                raise JobError(
+                    f"--store {config.store} holds parts of a store ({_few(parts)}), but no zarr.json: a deletion or a "
+                    "copy was interrupted; --overwrite deletes them and begins anew"
+                )
         if stored and not (config.resume or config.overwrite):
             raise JobError(
                 f"--store {config.store} exists: --resume goes on with it, --overwrite deletes it and begins anew"
@@ -185,8 +207,7 @@ def _stored_attributes(config: UpsampleConfig) -> StoreAttributes | None:
 
 def _check_writable(config: UpsampleConfig) -> None:
     """The last check, because it writes."""
-    with storage_explained(f"--store {config.store}"):
-        check_writable(Objects(config.store))
+    check_writable(Objects(config.store), f"--store {config.store}")
 
 
 def check_apart(images: str, option: str, place: str) -> None:
@@ -200,10 +221,9 @@ def check_apart(images: str, option: str, place: str) -> None:
     Raises:
         JobError: they lie in each other.
     """
-    if "://" in images or "://" in place:
-        return
-    source, result = Path(absolute_path(images)), Path(absolute_path(place))
-    if source.is_dir() and (result.is_relative_to(source) or source.is_relative_to(result)):
+    if is_local(images) and not Path(absolute_place(images)).is_dir():
+        return  # files or a pattern: the place is refused if it holds them
+    if encloses(images, place) or encloses(place, images):
         raise JobError(f"{option} {place} and the images {images} lie in each other: give {option} a folder of its own")
 
 
@@ -240,21 +260,40 @@ def _components(config: UpsampleConfig, backbone: Backbone, basis: Basis | None)
 
 def _source(
     config: UpsampleConfig, resumed: StoreAttributes | None
-) -> tuple[dict[str, Any], pa.Table, tuple[str, ...]]:
-    """The source's part of the configuration, its images, its classes.
+) -> tuple[dict[str, Any], pa.Table, tuple[str, ...], tuple[Finding, ...]]:
+    """The source's part of the configuration, its images, its classes, and what of it is not used.
 
     A store that is resumed has its images in its index: they are not listed again, so that rows stay where they are.
     """
-    images = config.images if "://" in config.images else absolute_path(config.images)
-    asked: dict[str, Any] = {"images": images, "limit": config.limit}
+    asked: dict[str, Any] = {"images": absolute_place(config.images), "limit": config.limit}
     if resumed and resumed.setup_complete:
         references = stored_index(Objects(config.store)).select(REFERENCES.names)
         if config.image_column is not None:
             asked["image_column"] = config.image_column
-        return {**resumed.configuration["source"], **asked}, references, resumed.class_names
-    source = list_images(config.images, limit=config.limit, image_column=config.image_column)
+        return {**resumed.configuration["source"], **asked}, references, resumed.class_names, ()
+    source = _listed(config)
+    refuse_losses(config.images, source.findings, source.candidates, config.max_failed_share)
     known = {"kind": source.kind, "image_column": source.image_column, "rows": source.references.num_rows}
-    return {**asked, **known, "keys_sha256": keys_digest(source.references)}, source.references, source.class_names
+    asked |= {**known, "keys_sha256": keys_digest(source.references)}
+    return asked, source.references, source.class_names, source.findings
+
+
+def _listed(config: FeatureConfig) -> Source:
+    scan_map = cluster_scan_map() if config.workers != 0 else None
+    return list_images(config.images, limit=config.limit, image_column=config.image_column, scan_map=scan_map)
+
+
+def cluster_scan_map() -> ScanMap | None:
+    """Where the files of a large dataset are scanned: on the Ray cluster that RAY_ADDRESS names, if there is one."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return None
+
+    def scan(function: Callable[[str], Scan], paths: Sequence[str]) -> Iterator[Scan]:
+        from pipeline import cluster  # ray takes a second to import
+
+        return cluster.map_on_cluster(function, paths)
+
+    return scan
 
 
 def _pca_configuration(config: UpsampleConfig, k: int, basis: Basis | None, rows: int) -> dict[str, Any]:
@@ -270,11 +309,7 @@ def _storage_configuration(config: UpsampleConfig) -> dict[str, Any]:
 
 def _check_same(stored: StoreAttributes, configuration: dict[str, Any], store: str) -> None:
     """Refuse to mix two configurations in one store."""
-    old = {**stored.configuration, "pca": dict(stored.configuration["pca"])}
-    if "fitted_on_images" in old["pca"]:
-        old["pca"].pop("basis", None)  # what came of fitting; asked for is only how to fit
-    different = differences(old, json.loads(json.dumps(configuration)))
-    if different:
+    if different := incompatibilities(stored.configuration, configuration):
         raise JobError(
             f"--resume: the store {store} was made with another configuration:\n  "
             + "\n  ".join(different)
@@ -282,9 +317,8 @@ def _check_same(stored: StoreAttributes, configuration: dict[str, Any], store: s
         )
 
 
-def available_cores() -> int:
-    """Cores that this process may use: a container may have fewer than its machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _few(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (" …" if keys[3:] else "")
 
 
 def _short(value: Any) -> str:

@@ -2,31 +2,32 @@
 
 import logging
 import shutil
-import time
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from densefeat.layout import FEATURES
 from densefeat.objects import Objects
 from densefeat.store import FeatureStore
 from pipeline.errors import JobError
-from pipeline.pca import Basis, Moments, fit, sample_rows
+from pipeline.gather import gather
+from pipeline.pca import Basis, fit
 from pipeline.plan import Plan, readable_size
+from pipeline.quantize import steps
 from pipeline.software import software_versions
-from pipeline.store import delete_store, existing_store, explain_storage_error, set_up, step_sha256
+from pipeline.storage import storage_explained
+from pipeline.store import claim, complete_setup, delete_store, existing_store, step_sha256
 from pipeline.worker import Encoding
-from pipeline.workers import TaskFailed, Workers
-from schemas.attributes import StoreAttributes, differences
+from pipeline.workers import Workers
+from schemas.attributes import StoreAttributes, incompatibilities
 from schemas.index import pending_index
 
 logger = logging.getLogger(__name__)
 
 _IMAGES_IN_TASK = 32  # images of the PCA sample in one task
-_LINE_EVERY_S = 5.0
-_OTHERS_SETUP_S = 120.0
 _CALIBRATION_IMAGES = 32  # images whose upsampled features set the quantization steps
+_IMAGES_IN_CALIBRATION_TASK = 4  # few: an upsampler that fits each image takes minutes for one
 
 
 def prepare(plan: Plan, objects: Objects, workers: Workers) -> Encoding:
@@ -35,12 +36,13 @@ def prepare(plan: Plan, objects: Objects, workers: Workers) -> Encoding:
     Raises:
         JobError: the sample cannot be used, the store does not fit on the disk, somebody else set it up meanwhile.
     """
-    if plan.config.resume and plan.stored and plan.stored.setup_complete:
-        return _stored_encoding(objects)
+    with storage_explained(objects.uri):
+        if plan.config.resume and (joined := _join(plan, objects)):
+            return joined
     basis = plan.basis or fit_basis(plan.references, plan.features.components, plan.config.pca_images, workers)
     explained = float(basis.explained_variance_ratio.sum())
     logger.info("PCA: %d components explain %.1f %% of the variance", len(basis.components), 100 * explained)
-    step, image_nbytes = _sample_encoding(plan, basis, workers)
+    step, image_nbytes = _calibrate(plan, basis, workers)
     _check_space(plan, objects, image_nbytes)
     attributes = StoreAttributes(
         configuration={**plan.configuration, "pca": {**plan.configuration["pca"], "basis": basis.digest}},
@@ -49,82 +51,74 @@ def prepare(plan: Plan, objects: Objects, workers: Workers) -> Encoding:
         explained_variance=explained,
         step_sha256=step_sha256(step),
     )
-    if plan.config.overwrite and plan.stored:
-        delete_store(objects)
-    try:
-        # Claimed by a run that died, or by one that works on it this moment: fitting took a while.
-        claimed = plan.config.resume and existing_store(objects)
-        if claimed and claimed.setup_complete:
-            return _join(objects, attributes)
-        set_up(objects, attributes, plan.features, basis, step, pending_index(plan.references), claimed=bool(claimed))
-    except FileExistsError:
-        if plan.config.resume:
-            return _join(objects, attributes)
-        raise JobError(f"another job set up {objects.uri} in the meantime: use --resume to work with it") from None
-    except OSError as error:
-        raise explain_storage_error(error, objects.uri) or error from error
-    return Encoding(basis, step, attributes.hash)
+    with storage_explained(objects.uri):
+        if plan.config.overwrite:
+            _delete_planned(plan, objects)
+        try:
+            claim(objects, attributes, basis, step)
+        except FileExistsError:
+            if not plan.config.resume:
+                raise JobError(
+                    f"another job set up {objects.uri} in the meantime: use --resume to work with it"
+                ) from None
+        encoding = _join(plan, objects)
+    if encoding is None:
+        raise JobError(f"another job deleted {objects.uri} while this one set it up: stop one of them")
+    return encoding
 
 
-def _join(objects: Objects, attributes: StoreAttributes) -> Encoding:
-    """Work with the store that another job has just set up, if it set up the same one.
+def _join(plan: Plan, objects: Objects) -> Encoding | None:
+    """Work with the store that is there, whoever set it up, and finish its setup if nobody has; None if there is none.
 
     Raises:
-        JobError: it is another one, or its setup does not come to an end.
+        JobError: it was made for other options, or is damaged.
     """
-    end = time.monotonic() + _OTHERS_SETUP_S
-    while time.monotonic() < end:
-        stored = existing_store(objects)
-        if stored is not None and stored.hash != attributes.hash:
-            different = "; ".join(differences(stored.configuration, attributes.configuration))
-            raise JobError(f"another job set up {objects.uri} in the meantime, with other options: {different}")
-        if stored is not None and stored.setup_complete:
-            return _stored_encoding(objects)
-        time.sleep(1)
-    raise JobError(f"another job began to set up {objects.uri} and did not finish: run this one again with --resume")
+    stored = existing_store(objects)
+    if stored is None:
+        return None
+    if different := incompatibilities(stored.configuration, plan.configuration):
+        raise JobError(f"another job set up {objects.uri} in the meantime, with other options: {'; '.join(different)}")
+    try:
+        complete_setup(objects, plan.features, pending_index(plan.references))
+    except FileExistsError as error:
+        raise JobError(f"{error}: stop one of them") from error
+    return _stored_encoding(plan, objects)
+
+
+def _delete_planned(plan: Plan, objects: Objects) -> None:
+    """Delete the store that was there when the job was planned, and no other."""
+    stored = existing_store(objects)
+    if stored is not None and stored != plan.stored:
+        raise JobError(
+            f"another job set up {objects.uri} in the meantime: it is not the store that --overwrite was to delete"
+        )
+    delete_store(objects)
 
 
 def fit_basis(references: pa.Table, k: int, images: int, workers: Workers) -> Basis:
-    """Fit ``k`` components on a sample of the images, spread over the workers.
+    """Fit ``k`` components on a sample of ``images`` (0: all) usable images, spread over the workers.
 
     Raises:
         JobError: too few images can be used.
     """
-    rows = sample_rows(references.num_rows, images)
-    logger.info("PCA: fitting %d components on %d images", k, len(rows))
-    sample = references.take(rows)
-    tasks = [(sample.slice(first, _IMAGES_IN_TASK),) for first in range(0, len(rows), _IMAGES_IN_TASK)]
-    results: dict[int, tuple[Moments, str | None]] = {}
-    done, said = 0, time.monotonic()
-
-    def say(images_more: int) -> None:
-        nonlocal done, said
-        done += images_more
-        if time.monotonic() - said > _LINE_EVERY_S:
-            said = time.monotonic()
-            logger.info("PCA: %d/%d images", done, len(rows))
-
-    for task, result in workers.map("moments", tasks, say):
-        if isinstance(result, TaskFailed):
-            raise JobError(f"PCA: a part of the sample failed {result.attempts} times: {result.reason}")
-        results[task] = result
-    # In the order of the tasks, so that the bits do not depend on who was first.
-    moments = [results[task][0] for task in range(len(tasks))]
-    total = moments[0]
-    for other in moments[1:]:
-        total = total.merged(other)
-    if total.count == 0:
-        first_error = next((error for _, error in results.values() if error), "no error was recorded")
-        raise JobError(f"none of the {len(rows)} sampled images could be used; the first says: {first_error}")
-    return fit(total, k)
+    logger.info("PCA: fitting %d components on %d images", k, min(images, references.num_rows) or references.num_rows)
+    sample = gather(workers, "moments", references, images, images_in_task=_IMAGES_IN_TASK, what="PCA")
+    return fit(sample.sums, k)
 
 
-def _sample_encoding(plan: Plan, basis: Basis, workers: Workers) -> tuple[np.ndarray[Any, Any] | None, float]:
-    sample = plan.references.take(sample_rows(plan.references.num_rows, _CALIBRATION_IMAGES))
-    ((_, result),) = workers.map("sample_encoding", [(sample, basis)])
-    if isinstance(result, TaskFailed):
-        raise JobError(f"measuring the features of a sample failed {result.attempts} times: {result.reason}")
-    return result[0], result[1]
+def _calibrate(plan: Plan, basis: Basis, workers: Workers) -> tuple[npt.NDArray[np.float32] | None, float]:
+    """Quantization steps [k], None for float16; and the bytes that an image will take, about."""
+    sample = gather(
+        workers,
+        "calibrate",
+        plan.references,
+        _CALIBRATION_IMAGES,
+        workers.share(basis),
+        images_in_task=_IMAGES_IN_CALIBRATION_TASK,
+        what="calibration",
+    )
+    mean_square, nbytes = sample.sums.mean_square / sample.images, sample.sums.nbytes / sample.images
+    return steps(mean_square, plan.config.error_floor) if plan.config.dtype == "int8" else None, nbytes
 
 
 def _check_space(plan: Plan, objects: Objects, image_nbytes: float) -> None:
@@ -145,11 +139,13 @@ def _check_space(plan: Plan, objects: Objects, image_nbytes: float) -> None:
         )
 
 
-def _stored_encoding(objects: Objects) -> Encoding:
+def _stored_encoding(plan: Plan, objects: Objects) -> Encoding:
     store = FeatureStore(objects.uri)
     basis = Basis.of_store(store)
     if basis.digest != store.attributes["configuration"]["pca"]["basis"]:
         raise JobError(f"the PCA basis in {objects.uri} is not the one that its attributes name: use --overwrite")
     if step_sha256(store.step) != store.attributes["step_sha256"]:
         raise JobError(f"the steps in {objects.uri} are not those that its attributes name: use --overwrite")
+    if store.layout != plan.features:
+        raise JobError(f"the array in {objects.uri} is {store.layout}, expected {plan.features}: use --overwrite")
     return Encoding(basis, store.step, store.attributes["configuration_hash"])

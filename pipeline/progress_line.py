@@ -9,21 +9,21 @@ _EVERY_S = 5.0
 
 
 class ProgressLine:
-    """Says how far a piece of work is, at most every five seconds.
+    """Logs how far a piece of work is, at most every five seconds.
 
     Args:
-        what: is being done.
+        what: the work.
         total: steps.
-        unit: what a step is, in the plural.
+        unit: of the steps, in the plural.
     """
 
     def __init__(self, what: str, total: int, unit: str) -> None:
         self._what, self._total, self._unit = what, total, unit
-        self._done, self._said = 0, time.monotonic()
+        self._done, self._last_logged = 0, time.monotonic()
 
-    def advance(self) -> None:
-        """One more step is done."""
-        self._done += 1
-        if time.monotonic() - self._said > _EVERY_S:
-            self._said = time.monotonic()
+    def advance(self, steps: int = 1) -> None:
+        """So many more steps are done."""
+        self._done += steps
+        if time.monotonic() - self._last_logged > _EVERY_S:
+            self._last_logged = time.monotonic()
             logger.info("%s: %d/%d %s", self._what, self._done, self._total, self._unit)

@@ -1,5 +1,7 @@
 """References -> the encoded bytes of every image, read ahead of the consumer."""
 
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
@@ -8,9 +10,13 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from densefeat.places import is_local
+from densefeat.retries import PATIENCE_S
 from pipeline.errors import ImageError
+from pipeline.read_bounds import Bounds, Stop
 from pipeline.read_fetch import Fetch, Outcome
 from pipeline.read_parquet import Reference, read_batches
+from pipeline.read_tar import read_member
 from pipeline.source import Kind
 
 __all__ = ["read_images"]
@@ -48,11 +54,15 @@ def read_images(
     ahead: int = 16,
     max_bytes: int = _MAX_BYTES,
     storage_options: Mapping[str, Any] | None = None,
+    patience_s: float = PATIENCE_S,
+    bounds: Bounds | None = None,
+    stop: threading.Event | None = None,
 ) -> Iterator[Outcome]:
     """Yield the encoded bytes of every row, in the order of the rows, while later ones are fetched.
 
-    Errors of the network are tried four times, within two seconds. Filesystems are opened in the process that
-    iterates, so a table of references can be sent to another. Stopping early cancels what has not begun.
+    A storage that does not answer is asked again, for `patience_s`; then there are no outcomes but an error, as nothing
+    is known of the images. Filesystems are opened in the process that iterates, so a table of references can be sent
+    to another. Stopping early (closing the iterator) cancels what has not begun and ends every wait.
 
     Args:
         references: a slice of ``Source.references``.
@@ -62,6 +72,9 @@ def read_images(
         ahead: how many rows' bytes are held or being fetched beyond the one the consumer has.
         max_bytes: images with more encoded bytes are not fetched.
         storage_options: keyword arguments for the filesystem of the references.
+        patience_s: how long after its first failure something is tried again.
+        bounds: on the time of each request; by default `Bounds`'s own.
+        stop: ends it when set, with `StorageUnavailable`.
 
     Returns:
         An iterator with one item a row: ``bytes`` (an empty file gives ``b""``), or an ``ImageError`` with the status
@@ -69,6 +82,8 @@ def read_images(
 
     Raises:
         ValueError: ``ahead`` is below 1, or ``image_column`` is missing for Parquet.
+        StorageUnavailable: (while iterating) the storage of the next image did not answer, or its folder is gone.
+        JobError: (while iterating) there are no credentials, they have expired, or a package is missing.
     """
     if ahead < 1:
         raise ValueError(f"read_images: got ahead={ahead}, expected at least 1 row.")
@@ -76,19 +91,36 @@ def read_images(
         raise ValueError("read_images: got image_column=None for Parquet, expected Source.image_column.")
     columns = (references[name].to_pylist() for name in ("uri", "offset", "nbytes"))
     rows = [Reference(*values) for values in zip(*columns, strict=True)]
-    fetch = Fetch(rows[0].uri if rows else "", max_bytes, storage_options)
+    ended = Stop(stop)
+    fetch = Fetch(
+        rows[0].uri if rows else "",
+        max_bytes,
+        storage_options,
+        patience_s=patience_s,
+        bounds=bounds,
+        stop=ended,
+        folder=_common_folder(rows),
+    )
     if kind == "parquet":
         # Of the rows ahead, half may lie in the batch that is being read and the one that is being handed out.
         batch_size = max(1, ahead // 4)
         batches = _read_ahead(read_batches(rows, str(image_column), fetch, batch_size), pool)
         tasks = (_Task(1, partial(_fetch_cell, cell, fetch)) for batch in batches for cell in batch)
-        return _in_order(tasks, pool, max(1, ahead - 2 * batch_size))
+        return _in_order(tasks, pool, max(1, ahead - 2 * batch_size), ended)
     if kind == "tar":
-        return _in_order(_tar_tasks(rows, fetch, max_rows=max(1, ahead // 2)), pool, ahead)
-    return _in_order((_Task(1, partial(_fetch_file, row, fetch)) for row in rows), pool, ahead)
+        return _in_order(_tar_tasks(rows, fetch, max_rows=max(1, ahead // 2)), pool, ahead, ended)
+    return _in_order((_Task(1, partial(_fetch_file, row, fetch)) for row in rows), pool, ahead, ended)
 
 
-def _in_order(tasks: Iterable[_Task], pool: Executor, ahead: int) -> Iterator[Outcome]:
+def _common_folder(rows: list[Reference]) -> str | None:
+    """Of files of this machine: the lowest folder that holds them all."""
+    folders = {row.uri.rpartition("/")[0] for row in rows}
+    if not folders or not all(map(is_local, folders)):
+        return None
+    return os.path.commonpath(folder or "/" for folder in folders)
+
+
+def _in_order(tasks: Iterable[_Task], pool: Executor, ahead: int, ended: Stop) -> Iterator[Outcome]:
     """Run tasks in the pool, yield their outcomes in order; at most ``ahead`` rows are begun beyond the consumer's."""
     waiting = iter(tasks)
     task = next(waiting, None)
@@ -106,6 +138,7 @@ def _in_order(tasks: Iterable[_Task], pool: Executor, ahead: int) -> Iterator[Ou
             held -= 1
             yield ready.popleft()
     finally:
+        ended.set()
         for future in running:
             future.cancel()
 
@@ -130,8 +163,14 @@ def _tar_tasks(rows: Iterable[Reference], fetch: Fetch, *, max_rows: int) -> Ite
     """Join neighbouring members of one tar to ranged reads."""
     run: list[_Range] = []
     for row in rows:
-        if row.offset is None or row.nbytes is None:
-            raise ValueError(f"read_images: got a row of {row.uri} without offset or nbytes, expected both for a tar.")
+        if row.offset is None:
+            raise ValueError(f"read_images: got a row of {row.uri} without offset, expected it for a tar.")
+        if row.nbytes is None:  # not one range of bytes
+            if run:
+                yield _Task(len(run), partial(_fetch_run, run, fetch))
+                run = []
+            yield _Task(1, partial(_fetch_member, row.uri, row.offset, fetch))
+            continue
         member = _Range(row.uri, row.offset, row.offset + row.nbytes)
         if run and (len(run) == max_rows or not _joins(run, member, fetch.max_bytes)):
             yield _Task(len(run), partial(_fetch_run, run, fetch))
@@ -139,6 +178,10 @@ def _tar_tasks(rows: Iterable[Reference], fetch: Fetch, *, max_rows: int) -> Ite
         run.append(member)
     if run:
         yield _Task(len(run), partial(_fetch_run, run, fetch))
+
+
+def _fetch_member(uri: str, header: int, fetch: Fetch) -> list[Outcome]:
+    return [read_member(uri, header, fetch)]
 
 
 def _joins(run: list[_Range], member: _Range, max_bytes: int) -> bool:
@@ -154,9 +197,6 @@ def _fetch_run(run: list[_Range], fetch: Fetch) -> list[Outcome]:
     data = fetch(uri, start=start, end=end, nbytes=end - start)
     if isinstance(data, ImageError):
         return [data] * len(run)
-    if len(data) > end - start:
-        message = f"Asked {uri} for the bytes {start} to {end}, got {len(data)}: its server does not read ranges."
-        return [ImageError("unreadable", message)] * len(run)
     return [_member(data, member, start) for member in run]
 
 

@@ -1,31 +1,28 @@
 """The files behind a path, a pattern or a URL, and scanning them in order."""
 
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import PurePosixPath
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from densefeat.errors import DensefeatError
 from densefeat.places import open_place
+from densefeat.retries import retried
 from pipeline.errors import JobError
-from schemas.index import REFERENCES
+from pipeline.source_findings import Finding, Tally
+from pipeline.source_labels import Labels
+from pipeline.source_names import IMAGE_SUFFIXES, escaped, looks_like_image, suffix_of
+from pipeline.source_walk import MAGIC, Entry, glob_local, outermost, walk_local
+from pipeline.storage_errors import explain_storage_error
 
-__all__ = [
-    "File",
-    "Found",
-    "explained",
-    "find_files",
-    "scan_in_order",
-    "suffix_of",
-    "uri_of",
-]
+__all__ = ["File", "Found", "Scan", "ScanMap", "explained", "find_files", "scan_in_order", "uri_of"]
 
 _PARALLEL_SCANS = 8
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -48,16 +45,37 @@ class Found(NamedTuple):
     filesystem: AbstractFileSystem
     files: list[File]
 
+    @property
+    def is_local(self) -> bool:
+        """Whether they are on this machine."""
+        return isinstance(self.filesystem, LocalFileSystem)
+
+
+class Scan(NamedTuple):
+    """What one tar or Parquet file holds.
+
+    Attributes:
+        references: ``schemas.index.REFERENCES``; ``label`` is null, as it depends on all files.
+        labels: of the rows, as they stand there.
+        findings: what was not used.
+        candidates: images that were found, those beyond a limit included.
+    """
+
+    references: pa.Table
+    labels: Labels
+    findings: tuple[Finding, ...]
+    candidates: int
+
+
+# Runs a function that can be pickled on every path, and gives the results in the order of the paths.
+ScanMap = Callable[[Callable[[str], Scan], Sequence[str]], Iterable[Scan]]
+
 
 def uri_of(filesystem: AbstractFileSystem, path: str) -> str:
-    """Return the absolute URI of a path: plain if local, with its protocol otherwise."""
-    return path if isinstance(filesystem, LocalFileSystem) else str(filesystem.unstrip_protocol(path))
-
-
-def suffix_of(path: str) -> str:
-    """Return the last suffix in lower case, with its dot; ``.tar.gz`` and its like count as one."""
-    suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes[-2:]]
-    return "".join(suffixes) if suffixes[:1] == [".tar"] else "".join(suffixes[-1:])
+    """Return the absolute URI of a path: plain if local (and `escaped`), with its protocol otherwise."""
+    if isinstance(filesystem, LocalFileSystem):
+        return escaped(path)
+    return str(filesystem.unstrip_protocol(path))
 
 
 @contextmanager
@@ -65,28 +83,18 @@ def explained(images: str) -> Iterator[None]:
     """Turn what storage raises while a dataset is listed into a JobError that says what to do."""
     try:
         yield
+    except DensefeatError:
+        raise
     except FileNotFoundError as error:
         missing = error.filename or (error.args[-1] if error.args else images)
         raise JobError(
             f"Images {images!r}: {missing} does not exist. Check the spelling; for a brace pattern, every file it "
             "spells out must be there."
         ) from error
-    except PermissionError as error:
-        raise JobError(
-            f"Images {images!r}: not allowed to read: {error}. Give this user the permission to list and to read, or "
-            "other credentials."
-        ) from error
-    except ImportError as error:
-        raise JobError(
-            f"Images {images!r}: the package for this protocol is not installed ({error}). Install densefeat[s3], "
-            "densefeat[gcs] or densefeat[http]."
-        ) from error
     except Exception as error:
-        if "Credentials" in type(error).__name__:
-            raise JobError(
-                f"Images {images!r}: no credentials ({error}). Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
-                "AWS_PROFILE, run where a role gives them, or set FSSPEC_S3_ANON=true if it is public."
-            ) from error
+        known = explain_storage_error(error, f"Images {images!r}", "read")
+        if known is not None:
+            raise known from error
         package = type(error).__module__.partition(".")[0]
         if not isinstance(error, OSError | ValueError) and package not in _STORAGE_PACKAGES:
             raise
@@ -96,54 +104,76 @@ def explained(images: str) -> Iterator[None]:
         ) from error
 
 
-def find_files(images: str, *, suffixes: frozenset[str], storage_options: Mapping[str, Any] | None = None) -> Found:
+def find_files(
+    images: str, *, suffixes: frozenset[str], tally: Tally, storage_options: Mapping[str, Any] | None = None
+) -> Found:
     """List the files behind a folder, a file, a glob, or a pattern with ``{000..099}`` or ``{a,b}``.
 
-    A name that exists as it is written is never read as a pattern. Hidden files and folders (a leading ``.``) below
-    the root are left out. Links are followed; one that leads back to a folder it lies in is not.
+    A name that exists as it is written is never read as a pattern. A folder that a pattern names is listed as it is
+    without a pattern: to any depth, links followed, hidden files and folders (a leading ``.``) left out.
 
     Args:
         images: what to list.
         suffixes: what names a file rather than a folder; decides over http, where both look alike.
+        tally: gets what is left out.
         storage_options: for the filesystem.
 
     Returns:
-        Folders and globs sorted by path (code points); the alternatives of braces in the order written.
+        Folders and globs sorted by path (code points); the alternatives of braces in the order written. Each path once.
 
     Raises:
         OSError: as the storage raises it; FileNotFoundError names what a brace pattern spells out but is missing.
     """
     filesystem, path = open_place(images, storage_options)
     path = path.rstrip("/") or path
-    magic = "*" if path.startswith("http") else "*?["  # "?" begins the query of a URL
-    if not any(character in path for character in magic + "{") or filesystem.exists(path):
-        return Found(filesystem, _list(filesystem, path, None, suffixes))
-    root = _fixed_part(path, magic + "{")
-    found: list[File] = []
-    for alternative in _expand_braces(path):
-        if any(character in alternative for character in magic):
-            infos = filesystem.glob(alternative, detail=True).values()
-            found += _files_of((info for info in infos if info["type"] != "directory"), root)
-        else:
-            found += _list(filesystem, alternative, root, suffixes)
-    return Found(filesystem, found)
+    magic = "*" if path.startswith("http") else MAGIC  # "?" begins the query of a URL
+    if not _has_any(path, magic + "{") or retried(lambda: filesystem.exists(path), images):
+        root, alternatives = None, [path]
+        magic = ""
+    else:
+        root, alternatives = _fixed_part(path, magic + "{"), _expand_braces(path)
+    files: dict[str, File] = {}
+    for alternative in alternatives:
+        pattern = alternative if _has_any(alternative, magic) else None
+        found, found_tally = retried(partial(_find, filesystem, alternative, pattern, root, suffixes), images)
+        for file in sorted(found, key=lambda file: file.relative):
+            if files.setdefault(file.path, file) is not file:
+                tally.add("other", "files that the pattern names more than once, used once", escaped(file.relative))
+        for finding in found_tally.findings():
+            tally.add(finding.about, finding.reason, finding.example, finding.count)
+    return Found(filesystem, list(files.values()))
 
 
-def scan_in_order(scan: Callable[[str, int | None], pa.Table], paths: Sequence[str], limit: int | None) -> pa.Table:
-    """Run ``scan(path, limit)`` for every path, several at once, and join the tables in the order of ``paths``.
+def scan_in_order(
+    scan: Callable[[str, int | None], Scan], paths: Sequence[str], limit: int | None, scan_map: ScanMap | None
+) -> list[Scan]:
+    """Run ``scan(path, limit)`` for every path, several at once; the results are in the order of ``paths``.
 
     With a ``limit`` the paths are taken one after the other, and none beyond what fills it.
+
+    Args:
+        scan: can be pickled.
+        paths: of the files.
+        limit: rows.
+        scan_map: where scans run; None: in threads of this process.
     """
     if limit is None:
+        if scan_map is not None and len(paths) > 1:
+            return list(scan_map(partial(_unlimited, scan), paths))
         with ThreadPoolExecutor(_PARALLEL_SCANS) as pool:
-            return pa.concat_tables([REFERENCES.empty_table(), *pool.map(scan, paths, itertools.repeat(None))])
-    tables = [REFERENCES.empty_table()]
+            return list(pool.map(partial(_unlimited, scan), paths))
+    scans: list[Scan] = []
+    missing = limit
     for path in paths:
-        missing = limit - sum(table.num_rows for table in tables)
         if missing <= 0:
             break
-        tables.append(scan(path, missing).slice(0, missing))
-    return pa.concat_tables(tables)
+        scans.append(scan(path, missing))
+        missing -= scans[-1].references.num_rows
+    return scans
+
+
+def _unlimited(scan: Callable[[str, int | None], Scan], path: str) -> Scan:
+    return scan(path, None)
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -160,51 +190,57 @@ def _expand_braces(pattern: str) -> list[str]:
     return [head + tail for head in heads for tail in tails]
 
 
+def _has_any(path: str, characters: str) -> bool:
+    return any(character in path for character in characters)
+
+
 def _fixed_part(path: str, magic: str) -> str:
-    parts = path.split("/")
-    fixed = itertools.takewhile(lambda part: not any(character in part for character in magic), parts)
-    return "/".join(fixed)
+    return "/".join(itertools.takewhile(lambda part: not _has_any(part, magic), path.split("/")))
 
 
-def _list(filesystem: AbstractFileSystem, path: str, root: str | None, suffixes: frozenset[str]) -> list[File]:
-    """Everything below a folder, or the one file; relative to ``root``, else to the folder or the file's parent."""
-    info = filesystem.info(path)
-    is_folder = info["type"] == "directory"
-    if path.startswith("http"):  # every URL claims to be a file
-        is_folder = suffix_of(path) not in suffixes
-    if not is_folder:
-        return [_file_of(info, path.rpartition("/")[0] if root is None else root)]
-    if isinstance(filesystem, LocalFileSystem):
-        infos = _walk_local(path, ())
+def _find(
+    filesystem: AbstractFileSystem, path: str, pattern: str | None, root: str | None, suffixes: frozenset[str]
+) -> tuple[list[File], Tally]:
+    """What lies behind one path or pattern, relative to ``root``: by default the folder, or the file's parent."""
+    tally = Tally()
+    local = isinstance(filesystem, LocalFileSystem)
+    if pattern is not None:
+        entries = glob_local(pattern, tally) if local else _glob_remote(filesystem, pattern, root or "", tally)
+    elif not _is_folder(filesystem, path, suffixes):
+        root = path.rpartition("/")[0] if root is None else root
+        entries = iter([Entry(path, filesystem.info(path).get("size"))])
+    elif local:
+        entries = walk_local(path, tally)
     else:
-        infos = iter(filesystem.find(path, detail=True).values())
-    return _files_of(infos, path if root is None else root)
+        entries = _visible(filesystem.find(path, detail=True), path, tally)
+    start = path if root is None else root
+    return [File(entry.path, entry.path.removeprefix(start).lstrip("/"), entry.nbytes) for entry in entries], tally
 
 
-def _file_of(info: Mapping[str, Any], root: str) -> File:
-    path = info["name"]
-    return File(path, path.removeprefix(root).lstrip("/"), info.get("size"))
+def _is_folder(filesystem: AbstractFileSystem, path: str, suffixes: frozenset[str]) -> bool:
+    if path.startswith("http"):  # every URL claims to be a file
+        filesystem.info(path)
+        return suffix_of(path) not in suffixes
+    return bool(filesystem.info(path)["type"] == "directory")
 
 
-def _files_of(infos: Iterable[Mapping[str, Any]], root: str) -> list[File]:
-    files = (_file_of(info, root) for info in infos)
-    # A leading "." is also how macOS names the "._photo.jpg" that hold a file's attributes.
-    visible = (file for file in files if not any(part.startswith(".") for part in file.relative.split("/")))
-    return sorted(visible, key=lambda file: file.relative)
+def _glob_remote(filesystem: AbstractFileSystem, pattern: str, root: str, tally: Tally) -> Iterator[Entry]:
+    """As ``glob_local``; what such storages call folders are the prefixes of their keys."""
+    infos = filesystem.glob(pattern, detail=True)
+    paths = [entry.path for entry in _visible(infos, None if "/." in pattern.removeprefix(root) else root, tally)]
+    by_name = {info["name"]: info for info in infos.values()}
+    for path in outermost(paths):
+        if by_name[path]["type"] == "directory":
+            yield from _visible(filesystem.find(path, detail=True), path, tally)
+        else:
+            yield Entry(path, by_name[path].get("size"))
 
 
-def _walk_local(folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[dict[str, Any]]:
-    """Not fsspec's find: that does not enter linked folders."""
-    status = os.stat(folder)  # noqa: PTH116 - paths stay strings: there can be millions
-    identity = (status.st_dev, status.st_ino)
-    if identity in ancestors:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                if not entry.name.startswith("."):
-                    yield from _walk_local(entry.path, (*ancestors, identity))
-            elif entry.is_file():
-                yield {"name": entry.path, "size": entry.stat().st_size}
-            elif entry.is_symlink():  # broken: listed, so that it is reported as unreadable and not overlooked
-                yield {"name": entry.path, "size": None}
+def _visible(infos: Mapping[str, Mapping[str, Any]], root: str | None, tally: Tally) -> Iterator[Entry]:
+    """Those without a leading "." in what follows ``root``; None: all of them."""
+    for info in infos.values():
+        path = info["name"]
+        if root is None or not any(part.startswith(".") for part in path.removeprefix(root).split("/")):
+            yield Entry(path, info.get("size"))
+        elif suffix_of(path) in IMAGE_SUFFIXES or looks_like_image(path):
+            tally.add("other", "hidden files with an image's name", path)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -11,21 +10,26 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
+from densefeat.retries import retried
 from pipeline.errors import JobError
-from pipeline.source_files import uri_of
+from pipeline.inline_images import is_inline_image
+from pipeline.source_files import Scan, uri_of
+from pipeline.source_findings import Tally
+from pipeline.source_labels import LABEL_COLUMNS, Labels, column_labels, no_labels
+from pipeline.source_names import escaped
 from schemas.index import REFERENCES
 
-__all__ = ["Columns", "find_columns", "is_uri_type", "scan_parquet"]
+__all__ = ["image_column_of", "scan_parquet"]
 
 _IMAGE_COLUMNS = (
     "image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes", "uri", "url", "path", "file_name",
 )  # fmt: skip
-_LABEL_COLUMNS = ("label", "cls", "labels")
 _KEY_COLUMNS = ("__key__", "key", "id", "image_id")
+_LONGEST_KEY = 1024  # bytes, as in S3
 
 
-class Columns(NamedTuple):
-    """Which columns of a dataset are what."""
+class _Columns(NamedTuple):
+    """Which columns of a file are what."""
 
     image: str
     label: str | None
@@ -33,60 +37,75 @@ class Columns(NamedTuple):
     class_names: tuple[str, ...]
 
 
-def find_columns(filesystem: AbstractFileSystem, path: str, image_column: str | None) -> Columns:
-    """Decide from one file's schema which columns hold the images, the labels and the keys.
+def image_column_of(filesystem: AbstractFileSystem, path: str, image_column: str | None) -> str:
+    """Decide from one file's schema which column holds the images: the one asked for, or the first of usual names.
 
-    The image column is binary, a string (a path or URI), or Hugging Face's ``struct<bytes, path>``: the one given, or
-    the first of a list of usual names. The label is an integer column ``label``, ``cls`` or ``labels``, its class
-    names are from Hugging Face's metadata. The key is ``__key__``, ``key``, ``id`` or ``image_id``.
+    It is binary, a string (a path, a URI, base64 or ``data:``), or Hugging Face's ``struct<bytes, path>``.
 
     Raises:
-        JobError: there is no such image column (it lists those there are), or the file is not Parquet.
-    """
-    with _opened(filesystem, path) as file:
-        schema = file.schema_arrow
-    names = _IMAGE_COLUMNS if image_column is None else (image_column,)
-    image = next((name for name in names if _has(schema, name, _is_image_type)), None)
-    if image is None:
-        raise _no_image_column(uri_of(filesystem, path), schema, names)
-    label = next((name for name in _LABEL_COLUMNS if _has(schema, name, pa.types.is_integer)), None)
-    key = next((name for name in _KEY_COLUMNS if name != image and _has(schema, name, _is_key_type)), None)
-    return Columns(image, label, key, _class_names(schema, label))
-
-
-def scan_parquet(filesystem: AbstractFileSystem, path: str, limit: int | None, *, columns: Columns) -> pa.Table:
-    """List the rows of one Parquet file.
-
-    Without a key column, the key is the path in the image column where there is one, else ``<file stem>:<row>``.
-
-    Returns:
-        ``REFERENCES``, at most ``limit`` rows; ``offset`` is the row in the file.
-
-    Raises:
-        JobError: the file lacks one of the columns, or is not Parquet.
+        JobError: there is no such column (it lists those there are), several have its name, or it is not Parquet.
     """
     uri = uri_of(filesystem, path)
-    with _opened(filesystem, path) as file:
-        schema = file.schema_arrow
-        if not _has(schema, columns.image, _is_image_type):
-            raise _no_image_column(uri, schema, (columns.image,))
-        image_type = schema.field(columns.image).type
-        wanted = [name for name in (columns.label, columns.key) if name is not None and name in schema.names]
-        if columns.key is None and pa.types.is_struct(image_type):
-            wanted.append(f"{columns.image}.path")
-        elif columns.key is None and is_uri_type(image_type):
-            wanted.append(columns.image)
-        rows = file.metadata.num_rows if limit is None else min(limit, file.metadata.num_rows)
-        table = _read_rows(file, wanted, rows)
-    stem = PurePosixPath(path).stem
-    keys = [f"{stem}:{row}" if key is None else key for row, key in enumerate(_keys(table, columns, rows))]
-    nothing = pa.nulls(rows, pa.int64())
-    return pa.table([keys, [uri] * rows, range(rows), nothing, _labels(table, columns, rows)], schema=REFERENCES)
+    names = _IMAGE_COLUMNS if image_column is None else (image_column,)
+
+    def read() -> str:
+        with _opened(filesystem, path) as file:
+            schema = file.schema_arrow
+        name = _first(schema, names, _is_image_type, uri)
+        if name is None:
+            raise _no_image_column(uri, schema, names)
+        return name
+
+    return retried(read, uri)
 
 
-def is_uri_type(kind: pa.DataType) -> bool:
-    """Tell whether values of this type name an image rather than hold it."""
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+def scan_parquet(
+    filesystem: AbstractFileSystem, path: str, limit: int | None, *, image_column: str, names: dict[str, str]
+) -> Scan:
+    """List the rows of one Parquet file.
+
+    The label is the column ``label``, ``cls`` or ``labels``, or the only one that Hugging Face's metadata calls a
+    ClassLabel; see `column_labels`. The key is ``__key__``, ``key``, ``id`` or ``image_id``, else the path in the image
+    column; where there is none, or a text that is an image or has more than 1,024 bytes, it is ``<file>:<row>``.
+
+    Args:
+        filesystem: where the file is; it can be pickled, as this is a task.
+        path: its path there.
+        limit: rows.
+        image_column: from `image_column_of`.
+        names: of each path, what keys call it.
+
+    Returns:
+        At most ``limit`` rows; ``offset`` is the row in the file.
+
+    Raises:
+        JobError: the file lacks the image column, several columns have its name or the label's, or it is not Parquet.
+    """
+    uri = uri_of(filesystem, path)
+
+    def scan() -> Scan:
+        tally = Tally()
+        with _opened(filesystem, path) as file:
+            columns = _columns_of(file.schema_arrow, image_column, uri)
+            image_type = file.schema_arrow.field(columns.image).type
+            key = columns.key
+            if key is None and pa.types.is_struct(image_type):
+                key = f"{columns.image}.path"
+            elif key is None and _is_uri_type(image_type):
+                key = columns.image
+            if key is not None and _mean_bytes(file.metadata, key) > _LONGEST_KEY:
+                key = None  # images as text: all bytes of the dataset would be read for nothing
+            wanted = [name for name in (columns.label, key) if name is not None]
+            rows = file.metadata.num_rows if limit is None else min(limit, file.metadata.num_rows)
+            table = _read_rows(file, wanted, rows)
+            candidates = file.metadata.num_rows
+        keys = [f"{names[path]}:{row}" if key is None else key for row, key in enumerate(_keys(table, columns, rows))]
+        nothing = pa.nulls(rows, pa.int64())
+        references = pa.table([keys, [uri] * rows, range(rows), nothing, nothing], schema=REFERENCES)
+        labels = no_labels(rows) if columns.label is None else _labels(table, columns, columns.label, uri, tally)
+        return Scan(references, labels, tally.findings(), candidates)
+
+    return retried(scan, uri)
 
 
 @contextmanager
@@ -101,18 +120,53 @@ def _opened(filesystem: AbstractFileSystem, path: str) -> Iterator[pq.ParquetFil
             ) from error
 
 
-def _has(schema: pa.Schema, name: str, accepts: Callable[[pa.DataType], bool]) -> bool:
-    return name in schema.names and bool(accepts(schema.field(name).type))
+def _columns_of(schema: pa.Schema, image: str, uri: str) -> _Columns:
+    if _first(schema, (image,), _is_image_type, uri) is None:
+        raise _no_image_column(uri, schema, (image,))
+    declared = _declared_names(schema)
+    label = _first(schema, LABEL_COLUMNS, lambda kind: not pa.types.is_nested(kind), uri)
+    label = label or _first(schema, LABEL_COLUMNS, lambda kind: True, uri)
+    if label is None and len(declared) == 1:
+        label = _first(schema, tuple(declared), pa.types.is_integer, uri)
+    key = _first(schema, tuple(name for name in _KEY_COLUMNS if name != image), _is_key_type, uri)
+    return _Columns(image, label, key, declared.get(label or "", ()))
+
+
+def _first(schema: pa.Schema, names: Sequence[str], accepts: Callable[[pa.DataType], bool], uri: str) -> str | None:
+    """The first of the names that a column of an accepted type has.
+
+    Raises:
+        JobError: several columns have it.
+    """
+    for name in names:
+        fields = [field for field in schema if field.name == name]
+        if any(accepts(field.type) for field in fields):
+            if len(fields) > 1:
+                types = ", ".join(str(field.type) for field in fields)
+                raise JobError(
+                    f"Parquet {uri}: {len(fields)} columns are called {name!r} (of the types {types}): expected one. "
+                    "Rename or drop all but one; if it is the images', another can be named as --image-column."
+                )
+            return name
+    return None
+
+
+def _is_uri_type(kind: pa.DataType) -> bool:
+    """Tell whether values of this type name an image rather than hold it."""
+    if pa.types.is_dictionary(kind):
+        return _is_uri_type(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _is_image_type(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return "bytes" in [field.name for field in kind]
-    return is_uri_type(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    is_binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return _is_uri_type(kind) or any(test(kind) for test in is_binary)
 
 
 def _is_key_type(kind: pa.DataType) -> bool:
-    return is_uri_type(kind) or pa.types.is_integer(kind)
+    return _is_uri_type(kind) or pa.types.is_integer(kind)
 
 
 def _no_image_column(uri: str, schema: pa.Schema, names: Sequence[str]) -> JobError:
@@ -123,14 +177,17 @@ def _no_image_column(uri: str, schema: pa.Schema, names: Sequence[str]) -> JobEr
     )
 
 
-def _class_names(schema: pa.Schema, label: str | None) -> tuple[str, ...]:
-    """From Hugging Face's ClassLabel, which keeps them as JSON in the schema's metadata."""
+def _declared_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
+    """Class names by column: Hugging Face's ClassLabels, which keep them as JSON in the schema's metadata."""
     try:
-        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        names = metadata["info"]["features"][label]["names"]
-    except (ValueError, KeyError, TypeError):
-        return ()
-    return tuple(str(name) for name in names)
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {
+            column: tuple(str(name) for name in feature["names"])
+            for column, feature in features.items()
+            if isinstance(feature, dict) and isinstance(feature.get("names"), list)
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _read_rows(file: pq.ParquetFile, columns: list[str], rows: int) -> pa.Table:
@@ -143,25 +200,40 @@ def _read_rows(file: pq.ParquetFile, columns: list[str], rows: int) -> pa.Table:
     return file.read_row_groups(groups, columns=columns, use_threads=False).slice(0, rows)
 
 
-def _keys(table: pa.Table, columns: Columns, rows: int) -> list[str | None]:
+def _mean_bytes(metadata: pq.FileMetaData, column: str) -> float:
+    """Of a value of a column, before compression."""
+    chunks = [
+        chunk
+        for group in range(metadata.num_row_groups)
+        for chunk in map(metadata.row_group(group).column, range(metadata.num_columns))
+        if chunk.path_in_schema == column
+    ]
+    return float(sum(chunk.total_uncompressed_size for chunk in chunks) / max(1, metadata.num_rows))
+
+
+def _keys(table: pa.Table, columns: _Columns, rows: int) -> list[str | None]:
     name = columns.image if columns.key is None else columns.key
     if name not in table.column_names:
         return [None] * rows
-    values = table[name].combine_chunks()
+    values = table[name]
     if pa.types.is_struct(values.type):
+        values = values.combine_chunks()
         index = values.type.get_field_index("path")
         if index < 0:
             return [None] * rows
         values = pc.struct_field(values, index)
-    keys: list[str | None] = values.cast(pa.string()).to_pylist()
-    return keys
+    # By way of bytes, as a text can hold some that are not UTF-8.
+    return [None if key is None else _key(key) for key in values.cast(pa.string()).cast(pa.binary()).to_pylist()]
 
 
-def _labels(table: pa.Table, columns: Columns, rows: int) -> pa.ChunkedArray | pa.Array:
-    if columns.label is None or columns.label not in table.column_names:
-        return pa.nulls(rows, pa.int64())
-    labels = table[columns.label].cast(pa.int64())
-    if not columns.class_names:
-        return labels
-    # Hugging Face writes -1 where a test set hides its labels.
-    return pc.if_else(pc.less(labels, 0), pa.scalar(None, pa.int64()), labels)
+def _key(text: bytes) -> str | None:
+    if not text or len(text) > _LONGEST_KEY:
+        return None
+    key = escaped(text.decode("utf-8", "surrogateescape"))
+    return None if is_inline_image(key) else key
+
+
+def _labels(table: pa.Table, columns: _Columns, label: str, uri: str, tally: Tally) -> Labels:
+    labels = column_labels(table[label], label, uri, tally)
+    has_names = columns.class_names and pa.types.is_integer(labels.values.type)
+    return labels._replace(names=columns.class_names) if has_names else labels

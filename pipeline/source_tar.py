@@ -1,159 +1,173 @@
-"""WebDataset tars as references: every image's byte range, found by reading the headers once."""
+"""WebDataset tars as references: every image's byte range, found by reading the headers."""
 
-import contextlib
-import logging
 import os
-import tarfile
-from dataclasses import dataclass, field
-from pathlib import PurePosixPath
-from typing import Any
+from collections.abc import Sequence
 
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 
 from pipeline.errors import JobError
-from pipeline.source_files import uri_of
+from pipeline.ranged_file import RangedFile, open_ranged
+from pipeline.source_files import Scan, uri_of
+from pipeline.source_findings import About, Tally, add_unused
+from pipeline.source_labels import Labels, class_name, text_labels
+from pipeline.source_names import IMAGE_SUFFIXES, escaped, looks_like_image, suffix_of
+from pipeline.source_tar_members import LABEL_BYTES, Member, TarTree, path_of, read_members
+from pipeline.source_tar_samples import Chosen, choose_images, label_names
 from schemas.index import REFERENCES
 
 __all__ = ["scan_tar"]
 
-_logger = logging.getLogger(__name__)
-
-_READ_AHEAD_BYTES = 4 << 20
-_BLOCK_BYTES = 512
-_LABEL_BYTES = 32  # a 64-bit integer in ASCII, and white space
+_MARGIN = 1000  # members read beyond the images asked for, that have their labels, or are a better choice
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
-@dataclass
-class _Sample:
-    """Consecutive members that share a key."""
-
-    key: str
-    images: list[tuple[str, int, int]] = field(default_factory=list)  # extension, offset, nbytes
-    label: int | None = None
-
-
 def scan_tar(
-    filesystem: AbstractFileSystem,
-    path: str,
-    limit: int | None,
-    *,
-    image_suffixes: tuple[str, ...],
-    image_extension: str | None = None,
-) -> pa.Table:
-    """List the images in one tar, grouped as WebDataset does: by the member's path up to the basename's first dot.
+    filesystem: AbstractFileSystem, path: str, limit: int | None, *, image_extension: str | None = None
+) -> Scan:
+    """List the images in one tar; `choose_images` says which members they are and what their keys are.
 
-    The tar is read through once with read-ahead: members are small, so skipping them would save nothing and cost a
-    request each. Of a sample with several images, the one is taken whose extension is one suffix and comes first in
-    ``image_suffixes`` (``jpg`` before ``png`` before ``seg.png``), unless ``image_extension`` says which.
+    Only headers are read where members are large: what lies between is skipped, unless it is shorter than a request
+    takes. Labels are the texts of ``.cls`` members, wherever they lie in the tar; ``.json`` members are not read.
+
+    Links lead to other members, as they do when the tar is unpacked. An image that is not one range of bytes (a sparse
+    member) and a link that leads to nothing have the offset of their own header, and no ``nbytes``:
+    ``pipeline.read_tar`` reads the one, and says what the other is.
+
+    Of several members with one path, the last counts, as it does when the tar is unpacked. Hidden members (a leading
+    "." in their path) are left out, as hidden files are.
 
     Args:
-        filesystem: where the tar is.
+        filesystem: where the tar is; it can be pickled, as this is a task.
         path: its path there.
-        limit: stop after this many images; the rest of the tar is then not checked.
-        image_suffixes: lower case, with the dot, in order of preference.
-        image_extension: everything after the basename's first dot, e.g. ``jpg`` or ``left.png``.
+        limit: stop after this many images and the thousand members that follow; the rest is then not checked.
+        image_extension: e.g. ``jpg`` or ``left.png``.
 
     Returns:
-        ``REFERENCES``, in the order of the members. ``label`` is from ``.cls`` members (ASCII integers).
+        The rows in the order of the members.
 
     Raises:
         JobError: the tar is compressed, truncated or damaged; it names the file and the byte.
     """
     uri = uri_of(filesystem, path)
-    with filesystem.open(path, "rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead") as file:
+    tally = Tally()
+    with open_ranged(filesystem, path, uri) as file:
         _refuse_compressed(file.read(6), uri)
-        file.seek(0)
-        samples = _Grouping(uri, image_suffixes, image_extension)
-        _scan_members(file, samples, limit)
-    return samples.table()
+        tree = _tree(file, uri, limit, image_extension, tally)
+        files = _Files(tree, uri, tally)
+        candidates = choose_images([member.name for member in files.members], image_extension, tally)
+        chosen = candidates[:limit]
+        labels = files.labels(chosen, file, tell_unused=limit is None)
+    return Scan(files.rows(chosen), labels, tally.findings(), len(candidates))
 
 
-class _Grouping:
-    """Members in, rows out."""
+def _tree(file: RangedFile, uri: str, limit: int | None, image_extension: str | None, tally: Tally) -> TarTree:
+    tree = TarTree()
+    suffixes = IMAGE_SUFFIXES if image_extension is None else (f".{image_extension.lower()}",)
+    images = margin = 0
+    for member in read_members(file, uri, tally):
+        tree.add(member)
+        images += member.name.lower().endswith(suffixes)
+        if limit is not None and images >= limit:
+            margin += 1
+            if margin > _MARGIN:
+                break
+    return tree
 
-    def __init__(self, uri: str, image_suffixes: tuple[str, ...], image_extension: str | None) -> None:
-        self.uri = uri
-        self._suffixes = image_suffixes
-        self._extension = image_extension.lower() if image_extension else None
-        self._rows: list[tuple[str, int, int, int | None]] = []
-        self._sample: _Sample | None = None
 
-    def __len__(self) -> int:
-        return len(self._rows)
+class _Files:
+    """Members that are files or lead to one, each path once; what else has the name of an image is counted.
 
-    def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        _, _, name = member.name.rpartition("/")
-        stem, dot, extension = name.partition(".")
-        if not member.isfile() or not stem or not dot:  # no key: not part of a sample, e.g. README or ._photo.jpg
+    Args:
+        tree: all members.
+        uri: of the tar.
+        tally: gets the counts.
+    """
+
+    def __init__(self, tree: TarTree, uri: str, tally: Tally) -> None:
+        self._tree, self._uri, self._tally = tree, uri, tally
+        self.members: list[Member] = []
+        self._data: list[Member | None] = []
+        for index, member in enumerate(tree.members):
+            self._take(index, member)
+
+    def _take(self, index: int, member: Member) -> None:
+        is_image = suffix_of(member.name) in IMAGE_SUFFIXES
+        if any(part.startswith(".") and part not in (".", "..") for part in member.name.split("/")):
+            if is_image:
+                self._count("other", "hidden members with an image's name", member)
             return
-        key = member.name[: len(member.name) - len(name) + len(stem)]
-        if self._sample is None or self._sample.key != key:
-            self.finish()
-            self._sample = _Sample(key)
-        extension = extension.lower()
-        if extension == "cls":
-            self._sample.label = self._label(tar, member)
-        elif self._is_image(extension):
-            self._sample.images.append((extension, member.offset_data, member.size))
+        data = self._tree.data_of(index)
+        latest = self._tree.latest[path_of(member.name)]
+        if data == "folder":
+            if member.kind != "folder":
+                self._count("other", "links to folders, not entered", member)
+        elif latest != index:
+            if is_image and self._tree.data_of(latest) == data:
+                self._count("other", "members that are there twice, used once", member)
+            elif is_image:
+                self._count("image", "members that a later one of the same name replaces", member)
+        elif member.kind == "other":
+            if is_image or looks_like_image(member.name):
+                self._count("image", "members with an image's name that are no files (a pipe, a device)", member)
+        else:
+            if not is_image and suffix_of(member.name) != ".cls":
+                add_unused(self._tally, member.name, self._example(member))
+            file = None if data is None else self._tree.members[data]
+            self.members.append(member)
+            self._data.append(None if file is None or file.kind == "other" else file)
 
-    def finish(self) -> None:
-        sample, self._sample = self._sample, None
-        if sample is not None and sample.images:
-            _, offset, nbytes = min(sample.images, key=self._preference)  # the first of equals
-            self._rows.append((sample.key, offset, nbytes, sample.label))
+    def _count(self, about: About, reason: str, member: Member) -> None:
+        self._tally.add(about, reason, self._example(member))
 
-    def table(self) -> pa.Table:
-        keys, offsets, sizes, labels = zip(*self._rows, strict=True) if self._rows else ((), (), (), ())
-        return pa.table([keys, [self.uri] * len(keys), offsets, sizes, labels], schema=REFERENCES)
+    def _example(self, member: Member) -> str:
+        return f"{escaped(member.name)} in {self._uri}"
 
-    def _is_image(self, extension: str) -> bool:
-        if self._extension is not None:
-            return extension == self._extension
-        return PurePosixPath("x." + extension).suffix in self._suffixes
+    def rows(self, chosen: Sequence[Chosen]) -> pa.Table:
+        """The references of the images."""
+        offsets: list[int] = []
+        sizes: list[int | None] = []
+        for _, index in chosen:
+            member, data = self.members[index], self._data[index]
+            if data is None:
+                self._count("row", "links that lead to no file in their tar", member)
+            whole = data is not None and data.kind == "file"
+            offsets.append(data.start if data and whole else (data or member).header)
+            sizes.append(data.nbytes if data and whole else None)
+        columns = [
+            [escaped(key) for key, _ in chosen],
+            [self._uri] * len(chosen),
+            offsets,
+            sizes,
+            pa.nulls(len(chosen), pa.int64()),
+        ]
+        return pa.table(columns, schema=REFERENCES)
 
-    def _preference(self, image: tuple[str, int, int]) -> int:
-        suffix = "." + image[0]
-        return self._suffixes.index(suffix) if suffix in self._suffixes else len(self._suffixes)
+    def labels(self, chosen: Sequence[Chosen], file: RangedFile, *, tell_unused: bool) -> Labels:
+        """The texts of the images' ``.cls`` members; those of no image are counted if all images are chosen."""
+        places = {m.name[: -len(".cls")]: place for place, m in enumerate(self.members) if suffix_of(m.name) == ".cls"}
+        used: set[int] = set()
+        texts: list[str | None] = []
+        for _, index in chosen:
+            names = label_names(self.members[index].name)
+            place = next((places[name] for name in names if name in places), None)
+            texts.append(None if place is None else self._label(place, file))
+            used.add(-1 if place is None else place)
+        for place in places.values():
+            if tell_unused and place not in used:
+                self._count("label", ".cls members of no image", self.members[place])
+        return text_labels(texts)
 
-    def _label(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> int | None:
-        data = tar.extractfile(member)
-        text = data.read(_LABEL_BYTES) if data is not None else b""
-        with contextlib.suppress(ValueError):
-            return int(text)
-        _logger.warning("%s: member %s holds %r, not an integer; its image gets no label.", self.uri, member.name, text)
-        return None
-
-
-def _scan_members(file: Any, samples: _Grouping, limit: int | None) -> None:
-    position = 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                position = member.offset
-                samples.add(tar, member)
-                if limit is not None and len(samples) >= limit:
-                    return
-            samples.finish()
-            position = tar.offset
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise _broken(samples.uri, position, str(error)) from error
-    # tarfile takes a header that is cut off or damaged for the end; the end is a block of zeros.
-    file.seek(position)
-    block = file.read(_BLOCK_BYTES)
-    if block != bytes(_BLOCK_BYTES):
-        reason = (
-            "the file ends without an end-of-archive mark" if len(block) < _BLOCK_BYTES else "no valid header there"
-        )
-        raise _broken(samples.uri, position, reason)
-
-
-def _broken(uri: str, position: int, reason: str) -> JobError:
-    return JobError(
-        f"Tar {uri}: truncated or damaged at or after byte {position} ({reason}). Copy or make it again, or leave it "
-        "out; nothing has been computed yet."
-    )
+    def _label(self, place: int, file: RangedFile) -> str | None:
+        member, data = self.members[place], self._data[place]
+        text = b"" if data is None else data.label
+        if text is None and data is not None and data.kind == "file":  # a link to a member with another suffix
+            file.seek(data.start)
+            text = file.read(min(data.nbytes, LABEL_BYTES))
+        name = class_name((text or b"").strip())
+        if name is None:
+            self._count("label", ".cls members that are too long for the name of a class", member)
+        return name
 
 
 def _refuse_compressed(head: bytes, uri: str) -> None:

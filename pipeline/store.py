@@ -1,43 +1,60 @@
-"""Writing a store: set it up once, write shards in any order from anywhere, finish it.
+"""Writing a store: set it up once, write shards in any order from anywhere (`pipeline.shard`), finish it.
 
-A shard counts as done when its ledger record is there; the record is written after the object. What a crash can leave
-behind (a store that is half set up, an object without a record) is written again by the next run.
+Setting up begins with a *claim*: ``zarr.json``, created if and only if there is none, that says what was asked for, and
+holds what came of it (basis and steps). All that setting up writes follows from the claim, and is created and never
+replaced, but for ``zarr.json`` itself at the end. So it does not matter whether the claim's job is alive, slow or dead:
+any job that asks for the same completes the setup, all of them write the same, and none of them can spoil what came
+after it. A job that asks for something else is refused.
 """
 
-import errno
+import base64
 import hashlib
+import io
 import json
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.storage import MemoryStore
 
 from densefeat import layout
+from densefeat.index import stored_index
 from densefeat.layout import FeatureLayout
-from densefeat.objects import TEMPORARY, Objects
-from densefeat.parquet import parquet_bytes, read_parquet
+from densefeat.objects import Objects
+from densefeat.parquet import parquet_bytes
 from densefeat.store import read_attributes
 from pipeline.errors import JobError
 from pipeline.pca import Basis
-from pipeline.stage_seconds import StageSeconds
+from pipeline.shard import in_parallel
+from pipeline.storage import CHECK
+from pipeline.store_documents import zarr_documents
 from schemas.attributes import StoreAttributes
 from schemas.index import REFERENCES, pending_index, with_outcomes
-from schemas.ledger import LedgerRecord, RowOutcome, manifest, outcomes_table
+from schemas.ledger import LedgerRecord, manifest
 
-_PARALLEL_REQUESTS = 32
+# Beside the store's own attributes, in the claim only.
+_SETUP_KEY = f"{layout.ATTRIBUTES_KEY}_setup"
 
-# Every key that a store can have, half-written ones included.
+
+# What is there for a moment only, or was: probes, and half-written objects of earlier versions.
+_PASSING = rf"{re.escape(CHECK)}/[0-9a-f]{{32}}|_tmp/[^/]+"
+# Every key that a store can have.
 _OWN_KEY = re.compile(
-    r"zarr\.json|index\.parquet|manifest\.parquet|_ledger/\d{6,}\.parquet|_tmp/[^/]+"
-    r"|features/(zarr\.json|c/\d+/0/0/0)|step/(zarr\.json|c/0)|pca/zarr\.json|pca/\w+/(zarr\.json|c/0(/0)?)"
+    "|".join(
+        (
+            *map(re.escape, (layout.ATTRIBUTES, layout.INDEX, layout.MANIFEST)),
+            rf"{re.escape(layout.LEDGER)}/\d{{6,}}\.parquet",
+            rf"{re.escape(layout.INTENTS)}/\d{{6,}}-[0-9a-f]{{64}}\.parquet",
+            rf"{re.escape(layout.FEATURES)}/(zarr\.json|c/\d+/0/0/0)",
+            rf"{re.escape(layout.STEP)}/(zarr\.json|c/0)",
+            rf"{re.escape(layout.PCA)}/(\w+/)?zarr\.json",
+            rf"{re.escape(layout.PCA)}/\w+/c/0(/0)?",
+            _PASSING,
+        )
+    )
 )
 
 
@@ -52,32 +69,26 @@ def existing_store(objects: Objects) -> StoreAttributes | None:
     return StoreAttributes.from_dict(read_attributes(objects))
 
 
-def check_writable(objects: Objects) -> None:
-    """Write an object, read it, and take it away.
-
-    Raises:
-        OSError: with the storage's reason.
-    """
-    probe = f"{TEMPORARY}/{uuid.uuid4()}"  # of its own: other jobs may try at the same moment
-    objects.create(probe, b"densefeat")
-    objects.put(probe, b"densefeat")
-    objects.get(probe)
-    objects.delete(probe)
-    objects.tidy()
-
-
 def foreign_keys(objects: Objects) -> list[str]:
     """What lies at the store's place and is not a part of any store."""
     return [key for key in objects.list() if not _OWN_KEY.fullmatch(key)]
 
 
+def remains(objects: Objects) -> list[str]:
+    """Keys of a store at the place; without a ``zarr.json`` they are what a deletion or a copy left."""
+    return [key for key in objects.list() if _OWN_KEY.fullmatch(key) and not re.fullmatch(_PASSING, key)]
+
+
 def delete_store(objects: Objects) -> None:
     """Remove a store and nothing else: what has another name stays, whatever it is.
 
-    ``zarr.json`` goes last: a deletion that is interrupted leaves what is still known as a store.
+    ``zarr.json`` goes last: a deletion that is interrupted leaves what is still known as a store; and the ledger after
+    the objects that it is of, so that what is left is not taken for done.
     """
     own = [key for key in objects.list() if _OWN_KEY.fullmatch(key) and key != layout.ATTRIBUTES]
-    _parallel(objects.delete, own)
+    objects.delete(layout.MANIFEST)
+    in_parallel(objects.delete, [key for key in own if key.startswith(f"{layout.FEATURES}/")])
+    in_parallel(objects.delete, own)
     objects.delete(layout.ATTRIBUTES)
 
 
@@ -88,13 +99,8 @@ def set_up(
     basis: Basis,
     step: np.ndarray[Any, Any] | None,
     index: pa.Table,
-    *,
-    claimed: bool = False,
 ) -> StoreAttributes:
     """Write everything but shards; afterwards the store can be opened, and every row is pending.
-
-    ``zarr.json`` comes first, create-only, so that of two jobs that set up the same store one stops here; it comes
-    again at the end to say that setup is complete.
 
     Args:
         objects: where the store goes.
@@ -103,166 +109,74 @@ def set_up(
         basis: PCA basis.
         step: [k] float32 for int8, else None.
         index: ``schemas.index.pending_index`` of the source.
-        claimed: an earlier run of the same configuration claimed the store and died.
 
     Raises:
         FileExistsError: somebody else set up a store here in the meantime.
     """
-    documents = _zarr_documents(attributes.completed(), features, basis, step)
-    if not claimed:
-        claim = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes.to_dict()}, indent=2)
-        objects.create(layout.ATTRIBUTES, claim.encode())
-    objects.put(layout.INDEX, parquet_bytes(index))
+    claim(objects, attributes, basis, step)
+    return complete_setup(objects, features, index)
+
+
+def claim(objects: Objects, attributes: StoreAttributes, basis: Basis, step: np.ndarray[Any, Any] | None) -> None:
+    """Begin to set up a store: from here on it is settled what it will be. Arguments as for `set_up`.
+
+    Raises:
+        FileExistsError: somebody else was first.
+    """
+    outcome = io.BytesIO()
+    arrays: dict[str, Any] = {**basis.__dict__, **({} if step is None else {layout.STEP: step})}
+    np.savez(outcome, **arrays)
+    setup = {"by": uuid.uuid4().hex, "npz": base64.b64encode(outcome.getvalue()).decode()}
+    document = {
+        "zarr_format": 3,
+        "node_type": "group",
+        "attributes": {**attributes.to_dict(), _SETUP_KEY: setup},
+    }
+    objects.create(layout.ATTRIBUTES, json.dumps(document, indent=2).encode())
+
+
+def complete_setup(objects: Objects, features: FeatureLayout, index: pa.Table) -> StoreAttributes:
+    """Write what follows from the claim that is there, unless it is written; any job that asks for the same may do it.
+
+    Raises:
+        FileExistsError: somebody else deleted the claim and set up a store here in the meantime.
+        JobError: an earlier version of densefeat made the claim, and did not live to complete it.
+    """
+    claimed = objects.get(layout.ATTRIBUTES)
+    attributes = StoreAttributes.from_dict(read_attributes(objects))
+    if attributes.setup_complete:
+        return attributes
+    basis, step = _claimed_outcome(objects, claimed)
+    documents = zarr_documents(attributes.completed(), features, basis, step)
     root = documents.pop(layout.ATTRIBUTES)
-    for key, data in documents.items():
-        objects.put(key, data)
-    objects.put(layout.ATTRIBUTES, root)
-    return attributes.completed()
+    for key, data in {layout.INDEX: parquet_bytes(index), **documents}.items():
+        with suppress(FileExistsError):  # of another job that completes this setup
+            objects.create(key, data)
+    if objects.get(layout.ATTRIBUTES) == claimed:
+        objects.put(layout.ATTRIBUTES, root)
+    stored = existing_store(objects)
+    if stored is None or stored != attributes.completed():
+        raise FileExistsError(f"another job has begun the store {objects.uri} anew")
+    return stored
 
 
-def _zarr_documents(
-    attributes: StoreAttributes, features: FeatureLayout, basis: Basis, step: np.ndarray[Any, Any] | None
-) -> dict[str, bytes]:
-    """Key → bytes of all metadata and small arrays, made by zarr-python in memory."""
-    store = MemoryStore()
-    group = zarr.create_group(store, zarr_format=3, attributes=attributes.to_dict())
-    group.create_array(
-        layout.FEATURES,
-        shape=(features.rows, *features.image_shape),
-        dtype=features.dtype,
-        chunks=(1, *features.image_shape),
-        shards=(features.shard_rows, *features.image_shape),
-        filters=None,
-        compressors=[ZstdCodec(level=layout.ZSTD_LEVEL), Crc32cCodec()],
-        fill_value=layout.INT8_NO_DATA if features.dtype == "int8" else float("nan"),
-        dimension_names=("row", "component", "y", "x"),
-    )
-    pca = group.create_group(layout.PCA)
-    for name, array in basis.__dict__.items():
-        _create_small_array(pca, name, array)
-    if step is not None:
-        _create_small_array(group, layout.STEP, step)
-    return {key: buffer.to_bytes() for key, buffer in store._store_dict.items()}
-
-
-def _create_small_array(group: zarr.Group, name: str, data: np.ndarray[Any, Any]) -> None:
-    """One chunk, with a checksum. The fill value is NaN: a chunk that is lost must not read as zeros."""
-    array = group.create_array(
-        name,
-        shape=data.shape,
-        dtype=data.dtype,
-        chunks=data.shape,
-        filters=None,
-        compressors=[ZstdCodec(level=layout.ZSTD_LEVEL), Crc32cCodec()],
-        fill_value=float("nan"),
-    )
-    array[...] = data
+def _claimed_outcome(objects: Objects, claimed: bytes) -> tuple[Basis, np.ndarray[Any, Any] | None]:
+    """Basis and steps out of a claim."""
+    setup = json.loads(claimed)["attributes"].get(_SETUP_KEY)
+    if setup is None:
+        raise JobError(
+            f"{objects.uri}: a job of an earlier version of densefeat began to set it up and did not finish: use "
+            "--overwrite"
+        )
+    with np.load(io.BytesIO(base64.b64decode(setup["npz"])), allow_pickle=False) as arrays:
+        outcome = dict(arrays)
+    step = outcome.pop(layout.STEP, None)
+    return Basis(**outcome), step
 
 
 def step_sha256(step: np.ndarray[Any, Any] | None) -> str | None:
     """Digest of the quantization steps, None for float16."""
     return None if step is None else hashlib.sha256(step.astype("<f4").tobytes()).hexdigest()
-
-
-def write_shard(
-    objects: Objects,
-    shard: int,
-    shard_rows: int,
-    chunks: Sequence[bytes | None],
-    outcomes: Sequence[RowOutcome],
-    seconds: StageSeconds,
-    facts: dict[str, Any],
-) -> LedgerRecord:
-    """Write a shard's object, whole, then its ledger record: the commit.
-
-    Args:
-        objects: the store.
-        shard: its number.
-        shard_rows: rows of a full shard (the last one may have fewer).
-        chunks: encoded features of its rows, None where a row failed.
-        outcomes: of its rows; the place of each chunk is filled in here.
-        seconds: that the shard took so far; writing is added.
-        facts: the other fields of the record: configuration_hash, clipped, made_by.
-
-    Raises:
-        JobError: the shard is recorded already with other bytes: two jobs with different results write this store.
-        OSError: the storage's reason.
-    """
-    data, places = layout.pack_shard(chunks, shard_rows)
-    sha256 = hashlib.sha256(data).hexdigest()
-    if objects.exists(layout.ledger_key(shard)):  # before its object could be replaced by another
-        return _same_shard(objects, shard, sha256)
-    for outcome, place in zip(outcomes, places, strict=True):
-        outcome.chunk_offset, outcome.chunk_nbytes = place or (None, None)
-    ok = sum(outcome.ok for outcome in outcomes)
-    with seconds.stage("write"):
-        objects.put(layout.shard_key(shard), data)
-    record = LedgerRecord(
-        shard=shard,
-        rows_ok=ok,
-        rows_failed=len(outcomes) - ok,
-        nbytes=len(data),
-        sha256=sha256,
-        seconds=seconds.total(),
-        outcomes=outcomes_table(outcomes),
-        **facts,
-    )
-    try:
-        objects.create(layout.ledger_key(shard), record.to_bytes())
-    except FileExistsError:
-        return _same_shard(objects, shard, sha256)
-    return record
-
-
-def _same_shard(objects: Objects, shard: int, sha256: str) -> LedgerRecord:
-    """The record of a shard that was made already: our own whose answer got lost, or another job's.
-
-    Raises:
-        JobError: it has other bytes than ours.
-    """
-    other = read_record(objects, layout.ledger_key(shard))
-    if other.sha256 != sha256:
-        raise JobError(
-            f"shard {shard} of {objects.uri} is in the ledger with other bytes (made by {other.made_by}): another job "
-            "with other options, hardware or software writes the same shards; stop one of them, then run "
-            "jobs/verify_store.py --repair and resume"
-        )
-    return other
-
-
-def read_record(objects: Objects, key: str) -> LedgerRecord:
-    """A ledger record."""
-    return LedgerRecord.from_bytes(objects.get(key))
-
-
-def finished_shards(objects: Objects, configuration_hash: str) -> dict[int, LedgerRecord]:
-    """Records of the shards that are done: in the ledger, of this configuration, with an object of the recorded size.
-
-    Records that fail this are removed, so that their shards are made again.
-    """
-    keys = list(objects.list(layout.LEDGER))
-    sizes = objects.list(f"{layout.FEATURES}/c")
-
-    def check(key: str) -> LedgerRecord | None:
-        try:
-            record = read_record(objects, key)
-        except ValueError:
-            record = None
-        if (
-            record is None
-            or record.configuration_hash != configuration_hash
-            or sizes.get(layout.shard_key(record.shard)) != record.nbytes
-        ):
-            objects.delete(key)
-            return None
-        return record
-
-    return {record.shard: record for record in _parallel(check, keys) if record is not None}
-
-
-def stored_index(objects: Objects) -> pa.Table:
-    """The index as it lies in the store (``FeatureStore.index`` also merges the ledger of an unfinished one)."""
-    return read_parquet(objects.get(layout.INDEX))
 
 
 def reopen(objects: Objects) -> None:
@@ -281,42 +195,6 @@ def finish(objects: Objects, records: Sequence[LedgerRecord]) -> None:
     merged = with_outcomes(stored_index(objects), pa.concat_tables(record.outcomes for record in ordered))
     objects.put(layout.INDEX, parquet_bytes(merged))
     objects.put(layout.MANIFEST, parquet_bytes(manifest(ordered)))
-    objects.tidy()
-
-
-@contextmanager
-def storage_explained(uri: str) -> Iterator[None]:
-    """Turn storage errors in the block that trying again will not mend into a ``JobError`` about ``uri``."""
-    try:
-        yield
-    except Exception as error:
-        explained = explain_storage_error(error, uri)
-        if explained is None:
-            raise
-        raise explained from error
-
-
-def explain_storage_error(error: BaseException, uri: str) -> JobError | None:
-    """What to do about a storage error that trying again will not mend; None for any other error."""
-    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"):
-        return JobError(
-            f"no credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the "
-            "machine a role; on a cluster, on every node"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return JobError(
-            f"no space left for {uri} ({error.strerror}): free some and run the job again with --resume; what is "
-            "finished is kept"
-        )
-    if isinstance(error, PermissionError) or getattr(error, "errno", None) in (errno.EROFS, errno.EACCES):
-        return JobError(f"no permission to write {uri}: {error}; choose another place, or ask for the right to write")
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return JobError(f"{uri} cannot be written: {error}; the bucket or the file system must be there")
-    if isinstance(error, ImportError):
-        return JobError(f"{uri} needs a package that is not installed: {error}")
-    return None
-
-
-def _parallel(function: Any, items: Iterable[Any]) -> list[Any]:
-    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-        return list(pool.map(function, items))
+    in_parallel(objects.delete, objects.list(layout.INTENTS))  # of killed workers; all that they were for is done
+    objects.delete_folder(layout.INTENTS)
+    objects.sweep()

@@ -2,18 +2,26 @@
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import pyarrow as pa
 
 from densefeat import layout
 from densefeat.errors import StoreError
+from densefeat.index import recorded_shards
 from densefeat.objects import Objects
+from densefeat.parquet import read_parquet
 from densefeat.store import FeatureStore
 from pipeline.pca import Basis
-from pipeline.store import read_record, reopen, step_sha256
+from pipeline.shard import read_record
+from pipeline.source import keys_digest
+from pipeline.store import step_sha256
+from schemas.attributes import StoreAttributes
 from schemas.index import OK, OUTCOMES
-from schemas.ledger import LedgerRecord
+from schemas.ledger import LedgerRecord, manifest
+
+_PARALLEL_REQUESTS = 32
 
 
 class StoreCheck:
@@ -31,8 +39,7 @@ class StoreCheck:
         self._store = FeatureStore(uri)
         self._objects = Objects(uri)
         self.layout = self._store.layout
-        keys = set(self._objects.list(layout.LEDGER))
-        self.recorded = [shard for shard in range(self.layout.shards) if layout.ledger_key(shard) in keys]
+        self.recorded = recorded_shards(self._objects, self.layout)
         self.nbytes = 0
         self._lock = threading.Lock()
 
@@ -42,7 +49,11 @@ class StoreCheck:
             record = read_record(self._objects, layout.ledger_key(shard))
         except ValueError as error:
             return [f"its ledger record is damaged: {error}"]
+        except FileNotFoundError:
+            return ["its ledger record is gone"]
         problems = []
+        if record.shard != shard:
+            problems.append(f"its record is about shard {record.shard}")
         if record.configuration_hash != self._store.attributes["configuration_hash"]:
             problems.append(f"made with another configuration, {record.configuration_hash[:12]}…")
         if record.outcomes["row"].to_pylist() != list(self.layout.rows_of(shard)):
@@ -79,37 +90,77 @@ class StoreCheck:
         return rows
 
     def store(self) -> list[str]:
-        """What is wrong with the store as a whole: basis, index, manifest."""
-        problems = []
+        """What is wrong with the store as a whole."""
+        return self.attributes() + self.arrays() + self.tables()
+
+    def attributes(self) -> list[str]:
+        """What is wrong with the attributes: are they whole, and the ones that the hash was made of?"""
         try:
-            if Basis.of_store(self._store).digest != self._store.attributes["configuration"]["pca"]["basis"]:
+            attributes = StoreAttributes.from_dict(self._store.attributes)
+        except (LookupError, TypeError) as error:
+            return [f"the attributes are damaged: {type(error).__name__}: {error}"]
+        if attributes.hash != self._store.attributes["configuration_hash"]:
+            return ["the configuration is not the one that its hash was made of"]
+        return []
+
+    def arrays(self) -> list[str]:
+        """What is wrong with the basis and the steps."""
+        problems = []
+        attributes = self._store.attributes
+        try:
+            if Basis.of_store(self._store).digest != attributes["configuration"].get("pca", {}).get("basis"):
                 problems.append("the PCA basis is not the one that the attributes name")
-            if step_sha256(self._store.step) != self._store.attributes["step_sha256"]:
+            if step_sha256(self._store.step) != attributes.get("step_sha256"):
                 problems.append("the quantization steps are not those that the attributes name")
         except StoreError as error:
             problems.append(str(error))
-        index = self._store.index
-        if index.num_rows != self.layout.rows:
-            problems.append(f"the index has {index.num_rows} rows, the array {self.layout.rows}")
-        elif self._objects.exists(layout.MANIFEST) and not problems:
-            problems += self._index_problems(index)
         return problems
 
+    def tables(self) -> list[str]:
+        """What is wrong with index and manifest; `pipeline.repair.rebuild_tables` writes both anew."""
+        try:
+            index = self._store.index
+        except StoreError as error:
+            problems = [str(error)]
+        else:
+            problems = self._index_problems(index)
+        return problems + self._manifest_problems()
+
     def _index_problems(self, index: pa.Table) -> list[str]:
-        """Compare the merged index of a finished store with the ledger."""
-        for shard in self.recorded:
-            try:
-                outcomes = read_record(self._objects, layout.ledger_key(shard)).outcomes
-            except ValueError:
-                continue  # said for the shard
+        expected = self._store.attributes["configuration"].get("source", {}).get("keys_sha256")
+        if expected is not None and keys_digest(index) != expected:
+            return ["the keys in the index are not those that the attributes name"]
+        if not self._objects.exists(layout.MANIFEST):
+            return []  # what the ledger says was merged as it was read
+        for shard, record in self._sound_records.items():
             rows = self.layout.rows_of(shard)
-            if not index.select(OUTCOMES.names).slice(rows.start, len(rows)).equals(outcomes):
+            if not index.select(OUTCOMES.names).slice(rows.start, len(rows)).equals(record.outcomes):
                 return [f"the index does not say of rows {rows.start} … {rows[-1]} what the ledger recorded"]
         return []
 
+    def _manifest_problems(self) -> list[str]:
+        try:
+            stored = read_parquet(self._objects.get(layout.MANIFEST)).to_pylist()
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            return [f"{layout.MANIFEST} is damaged: {error}"]
+        by_shard = {row.get("shard"): row for row in stored}
+        for row in manifest(list(self._sound_records.values())).to_pylist():
+            if by_shard.get(row["shard"]) != row:
+                return [f"{layout.MANIFEST} does not say of shard {row['shard']} what the ledger recorded"]
+        return []
 
-def repair(objects: Objects, shards: Sequence[int]) -> None:
-    """Take damaged shards out of the ledger: their rows are pending, and a resumed job makes them anew."""
-    for shard in shards:
-        objects.delete(layout.ledger_key(shard))
-    reopen(objects)
+    @cached_property
+    def _sound_records(self) -> dict[int, LedgerRecord]:
+        """Of the shards whose record can be read; of the others `shard` tells."""
+
+        def read(shard: int) -> LedgerRecord | None:
+            try:
+                return read_record(self._objects, layout.ledger_key(shard))
+            except (FileNotFoundError, ValueError):
+                return None
+
+        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+            records = zip(self.recorded, pool.map(read, self.recorded), strict=True)
+            return {shard: record for shard, record in records if record is not None}

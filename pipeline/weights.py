@@ -1,20 +1,22 @@
 """Checkpoints: read a file of weights safely, load it strictly, and name its contents by a digest."""
 
 import hashlib
+import io
 import json
 import pickle
 import re
-import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
+from densefeat.errors import PlaceError, StorageUnavailable
+from densefeat.places import open_place
+from densefeat.retries import retried
 from pipeline.errors import JobError
 
 __all__ = ["load_strict", "read_metadata", "read_state_dict", "state_digest"]
@@ -36,7 +38,7 @@ def read_state_dict(uri: str) -> dict[str, Tensor]:
 
     Args:
         uri: a ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` or ``.ckpt`` file: a local path, or any URI that fsspec
-            reads (it is then downloaded to a temporary file first).
+            reads (it is then read into memory first).
 
     Returns:
         Name -> tensor on the CPU, with the shapes and dtypes that are in the file; never empty.
@@ -52,7 +54,7 @@ def read_state_dict(uri: str) -> dict[str, Tensor]:
             "the checkpoint, or rename the file if it is one of these formats."
         )
     read = _read_pickled if suffix in _PICKLED else _read_safetensors
-    return _clean(_with_local_file(uri, read), uri)
+    return _clean(read(_opened(uri), uri), uri)
 
 
 def read_metadata(uri: str) -> dict[str, str]:
@@ -63,9 +65,7 @@ def read_metadata(uri: str) -> dict[str, str]:
     """
     if PurePosixPath(uri).suffix.lower() != ".safetensors":
         return {}
-    metadata = _with_local_file(uri, _read_safetensors_metadata)
-    assert isinstance(metadata, dict)
-    return metadata
+    return _read_safetensors_metadata(_opened(uri), uri)
 
 
 def load_strict(
@@ -127,24 +127,20 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _with_local_file(uri: str, read: Callable[[Path, str], object]) -> object:
-    """Call ``read(path, uri)`` on the file, fetched first where it is remote."""
-    with tempfile.TemporaryDirectory(prefix="densefeat-weights-") as folder:
-        return read(_fetch(uri, Path(folder)), uri)
-
-
-def _fetch(uri: str, folder: Path) -> Path:
-    """A local file that can be opened: the file itself, or a copy of it in ``folder``."""
+def _opened(uri: str) -> Path | bytes:
+    """A local file's path, of a file that can be opened; a remote file's contents, in memory: no disk is needed."""
     try:
-        fs, remote = fsspec.core.url_to_fs(uri)
-        if not isinstance(fs, LocalFileSystem):
-            local = folder / "weights"
-            fs.get_file(remote, str(local))
-            return local
-        with Path(remote).open("rb"):  # missing, a directory or unreadable: told apart here, not by the parsers
-            return Path(remote)
+        filesystem, path = open_place(uri)
+        if not isinstance(filesystem, LocalFileSystem):
+            return bytes(retried(lambda: filesystem.cat_file(path), uri))
+        with Path(path).open("rb"):  # missing, a directory or unreadable: told apart here, not by the parsers
+            return Path(path)
     except FileNotFoundError as error:
         raise JobError(f"Weights {uri!r}: got no such file, expected a checkpoint. Check the path or URI.") from error
+    except PlaceError as error:
+        raise JobError(f"Weights: {error}") from error
+    except StorageUnavailable:
+        raise
     except Exception as error:  # whatever the client of this file system raises: each has its own kinds
         raise JobError(
             f"Weights {uri!r}: got {_line(error)} on opening it, expected a readable checkpoint file. Check the URI, "
@@ -152,32 +148,36 @@ def _fetch(uri: str, folder: Path) -> Path:
         ) from error
 
 
-def _read_safetensors(path: Path, uri: str) -> object:
+def _read_safetensors(file: Path | bytes, uri: str) -> object:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load, load_file
 
     try:
-        return load_file(path)
+        return load(file) if isinstance(file, bytes) else load_file(file)
     except (SafetensorError, ValueError, OSError) as error:
         raise _damaged(uri, error) from error
 
 
-def _read_safetensors_metadata(path: Path, uri: str) -> object:
+def _read_safetensors_metadata(file: Path | bytes, uri: str) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, ValueError, OSError) as error:
+        if isinstance(file, bytes):  # a header of JSON behind its length
+            header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
+            return dict(header.get("__metadata__", {}))
+        with safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except (SafetensorError, ValueError, AttributeError, TypeError, OSError) as error:
         raise _damaged(uri, error) from error
 
 
-def _read_pickled(path: Path, uri: str) -> object:
+def _read_pickled(file: Path | bytes, uri: str) -> object:
     try:
         with warnings.catch_warnings():
             # Other protocols than torch.save's own either parse or fail below: the warning adds nothing to that.
             warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True)
+            source = io.BytesIO(file) if isinstance(file, bytes) else file
+            return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises nearly anything: EOFError, KeyError, struct.error …
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused is None:

@@ -6,6 +6,7 @@ does not depend on that, nor on rows that failed: their places in the batch stay
 """
 
 import logging
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,22 +19,25 @@ from torch import Tensor
 
 from densefeat import layout
 from densefeat.objects import Objects
-from kernels.quantization import Quantization
 from pipeline.batches import Batch
+from pipeline.calibration import Calibration
 from pipeline.decode import Decoded
 from pipeline.errors import ImageError
 from pipeline.feature_worker import FeatureWorker, WorkerSpec
 from pipeline.pca import Basis
-from pipeline.quantize import quantize, steps, to_float16
+from pipeline.sample import Part
+from pipeline.shard import committed, write_shard
 from pipeline.stage_seconds import StageSeconds
-from pipeline.store import storage_explained, write_shard
+from pipeline.storage import storage_explained
 from pipeline.upsample import Projected, build_configured
 from pipeline.upsample_interface import Stored
-from schemas.config import UpsampleConfig
+from schemas.config import DEFAULT_COMPONENTS, UpsampleConfig
 from schemas.index import OK
 from schemas.ledger import LedgerRecord, RowOutcome
 
 logger = logging.getLogger(__name__)
+
+_COPIES_IN_UPSAMPLING = 4  # of a batch's values: as floats of two steps, as codes, and those being encoded
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,10 @@ class ShardWorker(FeatureWorker):
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
-        super().__init__(spec)
         config = spec.config
         assert isinstance(config, UpsampleConfig)
         self.config = config
+        super().__init__(spec)
         upsampler = build_configured(config, self.backbone)
         self.upsampler = upsampler.to(self.device)
         self.check_identity("upsampler", upsampler.identity())
@@ -71,26 +75,27 @@ class ShardWorker(FeatureWorker):
         self._encoders = ThreadPoolExecutor(spec.threads, "encode")
         self._with_basis: tuple[str, Projected] | None = None
 
-    def sample_encoding(self, references: pa.Table, basis: Basis) -> tuple[npt.NDArray[np.float32] | None, float]:
-        """Quantization steps [k] (None for float16) from a sample of images, and how many bytes one of them takes."""
-        total, images, kept = np.zeros(len(basis.components)), 0, None
+    def calibrate(self, references: pa.Table, basis: Basis) -> Part[Calibration]:
+        """Scale of the upsampled features of some images, one by one: an upsampler may take minutes for each."""
+        total = Part(Calibration.none(len(basis.components)), 0, None)
         for batch in self.loader.batches(references, StageSeconds()):
-            usable = batch.usable_rows
-            if usable.any():
-                with self.computing, torch.inference_mode():
-                    features, pixels = self._features(batch, StageSeconds())
-                    high = self._projected(basis)(features, pixels, self.geometry.output_size)
-                    high = high[usable.to(self.device)]
-                square = high.square().mean((2, 3), dtype=torch.float64).cpu().numpy()
-                finite = np.isfinite(square).all(1)
-                total, images = total + square[finite].sum(0), images + int(finite.sum())
-                kept = high if kept is None else kept
-        step = steps(total / max(images, 1), self.config.error_floor) if self.config.dtype == "int8" else None
-        if kept is None:
-            return step, 0.0
-        steps_ = None if step is None else torch.tensor(step, device=self.device)
-        codes = to_float16(kept) if steps_ is None else quantize(kept, Quantization(steps_, torch.zeros_like(steps_)))
-        return step, float(np.mean([len(layout.encode_chunk(image)) for image in codes.codes.cpu().numpy()]))
+            for i, decoded in enumerate(batch.decoded):
+                if isinstance(decoded, Decoded):
+                    total = total.merged(self._calibrate_image(batch.pixels[i : i + 1], basis))
+                else:
+                    total = total.merged(Part(Calibration.none(len(basis.components)), 0, str(decoded)))
+                self.images_done += 1
+        return total
+
+    def _calibrate_image(self, pixels: Tensor, basis: Basis) -> Part[Calibration]:
+        with self.computing, torch.inference_mode():
+            pixels = pixels.to(self.device)
+            features = self.backbone(pixels)
+            high = self._projected(basis)(features, pixels, self.geometry.output_size)[0]
+            found = Calibration.of(high, self.config.dtype, self.config.error_floor)
+        if found is None:
+            return Part(Calibration.none(len(basis.components)), 0, "its features contain NaN or infinity")
+        return Part(found, 1, None)
 
     def make_shard(self, store: Objects, shard: int, references: pa.Table, encoding: Encoding) -> LedgerRecord:
         """Make a shard's features, write it, commit it.
@@ -104,6 +109,9 @@ class ShardWorker(FeatureWorker):
         Raises:
             JobError: the storage refuses in a way that trying again will not mend.
         """
+        if (record := committed(store, shard, encoding.configuration_hash)) is not None:  # by another job meanwhile
+            self.images_done += references.num_rows
+            return record
         seconds = StageSeconds()
         shard_rows = self.config.shard_rows
         outcomes: list[RowOutcome] = []
@@ -166,6 +174,13 @@ class ShardWorker(FeatureWorker):
         if self._with_basis is None or self._with_basis[0] != basis.digest:
             self._with_basis = basis.digest, self.upsampler.with_basis(*basis.tensors).to(self.device)
         return self._with_basis[1]
+
+    def _task_nbytes(self) -> int:
+        """And of a shard: its chunks, counted as if they did not compress; float32 features of a batch, and scratch."""
+        k = min(self.config.components or DEFAULT_COMPONENTS, self.backbone.num_chs)
+        values = k * math.prod(self.config.output_size_px)
+        chunks = self.config.shard_rows * values * np.dtype(self.config.dtype).itemsize
+        return super()._task_nbytes() + chunks + self.batch_size * values * 4 * _COPIES_IN_UPSAMPLING
 
     def made_by(self) -> dict[str, str]:
         """As ``FeatureWorker.made_by``, and who upsampled."""

@@ -3,29 +3,24 @@
 ``pipeline/runner.py`` has those that run on a Ray cluster.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol
 
-from pipeline.feature_worker import WorkerSpec, shards_in_worker
+from pipeline.errors import JobError
+from pipeline.feature_worker import FeatureWorker, WorkerSpec, pick_device
+from pipeline.resources import threads_in_operations, torch_threads
+from pipeline.task_failures import FailureLog, is_suspect
+from pipeline.task_queue import TaskFailed, TaskQueue
 from pipeline.worker import make_worker
 
+__all__ = ["InlineWorkers", "TaskFailed", "Workers"]
+
 _POLL_S = 0.5
-
-
-@dataclass(frozen=True)
-class TaskFailed:
-    """A task that was given up.
-
-    Attributes:
-        attempts: how often it was tried.
-        reason: of the last failure, one line.
-    """
-
-    attempts: int
-    reason: str
+_STOP_S = 10.0
 
 
 class Workers(Protocol):
@@ -46,6 +41,8 @@ class Workers(Protocol):
         Yields:
             (index of the task, its result or ``TaskFailed``), as they end.
 
+        A task that fails is tried again later and, if there is another worker, elsewhere, up to a number of attempts.
+
         Raises:
             JobError: a worker says that the job cannot go on.
         """
@@ -59,22 +56,47 @@ class Workers(Protocol):
 class InlineWorkers:
     """One worker, in this process, without Ray: for debuggers, profilers, and where Ray cannot start.
 
-    An error is raised, not tried again: it is here to be looked at.
+    Args:
+        spec: of the worker.
+        attempts: times a task may fail.
+        first_wait_s: as `TaskQueue`.
+        make: what makes the worker.
     """
 
     count = 1
 
-    def __init__(self, spec: WorkerSpec) -> None:
-        self._worker = make_worker(spec)
-        self._tasks_at_once = shards_in_worker(self._worker.device.type, spec.threads)
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        *,
+        attempts: int = 3,
+        first_wait_s: float = 5.0,
+        make: Callable[[WorkerSpec], FeatureWorker] = make_worker,
+    ) -> None:
+        self._spec, self._make = spec, make
+        self._attempts, self._first_wait_s = attempts, first_wait_s
+        self._running: dict[Future[Any], int] = {}
+        self._failures = FailureLog()
+        self._entered = ExitStack()
 
     def __enter__(self) -> "InlineWorkers":
+        """Build the worker."""
+        threads = threads_in_operations(pick_device(self._spec.config.device), self._spec.threads)
+        with ExitStack() as stack:
+            stack.enter_context(torch_threads(threads))
+            self._worker = self._make(self._spec)
+            self._pool = ThreadPoolExecutor(self._worker.tasks_at_once, "task")
+            self._entered = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Nothing to let go: the worker's threads end with the process."""
+        """Tasks that still run, if it ends in an error, are stopped before their next batch."""
+        with self._entered:
+            self._worker.stop()
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            wait([task for task in self._running if not task.cancelled()], timeout=_STOP_S)
 
     def share(self, value: Any) -> Any:
         """The value itself."""
@@ -85,16 +107,28 @@ class InlineWorkers:
     ) -> Iterator[tuple[int, Any]]:
         """As ``Workers.map``."""
         before = self._worker.images_done
-        with ThreadPoolExecutor(self._tasks_at_once) as pool:
-            waiting = iter(enumerate(tasks))
-            running: dict[Future[Any], int] = {}
-            while True:
-                while len(running) < self._tasks_at_once and (task := next(waiting, None)) is not None:
-                    running[pool.submit(getattr(self._worker, method), *task[1])] = task[0]
-                if not running:
-                    return
-                ended, _ = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    yield running.pop(future), future.result()
-                on_progress(self._worker.images_done - before)
-                before = self._worker.images_done
+        queue = TaskQueue[InlineWorkers](len(tasks), attempts=self._attempts, first_wait_s=self._first_wait_s)
+        queue.join(self, None, self._worker.tasks_at_once, time.monotonic())
+        while queue.left:
+            for _, task in queue.hand_out(time.monotonic()):
+                self._running[self._pool.submit(getattr(self._worker, method), *tasks[task])] = task
+            if not self._running:
+                time.sleep(min(_POLL_S, self._first_wait_s))
+            for future in wait(self._running, timeout=_POLL_S, return_when=FIRST_COMPLETED).done:
+                yield from self._settle(queue, self._running.pop(future), future)
+            on_progress(self._worker.images_done - before)
+            before = self._worker.images_done
+
+    def _settle(self, queue: "TaskQueue[InlineWorkers]", task: int, future: Future[Any]) -> Iterator[tuple[int, Any]]:
+        """What comes of a task that has ended; yields it if it is over."""
+        error = future.exception()
+        if error is None:
+            queue.done(task, time.monotonic())
+            yield task, future.result()
+            return
+        if isinstance(error, JobError) or not isinstance(error, Exception):
+            raise error
+        reason = self._failures.told(error, "a task failed")
+        given_up = queue.failed(task, reason, time.monotonic(), suspect=is_suspect(error))
+        if given_up is not None:
+            yield task, given_up

@@ -1,7 +1,7 @@
 """The attributes of a store: what made it, readable by a person, and a hash of it for the machine.
 
 ``configuration`` holds everything that the features depend on and nothing else: two stores with the same hash hold the
-same features (up to floating-point differences between devices), and a resume under another hash is refused.
+same features (up to floating-point differences between devices).
 """
 
 import hashlib
@@ -28,6 +28,22 @@ def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str
         elif old != new:
             lines.append(f"{prefix}{name}: stored {json.dumps(old)}, asked {json.dumps(new)}")
     return lines
+
+
+def incompatibilities(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Why a job must not work on a store, a line each; none if it may: the one rule wherever two jobs or runs meet.
+
+    What was asked for is compared. What came of it is not: the basis that was fitted here or there can differ in a bit,
+    and whoever comes later takes the one that is in the store.
+
+    Args:
+        stored: the store's configuration.
+        asked: the job's, with ``pca.basis`` only if it was given one.
+    """
+    stored = {**stored, "pca": dict(stored.get("pca", {}))}
+    if "fitted_on_images" in stored["pca"]:
+        stored["pca"].pop("basis", None)
+    return differences(stored, json.loads(json.dumps(asked)))
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,18 @@ from typing import Any, Literal
 # The issue in numbers: int8 shards of 64 images are about 120 MB before compression at k = 128, 224 px, as are
 # float16 shards of 8; large enough for object storage, small enough to redo.
 SHARD_IMAGES = {"int8": 64, "float16": 8}
+DEFAULT_COMPONENTS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureConfig:
     """Which images, and which low-resolution features of them: what all jobs share."""
 
-    # Folder, WebDataset tar shards ({000..099} patterns) or Parquet; local, s3://, gs:// or http(s)://.
+    # Folder, WebDataset tars or Parquet, or a pattern (*.tar, {000..099}); local, s3://, gs:// or http(s)://. What is
+    # not used of it is said in the plan, by reason.
     images: str
-    # Parquet: the column with image bytes or URIs; found by itself if not given.
+    # Parquet: the column with image bytes, URIs or base64; tars: the extension, such as "left.png". Found by itself if
+    # not given.
     image_column: str | None = None
     # Only the first N images.
     limit: int | None = None
@@ -39,7 +42,7 @@ class FeatureConfig:
     batch_size: int | None = None
     # "auto", "cpu" or "cuda".
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Ray actors; not given: one per GPU of the cluster, or one per CPU node. 0: this process, without Ray.
+    # Ray actors; not given: one per GPU of the cluster, or one per node that has CPUs. 0: this process, without Ray.
     workers: int | None = None
     # Images with more pixels than this are not opened (decompression bombs).
     max_pixels: int = 178_956_970
@@ -107,9 +110,10 @@ class UpsampleConfig(FeatureConfig):
     overwrite: bool = False
     # Print the plan and stop.
     dry_run: bool = False
-    # Exit with 1 if more than this share of the images failed.
+    # Exit with 1 if more than this share of the images failed; with 2, before the work, if the listing already shows
+    # that more will: formats that are not read (.heic), links to nothing.
     max_failed_share: float = 0.01
-    # Times a shard is tried before it is given up.
+    # Times a shard may fail before this run gives it up; to lose a node is no failure. --resume tries it again.
     attempts: int = 3
     # A worker that shows no progress for this long is replaced.
     stall_timeout_s: float = 1800.0

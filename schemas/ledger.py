@@ -79,7 +79,7 @@ class LedgerRecord:
             table = read_parquet(data)
             facts = json.loads(table.schema.metadata[_METADATA_KEY])
             return cls(**facts, outcomes=table.replace_schema_metadata(None).cast(OUTCOMES))
-        except (pa.ArrowException, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a ledger record: {error}") from error
 
 

@@ -45,7 +45,7 @@ class BackboneChoice:
 class TrainConfig:
     """Images in, weights of an upsampler out."""
 
-    # Images to train on: folder, WebDataset tar shards or Parquet; local, s3://, gs:// or http(s)://.
+    # Images to train on: folder, WebDataset tars or Parquet; local, s3://, gs:// or http(s)://.
     images: str
     # Folder or URI for the weights (upsampler.safetensors), losses, curves and checkpoints.
     output: str
@@ -63,7 +63,7 @@ class TrainConfig:
     size: str = "224"
     # How an image of another shape gets there: centre crop, pad at the right or bottom, or squash.
     fit: Literal["crop", "pad", "squash"] = "crop"
-    # Parquet: the column with image bytes or URIs; found by itself if not given.
+    # Parquet: the column with image bytes, URIs or base64; tars: the extension. Found by itself if not given.
     image_column: str | None = None
     # Only the first N images.
     limit: int | None = None

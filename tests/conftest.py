@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from s3_proxy import S3Proxy
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 if not torch.cuda.is_available():
@@ -39,3 +40,11 @@ def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest
     bucket = f"bucket-{abs(hash(request.node.nodeid)):x}"
     s3fs.S3FileSystem(skip_instance_cache=True).mkdir(bucket)
     return f"s3://{bucket}"
+
+
+@pytest.fixture
+def s3_proxy(s3_endpoint: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]:
+    """Between clients made from now on and the server of ``s3_bucket``."""
+    with S3Proxy(s3_endpoint).running() as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy

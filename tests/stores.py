@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,8 +11,9 @@ from densefeat import layout
 from densefeat.layout import FeatureLayout
 from densefeat.objects import Objects
 from pipeline.pca import Basis
+from pipeline.shard import write_shard
 from pipeline.stage_seconds import StageSeconds
-from pipeline.store import finish, set_up, step_sha256, write_shard
+from pipeline.store import finish, set_up, step_sha256
 from schemas.attributes import StoreAttributes
 from schemas.index import OK, REFERENCES, pending_index
 from schemas.ledger import LedgerRecord, RowOutcome
@@ -71,11 +73,13 @@ def outcome(row: int) -> RowOutcome:
     return RowOutcome(row, OK, None, 2 * H, 2 * W, (0.5, 0, -2, 0, 0.5, -1), (0, 0, H, W))
 
 
-def set_up_store(uri: str, dtype: str = "int8") -> KnownStore:
-    """A store with no shard done."""
+def set_up_store(uri: str, dtype: str = "int8", source: dict[str, Any] | None = None) -> KnownStore:
+    """A store with no shard done; ``source``: of its configuration."""
     step = np.linspace(0.01, 0.05, K, dtype=np.float32) if dtype == "int8" else None
     store = KnownStore(uri, known_codes(dtype), step, basis(), [])
-    configuration = {"pca": {"components": K, "basis": store.basis.digest}, "storage": {"dtype": dtype}}
+    configuration: dict[str, Any] = {"pca": {"components": K, "basis": store.basis.digest}, "storage": {"dtype": dtype}}
+    if source is not None:
+        configuration["source"] = source
     attributes = StoreAttributes(configuration, {"densefeat": "test"}, ("a", "b", "c"), 0.8, step_sha256(step))
     store.configuration_hash = attributes.hash
     features = FeatureLayout(ROWS, K, H, W, dtype, SHARD_ROWS)
@@ -91,9 +95,9 @@ def write_known_shard(store: KnownStore, shard: int) -> LedgerRecord:
     return write_shard(Objects(store.uri), shard, SHARD_ROWS, chunks, outcomes, StageSeconds(), facts)
 
 
-def make_store(uri: str, dtype: str = "int8") -> KnownStore:
+def make_store(uri: str, dtype: str = "int8", source: dict[str, Any] | None = None) -> KnownStore:
     """A finished store."""
-    store = set_up_store(uri, dtype)
+    store = set_up_store(uri, dtype, source)
     store.records = [write_known_shard(store, shard) for shard in range(-(-ROWS // SHARD_ROWS))]
     finish(Objects(uri), store.records)
     return store

@@ -16,6 +16,7 @@ from PIL import Image
 from pipeline import decode as decode_module
 from pipeline.decode import Decoded, Geometry, decode
 from pipeline.errors import ImageError
+from tests.image_writers import chunk, png, tiff
 from tests.images import encode, gradient, orientation_exif, photo, png_header
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "coco200" / "images"
@@ -195,11 +196,12 @@ class TestGeometry:
     def test_draft_changes_speed_and_not_the_picture(self, monkeypatch, fit: str, orientation: int) -> None:
         data = photo(1203, 1601, quality=92, exif=orientation_exif(orientation))
         geometry = Geometry((96, 64), fit, (96, 64))
-        image = decode_module._open(data)
-        assert decode_module._draft(image, geometry) in (4, 8)
-        assert min(image.size) >= 2 * 64
+        stored = decode_module.open_stored(data)
+        assert decode_module._draft(stored, geometry) in (4, 8)
+        assert stored.jpeg is not None
+        assert min(stored.jpeg.size) >= 2 * 64
         fast = decode(data, geometry)
-        monkeypatch.setattr(decode_module, "_draft", lambda image, geometry: 1)
+        monkeypatch.setattr(decode_module, "_draft", lambda stored, geometry: 1)
         slow = decode(data, geometry)
         assert np.abs(fast.pixels.astype(int) - slow.pixels).max() <= 3
         assert fast.affine == slow.affine
@@ -234,6 +236,14 @@ class TestRefused:
         assert tracemalloc.get_traced_memory()[1] < 10 << 20
         tracemalloc.stop()
 
+    def test_no_memory_says_nothing_about_the_image(self, monkeypatch) -> None:
+        def fail(data: bytes) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(decode_module, "open_stored", fail)
+        with pytest.raises(MemoryError):
+            decode(photo(40, 40), SQUASH)
+
     def test_max_pixels_is_the_callers(self) -> None:
         assert status_of(photo(100, 100), max_pixels=9_999) == "too_large"
         decode(photo(100, 100), SQUASH, max_pixels=10_000)
@@ -253,6 +263,7 @@ class TestRefused:
         assert decode(data, SQUASH).height == 40
 
 
+NOISE = np.random.default_rng(0).integers(0, 16, (24, 24, 4)).astype(np.uint16)
 SEEDS = [
     photo(24, 32),
     photo(24, 32, exif=orientation_exif(6)),
@@ -266,7 +277,28 @@ SEEDS = [
     photo(24, 32, "JPEG2000"),
     photo(24, 32, "PPM"),
     encode(Image.fromarray(np.arange(576, dtype=np.uint16).reshape(24, 24)), "PNG"),
+    png(NOISE[..., :3], 16, 2, before=chunk(b"tRNS", bytes(6)), interlace=1),
+    png(
+        NOISE[..., :1], 4, 3, before=chunk(b"PLTE", bytes(48)) + chunk(b"tRNS", bytes(16)), after=chunk(b"eXIf", b"II*")
+    ),
+    tiff(NOISE, 16, {262: (2,), 338: (1,)}, order=">", planar=True, tile=(16, 16)),
+    tiff(NOISE[..., :1], 12, {262: (0,)}, compression=5, rows=5, big=True),
+    tiff(NOISE[..., :1], 4, {262: (3,), 320: (0,) * 48}, compression=8, rows=5),
+    tiff(NOISE, 8, {262: (5,)}, compression=32773, fill_order=2),
+    encode(Image.new("1", (24, 24)), "TIFF", compression="group4"),
+    photo(24, 32, "TIFF", compression="jpeg"),
+    b"P6 24 24 1000\n" + NOISE[..., :3].astype(">u2").tobytes(),
 ]
+
+
+def with_good_sums(data: bytes) -> bytes:
+    """A damaged PNG whose checksums say that it is not: so damage comes further than to them."""
+    at, parts = 8, [data[:8]]
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        parts.append(chunk(data[at + 4 : at + 8], data[at + 8 : end - 4]))
+        at = end
+    return b"".join(parts)
 
 
 class TestFuzz:
@@ -280,8 +312,9 @@ class TestFuzz:
             data[int(place * (len(data) - 1))] = value
         if keep < 0.5:  # else whole
             data = data[: int(2 * keep * len(data))]
-        with contextlib.suppress(ImageError):
-            assert decode(bytes(data), SQUASH, max_pixels=1_000_000).pixels.shape == (3, 32, 32)
+        for damaged in (bytes(data), with_good_sums(bytes(data))) if seed.startswith(b"\x89PNG") else (bytes(data),):
+            with contextlib.suppress(ImageError):
+                assert decode(damaged, SQUASH, max_pixels=1_000_000).pixels.shape == (3, 32, 32)
 
     @settings(max_examples=300, deadline=None)
     @given(st.binary(max_size=200), st.sampled_from([b"", *(seed[:12] for seed in SEEDS)]))

@@ -88,6 +88,32 @@ def test_too_few_images(pictures: Path, tmp_path: Path) -> None:
     assert not output.exists()
 
 
+def test_passes_of_the_backbone_and_the_fit_use_all_cores(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ReachedError(Exception):
+        pass
+
+    threads = []
+
+    def fitted(*arguments: Any) -> None:
+        threads.append(torch.get_num_threads())
+        raise ReachedError
+
+    monkeypatch.setattr("jobs.fit_downsampler.fit_downsampler", fitted)
+    monkeypatch.setattr("pipeline.resources.available_cores", lambda: 3)
+    before = torch.get_num_threads()
+    try:
+        for of_torch, expected in ((2, 2), (64, 3)):  # torch knows of no cgroup's quota
+            torch.set_num_threads(of_torch)
+            with pytest.raises(ReachedError):
+                fit(fit_config(pictures, tmp_path / "x.safetensors"))
+            assert threads.pop() == expected
+            assert torch.get_num_threads() == of_torch
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_output_that_cannot_be_written_to_is_found_out_first(
     pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """The main job as a command on Ray: killed, interrupted, refused. Nothing here is mocked."""
 
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -92,7 +93,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(
     store = tmp_path / "store"
     moments: list[Callable[[], Any]] = [
         (store / "zarr.json").exists,  # while the store is set up, or just after
-        lambda: shards_done(store) >= 5 and any((store / "_tmp").glob("*")),  # while an object is being written
+        lambda: shards_done(store) >= 5 and any(store.rglob(".*.partial")),  # while an object is being written
     ]
     for moment in moments:
         job = start(command(photographs, store, "--resume"))
@@ -106,7 +107,11 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(
     finished = run(command(photographs, store, "--resume"))
     assert finished.returncode == 0, finished.stderr
     assert shard_bytes(store) == undisturbed
-    assert not (store / "_tmp").exists()
+    # What was half-written is nobody's a day later.
+    for path in store.rglob(".*.partial"):
+        os.utime(path, (0, 0))
+    assert run(command(photographs, store, "--resume")).returncode == 0
+    assert list(store.rglob(".*.partial")) == []
 
 
 def test_a_killed_worker_is_replaced(photographs: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
@@ -144,8 +149,33 @@ def test_interrupted_it_says_how_to_go_on(photographs: Path, tmp_path: Path, num
     _, said = job.communicate(timeout=60)
     assert job.returncode == 130, said
     assert "interrupted" in said
-    assert "--resume" in said
+    assert re.search(r"interrupted: [1-9]\d* of 12 shards are finished and kept; --resume goes on from them", said)
     assert "Traceback" not in said
+
+
+def test_interrupted_before_anything_is_stored(photographs: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    job = start(command(photographs, store, "--workers", "0"))
+    assert job.stderr is not None
+    said = next(line for line in job.stderr if "PCA: fitting" in line)
+    job.send_signal(signal.SIGINT)
+    said += job.communicate(timeout=60)[1]
+    assert job.returncode == 130, said
+    assert "interrupted: nothing was stored: run the same command again" in said
+    assert not (store / "zarr.json").exists()
+
+
+def test_without_ray_it_does_not_wait_for_a_shard(photographs: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    job = start(command(photographs, store, "--workers", "0", "--shard-images", str(IMAGES), "--batch-size", "1"))
+    wait_for((store / "index.parquet").exists)  # then comes its one shard
+    time.sleep(0.3)
+    job.send_signal(signal.SIGINT)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 130, said
+    assert "interrupted: no shard is finished, but the store was begun: --resume goes on with it" in said
+    assert "Traceback" not in said
+    assert shards_done(store) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import zarr
@@ -12,10 +14,10 @@ from densefeat.layout import FeatureLayout
 
 def zarr_shard(codes: np.ndarray, shard_rows: int, fill_value: float) -> bytes:
     """The bytes that zarr-python itself makes of one shard."""
-    store = MemoryStore()
+    stored: dict[str, Any] = {}
     shape = codes.shape[1:]
     array = zarr.create_array(
-        store,
+        MemoryStore(stored),
         shape=(shard_rows, *shape),
         dtype=codes.dtype,
         chunks=(1, *shape),
@@ -25,7 +27,7 @@ def zarr_shard(codes: np.ndarray, shard_rows: int, fill_value: float) -> bytes:
         fill_value=fill_value,
     )
     array[: len(codes)] = codes
-    return store._store_dict["c/0/0/0/0"].to_bytes()
+    return stored["c/0/0/0/0"].to_bytes()
 
 
 @pytest.mark.parametrize(("dtype", "fill_value"), [("int8", -128), ("float16", float("nan"))])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import JobError
-from pipeline.pca import Basis, Moments, fit, sample_rows
+from pipeline.pca import Basis, Moments, fit
 
 
 def features(images: int = 6, channels: int = 7, seed: int = 0) -> torch.Tensor:
@@ -73,14 +73,3 @@ def test_basis_survives_a_file() -> None:
         basis.truncated(5)
     with pytest.raises(ValueError, match="not a basis"):
         Basis.from_npz(b"PK\x03\x04 nothing")
-
-
-@given(st.integers(1, 500), st.integers(0, 500))
-def test_sampled_rows_are_spread_and_in_order(rows: int, images: int) -> None:
-    sample = sample_rows(rows, images)
-    assert sample == sorted(set(sample))
-    assert len(sample) == (min(rows, images) or rows)
-    assert sample[0] >= 0
-    assert sample[-1] < rows
-    gaps = np.diff(sample)
-    assert not len(gaps) or gaps.max() - gaps.min() <= 1

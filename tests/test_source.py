@@ -5,7 +5,6 @@ import http.server
 import importlib.util
 import io
 import json
-import socket
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline import read_fetch, read_parquet
 from pipeline.errors import ImageError, JobError
 from pipeline.read import read_images
 from pipeline.source import Source, list_images
@@ -208,10 +206,11 @@ class TestTar:
         assert read(source) == [bytes([index]) * 100 for index in range(6)] + [b"z"]
         assert len(requests) == 2
 
-    def test_a_label_that_is_no_integer_is_told(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_label_that_is_text_is_the_name_of_a_class(self, tmp_path: Path) -> None:
         (tmp_path / "x.tar").write_bytes(tar_of({"a.jpg": b"a", "a.cls": b"cat"}))
-        assert column(list_images(str(tmp_path)), "label") == [None]
-        assert "not an integer" in caplog.text
+        source = list_images(str(tmp_path))
+        assert column(source, "label") == [0]
+        assert source.class_names == ("cat",)
 
 
 class TestParquet:
@@ -275,26 +274,6 @@ class TestParquet:
         with pytest.raises(JobError, match=r"1\.parquet: truncated, damaged, or not Parquet"):
             list_images(str(tmp_path))
 
-    @pytest.mark.parametrize(("failures", "good"), [(2, True), (9, False)])
-    def test_transient_faults_are_tried_again(self, monkeypatch: pytest.MonkeyPatch, failures: int, good: bool) -> None:
-        put("memory://flaky", {"x.parquet": parquet_of(pa.table({"image": [b"1", b"2"]}))})
-        source = list_images("memory://flaky")
-        left = [ConnectionResetError("reset")] * failures
-        original = MemoryFileSystem.open
-
-        def flaky(self: MemoryFileSystem, *arguments: object, **options: object) -> object:
-            if left:
-                raise left.pop()
-            return original(self, *arguments, **options)
-
-        monkeypatch.setattr(MemoryFileSystem, "open", flaky)
-        monkeypatch.setattr(read_parquet, "BACKOFF_S", (0.01, 0.01, 0.01))
-        outcomes = read(source)
-        if good:
-            assert outcomes == [b"1", b"2"]
-        else:
-            assert [getattr(outcome, "status", None) for outcome in outcomes] == ["unreadable"] * 2
-
     def test_a_file_that_changed_after_listing(self, tmp_path: Path) -> None:
         path = tmp_path / "x.parquet"
         pq.write_table(pa.table({"image": [b"1", b"2"]}), path)
@@ -348,76 +327,33 @@ class TestErrors:
             list_images(f"{s3_bucket}/data")
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; the first GETs of what ``faults`` names fail."""
-
-    faults: dict[str, list[object]]
-
-    def do_GET(self) -> None:
-        left = self.faults.get(self.path, [])
-        if not left:
-            super().do_GET()
-            return
-        fault = left.pop(0)
-        if fault == "cut":
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b"short")
-            self.close_connection = True
-        elif fault == "reset":
-            self.connection.shutdown(socket.SHUT_RDWR)
-            self.close_connection = True
-        else:
-            self.send_error(int(str(fault)))
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
 @pytest.fixture
-def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict[str, list[object]]]]:
-    faults: dict[str, list[object]] = {}
-    handler = type("FaultyHandler", (Handler,), {"faults": faults})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(tmp_path)))
+def web(tmp_path: Path) -> Iterator[str]:
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    monkeypatch.setattr(read_fetch, "BACKOFF_S", (0.01, 0.01, 0.01))
-    yield f"http://127.0.0.1:{server.server_port}", faults
+    yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     thread.join()
     server.server_close()
 
 
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
 class TestHttp:
-    def test_folder_and_file(self, web, tmp_path: Path) -> None:
+    def test_folder_and_file(self, web: str, tmp_path: Path) -> None:
         put(str(tmp_path), {"set/a/1.jpg": b"1", "set/b/2.jpg": b"2"})
-        source = list_images(f"{web[0]}/set/")
+        source = list_images(f"{web}/set/")
         assert column(source, "key") == ["a/1.jpg", "b/2.jpg"]
         assert read(source) == [b"1", b"2"]
-        assert read(list_images(f"{web[0]}/set/a/1.jpg")) == [b"1"]
+        assert read(list_images(f"{web}/set/a/1.jpg")) == [b"1"]
         with pytest.raises(JobError, match="does not exist"):
-            list_images(f"{web[0]}/gone.jpg")
-
-    @pytest.mark.parametrize("faults", [[503, 503], ["cut", "cut"], ["reset"], [429, 500, 408]])
-    def test_transient_faults_are_tried_again(self, web, tmp_path: Path, faults: list[object]) -> None:
-        put(str(tmp_path), {"1.jpg": b"1"})
-        source = list_images(f"{web[0]}/1.jpg")
-        web[1]["/1.jpg"] = list(faults)
-        assert read(source) == [b"1"]
-        assert web[1]["/1.jpg"] == []
-
-    @pytest.mark.parametrize(("fault", "tried"), [(503, 4), ("cut", 4), (404, 1), (403, 1)])
-    def test_lasting_faults_are_outcomes(self, web, tmp_path: Path, fault: object, tried: int) -> None:
-        put(str(tmp_path), {"1.jpg": b"1", "2.jpg": b"2"})
-        source = list_images(f"{web[0]}/")
-        web[1]["/1.jpg"] = [fault] * 9
-        bad, good = read(source)
-        assert isinstance(bad, ImageError)
-        assert bad.status == "unreadable"
-        assert good == b"2"
-        assert len(web[1]["/1.jpg"]) == 9 - tried
+            list_images(f"{web}/gone.jpg")
 
 
 class CountingPool(ThreadPoolExecutor):

@@ -1,4 +1,11 @@
 import errno
+import itertools
+import json
+import os
+import signal
+from collections.abc import Iterable
+from contextlib import suppress
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -6,24 +13,48 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zarr
-from stores import FAILED_ROWS, ROWS, KnownStore, basis, make_store, references, set_up_store, write_known_shard
+from killing import FORK, before_operation, run_killed
+from stores import (
+    FAILED_ROWS,
+    ROWS,
+    SHARD_ROWS,
+    C,
+    H,
+    K,
+    KnownStore,
+    W,
+    basis,
+    known_codes,
+    make_store,
+    references,
+    set_up_store,
+    write_known_shard,
+)
 
 from densefeat import FeatureStore, StoreError, layout
 from densefeat.layout import FeatureLayout
 from densefeat.objects import Objects
 from pipeline.errors import JobError
+from pipeline.pca import Basis
+from pipeline.repair import take_out
+from pipeline.shard import finished_shards
+from pipeline.storage import check_writable, temporary_folder
+from pipeline.storage_errors import explain_storage_error
 from pipeline.store import (
-    check_writable,
+    claim,
+    complete_setup,
     delete_store,
     existing_store,
-    explain_storage_error,
     finish,
-    finished_shards,
-    set_up,
+    foreign_keys,
+    remains,
+    step_sha256,
 )
-from pipeline.verify import StoreCheck, repair
+from pipeline.verify import StoreCheck
 from schemas.attributes import StoreAttributes
 from schemas.index import pending_index
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
 @pytest.fixture
@@ -52,29 +83,111 @@ def test_a_store_can_be_set_up_once(tmp_path: Path) -> None:
     assert stored.class_names == ("a", "b", "c")
 
 
-def test_setup_that_died_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    objects = Objects(str(tmp_path / "store"))
-    features = FeatureLayout(ROWS, 5, 12, 10, "float16", 4)
-    attributes = StoreAttributes({"pca": {}}, {})
-    put, written = Objects.put, []
+def a_bit_apart(seed: int) -> tuple[Basis, np.ndarray]:
+    """Basis and steps as another machine measures them."""
+    other = basis()
+    other.components[seed % K, seed % C] += np.float32(1e-7)
+    other.mean[seed % C] += np.float32(1e-7)
+    return other, np.linspace(0.01, 0.05, K, dtype=np.float32) * np.float32(1 + seed * 1e-6)
 
-    def put_until_killed(self: Objects, key: str, data: bytes) -> None:
-        if len(written) == 3:
-            raise KeyboardInterrupt
-        written.append(key)
-        put(self, key, data)
 
-    monkeypatch.setattr(Objects, "put", put_until_killed)
-    with pytest.raises(KeyboardInterrupt):
-        set_up(objects, attributes, features, basis(), None, pending_index(references()))
-    monkeypatch.undo()
-    claimed = existing_store(objects)
-    assert claimed is not None
-    assert not claimed.setup_complete
-    with pytest.raises(StoreError, match="still being set up"):
-        FeatureStore(objects.uri)
-    set_up(objects, attributes, features, basis(), None, pending_index(references()), claimed=True)
-    assert len(FeatureStore(objects.uri)) == ROWS
+def attributes_of(own: Basis, step: np.ndarray) -> StoreAttributes:
+    configuration = {"pca": {"components": K, "fitted_on_images": 5, "basis": own.digest}, "storage": {"dtype": "int8"}}
+    return StoreAttributes(configuration, {"densefeat": "test"}, ("a",), 0.8, step_sha256(step))
+
+
+FEATURES = FeatureLayout(ROWS, K, H, W, "int8", SHARD_ROWS)
+
+
+def join(uri: str, seed: int) -> StoreAttributes:
+    """What a job does: claim the store, or take the claim that is there; then complete the setup."""
+    objects, (own, step) = Objects(uri), a_bit_apart(seed)
+    with suppress(FileExistsError):
+        claim(objects, attributes_of(own, step), own, step)
+    return complete_setup(objects, FEATURES, pending_index(references()))
+
+
+def is_set_up(uri: str, seeds: Iterable[int]) -> int:
+    """Whether the store is whole and all of one job's; whose."""
+    assert StoreCheck(uri).store() == []
+    store = FeatureStore(uri)
+    assert store.layout == FEATURES
+    assert store.index["key"].to_pylist() == references()["key"].to_pylist()
+    assert set(Objects(uri).list()) == SET_UP
+    (seed,) = (seed for seed in seeds if np.array_equal(store.step, a_bit_apart(seed)[1]))
+    assert Basis.of_store(store).digest == a_bit_apart(seed)[0].digest
+    assert "setup" not in (Path(uri) / "zarr.json").read_text().replace("setup_complete", "")
+    return seed
+
+
+SET_UP = {
+    "zarr.json", "index.parquet", "features/zarr.json", "step/zarr.json", "step/c/0", "pca/zarr.json",
+    *(f"pca/{name}/{part}" for name, part in itertools.product(
+        ("mean", "explained_variance", "explained_variance_ratio"), ("zarr.json", "c/0"))),
+    "pca/components/zarr.json", "pca/components/c/0/0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("killed_before", range(len(SET_UP) + 2))
+def test_a_setup_that_died_is_completed_as_it_was_begun(tmp_path: Path, killed_before: int) -> None:
+    uri = str(tmp_path / "store")
+    killed = run_killed(killed_before, lambda: join(uri, 1))
+    assert killed is (killed_before <= len(SET_UP))
+    if 0 < killed_before <= len(SET_UP):
+        stored = existing_store(Objects(uri))
+        assert stored is not None
+        assert not stored.setup_complete
+        with pytest.raises(StoreError, match="still being set up"):
+            FeatureStore(uri)
+    join(uri, 2)
+    assert is_set_up(uri, (1, 2)) == (1 if killed_before else 2)
+
+
+def join_together(uri: str, seed: int, barrier: Barrier) -> None:
+    barrier.wait(60)
+    join(uri, seed)
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_many_jobs_set_up_one_store(tmp_path: Path, turn: int) -> None:
+    uri, seeds = str(tmp_path / "store"), range(1, 5)
+    barrier = FORK.Barrier(len(seeds))
+    children = [FORK.Process(target=join_together, args=(uri, seed, barrier)) for seed in seeds]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+    is_set_up(uri, seeds)
+
+
+def join_late(uri: str, stopped_before: int) -> None:
+    before_operation(stopped_before, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    join(uri, 1)
+
+
+@pytest.mark.parametrize("stopped_before", [1, 5, len(SET_UP)])
+def test_a_job_that_wakes_up_late_spoils_nothing(tmp_path: Path, stopped_before: int) -> None:
+    """Stopped amid its setup, it goes on when others have completed that and the whole store."""
+    known = KnownStore(str(tmp_path / "store"), known_codes(), None, basis(), [])
+    sleeper = FORK.Process(target=join_late, args=(known.uri, stopped_before))
+    sleeper.start()
+    os.waitpid(sleeper.pid or 0, os.WUNTRACED)
+    known.configuration_hash = join(known.uri, 2).hash
+    finish(Objects(known.uri), [write_known_shard(known, shard) for shard in range(3)])
+    before = {path: path.read_bytes() for path in Path(known.uri).rglob("*") if path.is_file()}
+    os.kill(sleeper.pid or 0, signal.SIGCONT)
+    sleeper.join(60)
+    assert {path: path.read_bytes() for path in Path(known.uri).rglob("*") if path.is_file()} == before
+    assert "pending" not in FeatureStore(known.uri).index["status"].to_pylist()
+
+
+def test_a_claim_of_an_earlier_version_needs_a_person(tmp_path: Path) -> None:
+    objects, (own, step) = Objects(tmp_path), a_bit_apart(1)
+    group = {"zarr_format": 3, "node_type": "group", "attributes": attributes_of(own, step).to_dict()}
+    objects.put(layout.ATTRIBUTES, json.dumps(group).encode())
+    with pytest.raises(JobError, match="--overwrite"):
+        complete_setup(objects, FEATURES, pending_index(references()))
 
 
 def test_a_shard_is_done_when_its_record_is_there(tmp_path: Path) -> None:
@@ -88,33 +201,6 @@ def test_a_shard_is_done_when_its_record_is_there(tmp_path: Path) -> None:
     assert record.nbytes == objects.list("features/c")[layout.shard_key(1)]
 
 
-def test_records_of_lost_or_changed_objects_are_dropped(known: KnownStore) -> None:
-    objects = Objects(known.uri)
-    objects.delete(layout.shard_key(0))
-    objects.put(layout.shard_key(2), objects.get(layout.shard_key(2))[:-5])
-    objects.put(layout.ledger_key(1), b"PAR1 not a record PAR1")
-    assert finished_shards(objects, known.configuration_hash) == {}
-    assert objects.list(layout.LEDGER) == {}
-
-
-def test_shards_of_another_configuration_are_not_done(known: KnownStore) -> None:
-    objects = Objects(known.uri)
-    assert sorted(finished_shards(objects, known.configuration_hash)) == [0, 1, 2]
-    assert finished_shards(objects, "f" * 64) == {}
-
-
-def test_making_a_shard_twice_is_fine_if_the_bytes_are_the_same(tmp_path: Path) -> None:
-    known = set_up_store(str(tmp_path / "store"))
-    first = write_known_shard(known, 0)
-    assert write_known_shard(known, 0) == first
-    path = Path(known.uri) / layout.shard_key(0)
-    committed = path.read_bytes()
-    known.codes[0, 0, 0, 0] ^= 1
-    with pytest.raises(JobError, match="in the ledger with other bytes"):
-        write_known_shard(known, 0)
-    assert path.read_bytes() == committed
-
-
 def test_deleting_a_store_deletes_nothing_else(known: KnownStore) -> None:
     folder = Path(known.uri)
     for name in ("notes.txt", "features/mine.npy", "photos/1.jpg", "_ledger/readme.md"):
@@ -122,6 +208,33 @@ def test_deleting_a_store_deletes_nothing_else(known: KnownStore) -> None:
         (folder / name).write_text("mine")
     delete_store(Objects(known.uri))
     assert sorted(Objects(known.uri).list()) == ["_ledger/readme.md", "features/mine.npy", "notes.txt", "photos/1.jpg"]
+
+
+def test_every_key_of_a_store_is_known_as_its_own(known: KnownStore) -> None:
+    objects = Objects(known.uri)
+    for key in ("_tmp/host-1-abc", f"_check/{'0' * 32}", layout.intent_key(3, "0" * 64), layout.ledger_key(12345678)):
+        objects.put(key, b"")
+    assert foreign_keys(objects) == []
+    assert "_tmp/host-1-abc" not in remains(objects)
+    others = [
+        "_tmp/a/b", "_check/notes", "_intents/x.parquet", "_ledger/1.parquet", "features/c/8/0/0/0/0", "zarrXjson",
+        "features/c/x/0/0/0", "pca/a/b/zarr.json", "step/c/1", "index.parquet.bak", "a/zarr.json", "manifest_parquet",
+    ]  # fmt: skip
+    for key in others:
+        objects.put(key, b"mine")
+    assert foreign_keys(objects) == sorted(others)
+    delete_store(objects)
+    assert sorted(objects.list()) == sorted(others)
+
+
+@pytest.mark.parametrize("killed_before", range(0, 22, 3))
+def test_a_deletion_that_died_leaves_a_store(known: KnownStore, killed_before: int) -> None:
+    objects = Objects(known.uri)
+    assert run_killed(killed_before, lambda: delete_store(objects))
+    assert existing_store(objects) is not None
+    assert not objects.exists(layout.MANIFEST) or killed_before == 0
+    delete_store(objects)
+    assert objects.list() == {}
 
 
 @pytest.mark.parametrize("name", ["step", "pca/mean", "pca/components"])
@@ -147,7 +260,7 @@ def test_finishing_merges_outcomes(known: KnownStore) -> None:
     assert manifest["shard"].to_pylist() == [0, 1, 2]
     assert manifest["rows_failed"].to_pylist() == [1, 0, 1]
     assert manifest["sha256"].to_pylist() == [record.sha256 for record in known.records]
-    assert not (Path(known.uri) / "_tmp").exists()
+    assert [path for path in Path(known.uri).rglob("*") if "partial" in path.name] == []
 
 
 def test_finishing_with_a_shard_missing_is_an_error(known: KnownStore) -> None:
@@ -169,7 +282,7 @@ def test_verifying_finds_damage_and_repair_reopens(known: KnownStore) -> None:
     found = problems(known.uri)
     assert "rows [4]" in found[1][-1]
     assert "gone" in found[2][-1]
-    repair(Objects(known.uri), [1, 2])
+    take_out(Objects(known.uri), [1, 2])
     store = FeatureStore(known.uri)
     assert store.index["status"].to_pylist() == ["ok", "ok", "corrupt", "ok", *["pending"] * 7]
     assert list(finished_shards(Objects(known.uri), known.configuration_hash)) == [0]
@@ -198,8 +311,7 @@ def test_verifying_finds_another_basis_and_other_steps(known: KnownStore) -> Non
 
 
 def test_storage_errors_are_explained() -> None:
-    class NoCredentialsError(Exception):
-        pass
+    from botocore.exceptions import NoCredentialsError
 
     for error, words in [
         (OSError(errno.ENOSPC, "No space left on device"), "no space left for s3://b"),
@@ -213,6 +325,38 @@ def test_storage_errors_are_explained() -> None:
     assert explain_storage_error(ConnectionError("reset"), "s3://b") is None
 
 
+def test_no_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with temporary_folder("densefeat-") as folder:
+        (folder / "a").write_bytes(b"1")
+    assert not folder.exists()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(JobError, match=r"nowhere.*set TMPDIR"), temporary_folder("densefeat-"):
+        pass
+
+
 def test_an_unwritable_place_is_found_before_work() -> None:
-    with pytest.raises(OSError, match="/proc"):
-        check_writable(Objects("/proc/densefeat"))
+    with pytest.raises(JobError, match=r"--store /proc/densefeat: the storage cannot create an object: .*/proc"):
+        check_writable(Objects("/proc/densefeat"), "--store /proc/densefeat")
+
+
+def test_checking_a_place_leaves_it_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = tmp_path / "prepared"
+    prepared.mkdir()
+    prepared.chmod(0o2770)
+    before = prepared.stat()
+    check_writable(Objects(prepared), "--store")
+    check_writable(Objects(tmp_path / "new" / "deeper"), "--store")
+    assert (prepared.stat().st_ino, prepared.stat().st_mode) == (before.st_ino, before.st_mode)
+    assert list(tmp_path.rglob("*")) == [prepared]
+    delete, calls = Objects.delete, []
+
+    def refuse(self: Objects, key: str) -> None:
+        calls.append(key)
+        if len(calls) == 1:
+            raise PermissionError(errno.EACCES, "denied")
+        delete(self, key)
+
+    monkeypatch.setattr(Objects, "delete", refuse)
+    with pytest.raises(JobError, match="--store here: the storage cannot delete an object: no permission"):
+        check_writable(Objects(tmp_path / "new"), "--store here")
+    assert list(tmp_path.rglob("*")) == [prepared]

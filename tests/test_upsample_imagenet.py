@@ -1,6 +1,7 @@
 """The main job, end to end: in this process where that is enough, as a command where it is not."""
 
 import io
+import logging
 import multiprocessing
 import os
 import re
@@ -21,6 +22,7 @@ from images import orientation_exif, photo, png_header
 from stores import SHARED
 
 from densefeat import FeatureStore, MissingFeatures, TorchFeatures, layout
+from densefeat.errors import StorageUnavailable
 from jobs.fit_pca import fit_pca
 from jobs.upsample_imagenet import upsample
 from jobs.verify_store import VerifyConfig, verify
@@ -29,6 +31,7 @@ from pipeline.decode import decode
 from pipeline.errors import JobError
 from pipeline.picture import stored_geometry
 from pipeline.upsample import build_upsampler
+from pipeline.worker import ShardWorker
 from schemas.config import FitPcaConfig, UpsampleConfig
 
 COCO = SHARED / "data" / "coco200" / "images"
@@ -273,6 +276,34 @@ def test_resuming_completes_with_the_same_bytes(photographs: Path, tmp_path: Pat
     assert before == {path: path.stat().st_mtime_ns for path in Path(parts.store, "features/c").rglob("*")}
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (StorageUnavailable("s3://photos did not answer: 503"), "s3://photos did not answer: 503"),
+        (ValueError("a fault"), "ValueError: a fault"),
+    ],
+)
+def test_a_shard_that_fails_is_given_up_by_this_run_and_made_by_the_next(
+    photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception, reason: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    job = config(photographs, tmp_path / "store", attempts=1)
+    make_shard = ShardWorker.make_shard
+
+    def failing(worker: ShardWorker, store: Any, shard: int, *arguments: Any) -> Any:
+        if shard == 2:
+            raise error
+        return make_shard(worker, store, shard, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardWorker, "make_shard", failing)
+        assert upsample(job) == 1
+    assert f"given up    shard 2: tried 1 times; the last time: {reason}" in caplog.text
+    assert "not done    1 shards: run the same command with --resume to make them" in caplog.text
+    assert upsample(replace(job, resume=True)) == 0
+    assert set(FeatureStore(job.store).index["status"].to_pylist()) == {"ok"}
+
+
 def test_damage_is_found_and_mended(photographs: Path, tmp_path: Path) -> None:
     job = config(photographs, tmp_path / "store", resume=True)
     assert upsample(job) == 0
@@ -440,3 +471,40 @@ def test_missing_credentials_and_buckets(photographs: Path, s3_bucket: str, monk
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(JobError, match="AWS_ACCESS_KEY_ID"):
         upsample(config(photographs, f"{s3_bucket}/store"))
+
+
+def test_icons_between_the_photographs_do_not_hide_them(photographs: Path, tmp_path: Path) -> None:
+    """Whatever the period of a dataset: steps come from images that are usable, and from no others."""
+    from PIL import Image
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, file in enumerate(sorted(photographs.rglob("*.png"))):
+        shutil.copy(file, images / f"{i:02}_photo.png")
+        Image.open(file).resize((4, 4)).save(images / f"{i:02}_icon.png")
+    assert upsample(config(images, tmp_path / "store", max_failed_share=0.5)) == 0
+    store, alone = FeatureStore(str(tmp_path / "store")), tmp_path / "alone"
+    statuses = store.index["status"].to_pylist()
+    assert statuses == ["too_small", "ok"] * 14
+    assert upsample(config(photographs, alone)) == 0
+    assert store.step is not None
+    # The same fourteen photographs, so the same steps up to the order of the sums and what that does to the basis.
+    np.testing.assert_allclose(store.step, FeatureStore(str(alone)).step, rtol=1e-3)
+
+
+def test_a_dataset_with_nothing_usable_is_refused(photographs: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    images = tmp_path / "icons"
+    images.mkdir()
+    for i in range(3):
+        Image.new("RGB", (4, 4)).save(images / f"{i}.png")
+    with pytest.raises(JobError, match=r"PCA: none of 3 sampled images is usable.*4x4 pixels"):
+        upsample(config(images, tmp_path / "store"))
+    basis = tmp_path / "basis.npz"
+    job = config(photographs, tmp_path / "store")
+    features = {name: getattr(job, name) for name in FitPcaConfig.__dataclass_fields__ if hasattr(job, name)}
+    assert fit_pca(FitPcaConfig(**features, output=str(basis))) == 0
+    with pytest.raises(JobError, match=r"calibration: none of 3 sampled images is usable.*4x4 pixels"):
+        upsample(config(images, tmp_path / "store", pca=str(basis)))
+    assert not (tmp_path / "store").exists()

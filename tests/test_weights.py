@@ -51,14 +51,12 @@ def test_reads_the_format_of_torch_before_1_6(tmp_path, state):
 def test_reads_remote_files_and_leaves_nothing_behind(tmp_path, monkeypatch, state, suffix):
     local = tmp_path / f"weights.{suffix}"
     save_file(state, local) if suffix == "safetensors" else torch.save(state, local)
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))  # nor is there a folder for temporary files
     uri = f"memory://test_weights/weights.{suffix}"
     with fsspec.open(uri, "wb") as file:
         file.write(local.read_bytes())
     assert_same(read_state_dict(uri), state)
-    assert list(scratch.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [local]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +150,7 @@ def test_refuses_other_formats(tmp_path, suffix, content):
     [
         ("/nowhere/w.pth", "no such file"),
         ("memory://nowhere/w.safetensors", "no such file"),
-        ("nosuchscheme://bucket/w.pth", "Protocol not known"),
+        ("nosuchscheme://bucket/w.pth", r"unknown protocol nosuchscheme://"),
         ("weights.npz", r"suffix '\.npz', expected one of \.safetensors"),
         ("weights", "suffix ''"),
     ],

@@ -14,7 +14,7 @@ from densefeat.objects import Objects
 from pipeline.backbone import Backbone
 from pipeline.errors import JobError, TrainingDiverged
 from pipeline.stage_seconds import StageSeconds
-from pipeline.store import storage_explained
+from pipeline.storage import storage_explained
 from pipeline.train.data import Draw, TrainingOrder, training_batches
 from pipeline.train.held_out_views import Upsample, ViewError
 from pipeline.train.plan import TrainPlan

@@ -1,27 +1,36 @@
 """What a training is going to do, found out and checked before it does anything."""
 
 import json
+import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from densefeat.objects import Objects, absolute_path
+from densefeat.errors import StorageUnavailable
+from densefeat.objects import Objects
+from densefeat.places import absolute_place
 from pipeline.backbone import Backbone, build_backbone
 from pipeline.errors import JobError
 from pipeline.output_file import check_output_file
 from pipeline.pairing import backbone_name
-from pipeline.plan import check_apart
+from pipeline.plan import check_apart, cluster_scan_map
 from pipeline.software import software_versions
 from pipeline.source import Source, keys_digest, list_images
-from pipeline.store import check_writable, storage_explained
+from pipeline.source_findings import Finding, describe_findings
+from pipeline.storage import check_writable, storage_explained
 from pipeline.train.data import ImageTable, key_hash
 from pipeline.train.lift import lift_scales
 from pipeline.train.state import has_checkpoints
 from schemas.attributes import differences
 from schemas.train_config import BackboneChoice, TrainConfig
 
-__all__ = ["TrainPlan", "backbone_at", "build_backbones", "claim_output", "make_train_plan", "release_output"]
+__all__ = ["TrainPlan", "backbone_at", "build_backbones", "claimed_output", "make_train_plan"]
+
+logger = logging.getLogger(__name__)
 
 # The object in --output that claims it: the configuration, which a resume is compared with.
 _CLAIM = "training.json"
@@ -39,6 +48,7 @@ class TrainPlan:
         identities: of the backbones trained on, in order.
         held_out: identity of the one that is only measured on.
         begun: whether this training was begun before, and is to go on.
+        findings: what of --images is not used.
     """
 
     config: TrainConfig
@@ -48,6 +58,7 @@ class TrainPlan:
     identities: list[dict[str, object]]
     held_out: dict[str, object] | None
     begun: bool
+    findings: tuple[Finding, ...] = ()
 
     def describe(self) -> str:
         """The plan for a person."""
@@ -58,6 +69,7 @@ class TrainPlan:
                 "" if config.upsampler == "lift" else f", {'with' if config.final else 'without'} the final convolution"
             ),
             f"images      {self.train.references.num_rows:,} from {config.images}",
+            *describe_findings(self.findings),
             f"held out    {config.val_count:,} of {self.val.references.num_rows:,} from "
             f"{config.val_images or config.images}, {config.val_views} views each",
             *(f"backbone    {backbone_name(identity)}" for identity in self.identities),
@@ -87,7 +99,9 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
     identities = [backbone.identity() for backbone in backbones]
     _check_labels(config, identities, held_out)
     _check_grids(config, backbones)
-    source = list_images(config.images, limit=config.limit, image_column=config.image_column)
+    source = list_images(
+        config.images, limit=config.limit, image_column=config.image_column, scan_map=cluster_scan_map()
+    )
     train, val = _split(config, source)
     plan = TrainPlan(
         config=config,
@@ -97,6 +111,7 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
         identities=identities,
         held_out=held_out,
         begun=stored is not None,
+        findings=source.findings,
     )
     if stored is not None and (different := differences(stored, plan.configuration)):
         raise JobError(
@@ -109,28 +124,37 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
     return plan, backbones
 
 
-def claim_output(plan: TrainPlan) -> None:
-    """Write the configuration to --output, unless it is there already.
+@contextmanager
+def claimed_output(plan: TrainPlan) -> Iterator[None]:
+    """Write the configuration to --output, unless it is there already, for the training in the block.
+
+    If that ends without a checkpoint, the claim is taken back, with the folder if it was made for it: other options can
+    then be tried there.
 
     Raises:
         JobError: another training has been begun there in the meantime.
     """
     if plan.begun:
+        yield
         return
-    claim = {"configuration": plan.configuration, "versions": software_versions()}
+    objects = Objects(plan.config.output)
+    with objects.leaving_no_folders():
+        _claim(plan, objects)
+        try:
+            yield
+        finally:
+            with suppress(OSError, StorageUnavailable):  # of a storage that another error may be of
+                if not has_checkpoints(objects):
+                    objects.delete(_CLAIM)
+
+
+def _claim(plan: TrainPlan, objects: Objects) -> None:
+    claim = {"configuration": plan.configuration, "versions": software_versions(), "claimed_by": uuid.uuid4().hex}
     with storage_explained(f"--output {plan.config.output}"):
         try:
-            Objects(plan.config.output).create(_CLAIM, json.dumps(claim, indent=2).encode())
+            objects.create(_CLAIM, json.dumps(claim, indent=2).encode())
         except FileExistsError:
             raise JobError(f"another training has begun in {plan.config.output}: choose another --output") from None
-
-
-def release_output(plan: TrainPlan) -> None:
-    """Take `claim_output` back if the training has no checkpoint yet: other options can then be tried there."""
-    objects = Objects(plan.config.output)
-    if not plan.begun and not has_checkpoints(objects):
-        objects.delete(_CLAIM)
-        objects.tidy()
 
 
 def build_backbones(plan: TrainPlan, choice: BackboneChoice, built: Backbone | None = None) -> list[Backbone]:
@@ -175,8 +199,7 @@ def _stored_configuration(config: TrainConfig) -> dict[str, Any] | None:
 
 def _check_writable(config: TrainConfig) -> None:
     """The last check, because it writes: whatever gets a result, before hours are spent on it."""
-    with storage_explained(f"--output {config.output}"):
-        check_writable(Objects(config.output))
+    check_writable(Objects(config.output), f"--output {config.output}")
     if config.featup_checkpoint is not None:
         check_output_file("--featup-checkpoint", config.featup_checkpoint)
 
@@ -227,7 +250,9 @@ def _split(config: TrainConfig, source: Source) -> tuple[ImageTable, ImageTable]
         val = ImageTable(source.references, source.kind, source.image_column)
         candidates = [row for row in _by(hashes) if hashes[row] < config.val_share]
     else:
-        other = list_images(config.val_images, image_column=config.image_column)
+        other = list_images(config.val_images, image_column=config.image_column, scan_map=cluster_scan_map())
+        for line in describe_findings(other.findings):
+            logger.info("--val-images: %s", line)
         train = ImageTable(source.references, source.kind, source.image_column)
         val = ImageTable(other.references, other.kind, other.image_column)
         candidates = _by([key_hash(key) for key in other.references["key"].to_pylist()])
@@ -293,6 +318,5 @@ def _configuration(
 
 
 def _described(images: str, table: ImageTable) -> dict[str, Any]:
-    place = images if "://" in images else absolute_path(images)
     known = {"rows": table.references.num_rows, "keys_sha256": keys_digest(table.references)}
-    return {"images": place, "image_column": table.image_column, **known}
+    return {"images": absolute_place(images), "image_column": table.image_column, **known}

@@ -10,7 +10,7 @@ from densefeat.objects import Objects
 from pipeline.output_file import write_output_file
 from pipeline.pairing import FORMAT
 from pipeline.software import commit, software_versions
-from pipeline.store import storage_explained
+from pipeline.storage import storage_explained
 from pipeline.train.curves import curves
 from pipeline.train.plan import TrainPlan
 from pipeline.train.stages import TrainStages
@@ -51,7 +51,7 @@ def write_record(plan: TrainPlan, state: TrainState) -> None:
         objects.put(CURVES, curves(state))
         for name, table in tables(state).items():
             objects.put(name, table.encode())
-        objects.tidy()
+        objects.sweep()
 
 
 def provenance(plan: TrainPlan, trainee: Trainee, state: TrainState) -> dict[str, str]:

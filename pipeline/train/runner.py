@@ -1,13 +1,12 @@
 """Ray Train: processes that train together on a cluster's devices, and begin again when one dies.
 
-Beside pipeline/runner.py the only file that imports ray. Ray starts the processes and connects them. Checkpoints are
+Ray starts the processes and connects them. Checkpoints are
 the training's own: the same files, whether Ray takes part or not.
 """
 
 import logging
 import os
 import queue
-import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +15,10 @@ import ray
 import torch
 
 from densefeat.errors import DensefeatError
+from pipeline.cluster import connected, last_line, living_nodes
 from pipeline.errors import JobError, TrainingDiverged
-from pipeline.runner import connected
+from pipeline.resources import available_cores, cpus_of_each, threads_in_training
+from pipeline.storage import temporary_folder
 from pipeline.train.loop import train
 from pipeline.train.plan import TrainPlan
 from pipeline.train.world import World
@@ -47,17 +48,17 @@ def train_on_ray(plan: TrainPlan) -> None:
             f"--workers {plan.config.workers} needs Ray Train, which cannot be imported ({error}): "
             "pip install -e '.[train]', or leave --workers out to train in one process"
         ) from error
-    with connected(dashboard=True), tempfile.TemporaryDirectory(prefix="densefeat-train-") as ray_files:
+    with connected(dashboard=True), temporary_folder("densefeat-train-") as ray_files:
         on_gpus, cpus = _resources(plan)
         trainer: Any = TorchTrainer(
             _be_a_worker,
-            train_loop_config={"plan": plan, "cpus": cpus},
+            train_loop_config={"plan": plan, "granted": None if on_gpus else cpus},
             scaling_config=ScalingConfig(
                 num_workers=plan.config.workers,
                 use_gpu=on_gpus,
                 resources_per_worker={"CPU": cpus, "GPU": int(on_gpus)},
             ),
-            run_config=RunConfig(name="train", storage_path=ray_files, **_quiet()),
+            run_config=RunConfig(name="train", storage_path=str(ray_files), **_quiet()),
         )
         logger.info("starting %d workers; the cluster has %s", plan.config.workers, ray.cluster_resources())
         _persistently(lambda: _interruptible(trainer.fit), plan.config.attempts, TrainingFailedError)
@@ -70,10 +71,12 @@ def _be_a_worker(settings: dict[str, Any]) -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO)
-    torch.set_num_threads(settings["cpus"])
     context = get_context()
+    # Each counts the cores of its own node: the driver's says nothing of them, nor do the cluster's sums.
+    threads = threads_in_training(available_cores(), context.get_local_world_size(), settings["granted"])
+    torch.set_num_threads(threads)
     world = World(get_device(), context.get_world_rank(), context.get_world_size())
-    train(settings["plan"], world, threads=settings["cpus"])
+    train(settings["plan"], world, threads=threads)
 
 
 def _quiet() -> dict[str, Any]:
@@ -88,8 +91,8 @@ def _resources(plan: TrainPlan) -> tuple[bool, int]:
     Raises:
         JobError: there are too few, on a cluster that will not add any.
     """
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    nodes = living_nodes()
+    gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
     on_gpus = plan.config.device == "cuda" or (plan.config.device == "auto" and gpus > 0)
     available = gpus if on_gpus else cpus
     if plan.config.workers > available and not os.environ.get("RAY_ADDRESS"):
@@ -97,8 +100,8 @@ def _resources(plan: TrainPlan) -> tuple[bool, int]:
             f"--workers {plan.config.workers} on {'GPUs' if on_gpus else 'CPUs'}, but there are {available}: ask for "
             f"fewer{', or --device cpu' if on_gpus else ''}"
         )
-    # A worker fits on any node: a GPU's asks for one CPU, others for their share.
-    return on_gpus, 1 if on_gpus else max(1, cpus // max(plan.config.workers, len(ray.nodes())))
+    # A GPU's worker asks for no CPU, so that it fits wherever there is a GPU, and counts its threads by itself.
+    return on_gpus, 0 if on_gpus else cpus_of_each([node.cpus for node in nodes], plan.config.workers)
 
 
 def _persistently(fit: Callable[[], None], attempts: int, failure: type[Exception]) -> None:
@@ -111,10 +114,10 @@ def _persistently(fit: Callable[[], None], attempts: int, failure: type[Exceptio
             _raise_if_ours(error)
             if deaths > attempts:
                 raise JobError(
-                    f"workers died {deaths} times, the last one of this: {_last_line(error)}. --resume goes on from "
+                    f"workers died {deaths} times, the last one of this: {last_line(error)}. --resume goes on from "
                     "the newest checkpoint"
                 ) from error
-            logger.warning("a worker died, training goes on from the newest checkpoint: %s", _last_line(error))
+            logger.warning("a worker died, training goes on from the newest checkpoint: %s", last_line(error))
 
 
 def _interruptible(fit: Callable[[], Any]) -> None:
@@ -141,7 +144,3 @@ def _raise_if_ours(error: Any) -> None:
     ours = [failure for failure in failures if isinstance(failure, DensefeatError)]
     for failure in sorted(ours, key=lambda failure: not isinstance(failure, TrainingDiverged)):
         raise failure from None
-
-
-def _last_line(error: BaseException) -> str:
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

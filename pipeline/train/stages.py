@@ -11,7 +11,7 @@ from pipeline.backbone import Backbone
 from pipeline.batches import BatchLoader
 from pipeline.errors import JobError
 from pipeline.pairing import backbone_name
-from pipeline.pca import sample_rows
+from pipeline.sample import usable_images
 from pipeline.stage_seconds import StageSeconds
 from pipeline.train.data import first_usable
 from pipeline.train.feature_cache import FeatureCache
@@ -112,14 +112,12 @@ def _samples(plan: TrainPlan, world: World, threads: int, backbones: list[Backbo
     Raises:
         JobError: none of the images can be used, or features are not finite.
     """
-    rows = sample_rows(plan.train.references.num_rows, _sample_images(plan.config, backbones))
-    loader = plan.train.loader(plan.config, len(rows), threads)
-    (batch,) = loader.batches(plan.train.references.take(rows), StageSeconds())
-    if not batch.usable_rows.any():
-        raise JobError(
-            f"--images {plan.config.images}: none of {len(rows)} can be used; the first says: {batch.decoded[0]}"
-        )
-    images = batch.pixels[batch.usable_rows].to(world.device)
+    count = min(_sample_images(plan.config, backbones), plan.train.references.num_rows)
+    loader = plan.train.loader(plan.config, count, threads)
+    images, error = usable_images(plan.train.references, count, lambda rows: loader.batches(rows, StageSeconds()))
+    if len(images) == 0:
+        raise JobError(f"--images {plan.config.images}: none of the sampled images is usable; the first error: {error}")
+    images = images.to(world.device)
     return [FeatureSample(images.cpu(), _features_of(backbone, images)) for backbone in backbones]
 
 

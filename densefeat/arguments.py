@@ -1,0 +1,70 @@
+"""What callers pass to the reader, checked before anything is read: row numbers, boxes, points."""
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["box_of", "points_of", "whole_number"]
+
+_SHOWN = 5
+
+
+def whole_number(value: Any, what: str) -> int:
+    """An integer of Python, NumPy or torch as an ``int``. Fractions and booleans are mistakes, never rounded.
+
+    Raises:
+        TypeError: it is not an integer.
+    """
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    try:
+        if not is_bool:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{what} must be an integer: got {value!r} ({type(value).__name__})")
+
+
+def box_of(box: Iterable[int], height: int, width: int) -> tuple[slice, slice]:
+    """Rows and columns of the box (y0, x0, y1, x1), y1 and x1 exclusive.
+
+    Raises:
+        TypeError: it is not made of integers.
+        ValueError: there are not four, the box is empty, or it lies outside.
+    """
+    if not isinstance(box, Iterable):
+        raise TypeError(f"box must be four integers (y0, x0, y1, x1): got {box!r}")
+    values = [whole_number(value, "each side of box (y0, x0, y1, x1)") for value in box]
+    if len(values) != 4:
+        raise ValueError(f"box must be four integers (y0, x0, y1, x1): got {len(values)}")
+    y0, x0, y1, x1 = values
+    if not (0 <= y0 < y1 <= height and 0 <= x0 < x1 <= width):
+        raise ValueError(
+            f"box (y0, x0, y1, x1) must lie within {height}×{width} (height × width) and not be empty: got {box!r}"
+        )
+    return slice(y0, y1), slice(x0, x1)
+
+
+def points_of(points_xy: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Points as [points, 2] float64; an empty list is no points.
+
+    Raises:
+        TypeError: they are not real numbers.
+        ValueError: they are not [points, 2], or not finite.
+    """
+    points = np.asarray(points_xy)
+    if points.shape == (0,):
+        return np.empty((0, 2))
+    if points.dtype.kind not in "iuf":
+        raise TypeError(f"points_xy must be real numbers: got an array of {points.dtype}")
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise ValueError(f"points_xy must be [points, 2], (x, y) each: got shape {points.shape}")
+    points = points.astype(np.float64)
+    bad = np.flatnonzero(~np.isfinite(points).all(axis=1))
+    if len(bad):
+        shown = ", ".join(f"points_xy[{i}] = ({points[i, 0]}, {points[i, 1]})" for i in bad[:_SHOWN])
+        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        raise ValueError(f"points_xy must be finite: got {shown}{more}")
+    return points

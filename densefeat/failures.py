@@ -1,0 +1,230 @@
+"""What an error of a storage is about: the object that was asked for, or the way to it.
+
+Every client has errors of its own, so they are told by names and numbers: no client has to be installed, or imported,
+for that. File systems translate what their client raised; then the innermost cause that says something decides
+(fsspec turns a 503 at the opening of a file into ``FileNotFoundError``).
+"""
+
+import email.utils
+import errno
+import math
+import socket
+import ssl
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from densefeat.errors import StorageUnavailable
+
+__all__ = [
+    "http_status",
+    "is_transient",
+    "is_unreachable",
+    "is_unreachable_for_good",
+    "lacks_credentials",
+    "retry_after",
+]
+
+_TRANSIENT_HTTP = frozenset({408, 425, 429, *range(500, 600)}) - {501, 505}
+
+
+def _errnos(*names: str) -> frozenset[int]:
+    return frozenset(getattr(errno, name) for name in names if hasattr(errno, name))  # not all systems have all
+
+
+_TRANSIENT_ERRNO = _errnos(
+    # devices and network file systems
+    "EIO", "ESTALE", "EREMOTEIO", "ENODEV", "ENOMEDIUM", "ENOLCK", "EBUSY", "EUCLEAN",
+    # the network
+    "ETIMEDOUT", "ETIME", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "EPIPE", "ESHUTDOWN", "ENOTCONN", "ENETDOWN",
+    "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH", "EADDRNOTAVAIL", "ENOLINK", "ECOMM", "EPROTO", "ENONET",
+    # this machine, at this moment
+    "EAGAIN", "EINTR", "ECANCELED", "ENOBUFS", "ENOMEM", "ENOSR", "EMFILE", "ENFILE", "EUSERS",
+)  # fmt: skip
+_CREDENTIAL_ERRNO = _errnos("ENOKEY", "EKEYEXPIRED", "EKEYREVOKED", "EKEYREJECTED")  # of NFS and AFS with Kerberos
+
+_NAME_UNKNOWN = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
+
+# By package, names of classes; those derived from them count as well.
+_TRANSIENT_CLASSES = {
+    "aiohttp": {"ClientConnectionError", "ClientPayloadError", "HttpProcessingError"},
+    "azure": {"ServiceRequestError", "ServiceResponseError", "IncompleteReadError"},
+    "botocore": {
+        "ConnectionError", "HTTPClientError", "IncompleteReadError", "ResponseParserError", "ChecksumError",
+        "FlexibleChecksumError",
+    },
+    "gcsfs": {"ChecksumError"},
+    "google": {"TransportError", "RetryError"},
+    "http": {"IncompleteRead", "BadStatusLine", "LineTooLong", "ImproperConnectionState"},
+    "httpcore": {"NetworkError", "TimeoutException", "ProtocolError", "ProxyError"},
+    "httpx": {"TransportError"},
+    "paramiko": {"SSHException"},
+    "requests": {"ConnectionError", "Timeout", "ChunkedEncodingError", "ContentDecodingError"},
+    "urllib3": {"ProtocolError", "TimeoutError", "SSLError", "ProxyError", "PoolError", "IncompleteRead"},
+}  # fmt: skip
+_CREDENTIAL_CLASSES = {
+    "azure": {"ClientAuthenticationError"},
+    "botocore": {
+        "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "MetadataRetrievalError",
+        "TokenRetrievalError", "NoAuthTokenError", "SSOError", "LoginError", "ProfileNotFound",
+        "UnknownCredentialError", "RefreshWithMFAUnsupportedError",
+    },
+    "google": {"GoogleAuthError"},
+    "paramiko": {"AuthenticationException"},
+}  # fmt: skip
+_UNREACHABLE_CLASSES = {"aiohttp": {"ClientConnectorError", "ConnectionTimeoutError", "HttpProcessingError"}}
+
+# Codes of S3 and of what speaks like it. They say more than the status: S3 answers 400 to a RequestTimeout.
+_TRANSIENT_CODES = frozenset({
+    "BadDigest", "BandwidthLimitExceeded", "ConditionalRequestConflict", "EC2ThrottledException", "IncompleteBody",
+    "InternalError", "InternalFailure", "InternalServerError", "OperationAborted", "PriorRequestNotComplete",
+    "ProvisionedThroughputExceededException", "RequestLimitExceeded", "RequestThrottled", "RequestThrottledException",
+    "RequestTimeout", "RequestTimeoutException", "ServerBusy", "ServiceUnavailable", "SlowDown", "SlowDownRead",
+    "SlowDownWrite", "Throttled", "Throttling", "ThrottledException", "ThrottlingException", "TooManyRequestsException",
+    "TransactionInProgressException", "XAmzContentSHA256Mismatch", "XMinioServerNotInitialized",
+})  # fmt: skip
+_CREDENTIAL_CODES = frozenset({
+    "AccountProblem", "AllAccessDisabled", "AuthFailure", "ExpiredToken", "ExpiredTokenException",
+    "IncompleteSignature", "InvalidAccessKeyId", "InvalidClientTokenId", "InvalidSecurity", "InvalidToken",
+    "MissingAuthenticationToken", "NotSignedUp", "RequestExpired", "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch", "TokenRefreshRequired", "UnrecognizedClientException",
+})  # fmt: skip
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again may help: what failed is the way to the object, not the object.
+
+    A name that no name server knows counts too: that is also what a machine sees that has lost its network.
+    """
+    causes = list(_causes(error))
+    if any(isinstance(cause, StorageUnavailable) for cause in causes):  # that was tried for long enough
+        return False
+    verdicts = (_passes(cause) for cause in reversed(causes))
+    return next((verdict for verdict in verdicts if verdict is not None), False)
+
+
+def lacks_credentials(error: BaseException) -> bool:
+    """Whether whoever asks is refused, whatever is asked for: no credentials, expired or unknown ones, a wrong clock.
+
+    Unlike "access denied", which can be true of one object.
+    """
+    return any(_refuses_everything(cause) for cause in _causes(error))
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether a host could not be talked to over HTTP at all: name, connection, certificate, protocol."""
+    return any(_is_a(cause, _UNREACHABLE_CLASSES) for cause in _causes(error))
+
+
+def is_unreachable_for_good(error: BaseException) -> bool:
+    """Whether waiting will not help, unless it is this machine that is cut off: an unknown name, a bad certificate."""
+    for cause in _causes(error):
+        if isinstance(cause, socket.gaierror) and cause.errno in _NAME_UNKNOWN:
+            return True
+        if isinstance(cause, ssl.CertificateError):
+            return True
+    return False
+
+
+def http_status(error: BaseException) -> int | None:
+    """The status that a server answered with, innermost first; None if it did not come to that."""
+    statuses = (_status(cause) for cause in reversed(list(_causes(error))))
+    return next((status for status in statuses if status is not None), None)
+
+
+def retry_after(error: BaseException) -> float | None:
+    """Seconds that the server asks to be left alone (``Retry-After``: a number, or a date); at least 0."""
+    for cause in _causes(error):
+        text = _header(cause, "Retry-After")
+        if text is None:
+            continue
+        try:
+            seconds = float(text)
+        except ValueError:
+            try:
+                seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+            except (ValueError, OverflowError):
+                continue
+        if math.isfinite(seconds):
+            return max(0.0, seconds)
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
+    seen: set[int] = set()
+    current: Any = error
+    while isinstance(current, BaseException) and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or getattr(current, "reason", None)  # urllib's URLError has it as "reason"
+
+
+def _passes(error: BaseException) -> bool | None:
+    """None: this one does not say."""
+    if isinstance(error, ssl.CertificateError):  # aiohttp's is one, too, and a connection error
+        return False
+    if _is_a(error, _CREDENTIAL_CLASSES):
+        return _is_a(error, {"google": _TRANSIENT_CLASSES["google"]})
+    if _is_a(error, _TRANSIENT_CLASSES) or _code(error) in _TRANSIENT_CODES:
+        return True
+    status = _status(error)
+    if status is not None:
+        return status in _TRANSIENT_HTTP
+    # asyncio's, fsspec's and socket's time-outs are TimeoutError. The numbers of the last two are not errno's.
+    if isinstance(error, TimeoutError | ConnectionError | ssl.SSLError | socket.gaierror):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _TRANSIENT_ERRNO
+    return None
+
+
+def _refuses_everything(error: BaseException) -> bool:
+    if _is_a(error, _CREDENTIAL_CLASSES):
+        return _passes(error) is False
+    if _code(error) in _CREDENTIAL_CODES:
+        return True
+    if _is_a(error, {"gcsfs": {"HttpError"}}):
+        return _status(error) == 401
+    return isinstance(error, OSError) and error.errno in _CREDENTIAL_ERRNO
+
+
+def _is_a(error: BaseException, classes: Mapping[str, set[str]]) -> bool:
+    return any(cls.__name__ in classes.get(cls.__module__.partition(".")[0], ()) for cls in type(error).__mro__)
+
+
+def _code(error: BaseException) -> str | None:
+    """Of botocore's ``ClientError``."""
+    response = getattr(error, "response", None)
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    return code if isinstance(code, str) else None
+
+
+def _status(error: BaseException) -> int | None:
+    """Of botocore (``response`` is a dictionary), requests and httpx (an object), aiohttp, azure, gcsfs and urllib."""
+    if _is_a(error, {"aiohttp": {"HttpProcessingError"}}):  # aiohttp's own number for what is not HTTP
+        return None
+    response: Any = getattr(error, "response", None)
+    if isinstance(response, dict):
+        values = iter((response.get("ResponseMetadata", {}).get("HTTPStatusCode"), _code(error)))
+    else:
+        places = [(error, "status"), (error, "status_code"), (response, "status_code")]
+        if not hasattr(error, "status"):  # aiohttp, which has one, warns of its "code"
+            places.append((error, "code"))
+        values = (getattr(place, name, None) for place, name in places)
+    numbers = (int(value) for value in map(str, values) if value.isdigit() and len(value) == 3)
+    return next(numbers, None)
+
+
+def _header(error: BaseException, name: str) -> str | None:
+    response: Any = getattr(error, "response", None)
+    if isinstance(response, dict):
+        headers = response.get("ResponseMetadata", {}).get("HTTPHeaders")
+        name = name.lower()  # as botocore writes them
+    else:
+        headers = getattr(error, "headers", None) or getattr(response, "headers", None)
+    try:
+        value = headers.get(name) if headers is not None else None
+    except AttributeError:
+        return None
+    return value if isinstance(value, str) else None

@@ -1,0 +1,145 @@
+"""The JSON documents of a store, and its small arrays: read, and checked for what the reader relies on."""
+
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from densefeat import layout
+from densefeat.errors import StoreError
+from densefeat.layout import FeatureLayout
+from densefeat.objects import Objects
+
+__all__ = ["own_attributes", "read_attributes", "read_layout", "read_root", "read_small_array"]
+
+# What the reader and the pipeline take for granted; whatever else is there is for them to look at.
+_ATTRIBUTE_TYPES: dict[str, type] = {"configuration": dict, "configuration_hash": str, "setup_complete": bool}
+_ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+_BEGIN_ANEW = "copy it from a copy of the store, or make the store anew with --overwrite"
+
+
+def read_attributes(objects: Objects) -> dict[str, Any]:
+    """The store's own attributes, whether or not it is finished (see schemas/attributes.py for what they hold).
+
+    Raises:
+        StoreError: there is no densefeat store, its attributes are damaged, or its format version is another one.
+    """
+    return own_attributes(objects.uri, read_root(objects))
+
+
+def read_root(objects: Objects) -> dict[str, Any]:
+    """The document of the root group.
+
+    Raises:
+        StoreError: there is none, or it is damaged.
+    """
+    try:
+        return _json_object(objects.get(layout.ATTRIBUTES))
+    except _ABSENT:
+        raise StoreError(f"{objects.uri} is not a feature store: it has no {layout.ATTRIBUTES}") from None
+    except ValueError as error:
+        raise _no_store(objects.uri, error) from error
+
+
+def own_attributes(uri: str, root: dict[str, Any]) -> dict[str, Any]:
+    """What `read_attributes` gives, of the root's document."""
+    attributes = root.get("attributes", {})
+    if not isinstance(attributes, dict):
+        raise _no_store(uri, f"its attributes are {_shown(attributes)}")
+    if layout.ATTRIBUTES_KEY not in attributes:
+        raise StoreError(f"{uri} is a Zarr group, but not a feature store: it has no densefeat attributes")
+    own = attributes[layout.ATTRIBUTES_KEY]
+    if not isinstance(own, dict):
+        raise _no_store(uri, f"its densefeat attributes are {_shown(own)}")
+    version = own.get("format_version")
+    if type(version) is not int or version != layout.FORMAT_VERSION:
+        raise StoreError(
+            f"{uri} has format version {version}, this densefeat knows {layout.FORMAT_VERSION}: use the densefeat "
+            "release that made it"
+        )
+    for name, kind in _ATTRIBUTE_TYPES.items():
+        if not isinstance(own.get(name), kind):
+            raise StoreError(
+                f"{uri}: the attribute {name} in {layout.ATTRIBUTES} is {_shown(own.get(name))}, expected "
+                f"{kind.__name__}; {_BEGIN_ANEW}"
+            )
+    return own
+
+
+def read_layout(objects: Objects, root: dict[str, Any]) -> FeatureLayout:
+    """Shape and cutting of the features.
+
+    Args:
+        objects: the store.
+        root: its root's document. The copy of the array's metadata in it, which stores made by early versions do not
+            have, must say the same: rows of a store that is cut otherwise would be found in the wrong places.
+
+    Raises:
+        StoreError: the array's metadata is missing, damaged, or not what this package reads.
+    """
+    key = f"{layout.FEATURES}/{layout.ATTRIBUTES}"
+    try:
+        features = FeatureLayout.from_metadata(_json_object(objects.get(key)))
+        if root.get("consolidated_metadata") is not None:
+            copy = root["consolidated_metadata"]["metadata"][layout.FEATURES]
+            if FeatureLayout.from_metadata(copy) != features:
+                raise ValueError(f"its copy in {layout.ATTRIBUTES} says otherwise")
+    except _ABSENT:
+        raise StoreError(f"{objects.uri}: {key} is missing; {_BEGIN_ANEW}") from None
+    except (ValueError, LookupError, TypeError) as error:
+        raise StoreError(f"{objects.uri}: {key} is damaged: {error}; {_BEGIN_ANEW}") from error
+    return features
+
+
+def read_small_array(objects: Objects, name: str) -> npt.NDArray[np.float32]:
+    """An array of one chunk, as float32. Nothing is listed: some storages cannot.
+
+    Raises:
+        StoreError: it is missing, damaged, or has several chunks.
+    """
+    keys = [f"{name}/{layout.ATTRIBUTES}"]
+    try:
+        documents = [objects.get(keys[0])]
+        metadata = _json_object(documents[0])
+        shape = metadata.get("shape")
+        if not isinstance(shape, list) or metadata.get("chunk_grid", {}).get("configuration") != {"chunk_shape": shape}:
+            raise ValueError(f"an array of one chunk is expected: it has the shape {_shown(shape)}")
+        keys.append("/".join([name, "c", *["0"] * len(shape)]))
+        documents.append(objects.get(keys[1]))
+    except _ABSENT:
+        part = "" if len(keys) == 1 else "a part of "
+        raise StoreError(f"{objects.uri}: {part}the array {name} is missing ({keys[-1]}); {_BEGIN_ANEW}") from None
+    except (ValueError, AttributeError) as error:
+        raise StoreError(f"{objects.uri}: the array {name} is damaged: {error}; {_BEGIN_ANEW}") from error
+    buffer = default_buffer_prototype().buffer
+    store = MemoryStore({key: buffer.from_bytes(data) for key, data in zip(keys, documents, strict=True)})
+    try:
+        array = np.asarray(zarr.open_array(store, path=name, mode="r", zarr_format=3)[...], dtype=np.float32)
+    except Exception as error:  # of zarr's parser, in memory: a damaged document can raise anything
+        raise StoreError(f"{objects.uri}: the array {name} is damaged: {error}; {_BEGIN_ANEW}") from error
+    if not np.isfinite(array).all():
+        raise StoreError(f"{objects.uri}: the array {name} is damaged: not all of it is finite; {_BEGIN_ANEW}")
+    return array
+
+
+def _no_store(uri: str, reason: object) -> StoreError:
+    return StoreError(f"{uri} is not a feature store: its {layout.ATTRIBUTES} is damaged: {reason}")
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"it is {_shown(document)}, not a JSON object")
+    return document
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:57]}…"

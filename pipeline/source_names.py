@@ -1,0 +1,66 @@
+"""What a file's name says: which kind of data it has, and how a name that is not UTF-8 is written."""
+
+import re
+from pathlib import PurePosixPath
+from typing import Literal
+
+__all__ = ["IMAGE_SUFFIXES", "KIND_OF", "Kind", "escaped", "looks_like_image", "suffix_of", "unescaped"]
+
+Kind = Literal["folder", "tar", "parquet"]
+
+# In order of preference where a WebDataset sample has several.
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".pjpeg", ".pjp", ".png", ".apng", ".webp", ".avif", ".bmp",
+    ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c", ".mpo",
+)  # fmt: skip
+_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+KIND_OF: dict[str, Kind] = {
+    **dict.fromkeys(IMAGE_SUFFIXES, "folder"),
+    **dict.fromkeys((".tar", *_COMPRESSED_TARS), "tar"),
+    ".parquet": "parquet",
+    ".parq": "parquet",
+}
+
+# Formats of images that are not read.
+_OTHER_IMAGES = frozenset((
+    ".heic", ".heif", ".hif", ".heics", ".avifs", ".jxl", ".jxr", ".wdp", ".hdp", ".jls", ".jng", ".mng", ".qoi",
+    ".flif", ".bpg", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".dng", ".orf", ".rw2", ".raf",
+    ".pef", ".ptx", ".srw", ".x3f", ".raw", ".rwl", ".3fr", ".fff", ".iiq", ".mrw", ".kdc", ".dcr", ".erf", ".mef",
+    ".mos", ".psd", ".psb", ".xcf", ".kra", ".exr", ".tga", ".icb", ".vda", ".vst", ".dds", ".ktx", ".ico", ".cur",
+    ".icns", ".svg", ".svgz", ".eps", ".emf", ".wmf", ".pcx", ".pcd", ".sgi", ".ras", ".pam", ".pfm", ".xbm", ".xpm",
+    ".dib", ".djvu", ".dcm", ".dicom", ".fits",
+))  # fmt: skip
+# "photo.jpg_large", "photo.png~", "photo.jpg.1": copies that a browser, an editor or wget has named.
+_COPY = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|jp2)([^0-9a-z./][^./]*|\.\d+)")
+_BYTE = re.compile(r"[\udc80-\udcff]|\\(?=x[0-9a-f]{2})")
+_ESCAPE = re.compile(r"\\x([0-9a-f]{2})")
+
+
+def suffix_of(path: str) -> str:
+    """Return the last suffix in lower case, with its dot; ``.tar.gz`` and its like count as one."""
+    suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes[-2:]]
+    return "".join(suffixes) if suffixes[:1] == [".tar"] else "".join(suffixes[-1:])
+
+
+def looks_like_image(name: str) -> bool:
+    """Whether a name that has none of ``IMAGE_SUFFIXES`` is still an image's: in another format, or a marked copy."""
+    return suffix_of(name) in _OTHER_IMAGES or bool(_COPY.search(name.lower().rpartition("/")[2][-300:]))
+
+
+def escaped(name: str) -> str:
+    r"""A name as printable UTF-8: each byte that is not UTF-8 becomes ``\xHH``, as ``caf\xe9.jpg``.
+
+    What already reads like that, byte for byte, has its backslash escaped (``\x5cxe9``): no two names become one, and
+    ``unescaped`` gives the name back. All other names stay as they are.
+
+    Args:
+        name: as the operating system and tarfile give it: bytes that are not UTF-8 are surrogates.
+    """
+    return _BYTE.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", name)
+
+
+def unescaped(name: str) -> str:
+    """The name that `escaped` was given."""
+    if "\\x" not in name:
+        return name
+    return _ESCAPE.sub(lambda found: bytes([int(found[1], 16)]).decode("utf-8", "surrogateescape"), name)

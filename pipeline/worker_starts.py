@@ -1,0 +1,122 @@
+"""When workers are started, how long they may take to be ready, and when there is no point in starting more.
+
+All of the policy, and no Ray. Time is passed in: seconds of a monotonic clock.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from pipeline.errors import JobError
+
+__all__ = ["WorkerStarts"]
+
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 5.0, 300.0
+_NODES_COME_S = 600.0
+
+
+class _State(Enum):
+    DOWN = "to be started when its wait is over"
+    PLACING = "asked for, on no node yet"
+    SETTING_UP = "on a node"
+    READY = "ready"
+
+
+@dataclass
+class _Slot:
+    state: _State = _State.DOWN
+    since: float = 0.0  # when the state began
+    not_before: float = 0.0
+    failures: int = 0  # in a row, of this slot
+    failed_in_row: int = 0  # of this slot, since any worker was last ready
+
+
+class WorkerStarts:
+    """The workers 0 … count - 1 of a job, each a slot that is filled again when its worker dies.
+
+    Set-ups that fail end the job only where none succeeds: a bad node among good ones is tried again ever more rarely.
+
+    Args:
+        count: of workers.
+        attempts: set-ups of each worker that may fail in a row while no worker is ready.
+        timeout_s: for a set-up, counted from when the worker is on a node: it may wait for one as long as it takes.
+        first_wait_s: between a set-up that failed and the next; doubled with every further failure, up to 5 minutes.
+        nodes_come_s: how long after the first failed set-up workers without a node may still be the ones that succeed.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        attempts: int,
+        timeout_s: float,
+        first_wait_s: float = _FIRST_WAIT_S,
+        nodes_come_s: float = _NODES_COME_S,
+    ) -> None:
+        self._slots = [_Slot() for _ in range(count)]
+        self._attempts, self._timeout_s = attempts, timeout_s
+        self._first_wait_s, self._nodes_come_s = first_wait_s, nodes_come_s
+        self._row_began = 0.0
+
+    @property
+    def any_on_a_node(self) -> bool:
+        """Whether any worker has found a place."""
+        return any(slot.state in (_State.SETTING_UP, _State.READY) for slot in self._slots)
+
+    def due(self, now: float) -> list[int]:
+        """Slots to be filled now; they count as asked for from here on."""
+        due = [i for i, slot in enumerate(self._slots) if slot.state is _State.DOWN and slot.not_before <= now]
+        for i in due:
+            self._slots[i].state, self._slots[i].since = _State.PLACING, now
+        return due
+
+    def on_a_node(self, slot: int, now: float) -> None:
+        """A worker is alive on a node, and begins to set up."""
+        self._slots[slot].state, self._slots[slot].since = _State.SETTING_UP, now
+
+    def ready(self, slot: int) -> None:
+        """A worker is set up."""
+        self._slots[slot].state, self._slots[slot].failures = _State.READY, 0
+        for other in self._slots:
+            other.failed_in_row = 0
+
+    def gone(self, slot: int) -> None:
+        """A worker died after it was ready, or with its node: another is started at once."""
+        self._slots[slot].state, self._slots[slot].not_before = _State.DOWN, 0.0
+
+    def failed(self, slot: int, reason: str, now: float) -> None:
+        """A set-up failed, or its worker died in it, or was too slow.
+
+        Raises:
+            JobError: all of them do.
+        """
+        failed = self._slots[slot]
+        if not any(other.failed_in_row for other in self._slots):
+            self._row_began = now
+        failed.not_before = now + min(self._first_wait_s * 2**failed.failures, _LONGEST_WAIT_S)
+        failed.state = _State.DOWN
+        failed.failures += 1
+        failed.failed_in_row += 1
+        if self._hopeless(now):
+            count = sum(other.failed_in_row for other in self._slots)
+            raise JobError(
+                f"no worker can be started: {count} set-ups in a row failed, the last one of this: {reason}. See the "
+                "warnings above, and Ray's log files of the workers (by default in /tmp/ray/session_latest/logs)"
+            )
+
+    def overdue(self, now: float) -> list[int]:
+        """Slots whose worker takes too long to set up."""
+        return [
+            i
+            for i, slot in enumerate(self._slots)
+            if slot.state is _State.SETTING_UP and now - slot.since > self._timeout_s
+        ]
+
+    def _hopeless(self, now: float) -> bool:
+        late = now - self._row_began >= self._nodes_come_s
+        return all(self._has_failed(slot, late) for slot in self._slots)
+
+    def _has_failed(self, slot: _Slot, late: bool) -> bool:
+        if slot.state in (_State.SETTING_UP, _State.READY):
+            return False
+        # A worker that never came so far as to fail waits for a node; one may come yet.
+        return slot.failed_in_row >= self._attempts or (slot.failed_in_row == 0 and late)
