@@ -288,8 +288,9 @@ def _pretrained_state(name: str, size: tuple[int, int]) -> dict[str, Tensor]:
             return _create(name, size, pretrained=True).state_dict()
     except Exception as error:  # network, hub, cache and disk: each library with its own kinds
         raise JobError(
-            f"Backbone {name!r}: its pretrained weights cannot be had ({type(error).__name__}: {error}). Check the "
-            "network, or fetch them elsewhere and give the file (--weights FILE)."
+            f"Backbone {name!r}: cannot download its pretrained weights ({type(error).__name__}: {error}). Check the "
+            "network, and that the folder where they are kept can be written (HF_HOME and TORCH_HOME name others); or "
+            "fetch them elsewhere and give the file (--weights FILE)."
         ) from error
 
 

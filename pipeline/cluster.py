@@ -21,6 +21,7 @@ from ray.exceptions import (
 )
 
 from pipeline.errors import JobError
+from pipeline.ray_token import ensure_token
 from pipeline.resources import Node, available_cores
 
 __all__ = ["connected", "is_death", "is_lost_node", "last_line", "living_nodes", "map_on_cluster"]
@@ -50,6 +51,7 @@ def connected(*, dashboard: bool = False) -> Iterator[None]:
         if address:
             ray.init(address="auto", logging_level=logging.ERROR)
         else:
+            ensure_token()
             # Ray counts the machine's cores, whatever this process may use of them.
             ray.init(
                 address="local",
