@@ -280,13 +280,6 @@ def test_gradients_do_not_depend_on_the_batch():
     sizes = term_sizes(partial(gradients, images[1:]), targets[1:], held[1:], *parameters)
     together, alone = gradients(images, targets, held), gradients(images[1:], targets[1:], held[1:])
     for one, two, size in zip(alone, together, sizes, strict=True):
-        print(
-            "RATIO",
-            tuple(one.shape),
-            float((one - two[1:]).abs().max() / size),
-            float((one - two[1:]).abs().max() / one.abs().max()),
-            float(size / one.abs().max()),
-        )
         assert_close(one, two[1:], 5e-6, size)
 
 
