@@ -1,11 +1,13 @@
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rounding import assert_close, term_sizes
 
 from benchmarks.implicit_featup import plain_downsample
 from pipeline import upsample_implicit
@@ -49,11 +51,6 @@ def golden():
 @pytest.fixture(scope="module")
 def backbone():
     return build_backbone("test_resnet", size=(64, 96), weights="random", layer=-1)
-
-
-def assert_close(actual, expected, rtol):
-    """Within rtol of the largest expected value."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * expected.abs().max().item())
 
 
 def random_images(N=1, size=SIZE):
@@ -133,9 +130,13 @@ def test_folded_is_the_network():
     assert_close(render_folded(networks, waves, keep), expected.detach(), 1e-9)
     given = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, list(networks.parameters()), given)
-    got = torch.autograd.grad(render_folded(networks, waves), list(networks.parameters()), given)
-    for gradient, expected_gradient in zip(got, wanted, strict=True):
-        assert_close(gradient, expected_gradient, 1e-7)
+    folded = render_folded(networks, waves)
+
+    def gradients(given):
+        return torch.autograd.grad(folded, list(networks.parameters()), given, retain_graph=True)
+
+    for gradient, expected_gradient, size in zip(gradients(given), wanted, term_sizes(gradients, given), strict=True):
+        assert_close(gradient, expected_gradient, 1e-9, size)
 
 
 def test_dropout_drops_channels_after_their_normalisation():
@@ -267,12 +268,19 @@ def test_gradients_reach_every_parameter():
 
 def test_gradients_do_not_depend_on_the_batch():
     images, (targets, held) = random_images(2), random_targets(SHORT, 2)
-    together = _Fitter(images, targets, held, SHORT, STRIDE)
-    together._loss().sum().backward()
-    alone = _Fitter(images[1:], targets[1:], held[1:], SHORT, STRIDE)
-    alone._loss().sum().backward()
-    for name, parameter in alone.model.named_parameters():
-        assert_close(parameter.grad, together.model.get_parameter(name).grad[1:], 1e-4)
+
+    def gradients(images, targets, held, *parameters):
+        fitter = _Fitter(images, targets, held, SHORT, STRIDE)
+        for parameter, value in zip(fitter.model.parameters(), parameters or fitter.model.parameters(), strict=True):
+            parameter.data = value.data
+        fitter._loss().sum().backward()
+        return [parameter.grad for parameter in fitter.model.parameters()]
+
+    parameters = _Fitter(images[1:], targets[1:], held[1:], SHORT, STRIDE).model.parameters()
+    sizes = term_sizes(partial(gradients, images[1:]), targets[1:], held[1:], *parameters)
+    together, alone = gradients(images, targets, held), gradients(images[1:], targets[1:], held[1:])
+    for one, two, size in zip(alone, together, sizes, strict=True):
+        assert_close(one, two[1:], 5e-6, size)
 
 
 def test_fitting_improves_and_does_not_depend_on_the_batch():
@@ -289,7 +297,8 @@ def test_fitting_improves_and_does_not_depend_on_the_batch():
         alone = fit_networks(images[part], targets[part], held[part], schedule, stride_px=STRIDE)
         high = together.networks.render(images)[part]
         assert_close(alone.networks.render(images[part]), high.detach(), 1e-3)
-        assert_close(alone.held_out_error, together.held_out_error[part], 2e-3)  # after 40 steps of rounding
+        error = together.held_out_error[part]
+        assert_close(alone.held_out_error, error, 2e-3, size=error)  # of squares; after 40 steps of rounding
     again = fit_networks(images, targets, held, schedule, stride_px=STRIDE)
     for name, tensor in again.networks.state_dict().items():
         assert torch.equal(tensor, together.networks.state_dict()[name])

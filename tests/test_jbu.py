@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import assert_close
 
 from kernels import jbu_dispatch, jbu_operators, jbu_reference
 from kernels.jbu import (
@@ -51,12 +52,6 @@ def random_stage(key_dim=32, radius=3):
         for parameter in stage.parameters():
             parameter.copy_(0.3 * torch.randn_like(parameter) + 0.1)
     return stage
-
-
-def assert_close(actual, expected, rtol):
-    """Within rtol of the largest expected value."""
-    expected = expected.to(actual)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * expected.abs().max().item())
 
 
 @pytest.fixture(autouse=True)

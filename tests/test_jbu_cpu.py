@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rounding import assert_close
 
 from kernels import jbu, jbu_cpu, jbu_operators, jbu_reference
+from kernels.compilation import compiled
 from kernels.jbu import JBUStage
 from kernels.jbu_cpu.functions import exp2, gelu
 from kernels.jbu_cpu.memory import lanes, load, store
-from kernels.jbu_cpu.simd import compiled
 from kernels.jbu_cpu.threads import _pool, in_threads
 from kernels.jbu_parameters import StageParameters
 from kernels.quantization import Quantization, quantized
@@ -42,12 +43,6 @@ def random_stage(radius=3, key_dim=32):
         for parameter in stage.parameters():
             parameter.copy_(0.3 * torch.randn_like(parameter) + 0.1)
     return stage
-
-
-def assert_close(actual, expected, rtol):
-    """Within rtol of the largest expected value."""
-    error = (actual.double() - expected).abs().max().item()
-    assert error <= rtol * expected.abs().max().item()
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rounding import assert_close
 
 pytest.importorskip("triton")
 
@@ -59,12 +60,6 @@ def random_stage(key_dim=32, radius=3, guidance_dim=3):
 def wide(stage):
     """A stage's parameters in float64."""
     return StageParameters(*(tensor.detach().double() for tensor in StageParameters.of(stage)))
-
-
-def assert_close(actual, expected, rtol):
-    """Within rtol of the largest expected value."""
-    expected = expected.to(actual)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * expected.abs().max().item())
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rounding import assert_close
 from torch import nn
 
 from pipeline.errors import JobError
@@ -16,11 +17,6 @@ REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def assert_close(actual, expected, rtol):
-    """Within rtol of the largest expected value."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * expected.abs().max().item())
 
 
 def random_lift(num_chs=6, patch=8, iterations=1, dtype=torch.float64):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rounding import assert_close
 
 from kernels.jbu import JBUStack
 from kernels.quantization import Quantization
@@ -25,11 +26,6 @@ GOLDEN = Path(__file__).parents[2] / "shared" / "reference" / "featup_jbu_stack.
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def assert_close(actual, expected, rtol):
-    """Within rtol of the largest expected value."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * expected.abs().max().item())
 
 
 def random_images(B=1, H=224, W=224):

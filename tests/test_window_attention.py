@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import window_attention
@@ -25,11 +26,6 @@ def _seed():
 def random_inputs(B=2, high=(9, 13), low=(4, 5), heads=2, d=3, k=4, dtype=torch.float64):
     queries, keys = (torch.randn(B, *size, heads, d, dtype=dtype) for size in (high, low))
     return 2 * queries, keys, torch.randn(B, k, *low, dtype=dtype)
-
-
-def assert_close(actual, expected, rtol):
-    """Within rtol of the largest expected value."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * expected.abs().max().item())
 
 
 class Allocations(TorchDispatchMode):
