@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-all lint types check format clean
+.PHONY: demo test test-slow test-all test-processors lint types check format clean
 
 demo: .venv/.demo
 	$(BIN)/python -m jobs.demo
@@ -13,7 +13,14 @@ test: .venv/.dev
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow
 
-test-all: test test-slow
+test-all: test test-slow test-processors
+
+# The numeric tests as other processors would run them: without AVX-512, and without AVX2 too.
+NUMERIC := $(addprefix tests/test_,$(addsuffix .py,multiview window_sum window_attention quantize downsample jitter \
+	lift anyup implicit jbu_cpu upsample upsample_multiview))
+test-processors: .venv/.dev
+	ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=haswell $(BIN)/python -m pytest -m "not slow" -q $(NUMERIC)
+	ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic $(BIN)/python -m pytest -m "not slow" -q $(NUMERIC)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
