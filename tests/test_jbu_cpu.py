@@ -153,7 +153,8 @@ def test_functions_of_float32():
     assert np.isnan(output[:, :16]).all()
     wide, (powers, gelus) = torch.from_numpy(x[16:]).double(), torch.from_numpy(output[:, 16:]).double()
     expected = torch.exp2(wide) * (wide >= -64)
-    assert ((powers - expected).abs() <= 1e-7 * expected).all()
+    two_roundings = 2 * 2.0**-23  # one where the processor multiplies and adds in one operation
+    assert ((powers - expected).abs() <= two_roundings * expected).all()
     assert ((gelus - F.gelu(wide)).abs() <= 2.4e-7 * wide.abs().clamp_min(1)).all()
 
 
