@@ -3,13 +3,21 @@
 from typing import TYPE_CHECKING, Any
 
 from densefeat._version import __version__
-from densefeat.errors import DensefeatError, MissingFeatures, StoreError
+from densefeat.errors import DensefeatError, MissingFeatures, StorageUnavailable, StoreError
 from densefeat.store import FeatureStore
 
 if TYPE_CHECKING:
     from densefeat.torch import TorchFeatures
 
-__all__ = ["DensefeatError", "FeatureStore", "MissingFeatures", "StoreError", "TorchFeatures", "__version__"]
+__all__ = [
+    "DensefeatError",
+    "FeatureStore",
+    "MissingFeatures",
+    "StorageUnavailable",
+    "StoreError",
+    "TorchFeatures",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

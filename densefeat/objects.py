@@ -35,7 +35,7 @@ class Objects:
     Args:
         uri: as for `absolute_place`.
         storage_options: for the file system, as fsspec takes them.
-        patience_s: how long what fails is tried again.
+        patience_s: how long what fails is tried again; None: `densefeat.retries.PATIENCE_S`.
 
     Raises:
         PlaceError: ``uri`` names no place.
@@ -46,11 +46,11 @@ class Objects:
         uri: str | os.PathLike[str],
         storage_options: dict[str, Any] | None = None,
         *,
-        patience_s: float = PATIENCE_S,
+        patience_s: float | None = None,
     ) -> None:
         self.uri = absolute_place(uri)  # a worker on another machine, or in another folder, must find the same place
         self.storage_options = storage_options
-        self.patience_s = patience_s
+        self.patience_s = PATIENCE_S if patience_s is None else patience_s
         self._opened: tuple[int, LocalFolder | _Remote] | None = None
 
     def __getstate__(self) -> dict[str, Any]:

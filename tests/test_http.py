@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from stores import FAILED_ROWS, ROWS, SHARD_ROWS, KnownStore, make_store, set_up_store, write_known_shard
 from torch.utils.data import DataLoader
 
-from densefeat import FeatureStore, MissingFeatures, StoreError, TorchFeatures, layout
+from densefeat import FeatureStore, MissingFeatures, StorageUnavailable, StoreError, TorchFeatures, layout
 from densefeat.objects import Objects
 from densefeat.retries import is_transient
 
@@ -113,10 +113,17 @@ def test_an_unfinished_store_is_read_without_listing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["zarr.json", "features/zarr.json", "index.parquet", "manifest.parquet", "step/c/0"])
 @pytest.mark.parametrize("status", [500, 503, 429])
-def test_a_server_that_fails_is_not_a_damaged_store(known: KnownStore, key: str, status: int) -> None:
-    with serve(known.uri, failing={f"/{key}": status}) as server, pytest.raises(OSError, match=str(status)) as caught:
+def test_a_server_that_fails_is_not_a_damaged_store(
+    known: KnownStore, key: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("densefeat.objects.PATIENCE_S", 0.1)
+    with (
+        serve(known.uri, failing={f"/{key}": status}) as server,
+        pytest.raises(StorageUnavailable, match=str(status)) as caught,
+    ):
         FeatureStore(server.uri).read(0)
-    assert is_transient(caught.value)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert is_transient(caught.value.__cause__)
 
 
 @pytest.mark.parametrize("status", [401, 403])
