@@ -53,7 +53,7 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = 300) -> Any:
     while time.monotonic() < end:
         if found := condition():
             return found
-        time.sleep(0.002)
+        time.sleep(0.02)
     raise TimeoutError
 
 
