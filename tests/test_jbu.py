@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rounding import assert_close
+from rounding import assert_close, term_sizes
 
 from kernels import jbu_dispatch, jbu_operators, jbu_reference
 from kernels.jbu import (
@@ -186,7 +186,8 @@ def test_adaptive_conv_wherever_reflection_allows(implementation, h, w, radius, 
             adaptive_conv_upsample2x(source, kernel)
         return
     expected = jbu_reference.adaptive_conv_upsample2x(source.double(), kernel.double())
-    assert_close(adaptive_conv_upsample2x(source, kernel, implementation=implementation), expected, 1e-5)
+    size = source.abs().max() * kernel.abs().sum(1, keepdim=True)
+    assert_close(adaptive_conv_upsample2x(source, kernel, implementation=implementation), expected, 2e-6, size)
 
 
 @pytest.mark.parametrize("sigma_range", [1e-3, 0.1, 10.0])
@@ -286,7 +287,7 @@ def test_gradients_of_adaptive_conv(implementation, C, h, w, radius):
 @pytest.mark.parametrize("implementation", COMPILED)
 def test_only_the_gradient_that_is_needed(implementation, needed):
     device = device_of(implementation)
-    tensors = {"source": torch.randn(1, 2, 3, 4), "kernel": random_kernel(1, 3, 4, 2)}
+    tensors = {"source": torch.randn(1, 2, 4, 5), "kernel": random_kernel(1, 4, 5, 2)}
     tensors = {name: tensor.to(device).requires_grad_(name == needed) for name, tensor in tensors.items()}
     output = adaptive_conv_upsample2x(**tensors, implementation=implementation)
     output.sum().backward()
@@ -303,11 +304,17 @@ def test_gradients_of_a_learned_stage(implementation):
     weight = torch.randn(2, 5, 12, 8, device=device)
     output = learned_stage(source, guidance, stage, implementation=implementation)
     gradients = torch.autograd.grad((weight * output).sum(), (guidance, *stage.parameters()))
-    wide, wide_guidance = random_copy(stage).double(), guidance.detach().double().requires_grad_()
-    output = jbu_reference.learned_stage(source.double(), wide_guidance, StageParameters.of(wide))
-    expected = torch.autograd.grad((weight * output).sum(), (wide_guidance, *wide.parameters()))
-    for actual, wanted in zip(gradients, expected, strict=True):
-        assert_close(actual, wanted, 1e-4)
+
+    def reference(weight, source, *wanted):
+        guidance, wide = wanted[0].detach().requires_grad_(), random_copy(stage).double()
+        for parameter, value in zip(wide.parameters(), wanted[1:], strict=True):
+            parameter.data = value.data
+        output = jbu_reference.learned_stage(source, guidance, StageParameters.of(wide))
+        return torch.autograd.grad((weight * output).sum(), (guidance, *wide.parameters()))
+
+    inputs = [tensor.double() for tensor in (weight, source, guidance, *stage.parameters())]
+    for actual, wanted, size in zip(gradients, reference(*inputs), term_sizes(reference, *inputs), strict=True):
+        assert_close(actual, wanted, 1e-5, size)
 
 
 @pytest.mark.parametrize("implementation", COMPILED)

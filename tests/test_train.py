@@ -13,6 +13,7 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 import torch.nn.functional as F
+from rounding import assert_close, term_sizes
 from torch import nn
 from trainings import train_config, write_photographs
 
@@ -198,16 +199,21 @@ def test_compiled_stages_train_as_their_definition_does(
     trainee = JBUTraining(config, [backbone], [FeatureStatistics.of(backbone(images))])
     prepared = trainee.prepare(0, images, Draw(0, 0, 0))
 
-    def loss_and_gradients() -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    def loss_and_gradients(*parameters: torch.Tensor) -> list[torch.Tensor]:
+        for parameter, value in zip(trainee.parameters(), parameters, strict=True):
+            parameter.data = value
         trainee.zero_grad()
         loss = trainee(prepared)[LOSS]
         loss.backward()
-        return loss.detach(), [parameter.grad for parameter in trainee.parameters()]
+        return [loss.detach(), *(p.grad.clone() for p in trainee.parameters() if p.grad is not None)]
 
+    parameters = [parameter.detach().clone() for parameter in trainee.parameters()]
     assert trainee.upsampler.explain(torch.device("cpu")).startswith("cpu")
-    compiled = loss_and_gradients()
+    compiled = loss_and_gradients(*parameters)
     monkeypatch.setattr(upsample_jbu, "learned_stage", partial(upsample_jbu.learned_stage, implementation="reference"))
-    torch.testing.assert_close(compiled, loss_and_gradients(), rtol=1e-4, atol=1e-5)
+    defined, sizes = loss_and_gradients(*parameters), term_sizes(loss_and_gradients, *parameters)
+    for actual, expected, size in zip(compiled, defined, sizes, strict=True):
+        assert_close(actual, expected, 1e-5, size)
 
 
 def test_mixed_precision_is_for_lift_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
