@@ -44,7 +44,8 @@ def config(images: Path, store: Path | str, **options: Any) -> UpsampleConfig:
 
 
 def prepared(plan: Plan) -> Encoding:
-    return prepare(plan, Objects(plan.config.store), InlineWorkers(plan.spec))
+    with InlineWorkers(plan.spec) as workers:
+        return prepare(plan, Objects(plan.config.store), workers)
 
 
 def claim_a_bit_apart(plan: Plan, encoding: Encoding, *, scale: float = 1 + 1e-6) -> Encoding:
