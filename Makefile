@@ -18,8 +18,10 @@ test-all: test test-slow test-processors
 # The numeric tests as other processors would run them: without AVX-512, and without AVX2 too.
 NUMERIC := $(addprefix tests/test_,$(addsuffix .py,multiview window_sum window_attention quantize downsample jitter \
 	lift anyup implicit jbu_cpu upsample upsample_multiview))
+# Told a name alone, numba keeps the features of the processor it runs on.
+NUMBA_AVX2 := NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx,+avx2,+fma
 test-processors: .venv/.dev
-	ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=haswell $(BIN)/python -m pytest -m "not slow" -q $(NUMERIC)
+	ATEN_CPU_CAPABILITY=avx2 $(NUMBA_AVX2) $(BIN)/python -m pytest -m "not slow" -q $(NUMERIC)
 	ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic $(BIN)/python -m pytest -m "not slow" -q $(NUMERIC)
 
 lint: .venv/.dev
