@@ -124,18 +124,19 @@ def test_overwrite_deletes_the_store_it_was_planned_for(photographs: Path, tmp_p
 
 def test_a_job_whose_store_is_overwritten_stops(photographs: Path, tmp_path: Path) -> None:
     plan = make_plan(config(photographs, tmp_path / "store"))
-    workers, objects = InlineWorkers(plan.spec), Objects(plan.config.store)
-    encoding = prepare(plan, objects, workers)
-    assert upsample(config(photographs, tmp_path / "store", overwrite=True, components=3)) == 0
-    before = objects.list()
-    # Shards of another configuration are in the ledger; and where they are not yet, the store is another one.
-    for _ in range(2):
-        with pytest.raises(JobError, match=r"another configuration|another store"):
-            list(workers.map("make_shard", [(objects, 0, plan.shard_references(0), encoding)]))
-        assert objects.list() == before
-        objects.delete(layout.ledger_key(0))
-        objects.delete(layout.shard_key(0))
+    objects = Objects(plan.config.store)
+    with InlineWorkers(plan.spec) as workers:
+        encoding = prepare(plan, objects, workers)
+        assert upsample(config(photographs, tmp_path / "store", overwrite=True, components=3)) == 0
         before = objects.list()
+        # Shards of another configuration are in the ledger; and where they are not yet, the store is another one.
+        for _ in range(2):
+            with pytest.raises(JobError, match=r"another configuration|another store"):
+                list(workers.map("make_shard", [(objects, 0, plan.shard_references(0), encoding)]))
+            assert objects.list() == before
+            objects.delete(layout.ledger_key(0))
+            objects.delete(layout.shard_key(0))
+            before = objects.list()
 
 
 def test_parts_of_a_store_without_its_head_are_not_built_upon(photographs: Path, tmp_path: Path) -> None:
