@@ -24,6 +24,6 @@ class ProgressLine:
     def advance(self, steps: int = 1) -> None:
         """So many more steps are done."""
         self._done += steps
-        if time.monotonic() - self._last_logged > _EVERY_S:
+        if steps and time.monotonic() - self._last_logged > _EVERY_S:
             self._last_logged = time.monotonic()
             logger.info("%s: %d/%d %s", self._what, self._done, self._total, self._unit)
