@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from densefeat import layout
 from densefeat.errors import DensefeatError
@@ -60,46 +61,66 @@ def carry_out(plan: Plan, started: float) -> Report:
     Raises:
         KeyboardInterrupt: somebody stopped it; says what is kept, and how to go on.
     """
-    config, objects = plan.config, Objects(plan.config.store)
-    done = finished_shards(objects, plan.stored.hash) if config.resume and plan.stored else {}
-    to_do = [shard for shard in plan.shards if shard not in done]
-    made: dict[int, LedgerRecord] = {}
-    given_up: dict[int, str] = {}
-    making = None
+    objects = Objects(plan.config.store)
+    making = _Making()
     try:
-        if to_do:
-            with open_workers(plan.spec, config.workers, config.attempts, config.stall_timeout_s) as workers:
-                encoding = prepare(plan, objects, workers)
-                making = time.monotonic()
-                if config.resume:  # another job may have begun the store meanwhile, or have made some of the shards
-                    done = finished_shards(objects, encoding.configuration_hash)
-                    to_do = [shard for shard in plan.shards if shard not in done]
-                if to_do:
-                    reopen(objects)
-                mine = [record for shard, record in done.items() if shard in plan.shards]
-                made, given_up = make_shards(plan, objects, workers, encoding, to_do, mine)
-        making_seconds = 0.0 if making is None else time.monotonic() - making
-        attributes = FeatureStore(config.store).attributes
-        # Other jobs may have made other shards meanwhile.
-        records = finished_shards(objects, attributes["configuration_hash"]) if config.shards else {**done, **made}
-        report = Report(
-            store=config.store,
-            shards=plan.features.shards,
-            own=plan.shards,
-            records=[records[shard] for shard in sorted(records)],
-            made=list(made),
-            given_up=given_up,
-            explained_variance=attributes["explained_variance"],
-            seconds=time.monotonic() - started,
-            making_seconds=making_seconds,
-            keys=plan.references["key"],
-            max_failed_share=config.max_failed_share,
-        )
+        _make_missing(plan, objects, making)
+        report = _report(plan, objects, making, started)
         if report.complete:
             finish(objects, report.records)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(what_is_kept(plan, objects, set_up=making is not None)) from None
+        raise KeyboardInterrupt(what_is_kept(plan, objects, set_up=making.set_up)) from None
     return report
+
+
+@dataclass
+class _Making:
+    """How far a job has come: records of the shards that were done before and that it made, shards it gave up."""
+
+    done: dict[int, LedgerRecord] = field(default_factory=dict)
+    made: dict[int, LedgerRecord] = field(default_factory=dict)
+    given_up: dict[int, str] = field(default_factory=dict)
+    set_up: bool = False  # whether this job saw the store set up
+    seconds: float = 0.0  # of making shards
+
+
+def _make_missing(plan: Plan, objects: Objects, making: _Making) -> None:
+    config, stored = plan.config, plan.stored
+    if config.resume and stored:
+        making.done = finished_shards(objects, stored.hash)
+    if making.done.keys() >= {*plan.shards}:
+        return
+    with open_workers(plan.spec, config.workers, config.attempts, config.stall_timeout_s) as workers:
+        encoding = prepare(plan, objects, workers)
+        making.set_up, begun = True, time.monotonic()
+        if config.resume and not (stored and stored.setup_complete):  # another job may have begun it meanwhile
+            making.done = finished_shards(objects, encoding.configuration_hash)
+        to_do = [shard for shard in plan.shards if shard not in making.done]
+        if to_do:
+            reopen(objects)
+        mine = [record for shard, record in making.done.items() if shard in plan.shards]
+        making.made, making.given_up = make_shards(plan, objects, workers, encoding, to_do, mine)
+        making.seconds = time.monotonic() - begun
+
+
+def _report(plan: Plan, objects: Objects, making: _Making, started: float) -> Report:
+    config, attributes = plan.config, FeatureStore(plan.config.store).attributes
+    records = {**making.done, **making.made}
+    if config.shards:  # other jobs may have made other shards meanwhile
+        records = finished_shards(objects, attributes["configuration_hash"])
+    return Report(
+        store=config.store,
+        shards=plan.features.shards,
+        own=plan.shards,
+        records=[records[shard] for shard in sorted(records)],
+        made=list(making.made),
+        given_up=making.given_up,
+        explained_variance=attributes["explained_variance"],
+        seconds=time.monotonic() - started,
+        making_seconds=making.seconds,
+        keys=plan.references["key"],
+        max_failed_share=config.max_failed_share,
+    )
 
 
 def make_shards(

@@ -1,18 +1,18 @@
 """Pictures of features beside their images: photo | low-resolution features | high-resolution features."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 
-from densefeat.places import open_uri
-from densefeat.retries import retried
 from densefeat.store import FeatureStore
 from pipeline.backbone import Backbone
 from pipeline.decode import Geometry, decode
-from pipeline.errors import JobError
+from pipeline.errors import ImageError, JobError
+from pipeline.read import read_images
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -49,13 +49,17 @@ def read_photo(store: FeatureStore, row: int) -> npt.NDArray[np.uint8]:
     Raises:
         JobError: it cannot be read from there (only images that are files of their own can).
     """
-    uri = store.index["uri"][row].as_py()
+    image = store.index.slice(row % len(store), 1)
+    uri = image["uri"][0].as_py()
     if store.attributes["configuration"]["source"]["kind"] != "folder":
         raise JobError(f"row {row} lies inside {uri}: pictures can be made of images that are files of their own")
     try:
-        filesystem, path = open_uri(uri)
-        return decode(bytes(retried(lambda: filesystem.cat_file(path), uri)), stored_geometry(store)).pixels
-    except OSError as error:
+        with ThreadPoolExecutor(1) as pool:
+            (data,) = read_images(image, image_column=None, kind="folder", pool=pool)
+        if isinstance(data, ImageError):
+            raise data
+        return decode(data, stored_geometry(store)).pixels
+    except ImageError as error:
         raise JobError(f"the image of row {row} cannot be read from {uri}: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""Compare a store with its ledger: the other end of the commit protocol in ``pipeline/store.py``."""
+"""Compare a store with its ledger: the other end of the commit protocol in ``pipeline/shard.py``."""
 
 import hashlib
 import threading

@@ -1,6 +1,6 @@
 """What a job needs of its workers, and the simplest that gives it: one, in this process.
 
-``pipeline/runner.py`` has those that run on a Ray cluster.
+``pipeline/ray_workers.py`` has those that run on a Ray cluster.
 """
 
 import time
