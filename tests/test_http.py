@@ -141,14 +141,15 @@ def test_no_store_at_an_address(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_body_that_is_cut_off_is_an_error(known: KnownStore, ranges: bool) -> None:
+def test_a_body_that_is_cut_off_is_an_error(known: KnownStore, ranges: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("densefeat.objects.PATIENCE_S", 0.1)
     with serve(known.uri, ranges=ranges) as server:
         store = FeatureStore(server.uri)
         store.index, store.step  # noqa: B018 - read before the server gets worse
         server.cut_off = 20
-        with pytest.raises(ConnectionError) as caught:
+        with pytest.raises(StorageUnavailable, match="20 of") as caught:
             store.read(5)
-        assert is_transient(caught.value)
+        assert is_transient(caught.value.__cause__)
 
 
 def test_what_lies_beyond_the_object_is_damage(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from densefeat.errors import PlaceError
 from pipeline.errors import ImageError, JobError
 from pipeline.read import read_images
 from pipeline.source import Source, list_images
@@ -299,7 +300,7 @@ class TestErrors:
             list_images(f"{root}/x/{images}".rstrip("/"))
 
     def test_unknown_protocol(self) -> None:
-        with pytest.raises(JobError, match="could not be listed"):
+        with pytest.raises(PlaceError, match="unknown protocol nonsense://"):
             list_images("nonsense://x")
 
     @pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed")
