@@ -10,6 +10,7 @@ from s3_proxy import S3Proxy
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton's kernels are first imported
+torch.backends.cudnn.allow_tf32 = False  # or torch's own convolutions, in references and gradients, have 10 bits
 
 
 @pytest.fixture(scope="session")

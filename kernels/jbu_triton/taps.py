@@ -72,16 +72,31 @@ def gelu(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr, sums=None):
-    """a [..., M, K] @ b [..., K, N], added to sums: float32."""
+def dot(a, b, PRECISION: tl.constexpr, sums=None, BY_WARP: tl.constexpr = False):
+    """a [..., M, K] @ b [..., K, N], added to sums: float32.
+
+    Args:
+        a: first factor.
+        b: second factor.
+        PRECISION: see `kernels.jbu_triton.launching.precision`.
+        sums: what the products are added to; nothing if None.
+        BY_WARP: not by Hopper's ``wgmma``, which Triton chooses for two dimensions. A learned stage that corrects its
+            kernels with those is compiled to wrong results by ptxas 12.8, which comes with Triton 3.6: features as
+            large as they should be, but others, and reads beyond the source.
+    """
     if _INTERPRETED:  # the interpreter would multiply the bits of bfloat16 as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     plain: tl.constexpr = sums is None  # Triton 3.2 takes no None for it
-    return tl.dot(a, b, input_precision=PRECISION) if plain else tl.dot(a, b, sums, input_precision=PRECISION)
+    if BY_WARP:
+        products = tl.reshape(tl.dot(a[None, :, :], b[None, :, :], input_precision=PRECISION), [a.shape[0], b.shape[1]])
+        result = products if plain else products + sums
+    else:
+        result = tl.dot(a, b, input_precision=PRECISION) if plain else tl.dot(a, b, sums, input_precision=PRECISION)
+    return result
 
 
 @triton.jit
-def deep_dot(a, b, PRECISION: tl.constexpr):
+def deep_dot(a, b, PRECISION: tl.constexpr, BY_WARP: tl.constexpr = False):
     """`dot` of two dimensions; if a's rows are longer than 128 float32, of their halves, by different warps.
 
     One warp would need all of its rows at once, in parts: more than its registers hold.
@@ -91,7 +106,7 @@ def deep_dot(a, b, PRECISION: tl.constexpr):
         a = tl.permute(tl.reshape(a, [a.shape[0], 2, HALF]), [1, 0, 2])
         sums = tl.sum(dot(a, tl.reshape(b, [2, HALF, b.shape[1]]), PRECISION), 0)
     else:
-        sums = dot(a, b, PRECISION)
+        sums = dot(a, b, PRECISION, BY_WARP=BY_WARP)
     return sums
 
 
@@ -226,8 +241,8 @@ def corrected(
         of_colour = tl.load(weights + channel[:, None] * HIDDEN + hidden[None, :])
         of_taps = tl.load(weights + (GUIDANCE_ROWS + tap)[:, None] * HIDDEN + hidden[None, :])
         second = tl.load(weights + (GUIDANCE_ROWS + TAPS) * HIDDEN + hidden[:, None] * TAPS + tap[None, :])
-        sums = deep_dot(taps, of_taps, PRECISION) + dot(colour, of_colour, PRECISION)
-        correction = dot(gelu(sums, EXACT).to(second.dtype), second, PRECISION, correction)
+        sums = deep_dot(taps, of_taps, PRECISION, True) + dot(colour, of_colour, PRECISION, BY_WARP=True)
+        correction = dot(gelu(sums, EXACT).to(second.dtype), second, PRECISION, correction, BY_WARP=True)
     return kernel + _FIXUP_WEIGHT * (correction + tl.load(bias + tap)[None, :])
 
 
