@@ -27,7 +27,7 @@ _OUTCOME = {
     "chunk_offset": pa.int64(),
     "chunk_nbytes": pa.int64(),
 }
-_COLUMNS = {"key": pa.string(), "label": pa.int64(), "affine": pa.list_(pa.float64(), 6), **_OUTCOME}
+_COLUMNS = {"key": pa.string(), "label": pa.int64(), "affine": pa.list_(pa.float64()), **_OUTCOME}
 
 _REBUILD = "jobs/verify_store.py --repair rebuilds it from the images and the ledger"
 

@@ -27,8 +27,8 @@ OUTCOME_FIELDS: tuple[pa.Field, ...] = (
     pa.field("width", pa.int32()),
     # Row-major 2×3 map from original pixels (x, y, 1) to feature pixels (x, y), both with corners at integers:
     # pixel i covers [i, i + 1).
-    pa.field("affine", pa.list_(pa.float64(), 6)),
-    pa.field("valid_box", pa.list_(pa.int32(), 4)),  # y0, x0, y1, x1 in feature pixels; outside it is padding
+    pa.field("affine", pa.list_(pa.float64())),  # six; pyarrow before 26 reads no lists of fixed size with nulls
+    pa.field("valid_box", pa.list_(pa.int32())),  # y0, x0, y1, x1 in feature pixels; outside it is padding
     pa.field("chunk_offset", pa.int64()),  # where the row's chunk lies in its shard object: one range request reads it
     pa.field("chunk_nbytes", pa.int64()),
 )

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 import densefeat.index
 from densefeat import FeatureStore, MissingFeatures, StoreError, TorchFeatures, layout
 from densefeat.objects import Objects
-from densefeat.parquet import read_parquet
+from densefeat.parquet import parquet_bytes, read_parquet
 from pipeline.store import finish
 
 GOOD_ROWS = [row for row in range(ROWS) if row not in FAILED_ROWS]
@@ -222,3 +222,15 @@ def test_reading_needs_neither_torch_nor_aiohttp(known: KnownStore) -> None:
     )
     finished = subprocess.run([sys.executable, "-c", program, known.uri], check=True, capture_output=True, text=True)
     assert finished.stdout == f"{(K, H, W)}\n"
+
+
+def test_an_early_index_with_lists_of_fixed_size(known: KnownStore, tmp_path: Path) -> None:
+    index = FeatureStore(known.uri).index
+    sizes = {"affine": 6, "valid_box": 4}
+    fields = [
+        field.with_type(pa.list_(field.type.value_type, sizes[field.name])) if field.name in sizes else field
+        for field in index.schema
+    ]
+    early = pa.table([pa.array(index[f.name].to_pylist(), f.type) for f in fields], pa.schema(fields))
+    assert early["affine"].null_count == len(FAILED_ROWS)
+    assert read_parquet(parquet_bytes(early)).equals(index)

@@ -1,6 +1,9 @@
 """Other libraries open a store and find the same values in it: plain zarr, xarray, dask, tensorstore, zarrs."""
 
 import json
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +174,33 @@ def test_stores_of_before_still_open(tmp_path: Path, dtype: str) -> None:
         assert np.array_equal(store.array(name), values.astype(np.float32))
     assert (store.layout.shard_rows, store.layout.dtype) == (SHARD_ROWS, dtype)
     assert np.array_equal(zarr.open_group(known.uri, mode="r")["features"][:][GOOD_ROWS], known.codes[GOOD_ROWS])
+
+
+READ_WITH_OLDEST = """
+import sys, numpy as np, pyarrow, zarr
+from densefeat import FeatureStore
+store, expected = FeatureStore(sys.argv[1]), np.load(sys.argv[2])
+for row in np.flatnonzero(np.isfinite(expected).all((1, 2, 3))):
+    np.testing.assert_array_equal(store.read(int(row)), expected[row])
+assert store.sample(0, [(5, 5)], coordinates="image").shape == (1, store.shape[0])
+assert store.index["status"].to_pylist().count("ok") == len(store.keys) - 2
+zarr.open_group(sys.argv[1], mode="r")["features"][0]
+print(pyarrow.__version__, zarr.__version__, np.__version__)
+"""
+
+
+@pytest.mark.slow  # installs packages
+def test_the_oldest_dependencies_read_a_store(known: KnownStore, tmp_path: Path) -> None:
+    """A store that today's libraries wrote, read with the lower bounds that the package declares, and nothing else."""
+    root = Path(__file__).parents[1]
+    declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    oldest = [requirement.replace(">=", "==") for requirement in declared]
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "oldest"], check=True)
+    python = tmp_path / "oldest" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*install, *oldest], check=True)
+    np.save(tmp_path / "expected.npy", expected_floats(known))
+    command = [python, "-c", READ_WITH_OLDEST, known.uri, tmp_path / "expected.npy"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == next(r for r in oldest if r.startswith("pyarrow")).partition("==")[2] + ".0.0"

@@ -139,9 +139,14 @@ def test_inline_what_runs_is_stopped_by_an_interrupt() -> None:
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt), inline() as workers:
-        results(workers, "slow", *((60, number) for number in range(9)))
+    # Python takes no notice of interrupts where it was started with them ignored, as background jobs of a shell are.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt), inline() as workers:
+            results(workers, "slow", *((60, number) for number in range(9)))
+    finally:
+        signal.signal(signal.SIGINT, before)
     running = [thread for thread in threading.enumerate() if thread.name.startswith("task")]
     for thread in running:
         thread.join(5)

@@ -81,8 +81,8 @@ def dot(a, b, PRECISION: tl.constexpr, sums=None, BY_WARP: tl.constexpr = False)
         PRECISION: see `kernels.jbu_triton.launching.precision`.
         sums: what the products are added to; nothing if None.
         BY_WARP: not by Hopper's ``wgmma``, which Triton chooses for two dimensions. A learned stage that corrects its
-            kernels with those is compiled to wrong results by ptxas 12.8, which comes with Triton 3.6: features as
-            large as they should be, but others, and reads beyond the source.
+            kernels with those, for half features, is compiled to wrong results by ptxas 12.8, which comes with Triton
+            3.6: features as large as they should be, but others, and reads beyond the source.
     """
     if _INTERPRETED:  # the interpreter would multiply the bits of bfloat16 as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -241,8 +241,8 @@ def corrected(
         of_colour = tl.load(weights + channel[:, None] * HIDDEN + hidden[None, :])
         of_taps = tl.load(weights + (GUIDANCE_ROWS + tap)[:, None] * HIDDEN + hidden[None, :])
         second = tl.load(weights + (GUIDANCE_ROWS + TAPS) * HIDDEN + hidden[:, None] * TAPS + tap[None, :])
-        sums = deep_dot(taps, of_taps, PRECISION, True) + dot(colour, of_colour, PRECISION, BY_WARP=True)
-        correction = dot(gelu(sums, EXACT).to(second.dtype), second, PRECISION, correction, BY_WARP=True)
+        sums = deep_dot(taps, of_taps, PRECISION, not EXACT) + dot(colour, of_colour, PRECISION, BY_WARP=not EXACT)
+        correction = dot(gelu(sums, EXACT).to(second.dtype), second, PRECISION, correction, BY_WARP=not EXACT)
     return kernel + _FIXUP_WEIGHT * (correction + tl.load(bias + tap)[None, :])
 
 
