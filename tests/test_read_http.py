@@ -209,7 +209,7 @@ class TestSize:
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
     @pytest.mark.parametrize(
-        ("data", "encoding"), [(b"no gzip", "gzip"), (gzip.compress(b"x" * 99)[:-9], "gzip"), (b"x", "br")]
+        ("data", "encoding"), [(b"no gzip", "gzip"), (gzip.compress(b"x" * 99, mtime=0)[:-9], "gzip"), (b"x", "br")]
     )
     def test_an_encoding_that_cannot_be_undone(self, web: Web, data: bytes, encoding: str) -> None:
         outcome = read_one(web, body(data, Content_Encoding=encoding))
