@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows
-from pipeline.upsample import UPSAMPLERS
+from pipeline.upsamplers.build import UPSAMPLERS
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -34,7 +34,7 @@ def main_job() -> str:
     sample = next(iter(latest.values()))
     return (
         f"The main job on {_machine(sample)}: k = {sample['k']}, {sample['size']} px, int8, 200 COCO "
-        "photographs, and the same five times (`python -m benchmarks.main_job`). Stages overlap on the cores; "
+        "photographs, and the same five times (`python -m benchmarks.jobs.main_job`). Stages overlap on the cores; "
         "memory is that of all processes, Ray's included.\n\n"
     ) + "\n".join(table)
 
@@ -54,7 +54,9 @@ def jbu_parts() -> str:
             cells += [f"{ms['densefeat']:.1f} ms", f"{ms['plain torch']:.0f} ms", f"{ratio:.0f}×"]
         table.append(f"| {part} | {' | '.join(cells)} |")
     sample = next(iter(latest.values()))
-    return f"On {_machine(sample)}, medians of runs in turn (`python -m benchmarks.jbu`):\n\n" + "\n".join(table)
+    return f"On {_machine(sample)}, medians of runs in turn (`python -m benchmarks.kernels.jbu`):\n\n" + "\n".join(
+        table
+    )
 
 
 def jbu() -> str:
@@ -76,8 +78,8 @@ def jbu() -> str:
         )
     return (
         "Four learned stages, 14×14 → 224×224: ms and peak MB an image, medians of runs in turn "
-        "(`python -m benchmarks.jbu`). Floor: source and image read once, output written once, at the speed of a copy "
-        "in the same run. More sizes are in `benchmarks/results/jbu.jsonl`.\n\n"
+        "(`python -m benchmarks.kernels.jbu`). Floor: source and image read once, output written once, at the speed of "
+        "a copy in the same run. More sizes are in `benchmarks/results/jbu.jsonl`.\n\n"
     ) + "\n".join(table)
 
 
@@ -109,8 +111,8 @@ def upsampler_costs() -> str:
     sample = latest["jbu", 224]
     return (
         f"From ViT-S/14's 384 channels to k = 64 at the image's size, one image, one thread of {_machine(sample)} "
-        "(`python -m benchmarks.upsamplers`). The plain way: all channels, AnyUp with its whole attention matrix, then "
-        "PCA.\n\n"
+        "(`python -m benchmarks.upsamplers.compared`). The plain way: all channels, AnyUp with its whole attention "
+        "matrix, then PCA.\n\n"
     ) + "\n".join(table)
 
 
@@ -136,8 +138,9 @@ def fits() -> str:
     return (
         f"Squared error on 20 views of each of {photos} photographs (coco200's validation half, 224 px, k = 64) that "
         f"no fit has seen, as a share of their variance. Seconds of one core of {_machine(sample)}, beside the "
-        "backbone's passes and in them (`python -m benchmarks.implicit`, `benchmarks.implicit_featup`). FeatUp's "
-        "networks are judged through the downsampler that is fitted with them, if that is better; a step takes "
+        "backbone's passes and in them (`python -m benchmarks.upsamplers.implicit`, "
+        "`benchmarks.upsamplers.implicit_featup`). FeatUp's networks are judged through the downsampler that is "
+        "fitted with them, if that is better; a step takes "
         f"{step['plain_step_s']:.2g} s done FeatUp's way, {step['step_s']:.2g} s done ours, and "
         f"{step['step_of_four_s']:.2g} s for four images together.\n\n"
     ) + "\n".join(table)
@@ -156,7 +159,7 @@ def probe() -> str:
     photos = next(iter(latest.values()))["photos"]
     return (
         f"A linear probe of the 20 most frequent classes, trained on {photos} photographs of coco200 and judged on "
-        f"{photos} others, 224 px, k = 64 (`python -m benchmarks.probe`):\n\n"
+        f"{photos} others, 224 px, k = 64 (`python -m benchmarks.upsamplers.probe`):\n\n"
     ) + "\n".join(table)
 
 
@@ -183,8 +186,9 @@ def training() -> str:
     sample = next(iter(latest.values()))
     return (
         "Squared error on views of photographs of coco200's validation half that no training saw, as a share of their "
-        f"variance; trained on the other 100, on one core of {_machine(sample)} (`python -m benchmarks.training`). "
-        "Lift takes the backbone's share in its first epoch only, then it has all features.\n\n"
+        f"variance; trained on the other 100, on one core of {_machine(sample)} "
+        "(`python -m benchmarks.train.training`). Lift takes the backbone's share in its first epoch only, then it has "
+        "all features.\n\n"
     ) + "\n".join(table)
 
 
@@ -223,7 +227,7 @@ def demo() -> str:
     row = rows.read("demo")[-1]
     return (
         f"`make demo` from a clone, with {row['installer']} and an empty package cache: {row['first_s']:.0f} s, again: "
-        f"{row['again_s']:.0f} s, on {_machine(row)} (`python -m benchmarks.demo`)."
+        f"{row['again_s']:.0f} s, on {_machine(row)} (`python -m benchmarks.jobs.demo`)."
     )
 
 

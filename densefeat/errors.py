@@ -14,7 +14,7 @@ class StoreError(DensefeatError):
 
 
 class StorageUnavailable(DensefeatError):  # noqa: N818 - says what happened
-    """A storage did not answer, for as long as it was asked again (`densefeat.retries`).
+    """A storage did not answer, for as long as it was asked again (`densefeat.storage.retries`).
 
     Nothing is known of the object that was asked for: whoever meets this fails as a whole and is tried again later.
     """

@@ -10,8 +10,8 @@ import pyarrow as pa
 from densefeat import layout
 from densefeat.errors import StoreError
 from densefeat.layout import FeatureLayout
-from densefeat.objects import Objects
 from densefeat.parquet import read_parquet
+from densefeat.storage.objects import Objects
 
 __all__ = ["read_index", "recorded_shards", "stored_index"]
 

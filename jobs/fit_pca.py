@@ -8,10 +8,10 @@ import logging
 
 from jobs.command_line import DONE, run
 from jobs.upsample_imagenet import open_workers
-from pipeline.output_file import check_output_file, write_output_file
-from pipeline.plan import feature_spec
-from pipeline.prepare import fit_basis
-from schemas.config import DEFAULT_COMPONENTS, FitPcaConfig
+from pipeline.io.outputs import check_output_file, write_output_file
+from pipeline.run.plan import feature_spec
+from pipeline.run.prepare import fit_basis
+from schemas.options import DEFAULT_COMPONENTS, FitPcaConfig
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from pathlib import PurePath
 
 from densefeat.store import FeatureStore
 from jobs.command_line import DONE, run
-from pipeline.backbone import Backbone, build_backbone
+from jobs.pictures import comparison
 from pipeline.errors import JobError
-from pipeline.output_file import check_output_file, write_output_file
-from pipeline.picture import comparison
+from pipeline.features.backbone import Backbone, build_backbone
+from pipeline.io.outputs import check_output_file, write_output_file
 from schemas.index import OK
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}

@@ -19,13 +19,13 @@ import torch
 
 from jobs.command_line import DONE, FAILED, run
 from pipeline.errors import TrainingDiverged
-from pipeline.feature_worker import pick_device
-from pipeline.resources import all_cores, available_cores
+from pipeline.run.feature_worker import pick_device
+from pipeline.run.resources import all_cores, available_cores
 from pipeline.train.loop import train
 from pipeline.train.plan import claimed_output, make_train_plan
 from pipeline.train.result import WEIGHTS
 from pipeline.train.world import World
-from schemas.train_config import TrainConfig
+from schemas.train_options import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def train_upsampler(config: TrainConfig) -> int:
     try:
         with claimed_output(plan):
             if device is None:
-                from pipeline.train import runner  # ray takes a second to import
+                from pipeline.train import ray_train as runner  # ray takes a second to import
 
                 runner.train_on_ray(plan)
             else:

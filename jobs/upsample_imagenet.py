@@ -17,20 +17,20 @@ from dataclasses import dataclass, field
 
 from densefeat import layout
 from densefeat.errors import DensefeatError
-from densefeat.objects import Objects
+from densefeat.storage.objects import Objects
 from densefeat.store import FeatureStore
 from jobs.command_line import DONE, FAILED, run
-from pipeline.feature_worker import WorkerSpec
-from pipeline.plan import Plan, make_plan
-from pipeline.prepare import prepare
-from pipeline.progress import Progress
-from pipeline.report import Report
-from pipeline.shard import finished_shards
-from pipeline.store import existing_store, finish, reopen
-from pipeline.worker import Encoding
-from pipeline.workers import InlineWorkers, TaskFailed, Workers
-from schemas.config import UpsampleConfig
+from pipeline.reporting.progress import Progress
+from pipeline.reporting.report import Report
+from pipeline.run.feature_worker import WorkerSpec
+from pipeline.run.plan import Plan, make_plan
+from pipeline.run.prepare import prepare
+from pipeline.run.shard_worker import Encoding
+from pipeline.run.workers import InlineWorkers, TaskFailed, Workers
+from pipeline.store.layout import existing_store, finish, reopen
+from pipeline.store.shard import finished_shards
 from schemas.ledger import LedgerRecord
+from schemas.options import UpsampleConfig
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ def open_workers(spec: WorkerSpec, count: int | None, attempts: int, stall_timeo
         with InlineWorkers(spec, attempts=attempts) as inline:
             yield inline
         return
-    from pipeline import runner  # ray takes a second to import
+    from pipeline.run.ray import choose as runner  # ray takes a second to import
 
     with (
         runner.connected(),

@@ -11,11 +11,11 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from densefeat.objects import Objects
+from densefeat.storage.objects import Objects
 from jobs.command_line import DONE, FAILED, run
 from pipeline.errors import JobError
-from pipeline.repair import rebuild_tables, take_out
-from pipeline.verify import StoreCheck
+from pipeline.store.repair import rebuild_tables, take_out
+from pipeline.store.verify import StoreCheck
 
 logger = logging.getLogger(__name__)
 

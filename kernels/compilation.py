@@ -94,8 +94,10 @@ def _folder(function: Callable[..., Any]) -> Path:
 
 @functools.cache
 def _sources(folder: Path) -> str:
-    """Digest of a package, all of which its compiled functions may be made of."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))).hexdigest()
+    """Digest of the whole package that a folder is in: compiled functions may be made of any file of it."""
+    while (folder / "__init__.py").exists() and (folder.parent / "__init__.py").exists():
+        folder = folder.parent
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))).hexdigest()
 
 
 _said = False

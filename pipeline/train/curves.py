@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.train.state import TrainState
-from pipeline.train.trainee import LOSS
+from pipeline.train.checkpoints import TrainState
+from pipeline.train.objectives.base import LOSS
 
 __all__ = ["curves"]
 

@@ -11,12 +11,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.batches import BatchLoader
-from pipeline.decode import Decoded, Geometry
 from pipeline.errors import JobError
-from pipeline.source import Kind
-from pipeline.stage_seconds import StageSeconds
-from schemas.train_config import TrainConfig
+from pipeline.images.batches import BatchLoader
+from pipeline.images.decoding.decode import Decoded, Geometry
+from pipeline.images.listing.source import Kind
+from pipeline.reporting.seconds import StageSeconds
+from schemas.train_options import TrainConfig
 
 __all__ = ["Draw", "ImageTable", "TrainingOrder", "first_usable", "key_hash", "training_batches"]
 

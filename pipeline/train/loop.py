@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from densefeat.objects import Objects
-from pipeline.backbone import Backbone
+from densefeat.storage.objects import Objects
 from pipeline.errors import JobError, TrainingDiverged
-from pipeline.stage_seconds import StageSeconds
-from pipeline.storage import storage_explained
+from pipeline.features.backbone import Backbone
+from pipeline.io.storage import storage_explained
+from pipeline.reporting.seconds import StageSeconds
+from pipeline.train.build import TrainStages, build_stages
+from pipeline.train.checkpoints import HeldOutRow, LossRow, load_newest, save
 from pipeline.train.data import Draw, TrainingOrder, training_batches
-from pipeline.train.held_out_views import Upsample, ViewError
+from pipeline.train.held_out import Upsample, ViewError
+from pipeline.train.objectives.base import LOSS, Trainee
 from pipeline.train.plan import TrainPlan
 from pipeline.train.result import write_record, write_result
-from pipeline.train.stages import TrainStages, build_stages
-from pipeline.train.state import HeldOutRow, LossRow, load_newest, save
-from pipeline.train.trainee import LOSS, Trainee
 from pipeline.train.world import World
-from pipeline.upsample import JBU, Bilinear
+from pipeline.upsamplers.build import JBU, Bilinear
 
 __all__ = ["Training", "autocast", "train"]
 

@@ -11,22 +11,22 @@ from typing import Any
 import pyarrow as pa
 
 from densefeat.errors import StorageUnavailable
-from densefeat.objects import Objects
-from densefeat.places import absolute_place
-from pipeline.backbone import Backbone, build_backbone
+from densefeat.storage.objects import Objects
+from densefeat.storage.places import absolute_place
 from pipeline.errors import JobError
-from pipeline.output_file import check_output_file
-from pipeline.pairing import backbone_name
-from pipeline.plan import check_apart, cluster_scan_map
-from pipeline.software import software_versions
-from pipeline.source import Source, keys_digest, list_images
-from pipeline.source_findings import Finding, describe_findings
-from pipeline.storage import check_writable, storage_explained
+from pipeline.features.backbone import Backbone, build_backbone
+from pipeline.features.provenance import backbone_name
+from pipeline.images.listing.findings import Finding, describe_findings
+from pipeline.images.listing.source import Source, keys_digest, list_images
+from pipeline.io.outputs import check_output_file
+from pipeline.io.storage import check_writable, storage_explained
+from pipeline.reporting.software import software_versions
+from pipeline.run.plan import check_apart, cluster_scan_map
+from pipeline.train.checkpoints import has_checkpoints
 from pipeline.train.data import ImageTable, key_hash
-from pipeline.train.lift import lift_scales
-from pipeline.train.state import has_checkpoints
+from pipeline.train.objectives.lift import lift_scales
 from schemas.attributes import differences
-from schemas.train_config import BackboneChoice, TrainConfig
+from schemas.train_options import BackboneChoice, TrainConfig
 
 __all__ = ["TrainPlan", "backbone_at", "build_backbones", "claimed_output", "make_train_plan"]
 

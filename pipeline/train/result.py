@@ -6,16 +6,16 @@ from dataclasses import asdict
 
 import torch
 
-from densefeat.objects import Objects
-from pipeline.output_file import write_output_file
-from pipeline.pairing import FORMAT
-from pipeline.software import commit, software_versions
-from pipeline.storage import storage_explained
+from densefeat.storage.objects import Objects
+from pipeline.features.provenance import FORMAT
+from pipeline.io.outputs import write_output_file
+from pipeline.io.storage import storage_explained
+from pipeline.reporting.software import commit, software_versions
+from pipeline.train.build import TrainStages
+from pipeline.train.checkpoints import TrainState, tables
 from pipeline.train.curves import curves
+from pipeline.train.objectives.base import Trainee
 from pipeline.train.plan import TrainPlan
-from pipeline.train.stages import TrainStages
-from pipeline.train.state import TrainState, tables
-from pipeline.train.trainee import Trainee
 
 __all__ = ["CURVES", "WEIGHTS", "provenance", "write_record", "write_result"]
 
@@ -58,7 +58,7 @@ def provenance(plan: TrainPlan, trainee: Trainee, state: TrainState) -> dict[str
     """What the weights are of, what they are for, and how they were made: metadata of the .safetensors file.
 
     ``upsampler``, ``final`` or ``patch``, and ``backbones`` (JSON: their identities) are read when the weights are
-    used, see `pipeline.pairing`; the rest is for people.
+    used, see `pipeline.features.provenance`; the rest is for people.
     """
     newest = {row.backbone: row for row in state.held_out}
     errors = {

@@ -1,0 +1,125 @@
+"""Claim: what the main job costs on a small machine, and that its memory does not grow with the number of images.
+
+    python -m benchmarks.jobs.main_job --images PHOTOS --lite0 FILE --vit FILE
+    python -m benchmarks.jobs.main_job --images PHOTOS --vit FILE --vit-downsampler FILE --picture fits.png
+
+With what jobs/fit_downsampler.py made of a backbone, the store is made with ``--upsampler multiview`` instead. Each run
+is the job as a person starts it (a process of its own, on Ray), over 200 photographs and over the same ones five times;
+memory is the sum over all its processes of what each has for itself (PSS).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks import rows
+from jobs.show_features import ShowConfig, show
+
+K, SIZE = 64, "224"
+POLL_S = 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, help="folder with photographs")
+    parser.add_argument("--lite0", type=Path, help="weights of timm's tf_efficientnet_lite0")
+    parser.add_argument("--vit", type=Path, help="weights of timm's vit_small_patch14_dinov2.lvd142m")
+    parser.add_argument("--vit-downsampler", type=Path, help="for --upsampler multiview")
+    parser.add_argument("--picture", type=Path, help="where to draw what is in that store")
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        run_one(arguments.one)
+        return
+    lite0 = {"backbone": "tf_efficientnet_lite0", "weights": str(arguments.lite0), "layer": -2}
+    vit = {"backbone": "vit_small_patch14_dinov2.lvd142m", "weights": str(arguments.vit), "layer": 10}
+    if arguments.vit_downsampler:
+        fit = {"upsampler": "multiview", "upsampler_weights": str(arguments.vit_downsampler)}
+        runs = [(vit | fit, 1)]
+    else:
+        runs = [(backbone, repeats) for backbone in (lite0, vit) for repeats in (1, 5)]
+    for options, repeats in runs:
+        row = measure(arguments.images, repeats, options, arguments.picture)
+        rows.append("main_job", row)
+        print(json.dumps(row))
+
+
+def measure(images: Path, repeats: int, asked: dict[str, Any], picture: Path | None) -> dict[str, Any]:
+    """Run the job in a process of its own and watch its memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(repeats):
+            (Path(folder) / "images" / str(repeat)).mkdir(parents=True)
+            for path in sorted(images.rglob("*.jpg")):
+                (Path(folder) / "images" / str(repeat) / path.name).symlink_to(path.resolve())
+        own = {"images": f"{folder}/images", "store": f"{folder}/store", "size": SIZE, "components": K}
+        options = {**own, **asked}
+        command = [sys.executable, "-m", "benchmarks.jobs.main_job", "--one", json.dumps(options)]
+        job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        peak = watch(job)
+        assert job.stdout is not None
+        result = json.loads(job.stdout.read().splitlines()[-1])
+        if picture:
+            show(ShowConfig(store=options["store"], output=str(picture), weights=options["weights"]))
+    return {
+        "backbone": asked["backbone"],
+        "layer": asked["layer"],
+        "upsampler": asked.get("upsampler", "jbu"),
+        "k": K,
+        "size": SIZE,
+        **result,
+        "peak_bytes": peak,
+        **rows.measured_on(),
+    }
+
+
+def watch(job: "subprocess.Popen[str]") -> int:
+    """Greatest memory of the process and all below it, until it ends."""
+    peak = 0
+    process = psutil.Process(job.pid)
+    while job.poll() is None:
+        total = 0
+        try:
+            for one in [process, *process.children(recursive=True)]:
+                total += one.memory_full_info().pss
+        except psutil.Error:
+            continue
+        peak = max(peak, total)
+        time.sleep(POLL_S)
+    return peak
+
+
+def run_one(options: dict[str, Any]) -> None:
+    """The job itself; the last line it prints is the row."""
+    import logging
+
+    from jobs.upsample_imagenet import carry_out
+    from pipeline.run.plan import make_plan
+    from schemas.options import UpsampleConfig
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    started = time.monotonic()
+    report = carry_out(make_plan(UpsampleConfig(**options)), started)
+    row = {
+        "images": report.rows_ok + report.rows_failed,
+        "failed": report.rows_failed,
+        "images_per_s": round(report.images_per_second, 2),
+        "start_s": round(report.seconds - report.making_seconds, 1),
+        "stage_ms_per_image": {
+            stage: round(1000 * seconds / (report.rows_ok + report.rows_failed), 2)
+            for stage, seconds in report.stage_seconds.items()
+        },
+        "store_bytes_per_image": round(sum(record.nbytes for record in report.records) / report.rows_ok),
+        "explained_variance": report.explained_variance,
+    }
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Claim: an upsampler for any backbone in one command, which explains views it has not seen better than interpolation.
+
+    python -m benchmarks.train.training --folder trainings
+
+Trains each recipe on coco200's training half (hours on a CPU; what is in --folder already is not trained again), and
+keeps its loss and its error on held-out views of the validation half over steps. A step's seconds, and the backbone's
+share of them, are measured apart, on a few steps.
+"""
+
+import csv
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from benchmarks import rows
+from benchmarks.upsamplers.held_out import COCO, SHARED
+from jobs.train_upsampler import train_upsampler
+from pipeline.run.feature_worker import pick_device
+from pipeline.train.build import build_stages
+from pipeline.train.loop import Training
+from pipeline.train.plan import make_train_plan
+from pipeline.train.world import World
+from schemas.train_options import TrainConfig
+
+_LITE0 = "tf_efficientnet_lite0@{}=" + str(SHARED / "weights" / "tf_efficientnet_lite0.safetensors")
+_VIT = "vit_small_patch14_dinov2.lvd142m@{}=" + str(SHARED / "weights" / "vit_small_patch14_dinov2.focus.safetensors")
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # Judged on a network that it has never seen, too.
+    "jbu on lite0": {
+        "backbones": (_LITE0.format(2), _LITE0.format(3)),
+        "held_out_backbone": _VIT.format(10),
+        "steps": 300,
+        "evaluate_every": 150,
+    },
+    "lift on vit": {"upsampler": "lift", "backbones": (_VIT.format(10),), "steps": 600, "evaluate_every": 100},
+    "lift on lite0": {"upsampler": "lift", "backbones": (_LITE0.format(3),), "steps": 400, "evaluate_every": 100},
+}
+_TIMED_STEPS = 6
+_POINTS = 30  # about so many a curve
+_STEP = "data", "backbone", "forward", "backward", "optimizer"
+
+
+def config_of(recipe: str, output: Path, **changes: Any) -> TrainConfig:
+    """The job as it is asked for."""
+    options: dict[str, Any] = {"val_count": 24, "checkpoint_every": 50, "resume": True, **RECIPES[recipe], **changes}
+    images = {"images": str(COCO / "train"), "val_images": str(COCO / "val")}
+    return TrainConfig(output=str(output), **images, **options)
+
+
+def seconds_of_a_step(recipe: str, device: str) -> dict[str, float]:
+    """Mean over a few steps, once warm, by part; the backbone's is with its random views, and of the first epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        measured = {"steps": 2 * _TIMED_STEPS, "val_count": 1, "val_views": 1, "evaluate_every": 999}
+        uncached = {"cache_gb": 0} if RECIPES[recipe].get("upsampler") == "lift" else {}
+        config = config_of(recipe, Path(folder), **measured, **uncached)
+        plan, backbones = make_train_plan(config)
+        world = World(torch.device(device))
+        training = Training(plan, build_stages(plan, world, 1, backbones), world)
+        marks: list[dict[str, float]] = []
+        step = training._step
+
+        def noted(*arguments: Any) -> Any:
+            marks.append(dict(training.seconds.total()))
+            return step(*arguments)
+
+        training._step = noted  # type: ignore[method-assign]
+        training.run()
+    before, after = marks[_TIMED_STEPS], marks[-1]
+    steps = len(marks) - 1 - _TIMED_STEPS
+    return {part: round((after.get(part, 0) - before.get(part, 0)) / steps, 3) for part in _STEP}
+
+
+def held_out_curves(output: Path) -> list[dict[str, str]]:
+    with (output / "held_out.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def loss_curve(output: Path) -> list[tuple[int, float]]:
+    """(step, mean loss since the one before), all backbones together."""
+    with (output / "losses.csv").open(newline="") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    stretch = max(1, len(losses) // _POINTS)
+    ends = range(stretch, len(losses) + 1, stretch)
+    return [(end, round(statistics.mean(losses[end - stretch : end]), 5)) for end in ends]
+
+
+def main(folder: Path = Path("trainings"), recipes: tuple[str, ...] = tuple(RECIPES), device: str = "auto") -> None:
+    """Measure, a row for each recipe.
+
+    Args:
+        folder: where trainings are, or are to be.
+        recipes: some of `RECIPES`.
+        device: "auto", "cpu" or "cuda".
+    """
+    chosen = pick_device(device)
+    for recipe in recipes:
+        output = folder / recipe.replace(" ", "_")
+        if not (output / "upsampler.safetensors").exists() and train_upsampler(config_of(recipe, output)):
+            raise SystemExit(f"{recipe}: training failed")
+        torch.set_num_threads(1)
+        seconds = seconds_of_a_step(recipe, chosen)
+        curves = {"losses": loss_curve(output), "held_out": held_out_curves(output)}
+        row = {"recipe": recipe, "step_s": seconds, "threads": 1, **curves}
+        rows.append("training", {**row, **rows.measured_on()})
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

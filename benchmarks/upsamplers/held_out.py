@@ -1,0 +1,103 @@
+"""What fits of each image are judged by: error on views of photographs that no fit used, for both real backbones."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jobs.fit_downsampler import fit as fit_downsampler
+from kernels.multiview import ViewMatrices
+from pipeline.features.backbone import Backbone, build_backbone
+from pipeline.features.pca import Moments, fit
+from pipeline.images.decoding.decode import Geometry, decode
+from pipeline.upsamplers.multiview.downsampler import Downsampler
+from pipeline.upsamplers.multiview.views import held_out_views, view_operators
+from pipeline.views.features import JitterMatrices, view_features
+from schemas.options import FitDownsamplerConfig
+
+SHARED = Path(__file__).parents[2] / "shared"
+COCO = SHARED / "data" / "coco200" / "images"
+SIZE, K, HELD_OUT, BASIS_PHOTOS = (224, 224), 64, 20, 60
+BACKBONES: dict[str, dict[str, Any]] = {
+    "lite0": {
+        "backbone": "tf_efficientnet_lite0",
+        "weights": str(SHARED / "weights" / "tf_efficientnet_lite0.safetensors"),
+        "layer": 3,
+    },
+    "vit": {
+        "backbone": "vit_small_patch14_dinov2.lvd142m",
+        "weights": str(SHARED / "weights" / "vit_small_patch14_dinov2.focus.safetensors"),
+        "layer": 10,
+    },
+}
+
+
+def photos(part: str, count: int, device: torch.device) -> list[Tensor]:
+    """[1, 3, H, W] each, spread evenly over a part of coco200."""
+    files = sorted((COCO / part).glob("*.jpg"))
+    chosen = [files[i * len(files) // count] for i in range(count)]
+    geometry = Geometry(SIZE, "crop", SIZE)
+    return [torch.tensor(decode(path.read_bytes(), geometry).pixels, device=device)[None] for path in chosen]
+
+
+def build(name: str, device: torch.device) -> Backbone:
+    """One of `BACKBONES`."""
+    options = BACKBONES[name]
+    backbone = build_backbone(options["backbone"], size=SIZE, weights=options["weights"], layer=options["layer"])
+    return backbone.to(device)
+
+
+def fitted_basis(backbone: Backbone, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean [C] and K components [K, C] of training photographs' features."""
+    total = Moments.none(backbone.num_chs)
+    for photo in photos("train", BASIS_PHOTOS, device):
+        features = backbone(photo)
+        total = total.merged(Moments.of(features, torch.ones_like(features[:, 0], dtype=torch.bool)))
+    mean, components = fit(total, K).tensors
+    return mean.to(device), components.to(device)
+
+
+def downsampler_file(folder: Path, name: str, device: str) -> str:
+    """Fitted now if it is not there."""
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        images = str(COCO / "train")
+        fit_downsampler(FitDownsamplerConfig(images=images, output=str(path), device=device, **BACKBONES[name]))  # type: ignore[arg-type]
+    return str(path)
+
+
+class Judge:
+    """Held-out views of one backbone's photographs, pooled as its downsampler says.
+
+    Attributes:
+        jitters: the views.
+        basis: mean and components that features are projected on.
+    """
+
+    def __init__(self, backbone: Backbone, downsampler: Downsampler, basis: tuple[Tensor, Tensor]) -> None:
+        device = basis[0].device
+        self.jitters = held_out_views(SIZE, HELD_OUT)
+        self.backbone, self.basis = backbone, basis
+        self.matrices = JitterMatrices.of(self.jitters, device)
+        sigma_px = downsampler.settings.sigma_px
+        self.operators: ViewMatrices = view_operators(self.jitters, backbone.grid, SIZE, sigma_px).to(device)
+        self.bias = torch.einsum("chw,kc->khw", downsampler.bias.to(device), basis[1])
+
+    def seen(self, photo: Tensor) -> Tensor:
+        """What the backbone sees of the views of [1, 3, H, W]: [V, k, h, w]."""
+        return view_features(self.backbone, photo, self.matrices, self.basis)[0]
+
+    def error(self, high: Tensor, seen: Tensor, with_bias: bool) -> tuple[float, float]:
+        """Relative squared error of features [1, k, H, W], and mean cosine."""
+        predicted = self.operators.see(high)[0] + (self.bias if with_bias else 0)
+        cosine = F.cosine_similarity(predicted, seen, dim=1).mean()
+        return relative_error(predicted, seen), float(cosine)
+
+
+def relative_error(predicted: Tensor, seen: Tensor) -> float:
+    """Squared error over squared distance from the mean, of [V, k, h, w] of one photograph."""
+    spread = (seen - seen.mean((0, 2, 3), keepdim=True)).square().sum()
+    return float((predicted - seen).square().sum() / spread)

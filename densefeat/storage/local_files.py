@@ -1,0 +1,291 @@
+"""A folder of this machine as a store of bytes by key, for `densefeat.storage.objects` where storage is local.
+
+A file is written whole under a temporary name beside its target, synced, and then put in place by one call of the file
+system: a reader finds the old content or the new, whenever a writer is killed. Temporary names hold a UUID, so that
+nobody on any host mistakes another's for its own; what killed writers leave is removed by age (`LocalFolder.sweep`).
+"""
+
+import contextlib
+import errno
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["STALE_S", "LocalFolder", "is_temporary"]
+
+STALE_S = 24 * 3600.0  # age at which a temporary file is nobody's any more: no write takes a day
+_CLAIM_STALE_S = 60.0  # the same for a claim on a name, which is held for a few milliseconds
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{32}|creating)\.partial")
+_NAME_BYTES = 150  # of the target's name that a temporary one repeats: names have 255 at most
+_TRIES = 10
+# What file systems without hard links say: FAT and exFAT, gcsfuse, SMB and s3fs-fuse, mergerfs.
+_NO_HARD_LINKS = frozenset(
+    getattr(errno, name)
+    for name in ("EPERM", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EMLINK", "EXDEV")
+    if hasattr(errno, name)
+)
+_NO_SYNC = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is one that is being written, or was when its writer was killed."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+class LocalFolder:
+    """Files below ``root``, by their path relative to it, with ``/``. The folder is made when it is first written to.
+
+    Errors are those of the operating system.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._made: list[Path] | None = None
+
+    def get(self, key: str) -> bytes:
+        """The whole file."""
+        return self._path(key).read_bytes()
+
+    def get_range(self, key: str, start: int, end: int) -> bytes:
+        """Bytes ``start`` (inclusive) to ``end`` (exclusive); fewer where the file ends before."""
+        with self._path(key).open("rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
+    def size(self, key: str) -> int | None:
+        """Bytes of the file; None if there is none."""
+        try:
+            return self._path(key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def exists(self, key: str) -> bool:
+        """As ``Objects.exists``."""
+        return self.size(key) is not None
+
+    def list(self, prefix: str) -> dict[str, int]:
+        """Keys and sizes of all files below the folder ``prefix`` but temporary ones; linked folders are entered."""
+        found = {}
+        for entry in _walk(self._path(prefix)):
+            if not is_temporary(entry.name):
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    found[Path(entry.path).relative_to(self.root).as_posix()] = _size(entry)
+        return dict(sorted(found.items()))
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write the file, replacing what was there."""
+        target = self._path(key)
+        with self._temporary(target, data) as temporary:
+            temporary.replace(target)
+            _sync_folder(target.parent)
+
+    def create(self, key: str, data: bytes) -> None:
+        """Write the file, or raise ``FileExistsError`` if there is one.
+
+        Where there are hard links this is one step. Elsewhere a claim on the name, a file that is created with O_EXCL,
+        makes sure that one writer at a time looks whether the target is there and puts it in place: as exclusive as
+        O_EXCL is there, and whole for a reader all the same. The claim of a killed writer is void after a minute.
+        """
+        target = self._path(key)
+        with self._temporary(target, data) as temporary:
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                raise
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                _create_claimed(temporary, target)
+            _sync_folder(target.parent)
+
+    def delete(self, key: str) -> None:
+        """Remove the file; an absent one is no error."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            self._path(key).unlink()
+
+    def delete_folder(self, key: str) -> None:
+        """Remove a folder if it is there and empty."""
+        with contextlib.suppress(OSError):
+            self._path(key).rmdir()
+
+    @contextlib.contextmanager
+    def leaving_no_folders(self) -> Iterator[None]:
+        """Folders that are made in the block go at its end, if they are empty by then; those of others stay."""
+        made: list[Path] = []
+        self._made = made
+        try:
+            yield
+        finally:
+            self._made = None
+            for folder in reversed(made):
+                with contextlib.suppress(OSError):  # somebody else uses it now
+                    folder.rmdir()
+
+    def sweep(self, prefix: str, *, deep: bool) -> None:
+        """Remove temporary files older than `STALE_S` from the folder ``prefix``, and if ``deep``, from those below.
+
+        Ages are told by the clock of the file system that has the files. What cannot be removed stays.
+        """
+        folder = self._path(prefix)
+        with contextlib.suppress(OSError):
+            found = [Path(entry.path) for entry in _walk(folder, deep=deep) if is_temporary(entry.name)]
+            if not found:
+                return
+            with self._temporary(folder / "now", b"") as clock:
+                now = clock.stat().st_mtime
+            for path in found:
+                with contextlib.suppress(OSError):
+                    if now - path.stat().st_mtime > STALE_S:
+                        path.unlink()
+
+    def _path(self, key: str) -> Path:
+        return self.root / key
+
+    @contextlib.contextmanager
+    def _temporary(self, target: Path, data: bytes) -> Iterator[Path]:
+        """``data`` on disk (synced), under a name beside ``target``; that name is gone afterwards."""
+        path = _beside(target, uuid.uuid4().hex)
+        descriptor = self._open_new(path)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                try:
+                    os.fsync(file.fileno())
+                except OSError as error:
+                    if error.errno not in _NO_SYNC:
+                        raise
+            yield path
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _open_new(self, path: Path) -> int:
+        """A new file, with the rights that the umask or the folder's ACL give, in a folder that is made if need be."""
+        for _ in range(_TRIES):
+            with contextlib.suppress(FileNotFoundError):
+                return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            self._make_folder(path.parent)  # another job may remove it again, if it made it too
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+    def _make_folder(self, folder: Path) -> None:
+        try:
+            try:
+                folder.mkdir()
+            except FileNotFoundError:
+                if folder.parent == folder:
+                    raise
+                self._make_folder(folder.parent)
+                folder.mkdir()
+        except FileExistsError:
+            if folder.is_dir():
+                return
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
+        if self._made is not None:
+            self._made.append(folder)
+
+
+def _beside(target: Path, what: str) -> Path:
+    name = os.fsencode(target.name)[:_NAME_BYTES].decode(errors="ignore")
+    return target.with_name(f".{name}.{what}.partial")
+
+
+def _create_claimed(temporary: Path, target: Path) -> None:
+    """Move a file to a name that is free, by way of a claim on that name (see `LocalFolder.create`).
+
+    Raises:
+        FileExistsError: it is not free.
+    """
+    claim, own = _beside(target, "creating"), uuid.uuid4().bytes
+    while True:
+        try:
+            descriptor = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            _refuse_existing(target)
+            _drop_stale(claim, temporary)
+            time.sleep(0.02)
+            continue
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(own)
+        try:
+            _refuse_existing(target)
+            # Two writers can find the same stale claim, and one remove what the other has just put in its place.
+            if claim.read_bytes() == own:
+                temporary.replace(target)
+                return
+        except FileNotFoundError:
+            if not temporary.exists():
+                raise
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                if claim.read_bytes() == own:
+                    claim.unlink()
+
+
+def _refuse_existing(target: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        target.lstat()
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+
+
+def _drop_stale(claim: Path, temporary: Path) -> None:
+    """Remove a claim whose holder was killed; ``temporary`` tells the file system's time."""
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(temporary)
+        if temporary.stat().st_mtime - claim.stat().st_mtime > _CLAIM_STALE_S:
+            claim.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where folders can be synced."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _walk(folder: Path, *, deep: bool = True) -> Iterator["os.DirEntry[str]"]:
+    """All files, none if the folder is absent.
+
+    Not fsspec's walk, which leaves a whole folder out when one of its files is deleted meanwhile.
+    """
+    waiting, seen = [str(folder)], set[tuple[int, int]]()
+    while waiting:
+        path = waiting.pop()
+        try:
+            status = os.stat(path)  # noqa: PTH116 - paths stay strings: there can be many
+            entries = os.scandir(path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        with entries:
+            if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            for entry in entries:
+                if not _is_folder(entry):
+                    yield entry
+                elif deep:
+                    waiting.append(entry.path)
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself
+            raise
+        return False
+
+
+def _size(entry: "os.DirEntry[str]") -> int:
+    try:
+        return entry.stat().st_size
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return entry.stat(follow_symlinks=False).st_size

@@ -1,0 +1,33 @@
+"""Joint bilateral upsampling: the public operations. They check arguments and run the implementation that fits."""
+
+from kernels.jbu.operations import (
+    Choice,
+    Codes,
+    JBUStack,
+    JBUStage,
+    Quantization,
+    adaptive_conv_upsample2x,
+    bilateral_codes,
+    bilateral_kernel,
+    bilateral_stage,
+    explain,
+    learned_codes,
+    learned_kernel,
+    learned_stage,
+)
+
+__all__ = [
+    "Choice",
+    "Codes",
+    "JBUStack",
+    "JBUStage",
+    "Quantization",
+    "adaptive_conv_upsample2x",
+    "bilateral_codes",
+    "bilateral_kernel",
+    "bilateral_stage",
+    "explain",
+    "learned_codes",
+    "learned_kernel",
+    "learned_stage",
+]

@@ -1,0 +1,225 @@
+"""Joint bilateral upsampling on the CPU, compiled by numba: agrees with `kernels.jbu.reference`, forward and backward.
+
+float32 and float64 are computed as such; float16 and bfloat16 in float32, rounded once at the end. Every element is
+computed by one thread, in an order that depends on nothing but its place: not on the number of threads, not on the rest
+of the batch. A stage goes from guidance to features, or codes, a few rows at a time, which stay in a core's cache.
+
+The parts: vectors in registers in `simd`, `memory` and `functions`; `layout` of arrays and `threads`; made of these,
+rows of kernels (`kernel_rows`, called by `fillers`), `conv`, `codes` and `backward`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.dispatch import Kind
+from kernels.jbu.cpu import backward, fillers
+from kernels.jbu.cpu.codes import quantize
+from kernels.jbu.cpu.conv import convolve, fold_scratch, folding
+from kernels.jbu.cpu.fillers import PAIRS, Consumer, Fillers
+from kernels.jbu.cpu.layout import DType, aligned_zeros, array_of, channel_vectors, image_rows, torch_dtype, unpack
+from kernels.jbu.parameters import StageParameters
+from kernels.quantization import Codes, Quantization, quantized
+from kernels.simd.tiles import Array
+
+__all__ = [
+    "adaptive_conv_upsample2x",
+    "adaptive_conv_upsample2x_backward",
+    "bilateral_kernel",
+    "bilateral_stage",
+    "learned_kernel",
+    "learned_stage",
+    "range_products",
+    "range_products_backward",
+    "reasons_not",
+]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def reasons_not(kinds: Sequence[Kind]) -> list[str]:
+    """Every reason why this implementation cannot take inputs of these kinds; none if it can."""
+    devices = sorted({str(kind.device) for kind in kinds if kind.device.type != "cpu"})
+    dtypes = sorted({str(kind.dtype) for kind in kinds if kind.dtype not in _DTYPES})
+    reasons = []
+    if devices:
+        reasons.append(f"it runs on the CPU, inputs are on {', '.join(devices)}")
+    if dtypes:
+        reasons.append(f"it takes {', '.join(map(str, _DTYPES))}, inputs are {', '.join(dtypes)}")
+    return reasons
+
+
+def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor) -> Tensor:
+    """As `kernels.jbu.reference.adaptive_conv_upsample2x`, in any memory format; channels_last saves a transposition.
+
+    Weights below 2⁻¹⁰⁰ count as 0 in float32: beside others they count for nothing, and would take a hundred times as
+    long.
+
+    Args:
+        source: [B, C, h, w].
+        kernel: [B, n*n, 2h, 2w], dtype of source.
+
+    Returns:
+        [B, C, 2h, 2w], dtype of source, in channels_last memory format.
+    """
+    return _convolved(source, fillers.given(kernel, _radius(kernel), _working(source)))
+
+
+def adaptive_conv_upsample2x_backward(
+    gradient: Tensor, source: Tensor, kernel: Tensor, for_source: bool, for_kernel: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `adaptive_conv_upsample2x`.
+
+    Args:
+        gradient: of the output, [B, C, 2h, 2w].
+        source: [B, C, h, w].
+        kernel: [B, n*n, 2h, 2w].
+        for_source: whether the source's is wanted.
+        for_kernel: whether the kernel's is.
+
+    Returns:
+        Of source, of kernel: their shapes and dtypes, contiguous; None where not wanted.
+    """
+    dtype, radius = _working(source), _radius(kernel)
+    of_source = of_kernel = None
+    if for_source:
+        kernels = fillers.given(kernel, radius, dtype)
+        of_source = backward.source_gradient(gradient, kernels, source.shape[1]).to(source.dtype)
+    if for_kernel:  # the output's gradient times the neighbours in the source upsampled
+        bicubic = fillers.given(torch.ones(1).expand(len(source), 1, *kernel.shape[2:]), 0, dtype)
+        high = _convolved(source.detach().to(torch_dtype(dtype)), bicubic)
+        own, others = (image_rows(array_of(image, dtype), radius, radius, dtype) for image in (gradient, high))
+        of_kernel = _unpacked(fillers.products(own, others, kernel.shape[3], radius)).to(kernel.dtype)
+    return of_source, of_kernel
+
+
+def range_products(keys: Tensor, radius: int) -> Tensor:
+    """As `kernels.jbu.reference.range_products`: keys [B, D, H, W] -> [B, n*n, H, W], dtype of keys, contiguous."""
+    dtype = _working(keys)
+    rows = image_rows(array_of(keys, dtype), radius, radius, dtype)
+    return _unpacked(fillers.products(rows, rows, keys.shape[3], radius)).to(keys.dtype)
+
+
+def range_products_backward(gradient: Tensor, keys: Tensor, radius: int) -> Tensor:
+    """Gradient of the keys [B, D, H, W] from that of their products [B, n*n, H, W]: dtype of keys, contiguous."""
+    return backward.keys_gradient(gradient, keys, radius, _working(keys)).to(keys.dtype)
+
+
+def bilateral_kernel(guidance: Tensor, sigma_spatial: float, sigma_range: float, radius: int) -> Tensor:
+    """As `kernels.jbu.reference.bilateral_kernel`: [B, G, H, W] -> [B, n*n, H, W], contiguous."""
+    kernels = fillers.bilateral(guidance, sigma_spatial, sigma_range, radius, _working(guidance))
+    return _unpacked(kernels).to(guidance.dtype)
+
+
+def learned_kernel(guidance: Tensor, stage: StageParameters) -> Tensor:
+    """As `kernels.jbu.reference.learned_kernel`: [B, G, H, W] -> [B, n*n, H, W], contiguous."""
+    return _unpacked(fillers.learned(guidance, stage, _working(guidance))).to(guidance.dtype)
+
+
+def bilateral_stage(
+    source: Tensor,
+    guidance: Tensor,
+    sigma_spatial: float,
+    sigma_range: float,
+    radius: int,
+    quantization: Quantization | None = None,
+) -> Tensor | Codes:
+    """As `kernels.jbu.reference.bilateral_stage`, and if asked `kernels.quantization.quantized` of that.
+
+    Args:
+        source: [B, C, h, w].
+        guidance: [B, G, 2h, 2w], dtype of source or float32.
+        sigma_spatial: in pixels of the guidance.
+        sigma_range: in units of the guidance.
+        radius: of the kernel.
+        quantization: of the output; None leaves it as it is.
+
+    Returns:
+        [B, C, 2h, 2w], dtype of source, channels_last; or its codes.
+    """
+    dtype = _working(source, guidance)
+    kernels = fillers.bilateral(guidance, sigma_spatial, sigma_range, radius, dtype)
+    return _convolved(source, kernels) if quantization is None else _quantized(source, kernels, quantization)
+
+
+def learned_stage(
+    source: Tensor, guidance: Tensor, stage: StageParameters, quantization: Quantization | None = None
+) -> Tensor | Codes:
+    """As `kernels.jbu.reference.learned_stage`, and if asked `kernels.quantization.quantized` of that.
+
+    Args:
+        source: [B, C, h, w].
+        guidance: [B, G, 2h, 2w], dtype of source or float32.
+        stage: parameters.
+        quantization: of the output; None leaves it as it is.
+
+    Returns:
+        [B, C, 2h, 2w], dtype of source, channels_last; or its codes.
+    """
+    kernels = fillers.learned(guidance, stage, _working(source, guidance))
+    return _convolved(source, kernels) if quantization is None else _quantized(source, kernels, quantization)
+
+
+def _working(*tensors: Tensor) -> DType:
+    """The dtype to compute in."""
+    return np.dtype(np.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else np.float32)
+
+
+def _radius(kernel: Tensor) -> int:
+    return math.isqrt(kernel.shape[1]) // 2
+
+
+def _unpacked(kernels: Fillers) -> Tensor:
+    """The kernels themselves, [B, n*n, H, W]."""
+    B, H, W = kernels.shape
+    output = torch.empty(B, (2 * kernels.radius + 1) ** 2, H, W, dtype=torch_dtype(kernels.dtype))
+    array = output.numpy()
+    kernels.feed(lambda: lambda image, blocks, y: unpack(blocks, array[image], y))
+    return output
+
+
+def _convolved(source: Tensor, kernels: Fillers) -> Tensor:
+    """The source upsampled: [B, C, 2h, 2w], dtype of source, channels_last."""
+    B, C, h, w = source.shape
+    low, fold = channel_vectors(source, kernels.dtype), folding(h, w, kernels.radius, kernels.dtype)
+    output = torch.empty(B, 2 * h, 2 * w, C, dtype=torch_dtype(kernels.dtype))
+    high = output.numpy()
+
+    def consumer() -> Consumer:
+        scratch = fold_scratch(kernels.radius, kernels.dtype)
+        return lambda image, blocks, y: convolve(blocks, low[image], fold, *scratch, high[image], y, 2 * y)
+
+    kernels.feed(consumer)
+    return output.permute(0, 3, 1, 2).to(source.dtype)
+
+
+def _quantized(source: Tensor, kernels: Fillers, quantization: Quantization) -> Codes:
+    """The source upsampled, as codes."""
+    if source.dtype in (torch.float16, torch.bfloat16):  # codes are of the rounded features
+        return quantized(_convolved(source, kernels), quantization)
+    B, C, h, w = source.shape
+    low, fold = channel_vectors(source, kernels.dtype), folding(h, w, kernels.radius, kernels.dtype)
+    step, offset = np.ones(low.shape[3], kernels.dtype), np.zeros(low.shape[3], kernels.dtype)
+    step[:C], offset[:C] = (array_of(tensor, kernels.dtype) for tensor in (quantization.step, quantization.offset))
+    codes = torch.empty(B, C, 2 * h, 2 * w, dtype=torch.int8)
+    planes, counts = codes.numpy(), list[Array]()
+
+    def consumer() -> Consumer:
+        scratch = fold_scratch(kernels.radius, kernels.dtype)
+        rows = aligned_zeros((2 * PAIRS, 2 * w, low.shape[3]), kernels.dtype)
+        of_row = np.empty(rows.shape[1:], np.int8)
+        count = np.zeros((B, 2), np.int64)
+        counts.append(count)
+
+        def consume(image: int, blocks: Array, y: int) -> None:
+            convolve(blocks, low[image], fold, *scratch, rows, y, 0)
+            quantize(rows[: 2 * len(blocks)], step, offset, of_row, planes[image], 2 * y, count[image])
+
+        return consume
+
+    kernels.feed(consumer)
+    not_finite, clipped = (torch.tensor(count, dtype=torch.int32) for count in np.sum(counts, axis=0).T)
+    return Codes(codes, not_finite, clipped)

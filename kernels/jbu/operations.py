@@ -1,0 +1,255 @@
+"""Joint bilateral upsampling: the public operations. They check arguments and run the implementation that fits.
+
+A stage doubles the resolution of its source. `bilateral_stage` and `learned_stage` are whole stages;
+`bilateral_kernel`, `learned_kernel` and `adaptive_conv_upsample2x` are their parts. ``…_codes`` write int8 instead of
+features. All but those are differentiable once, backwards, and under forward-mode differentiation their definition
+runs, which is `kernels.jbu.reference`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import Choice, choose, explain
+from kernels.jbu import operators as jbu_operators
+from kernels.jbu import reference as jbu_reference
+from kernels.jbu.checks import (
+    check_adaptive_conv,
+    check_bilateral,
+    check_quantization,
+    check_stage,
+    checked_parameters,
+)
+from kernels.jbu.parameters import JBUStack, JBUStage
+from kernels.quantization import Codes, Quantization, quantized
+
+__all__ = [
+    "Choice",
+    "Codes",
+    "JBUStack",
+    "JBUStage",
+    "Quantization",
+    "adaptive_conv_upsample2x",
+    "bilateral_codes",
+    "bilateral_kernel",
+    "bilateral_stage",
+    "explain",
+    "learned_codes",
+    "learned_kernel",
+    "learned_stage",
+]
+
+
+def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor, *, implementation: str | None = None) -> Tensor:
+    """Upsample ×2 bicubically, then weigh each output pixel's n × n neighbourhood by its own kernel.
+
+    FeatUp (arXiv 2403.10516, equation 4); differentiable in both arguments.
+
+    Args:
+        source: [B, C, h, w], floating, not empty.
+        kernel: [B, n*n, 2h, 2w], n = 2*radius + 1, taps row-major; dtype and device of source; 2h and 2w > radius.
+        implementation: a name in `kernels.dispatch.IMPLEMENTATIONS`; None picks the first that can.
+
+    Returns:
+        [B, C, 2h, 2w], dtype of source, in channels_last memory format.
+
+    Raises:
+        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+    """
+    check_adaptive_conv(source, kernel)
+    chosen = choose(implementation, math.isqrt(kernel.shape[1]) // 2, source, kernel)
+    if chosen == "reference":
+        return jbu_reference.adaptive_conv_upsample2x(source, kernel)
+    output: Tensor = jbu_operators.adaptive_conv_upsample2x(source, kernel, chosen)
+    return output
+
+
+def bilateral_kernel(
+    guidance: Tensor, sigma_spatial: float, sigma_range: float, radius: int = 3, *, implementation: str | None = None
+) -> Tensor:
+    """Make the training-free kernel: spatial Gaussian × colour Gaussian, normalised over the taps.
+
+    Kopf et al. (SIGGRAPH 2007, equation 3). A gradient for the guidance comes from the reference.
+
+    Args:
+        guidance: [B, G, H, W], floating, finite, H and W > radius.
+        sigma_spatial: in pixels of the guidance; 1e-30 … 1e30.
+        sigma_range: in units of the guidance (Euclidean distance over its channels); 1e-30 … 1e30.
+        radius: of the kernel, in pixels of the guidance; at least 1.
+        implementation: a name in `kernels.dispatch.IMPLEMENTATIONS`; None picks the first that can.
+
+    Returns:
+        [B, n*n, H, W], n = 2*radius + 1, dtype of guidance; non-negative, sums to 1 over taps.
+
+    Raises:
+        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+    """
+    check_bilateral(guidance, sigma_spatial, sigma_range, radius)
+    chosen = choose(implementation, radius, guidance)
+    if chosen == "reference" or _needs_gradient(guidance):
+        return jbu_reference.bilateral_kernel(guidance, sigma_spatial, sigma_range, radius)
+    kernel: Tensor = jbu_operators.bilateral_kernel(guidance, sigma_spatial, sigma_range, radius, chosen)
+    return kernel
+
+
+def learned_kernel(guidance: Tensor, stage: JBUStage, *, implementation: str | None = None) -> Tensor:
+    """Make FeatUp's learned kernel (arXiv 2403.10516, equations 5-7); differentiable in guidance and parameters.
+
+    Args:
+        guidance: [B, stage.guidance_dim, H, W], floating, ImageNet-normalised, H and W > stage.radius.
+        stage: parameters, in the guidance's dtype and on its device.
+        implementation: a name in `kernels.dispatch.IMPLEMENTATIONS`; None picks the first that can.
+
+    Returns:
+        [B, n*n, H, W], n = 2*stage.radius + 1, dtype of guidance; may be negative, need not sum to 1.
+
+    Raises:
+        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+    """
+    parameters = checked_parameters(guidance, stage)
+    chosen = choose(implementation, parameters.radius, guidance)
+    if chosen == "reference":
+        return jbu_reference.learned_kernel(guidance, parameters)
+    if _needs_gradient(guidance, *parameters):
+        # All but the products are 1×1 convolutions and pointwise: torch's own, with their gradients.
+        products = jbu_operators.range_products(parameters.keys(guidance), parameters.radius, chosen)
+        return jbu_reference.kernel_from_range_products(products, guidance, parameters)
+    kernel: Tensor = jbu_operators.learned_kernel(guidance, list(parameters), chosen)
+    return kernel
+
+
+def bilateral_stage(
+    source: Tensor,
+    guidance: Tensor,
+    sigma_spatial: float,
+    sigma_range: float,
+    radius: int = 3,
+    *,
+    implementation: str | None = None,
+) -> Tensor:
+    """Upsample ×2 by a training-free kernel: `adaptive_conv_upsample2x` with the guidance's `bilateral_kernel`.
+
+    Args:
+        source: [B, C, h, w], floating, not empty.
+        guidance: [B, G, 2h, 2w], floating, finite; on the source's device, in its dtype or float32.
+        sigma_spatial: as `bilateral_kernel`.
+        sigma_range: as `bilateral_kernel`.
+        radius: as `bilateral_kernel`.
+        implementation: a name in `kernels.dispatch.IMPLEMENTATIONS`; None picks the first that can.
+
+    Returns:
+        [B, C, 2h, 2w], dtype of source, in channels_last memory format.
+
+    Raises:
+        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+    """
+    check_bilateral(guidance, sigma_spatial, sigma_range, radius)
+    check_stage(source, guidance)
+    chosen = choose(implementation, radius, source, guidance)
+    if chosen == "reference" or _needs_gradient(source, guidance):
+        kernel = bilateral_kernel(guidance, sigma_spatial, sigma_range, radius, implementation=implementation)
+        return adaptive_conv_upsample2x(source, kernel.to(source.dtype), implementation=implementation)
+    output: Tensor = jbu_operators.bilateral_stage(source, guidance, sigma_spatial, sigma_range, radius, chosen)
+    return output
+
+
+def learned_stage(source: Tensor, guidance: Tensor, stage: JBUStage, *, implementation: str | None = None) -> Tensor:
+    """Upsample ×2 by FeatUp's learned kernel: `adaptive_conv_upsample2x` with the guidance's `learned_kernel`.
+
+    Args:
+        source: [B, C, h, w], floating, not empty.
+        guidance: [B, stage.guidance_dim, 2h, 2w], ImageNet-normalised; on the source's device, in its dtype or float32.
+        stage: parameters, in the guidance's dtype and on its device.
+        implementation: a name in `kernels.dispatch.IMPLEMENTATIONS`; None picks the first that can.
+
+    Returns:
+        [B, C, 2h, 2w], dtype of source, in channels_last memory format.
+
+    Raises:
+        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+    """
+    parameters = checked_parameters(guidance, stage)
+    check_stage(source, guidance)
+    chosen = choose(implementation, parameters.radius, source, guidance)
+    if chosen == "reference" or _needs_gradient(source, guidance, *parameters):
+        kernel = learned_kernel(guidance, stage, implementation=implementation)
+        return adaptive_conv_upsample2x(source, kernel.to(source.dtype), implementation=implementation)
+    output: Tensor = jbu_operators.learned_stage(source, guidance, list(parameters), chosen)
+    return output
+
+
+def bilateral_codes(
+    source: Tensor,
+    guidance: Tensor,
+    sigma_spatial: float,
+    sigma_range: float,
+    radius: int,
+    quantization: Quantization,
+    *,
+    implementation: str | None = None,
+) -> Codes:
+    """`bilateral_stage`, quantized before it leaves the chip: float features are not written. No gradient.
+
+    Args:
+        source: these as `bilateral_stage`.
+        guidance: likewise.
+        sigma_spatial: likewise.
+        sigma_range: likewise.
+        radius: likewise.
+        quantization: steps and offsets [C] float32, on the source's device; steps > 0 (not looked at).
+        implementation: as `bilateral_stage`.
+
+    Returns:
+        Codes of the features [B, C, 2h, 2w]. Those of half precision are rounded first, but by Triton, which has them
+        in float32: a code may then differ by one.
+
+    Raises:
+        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+    """
+    check_bilateral(guidance, sigma_spatial, sigma_range, radius)
+    check_stage(source, guidance)
+    check_quantization(quantization, source)
+    chosen = choose(implementation, radius, source, guidance)
+    with torch.no_grad():
+        if chosen == "reference":
+            output = jbu_reference.bilateral_stage(source, guidance, sigma_spatial, sigma_range, radius)
+            return quantized(output, quantization)
+        scale = quantization.step, quantization.offset
+        return Codes(
+            *jbu_operators.bilateral_codes(source, guidance, sigma_spatial, sigma_range, radius, *scale, chosen)
+        )
+
+
+def learned_codes(
+    source: Tensor, guidance: Tensor, stage: JBUStage, quantization: Quantization, *, implementation: str | None = None
+) -> Codes:
+    """`learned_stage`, quantized before it leaves the chip: float features are not written. No gradient.
+
+    Args:
+        source: these as `learned_stage`.
+        guidance: likewise.
+        stage: likewise.
+        quantization: steps and offsets [C] float32, on the source's device; steps > 0 (not looked at).
+        implementation: as `learned_stage`.
+
+    Returns:
+        As `bilateral_codes`.
+
+    Raises:
+        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+    """
+    parameters = checked_parameters(guidance, stage)
+    check_stage(source, guidance)
+    check_quantization(quantization, source)
+    chosen = choose(implementation, parameters.radius, source, guidance)
+    with torch.no_grad():
+        if chosen == "reference":
+            output = jbu_reference.learned_stage(source, guidance, parameters)
+            return quantized(output, quantization)
+        scale = quantization.step, quantization.offset
+        return Codes(*jbu_operators.learned_codes(source, guidance, list(parameters), *scale, chosen))
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

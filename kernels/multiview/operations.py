@@ -1,0 +1,98 @@
+"""High-res features from many views of an image: the public operation. It checks arguments and runs what fits.
+
+A direct solver for FeatUp's objective (arXiv 2403.10516, equation 1: multi-view consistency). With a separable pooling
+kernel each jittered view is ``R_t X C_tᵀ`` exactly, so that the features are the solution of a linear least-squares
+problem, and conjugate gradient on it is made of matrix products. `kernels.multiview.reference` is the definition.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.multiview import reference as multiview_reference
+from kernels.multiview.views import Solution, ViewMatrices
+
+__all__ = ["Solution", "ViewMatrices", "solve"]
+
+
+@torch.no_grad()
+def solve(
+    targets: Tensor,
+    views: ViewMatrices,
+    guidance: Tensor,
+    start: Tensor,
+    *,
+    regularisation: float,
+    iterations: int,
+    colour_sigma: float = 0.05,
+    tolerance: float = 1e-5,
+    implementation: str | None = None,
+) -> Solution:
+    """Minimise ``Σ_t |R_t X C_tᵀ - Y_t|² + regularisation · Σ_pq g_pq (X_p - X_q)²`` by conjugate gradient.
+
+    p and q are neighbours among the eight around a pixel, ``g_pq = exp(-|I_p - I_q|² / (2 colour_sigma²)) / |p - q|²``:
+    features may change where the image does. Every image, and every channel of it, is a problem of its own: results
+    depend neither on the batch nor on the number of threads, bit by bit on one kind of device.
+
+    Stopping early regularises as well: with a small ``regularisation`` more iterations may be worse.
+
+    Args:
+        targets: [B, V, k, h, w] floating, not empty: features of the views.
+        views: V views, (h, w) from (H, W), in the targets' dtype and on their device.
+        guidance: [B, 3, H, W] floating, on the same device: the image on the grid of the solution, values 0 … 1.
+        start: [B, k, H, W], dtype and device of the targets: where to begin.
+        regularisation: λ, at least 0, finite.
+        iterations: most steps, at least 1.
+        colour_sigma: distance of colours (RGB, 0 … 1) beyond which neighbours no longer hold each other; positive.
+        tolerance: a channel stops when the norm of its gradient has fallen to this share of what it was.
+        implementation: "cpu" (float32 on a CPU) or "reference" (any); None picks the first that can.
+
+    Returns:
+        The solution; what is not finite in one image stays in that image (and channel).
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+    _check(targets, views, guidance, start)
+    if not 0 <= regularisation < float("inf"):
+        raise ValueError(f"regularisation: got {regularisation}, need a finite number of at least 0")
+    if iterations < 1:
+        raise ValueError(f"iterations: got {iterations}, need at least 1")
+    if not colour_sigma > 0:
+        raise ValueError(f"colour_sigma: got {colour_sigma}, need a positive number")
+    fast = targets.device.type == "cpu" and targets.dtype == torch.float32
+    chosen = implementation or ("cpu" if fast else "reference")
+    if chosen not in ("cpu", "reference") or (chosen == "cpu" and not fast):
+        raise ValueError(
+            f"implementation: got {implementation!r} for {targets.dtype} on {targets.device}, need 'reference', or "
+            "'cpu' for float32 on a CPU"
+        )
+    arguments = targets, views, guidance, start, regularisation, iterations, colour_sigma, tolerance
+    if chosen == "reference":
+        return multiview_reference.solve(*arguments)
+    from kernels.multiview import cpu as multiview_cpu  # numba takes a second to import
+
+    return multiview_cpu.solve(*arguments)
+
+
+def _check(targets: Tensor, views: ViewMatrices, guidance: Tensor, start: Tensor) -> None:
+    if targets.ndim != 5 or not targets.is_floating_point() or targets.numel() == 0:
+        raise ValueError(
+            f"targets: got {tuple(targets.shape)} {targets.dtype}, need [B, V, k, h, w] of a floating dtype, not empty"
+        )
+    B, V, k, h, w = targets.shape
+    if (len(views), views.low) != (V, (h, w)):
+        raise ValueError(f"views: got {len(views)} views of {views.low}, need {V} of {(h, w)} as the targets")
+    if views.rows.dtype != targets.dtype or views.rows.device != targets.device:
+        raise ValueError(
+            f"views: got {views.rows.dtype} on {views.rows.device}, need {targets.dtype} on {targets.device}"
+        )
+    if guidance.shape != (B, 3, *views.high) or not guidance.is_floating_point() or guidance.device != targets.device:
+        raise ValueError(
+            f"guidance: got {tuple(guidance.shape)} {guidance.dtype} on {guidance.device}, need "
+            f"{(B, 3, *views.high)} of a floating dtype on {targets.device}"
+        )
+    if start.shape != (B, k, *views.high) or start.dtype != targets.dtype or start.device != targets.device:
+        raise ValueError(
+            f"start: got {tuple(start.shape)} {start.dtype} on {start.device}, need {(B, k, *views.high)} "
+            f"{targets.dtype} on {targets.device}"
+        )

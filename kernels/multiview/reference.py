@@ -1,0 +1,129 @@
+"""The multiview solver in plain torch: the definition, for any dtype on any device; what a GPU runs.
+
+Image by image, so that nothing depends on the batch: at 224 px one image's products fill a GPU.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels.multiview.views import Solution, ViewMatrices
+
+__all__ = ["edge_weights", "solve"]
+
+# Below this a neighbour is let go: float32 denormals in the Laplacian would cost many times its arithmetic.
+_LEAST_EDGE = 1e-6
+# From a pixel to the half of its neighbours that come after it; each edge is counted once.
+_OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1))
+
+
+def solve(
+    targets: Tensor,
+    views: ViewMatrices,
+    guidance: Tensor,
+    start: Tensor,
+    regularisation: float,
+    iterations: int,
+    colour_sigma: float,
+    tolerance: float,
+) -> Solution:
+    """As `kernels.multiview.solve`, whose arguments it has checked."""
+    solved = []
+    for target, image, begin in zip(targets, guidance, start, strict=True):
+        weights = edge_weights(image, colour_sigma).to(target.dtype)
+        solved.append(_conjugate_gradient(target, views, weights, begin, regularisation, iterations, tolerance))
+    features, initial, final, steps = zip(*solved, strict=True)
+    return Solution(torch.stack(features), torch.stack(initial), torch.stack(final), torch.stack(steps))
+
+
+def edge_weights(image: Tensor, colour_sigma: float) -> Tensor:
+    """Weights between neighbours: [4, H, W] float64, from each pixel to the right, below, below right, below left.
+
+    Args:
+        image: [3, H, W] floating, 0 … 1.
+        colour_sigma: of the Gaussian of colour distances.
+    """
+    image = image.double()
+    weights = image.new_zeros(4, *image.shape[1:])
+    for edges, (down, right) in zip(weights, _OFFSETS, strict=True):
+        here, there = _neighbours(image.shape[1:], down, right)
+        distance = (image[:, *here] - image[:, *there]).square().sum(0)
+        similar = torch.exp(-distance / (2 * colour_sigma**2))
+        edges[here] = torch.where(similar < _LEAST_EDGE, 0.0, similar) / (down * down + right * right)
+    return weights
+
+
+def _neighbours(size: torch.Size, down: int, right: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Where all pixels are that have a neighbour at this offset, and where these neighbours are."""
+    H, W = size
+    columns, others = slice(max(0, -right), W - max(0, right)), slice(max(0, right), W - max(0, -right))
+    return (slice(0, H - down), columns), (slice(down, H), others)
+
+
+def _laplacian(maps: Tensor, weights: Tensor) -> Tensor:
+    """Half the gradient of ``Σ g_pq (X_p - X_q)²``: [k, H, W] -> the same."""
+    output = torch.zeros_like(maps)
+    for edges, (down, right) in zip(weights, _OFFSETS, strict=True):
+        here, there = _neighbours(maps.shape[1:], down, right)
+        flow = edges[here] * (maps[:, *here] - maps[:, *there])
+        output[:, *here] += flow
+        output[:, *there] -= flow
+    return output
+
+
+def _conjugate_gradient(
+    target: Tensor,
+    views: ViewMatrices,
+    weights: Tensor,
+    start: Tensor,
+    regularisation: float,
+    iterations: int,
+    tolerance: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One image; scalars are [k, 1, 1] float64, one problem a channel."""
+
+    def smooth(x: Tensor) -> Tensor:
+        return regularisation * _laplacian(x, weights)
+
+    see, unsee = _operators(views)
+    x = start.clone()
+    residual, smoothness = target - see(x), smooth(x)
+    initial = residual.double().square().sum() + _dot(x, smoothness).sum()
+    r = unsee(residual) - smoothness
+    p, rr = r, _dot(r, r)
+    enough, steps = rr * tolerance**2, torch.zeros_like(rr, dtype=torch.int64)
+    for _ in range(iterations):
+        q = unsee(see(p)) + smooth(p)
+        curvature = _dot(p, q)
+        going = (rr > enough) & (curvature > 0)
+        step = torch.where(going, rr / curvature, 0.0)
+        x = x + step.to(x.dtype) * p
+        r = r - step.to(x.dtype) * q
+        before, rr = rr, _dot(r, r)
+        p = r + torch.where(going, rr / before, 0.0).to(x.dtype) * p
+        steps += going
+    final = (target - see(x)).double().square().sum() + _dot(x, smooth(x)).sum()
+    return x, initial, final, steps.flatten()
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() * b.double()).sum((1, 2), keepdim=True)
+
+
+def _operators(views: ViewMatrices) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """All views of [k, H, W] as [V, k, h, w], and the adjoint of that: rows as one product, columns as a batch."""
+    V, (h, w), (H, W) = len(views), views.low, views.high
+    rows, columns = views.rows.flatten(0, 1), views.columns
+
+    def see(maps: Tensor) -> Tensor:
+        k = len(maps)
+        seen = rows @ maps.transpose(0, 1).reshape(H, k * W)  # [V h, k W]
+        return (seen.view(V, h * k, W) @ columns.mT).view(V, h, k, w).transpose(1, 2)
+
+    def unsee(seen: Tensor) -> Tensor:
+        k = seen.shape[1]
+        spread = seen.transpose(1, 2).reshape(V, h * k, w) @ columns  # [V, h k, W]
+        return (rows.mT @ spread.view(V * h, k * W)).view(H, k, W).transpose(0, 1)
+
+    return see, unsee

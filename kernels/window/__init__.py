@@ -1,0 +1,1 @@
+"""Attention within windows, and sums over them."""

@@ -1,0 +1,146 @@
+"""References -> decoded batches: reading and decoding, ahead of whoever computes on them."""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from densefeat.errors import StorageUnavailable
+from pipeline.errors import ImageError
+from pipeline.images.decoding.decode import Decoded, Geometry, decode
+from pipeline.images.listing.source import Kind
+from pipeline.images.reading.read import read_images
+from pipeline.reporting.seconds import StageSeconds
+
+_PLACEHOLDER_GREY = 128  # pixels of a row that failed: computed with its batch, and thrown away
+
+
+@dataclass
+class Batch:
+    """Consecutive rows.
+
+    Attributes:
+        pixels: uint8 [B, 3, H, W]. A row that failed keeps its place, so that the others' features do not depend on it.
+        decoded: of each row, what was decoded or why not.
+    """
+
+    pixels: Tensor
+    decoded: list[Decoded | ImageError]
+
+    @property
+    def usable_rows(self) -> Tensor:
+        """[B] bool."""
+        return torch.tensor([isinstance(image, Decoded) for image in self.decoded])
+
+    def valid_cells(self, grid: tuple[int, int], output_size: tuple[int, int]) -> Tensor:
+        """[B, h, w] bool: the cells of a feature grid whose centre lies on the image, not on padding.
+
+        Args:
+            grid: (h, w).
+            output_size: (height, width) that the valid boxes refer to.
+        """
+        y, x = ((torch.arange(cells) + 0.5) * (pixels / cells) for cells, pixels in zip(grid, output_size, strict=True))
+        valid = torch.zeros(len(self.decoded), *grid, dtype=torch.bool)
+        for i, image in enumerate(self.decoded):
+            if isinstance(image, Decoded):
+                y0, x0, y1, x1 = image.valid_box
+                valid[i] = ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))
+        return valid
+
+
+class WorkStopped(Exception):  # noqa: N818 - says what happened
+    """Somebody asked the work to stop; nothing is wrong with it."""
+
+
+class BatchLoader:
+    """Makes batches; its thread pools are shared by all the shards that are in the worker.
+
+    Args:
+        geometry: to decode to.
+        batch_size: rows in a batch; the last one may have fewer.
+        source_kind: ``Source.kind``.
+        image_column: ``Source.image_column``.
+        max_pixels: as ``decode``.
+        min_side: as ``decode``.
+        threads: to decode with.
+
+    Attributes:
+        stop: once set, no further batch is made, and all that is being read ends at once with ``StorageUnavailable``,
+            waits for a storage included.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        batch_size: int,
+        *,
+        source_kind: Kind,
+        image_column: str | None,
+        max_pixels: int,
+        min_side: int,
+        threads: int,
+    ) -> None:
+        self.geometry = geometry
+        self.batch_size = batch_size
+        self._source_kind = source_kind
+        self._image_column = image_column
+        self._limits = {"max_pixels": max_pixels, "min_side": min_side}
+        self._readers = ThreadPoolExecutor(max(8, threads), "read")
+        self._decoders = ThreadPoolExecutor(threads, "decode")
+        self.stop = threading.Event()
+
+    def batches(self, references: pa.Table, seconds: StageSeconds) -> Iterator[Batch]:
+        """Batches of the rows of ``references``, in order; at most two are decoded ahead of the consumer.
+
+        Raises:
+            StorageUnavailable, JobError: as ``read_images``: nothing is known of the images from there on.
+            WorkStopped: before a batch, after ``stop`` was set.
+        """
+        reads = self._reads(references, seconds)
+        pending: deque[Future[Decoded | ImageError]] = deque()
+        while True:
+            for data in islice(reads, 2 * self.batch_size - len(pending)):
+                pending.append(self._decoders.submit(self._decode, data, seconds))
+            if not pending:
+                return
+            if self.stop.is_set():
+                raise WorkStopped
+            yield self._stack([pending.popleft().result() for _ in range(min(self.batch_size, len(pending)))])
+
+    def _reads(self, references: pa.Table, seconds: StageSeconds) -> Iterator[bytes | ImageError]:
+        images = read_images(
+            references, image_column=self._image_column, kind=self._source_kind, pool=self._readers, stop=self.stop
+        )
+        while True:
+            with seconds.stage("read"):  # what is waited for; most of the reading happens meanwhile
+                try:
+                    data = next(images, None)
+                except StorageUnavailable:
+                    if self.stop.is_set():  # a read that was stopped, not a storage that was down
+                        raise WorkStopped from None
+                    raise
+            if data is None:
+                return
+            yield data
+
+    def _decode(self, data: bytes | ImageError, seconds: StageSeconds) -> Decoded | ImageError:
+        if isinstance(data, ImageError):
+            return data
+        with seconds.stage("decode"):
+            try:
+                return decode(data, self.geometry, **self._limits)
+            except ImageError as error:
+                return error
+
+    def _stack(self, decoded: list[Decoded | ImageError]) -> Batch:
+        pixels = torch.full((len(decoded), 3, *self.geometry.size), _PLACEHOLDER_GREY, dtype=torch.uint8)
+        for i, image in enumerate(decoded):
+            if isinstance(image, Decoded):
+                pixels[i] = torch.from_numpy(image.pixels)
+        return Batch(pixels, decoded)

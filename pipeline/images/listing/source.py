@@ -1,0 +1,227 @@
+"""A dataset as a table of references to its images; no pixels yet."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import JobError
+from pipeline.images.listing.files import File, Found, Scan, ScanMap, explained, find_files, scan_in_order, uri_of
+from pipeline.images.listing.findings import Finding, Tally, add_unused
+from pipeline.images.listing.labels import Labels, folder_label, text_labels, unify_labels
+from pipeline.images.listing.names import IMAGE_SUFFIXES, KIND_OF, Kind, escaped, suffix_of
+from pipeline.images.listing.parquet import image_column_of, scan_parquet
+from pipeline.images.listing.tar import scan_tar
+from schemas.index import REFERENCES
+
+__all__ = ["Kind", "Source", "keys_digest", "list_images"]
+
+_LISTED_SUFFIXES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The images of one dataset, in a fixed order.
+
+    Attributes:
+        kind: how they are stored.
+        references: ``schemas.index.REFERENCES``, one row an image: ``key`` (string), ``uri``
+            (string, absolute), ``offset`` (int64; tar: byte, Parquet: row, folder: null), ``nbytes`` (int64, null if
+            not known), ``label`` (int64, null if none). Keys of a folder are unique, others need not be. In keys and
+            local paths, bytes that are not UTF-8 are written as ``pipeline.images.listing.names.escaped`` says.
+        class_names: name of each label; empty if there are no names.
+        image_column: Parquet: the column that holds the images; tar: the extension asked for; else None.
+        findings: what was not used of what was looked at, by reason: nothing is left out without being in here.
+        candidates: images that were looked at, with those beyond a limit and those that findings call an "image".
+    """
+
+    kind: Kind
+    references: pa.Table
+    class_names: tuple[str, ...]
+    image_column: str | None
+    findings: tuple[Finding, ...] = ()
+    candidates: int = 0
+
+
+def list_images(
+    images: str,
+    *,
+    limit: int | None = None,
+    image_column: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    scan_map: ScanMap | None = None,
+) -> Source:
+    """List a dataset: a folder of images, WebDataset tars, or Parquet files.
+
+    ``images`` is a folder (searched to any depth, linked folders too), a file, a glob, or a pattern with
+    ``{000..099}`` or ``{a,b}``; local, or ``s3://``, ``gs://``, ``http(s)://`` and whatever else fsspec has. A folder
+    that a pattern names is searched like one that is named itself, and a file that it names twice is listed once.
+    Which kind it is follows from the suffixes of the files (case does not matter). Other files are left out and
+    counted in ``Source.findings``, and so are hidden ones.
+
+    * Images: sorted by path relative to the root, which is also the key. If all lie exactly one folder deep, as in
+      ImageNet, the sorted names of the folders are the classes.
+    * Tars: in the order given; see ``scan_tar``.
+    * Parquet: in the order given; see ``scan_parquet``.
+
+    Labels of tars and Parquet are one numbering for all files, see ``unify_labels``; files without labels of their own
+    that lie in a folder ``label=…`` have that one.
+
+    Args:
+        images: what to list.
+        limit: take the first so many images; no further tar or Parquet file is opened than that needs.
+        image_column: Parquet: the column with the images; tar: the extension (``jpg``, ``left.png``). By default the
+            first usual one.
+        storage_options: keyword arguments for the filesystem, as fsspec takes them.
+        scan_map: where tars and Parquet files are scanned, if there are several and they are remote; None: in threads
+            of this process.
+
+    Returns:
+        The references, in an order that depends on the dataset alone.
+
+    Raises:
+        JobError: there is nothing there, no permission or credentials, no image, several kinds at once, or a file
+            that cannot be used (a compressed or truncated tar, Parquet without an image column).
+        StorageUnavailable: the storage does not answer.
+        ValueError: ``limit`` is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"list_images: got limit={limit}, expected at least 1, or None for all images.")
+    tally = Tally()
+    with explained(images):
+        found = find_files(images, suffixes=frozenset(KIND_OF), tally=tally, storage_options=storage_options)
+        kind = _kind_of(images, found.files)
+        if kind == "folder" and image_column is not None:
+            raise JobError(
+                f"Images {images!r}: got image_column={image_column!r} for a folder of images, expected None. It "
+                "selects a column of Parquet files or an extension in tars; leave it out."
+            )
+        files = [file for file in found.files if _has_kind(file, kind, tally)]
+        if kind == "folder":
+            source = _list_folder(found, files, limit, tally)
+        else:
+            source = _list_files(kind, found, files, limit, image_column, tally, scan_map)
+    if source.references.num_rows == 0:
+        raise JobError(
+            f"Images {images!r}: no images found in {len(files)} {kind} file(s). Expected at least one row"
+            f"{f', or one member with the extension {image_column!r}' if kind == 'tar' and image_column else ''}."
+            f"{''.join(f' Got {finding}.' for finding in source.findings[:_LISTED_SUFFIXES])}"
+        )
+    return source
+
+
+def keys_digest(references: pa.Table) -> str:
+    """SHA-256 (hex) of the keys in their order: names a list of images in a configuration."""
+    return hashlib.sha256("\n".join(references["key"].to_pylist()).encode()).hexdigest()
+
+
+def _kind_of(images: str, files: Sequence[File]) -> Kind:
+    suffixes = Counter(suffix_of(file.path) for file in files)
+    kinds = Counter[Kind]()
+    for suffix, count in suffixes.items():
+        if suffix in KIND_OF:
+            kinds[KIND_OF[suffix]] += count
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    if not kinds:
+        seen = ", ".join(f"{suffix or 'no suffix'} ({n})" for suffix, n in suffixes.most_common(_LISTED_SUFFIXES))
+        raise JobError(
+            f"Images {images!r}: no images found. Got {len(files)} visible file(s){f': {seen}' if seen else ''}; "
+            f"expected images ({', '.join(IMAGE_SUFFIXES)}), .tar or .parquet. Check the path."
+        )
+    counts = ", ".join(f"{count} of kind {kind}" for kind, count in sorted(kinds.items()))
+    raise JobError(
+        f"Images {images!r}: mixed kinds: got {counts}; expected one. Name a folder with one of them, or use a pattern "
+        "such as '…/*.tar'."
+    )
+
+
+def _has_kind(file: File, kind: Kind, tally: Tally) -> bool:
+    if KIND_OF.get(suffix_of(file.path)) == kind:
+        return True
+    add_unused(tally, file.relative, escaped(file.relative))
+    return False
+
+
+def _list_folder(found: Found, files: list[File], limit: int | None, tally: Tally) -> Source:
+    # Sorted here too: the alternatives of a brace pattern come in the order written.
+    files = sorted(files, key=lambda file: file.relative)
+    folders = [file.relative.split("/")[:-1] for file in files]
+    class_names: list[str] = []
+    labels: list[int | None] = [None] * len(files)
+    if all(len(folder) == 1 for folder in folders):
+        class_names = sorted({folder[0] for folder in folders})
+        index = {name: label for label, name in enumerate(class_names)}
+        labels = [index[folder[0]] for folder in folders]
+    if found.is_local:
+        for file in files:
+            if file.nbytes is None:
+                tally.add("row", "files that cannot be reached, such as links to nothing", escaped(file.relative))
+    columns = [
+        [escaped(file.relative) for file in files],
+        [uri_of(found.filesystem, file.path) for file in files],
+        pa.nulls(len(files), pa.int64()),
+        [file.nbytes for file in files],
+        labels,
+    ]
+    references = pa.table(columns, schema=REFERENCES).slice(0, limit)
+    names = tuple(escaped(name) for name in class_names)
+    return _source("folder", references, names, None, tally, len(files))
+
+
+def _list_files(
+    kind: Kind,
+    found: Found,
+    files: list[File],
+    limit: int | None,
+    image_column: str | None,
+    tally: Tally,
+    scan_map: ScanMap | None,
+) -> Source:
+    """The images in tars or Parquet files."""
+    paths = [file.path for file in files]
+    if kind == "tar":
+        scan = partial(scan_tar, found.filesystem, image_extension=image_column)
+    else:
+        image_column = image_column_of(found.filesystem, paths[0], image_column)
+        scan = partial(scan_parquet, found.filesystem, image_column=image_column, names=_names_in_keys(files))
+    scans = scan_in_order(scan, paths, limit, None if found.is_local else scan_map)
+    for part in scans:
+        for finding in part.findings:
+            tally.add(finding.about, finding.reason, finding.example, finding.count)
+    parts = [_labels_of(part, path) for part, path in zip(scans, paths, strict=False)]
+    labels, class_names = unify_labels(parts, tally)
+    references = pa.concat_tables([REFERENCES.empty_table(), *(part.references for part in scans)])
+    references = references.set_column(REFERENCES.get_field_index("label"), REFERENCES.field("label"), labels)
+    candidates = sum(part.candidates for part in scans)
+    return _source(kind, references.slice(0, limit), class_names, image_column, tally, candidates)
+
+
+def _source(
+    kind: Kind, references: pa.Table, names: tuple[str, ...], column: str | None, tally: Tally, listed: int
+) -> Source:
+    findings = tally.findings()
+    lost = sum(finding.count for finding in findings if finding.about == "image")
+    return Source(kind, references, names, column, findings, listed + lost)
+
+
+def _labels_of(scan: Scan, path: str) -> Labels:
+    """A file's own labels, or if it has none, that of the folder it lies in."""
+    text = folder_label(path)
+    rows = scan.references.num_rows
+    if text is None or scan.labels.values.null_count < rows:
+        return scan.labels
+    return text_labels([text] * rows)
+
+
+def _names_in_keys(files: Sequence[File]) -> dict[str, str]:
+    """What keys call each file: its name without the suffix, or if that is not unique, its path."""
+    stems = Counter(PurePosixPath(file.path).stem for file in files)
+    unique = max(stems.values()) == 1
+    names = (PurePosixPath(file.path).stem if unique else file.relative.rpartition(".")[0] for file in files)
+    return {file.path: escaped(name) for file, name in zip(files, names, strict=True)}

@@ -1,0 +1,156 @@
+"""Local folders and patterns: what lies there, links included, each file once."""
+
+import fnmatch
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from pipeline.images.listing.findings import Tally
+from pipeline.images.listing.names import IMAGE_SUFFIXES, escaped, looks_like_image, suffix_of
+
+__all__ = ["MAGIC", "Entry", "glob_local", "outermost", "walk_local"]
+
+MAGIC = "*?["
+_Identity = tuple[int, int]
+
+
+class Entry(NamedTuple):
+    """A file: its path, and its size unless it cannot be reached."""
+
+    path: str
+    nbytes: int | None
+
+
+def walk_local(folder: str, tally: Tally, ancestors: tuple[_Identity, ...] | None = None) -> Iterator[Entry]:
+    """Every file below a folder, in no order. Links are followed, but for one to a folder that it lies in.
+
+    A link to nothing or to itself is an entry without a size, so that it is reported as unreadable and not overlooked.
+
+    Args:
+        folder: where to begin.
+        tally: gets what is hidden (a leading ".", as of the "._photo.jpg" in which macOS keeps a file's attributes),
+            and what is no file but has an image's name.
+        ancestors: the folders that this one lies in, if they are known.
+
+    Raises:
+        PermissionError: a folder cannot be listed; it has its name.
+    """
+    ancestors = _lineage(folder) if ancestors is None else ancestors
+    identity = _identity(folder)
+    if identity in ancestors:
+        tally.add("other", "links to folders that they lie in", escaped(folder))
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            is_folder = _is_folder(entry)
+            if entry.name.startswith("."):
+                _count_hidden(entry, is_folder, tally)
+            elif is_folder:
+                yield from walk_local(entry.path, tally, (*ancestors, identity))
+            elif found := _file(entry.path, tally):
+                yield found
+
+
+def glob_local(pattern: str, tally: Tally) -> Iterator[Entry]:
+    """Every file that a shell's pattern names, and every file below the folders that it names, in no order.
+
+    As in a shell, ``*`` enters linked folders, ``**`` is any number of folders, and a name with a leading "." is
+    matched only by a part that begins with one.
+
+    Args:
+        pattern: an absolute path with ``*``, ``?``, ``[…]`` or ``**``.
+        tally: as for `walk_local`.
+    """
+    first, *parts = pattern.split("/")
+    for path in outermost(_matches(first or "/", parts)):
+        if os.path.isdir(path):  # noqa: PTH112
+            yield from walk_local(path, tally)
+        elif found := _file(path, tally):
+            yield found
+
+
+def outermost(paths: Iterable[str]) -> Iterator[str]:
+    """Those that lie in none of the others, in order: the others are found with the folders that they lie in."""
+    last = None
+    for path in sorted(paths, key=lambda path: path.replace("/", "\0")):  # what lies in a folder comes right after it
+        if last is None or not path.startswith(last):
+            yield path
+            last = path.rstrip("/") + "/"
+
+
+def _matches(folder: str, parts: list[str], ancestors: tuple[_Identity, ...] = ()) -> Iterator[str]:
+    """Paths below ``folder`` that match. ``ancestors``: the folders it lies in, if ``**`` has led here."""
+    if not parts:
+        yield folder
+        return
+    part, *rest = parts
+    if part == "**":
+        ancestors = ancestors or _lineage(folder)
+        identity = _identity(folder)
+        if identity not in ancestors:
+            yield from _matches(folder, rest)
+            for name in _folders(folder, lambda name: not name.startswith(".")):
+                yield from _matches(_join(folder, name), parts, (*ancestors, identity))
+        return
+    if any(character in part for character in MAGIC):
+        matches = re.compile(fnmatch.translate(part)).match
+        hidden = part.startswith(".")
+
+        def wanted(name: str) -> bool:
+            return name.startswith(".") == hidden and matches(name) is not None
+
+        names = _folders(folder, wanted) if rest else filter(wanted, os.listdir(folder))  # noqa: PTH208
+        for name in names:
+            yield from _matches(_join(folder, name), rest)
+        return
+    path = _join(folder, part)
+    if os.path.isdir(path) if rest else os.path.lexists(path):  # noqa: PTH112
+        yield from _matches(path, rest)
+
+
+def _identity(folder: str) -> _Identity:
+    status = os.stat(folder)  # noqa: PTH116 - paths stay strings: there can be millions
+    return status.st_dev, status.st_ino
+
+
+def _lineage(folder: str) -> tuple[_Identity, ...]:
+    """The folders that a folder lies in."""
+    names = folder.split("/")[1:-1]
+    return tuple(_identity("/" + "/".join(names[:end])) for end in range(len(names) + 1)) if names else ()
+
+
+def _folders(folder: str, wanted: Callable[[str], bool]) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries if wanted(entry.name) and _is_folder(entry)]
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into a folder that may not be entered: reading it says so
+        return False
+
+
+def _file(path: str, tally: Tally) -> Entry | None:
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return Entry(path, None)
+    if stat.S_ISREG(status.st_mode):
+        return Entry(path, status.st_size)
+    if suffix_of(path) in IMAGE_SUFFIXES:
+        tally.add("image", "that have an image's name but are no file (a pipe, a device)", escaped(path))
+    return None
+
+
+def _count_hidden(entry: os.DirEntry[str], is_folder: bool, tally: Tally) -> None:
+    if is_folder:
+        tally.add("other", "hidden folders, not entered", escaped(entry.path))
+    elif suffix_of(entry.name) in IMAGE_SUFFIXES or looks_like_image(entry.name):
+        tally.add("other", "hidden files with an image's name", escaped(entry.path))

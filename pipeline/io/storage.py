@@ -1,0 +1,104 @@
+"""Storage that a job writes to: whether it can all that will be needed, and what to do when it cannot."""
+
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from densefeat.errors import StorageUnavailable
+from densefeat.storage.objects import Objects
+from pipeline.errors import JobError
+from pipeline.io.errors import explain_storage_error
+
+__all__ = ["CHECK", "check_writable", "storage_explained", "temporary_folder"]
+
+CHECK = "_check"  # the folder of the objects that `check_writable` writes
+_BEFORE, _AFTER = b"densefeat", b"densefeat!"
+
+
+def check_writable(objects: Objects, place: str) -> None:
+    """Try everything that writing needs: create, replace, read, read a part, list, delete. Nothing of it stays.
+
+    Args:
+        objects: the place to write to.
+        place: what the message calls it, e.g. ``"--store s3://…"``.
+
+    Raises:
+        JobError: something does not work; it says what.
+        StorageUnavailable: the storage does not answer.
+    """
+    key = f"{CHECK}/{uuid.uuid4().hex}"  # of its own: other jobs may try at the same moment
+    with objects.leaving_no_folders():
+        try:
+            with _tried(place, "create an object"):
+                objects.create(key, _BEFORE)
+            with _tried(
+                place,
+                "keep two jobs from creating the same object (on S3 by If-None-Match, which not every compatible "
+                "server has)",
+            ):
+                with suppress(FileExistsError):
+                    objects.create(key, _AFTER)
+                    raise OSError("a second one replaced the first")
+                _expect(objects.get(key), _BEFORE)
+            with _tried(place, "replace an object"):
+                objects.put(key, _AFTER)
+            with _tried(place, "read what was written"):
+                _expect(objects.get(key), _AFTER)
+            with _tried(place, "read a part of an object"):
+                _expect(objects.get_range(key, 2, 5), _AFTER[2:5])
+            with _tried(place, "list objects"):
+                _expect(objects.list(CHECK).get(key), len(_AFTER))
+            with _tried(place, "delete an object"):
+                objects.delete(key)
+                _expect(objects.size(key), None)
+        except BaseException:
+            with suppress(Exception):  # something else is being told already
+                objects.delete(key)
+            raise
+
+
+@contextmanager
+def _tried(place: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except StorageUnavailable:
+        raise
+    except Exception as error:  # each client has its own kinds
+        explained = explain_storage_error(error, place)
+        if explained is None and not isinstance(error, OSError):
+            raise
+        raise JobError(f"{place}: the storage cannot {what}: {explained or error}") from error
+
+
+def _expect(got: object, expected: object) -> None:
+    if got != expected:
+        raise OSError(f"got {got!r}, expected {expected!r}")
+
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """A new folder on this machine, gone afterwards.
+
+    Raises:
+        JobError: there is no place for one.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=prefix)
+    except OSError as error:
+        raise JobError(f"no folder for temporary files: {error}; set TMPDIR to one that can be written to") from error
+    with folder as path:
+        yield Path(path)
+
+
+@contextmanager
+def storage_explained(uri: str) -> Iterator[None]:
+    """Turn storage errors in the block that trying again will not mend into a ``JobError`` about ``uri``."""
+    try:
+        yield
+    except Exception as error:
+        explained = explain_storage_error(error, uri)
+        if explained is None:
+            raise
+        raise explained from error

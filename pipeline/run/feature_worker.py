@@ -1,0 +1,161 @@
+"""Images to low-resolution features on one device: what every job needs, and all that fitting a PCA basis needs."""
+
+import os
+import socket
+import threading
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+
+from pipeline.errors import JobError
+from pipeline.features.backbone import Backbone, build_backbone
+from pipeline.features.pca import Moments
+from pipeline.images.batches import Batch, BatchLoader
+from pipeline.images.decoding.decode import Decoded, Geometry
+from pipeline.images.listing.source import Kind
+from pipeline.images.sample import Part
+from pipeline.reporting.seconds import StageSeconds
+from pipeline.run.resources import available_cores, available_memory, shards_computing
+from schemas.options import FeatureConfig
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Everything a worker needs to build its stages, on whatever machine it runs.
+
+    Attributes:
+        config: the job's configuration.
+        source_kind: ``Source.kind``.
+        image_column: ``Source.image_column``.
+        threads: CPU threads of this worker.
+        identities: by stage ("backbone", "upsampler"): what the driver found it to be.
+    """
+
+    config: FeatureConfig
+    source_kind: Kind
+    image_column: str | None
+    threads: int
+    identities: dict[str, Any]
+
+    def on(self, device: Literal["cpu", "cuda"], threads: int) -> "WorkerSpec":
+        """The same, for a worker on ``device`` with ``threads`` CPU threads."""
+        return replace(self, config=replace(self.config, device=device), threads=threads)
+
+
+class FeatureWorker:
+    """Loader and backbone on a device.
+
+    Args:
+        spec: what to build.
+        backbone: the spec's, if it is there already; it is moved to the device.
+
+    Attributes:
+        computing: to be held while the device computes.
+        tasks_at_once: how many tasks to give it, each in a thread of its own.
+        images_done: rows through the backbone, all the worker's life long; progress is read off it.
+
+    Raises:
+        JobError: the backbone is not the driver's (other weights on this machine), or there is no such device.
+    """
+
+    def __init__(self, spec: WorkerSpec, backbone: Backbone | None = None) -> None:
+        self.spec = spec
+        config = spec.config
+        self.device = torch.device(pick_device(config.device))
+        self.batch_size = config.batch_size or _DEFAULT_BATCH_SIZE[self.device.type]
+        self.geometry = Geometry(config.size_px, config.fit, config.output_size_px)
+        self.loader = BatchLoader(
+            self.geometry,
+            self.batch_size,
+            source_kind=spec.source_kind,
+            image_column=spec.image_column,
+            max_pixels=config.max_pixels,
+            min_side=config.min_side,
+            threads=spec.threads,
+        )
+        if backbone is None:
+            backbone = build_backbone(config.backbone, size=config.size_px, weights=config.weights, layer=config.layer)
+        self.backbone = backbone.to(self.device)
+        self.check_identity("backbone", self.backbone.identity())
+        self.images_done = 0
+        computing = shards_computing(
+            self.device.type,
+            spec.threads,
+            memory=available_memory() * spec.threads / max(available_cores(), spec.threads),
+            task_nbytes=self._task_nbytes(),
+        )
+        self.computing = threading.BoundedSemaphore(computing)
+        self.tasks_at_once = computing + 1  # one that reads or writes meanwhile
+
+    def check_identity(self, stage: str, identity: dict[str, Any]) -> None:
+        """Compare a stage built here with the driver's.
+
+        Raises:
+            JobError: they differ.
+        """
+        if identity != self.spec.identities[stage]:
+            raise JobError(
+                f"the {stage} on {socket.gethostname()} is not the driver's: got {identity}, expected "
+                f"{self.spec.identities[stage]}; every node must load the same weights with the same version of timm"
+            )
+
+    def moments(self, references: pa.Table) -> Part[Moments]:
+        """Moments of the low-resolution features of some images."""
+        total = Part(Moments.none(self.backbone.num_chs), 0, None)
+        for batch in self.loader.batches(references, StageSeconds()):
+            error = next((str(image) for image in batch.decoded if not isinstance(image, Decoded)), None)
+            total = total.merged(self._moments_of(batch, error))
+            self.images_done += len(batch.decoded)
+        return total
+
+    def _moments_of(self, batch: Batch, error: str | None) -> Part[Moments]:
+        if not batch.usable_rows.any():
+            return Part(Moments.none(self.backbone.num_chs), 0, error)
+        with self.computing:
+            features = self.backbone(batch.pixels.to(self.device))
+        finite = features.isfinite().all(1)
+        valid = finite & batch.valid_cells(self.backbone.grid, self.geometry.output_size).to(self.device)
+        images = int(valid.flatten(1).any(1).sum())
+        if error is None and not finite.all():
+            error = "its features contain NaN or infinity"
+        return Part(Moments.of(features, valid), images, error)
+
+    def stop(self) -> None:
+        """Let tasks end before their next batch, in `pipeline.images.batches.WorkStopped`."""
+        self.loader.stop.set()
+
+    def _task_nbytes(self) -> int:
+        """About what a task has in memory: pixels of three batches, and what the backbone makes of one."""
+        height, width = self.geometry.size
+        return self.batch_size * height * width * (3 * 3 + 4 * _ACTIVATIONS_A_PIXEL)
+
+    def made_by(self) -> dict[str, str]:
+        """What may differ between the shards of one store: for the ledger."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return {
+            "host": socket.gethostname(),
+            "pid": str(os.getpid()),
+            "device": device,
+            "batch_size": str(self.batch_size),
+            "torch": torch.__version__,
+        }
+
+
+# Enough to fill the device, few enough to fit its memory with k = 256 at 224 px; on a CPU for each shard that computes.
+_DEFAULT_BATCH_SIZE = {"cpu": 4, "cuda": 32}
+_ACTIVATIONS_A_PIXEL = 64  # float32 values: of the widest layer and its neighbours
+
+
+def pick_device(device: str) -> str:
+    """ "auto" → "cuda" where there is one, else "cpu".
+
+    Raises:
+        JobError: "cuda" was asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise JobError("--device cuda, but torch finds no CUDA device here: use --device cpu, or check the driver")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device

@@ -1,0 +1,335 @@
+"""What a job is going to do, found out and checked before it does anything."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from densefeat.index import stored_index
+from densefeat.layout import ZSTD_LEVEL, FeatureLayout
+from densefeat.storage.objects import Objects
+from densefeat.storage.places import absolute_place, encloses, is_local, split_place
+from densefeat.store import FeatureStore
+from pipeline.errors import JobError
+from pipeline.features.backbone import Backbone, build_backbone
+from pipeline.features.pca import Basis
+from pipeline.images.listing.files import Scan, ScanMap
+from pipeline.images.listing.findings import Finding, describe_findings, refuse_losses
+from pipeline.images.listing.source import Source, keys_digest, list_images
+from pipeline.io.storage import check_writable, storage_explained
+from pipeline.run.feature_worker import WorkerSpec
+from pipeline.run.resources import available_cores
+from pipeline.store.layout import existing_store, foreign_keys, remains
+from pipeline.upsamplers.build import Upsampler, build_configured
+from schemas.attributes import StoreAttributes, differences, incompatibilities
+from schemas.index import REFERENCES
+from schemas.options import DEFAULT_COMPONENTS, FeatureConfig, UpsampleConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A checked job.
+
+    Attributes:
+        config: what was asked.
+        references: the images, one row each (``schemas.index.REFERENCES``).
+        class_names: of their labels.
+        features: shape and cutting of the array.
+        configuration: what the features will depend on, but for the basis if it is yet to be fitted.
+        basis: given by ``--pca``; None: to be fitted.
+        stored: attributes of the store that is to be resumed or overwritten.
+        spec: for the workers.
+        findings: what of the source is not used; nothing if the store is resumed, as its source is not listed.
+    """
+
+    config: UpsampleConfig
+    references: pa.Table
+    class_names: tuple[str, ...]
+    features: FeatureLayout
+    configuration: dict[str, Any]
+    basis: Basis | None
+    stored: StoreAttributes | None
+    spec: WorkerSpec
+    findings: tuple[Finding, ...]
+
+    @property
+    def shards(self) -> range:
+        """The shards that this job is to make, if they are not done."""
+        return self.config.shard_range(self.features.shards)
+
+    def shard_references(self, shard: int) -> pa.Table:
+        """The images of a shard."""
+        rows = self.features.rows_of(shard)
+        return self.references.slice(rows.start, len(rows))
+
+    def describe(self) -> str:
+        """The plan for a person."""
+        layout, config = self.features, self.config
+        k, height, width = layout.image_shape
+        nbytes = layout.rows * layout.image_nbytes
+        labelled = layout.rows - self.references["label"].null_count
+        lines = [
+            f"images      {layout.rows:,} from {config.images}"
+            + (f", {len(self.class_names):,} classes" if self.class_names else "")
+            + (f", {labelled:,} with a label" if labelled else ", no labels"),
+            *describe_findings(self.findings),
+            f"store       {config.store}" + (" (resumed)" if config.resume and self.stored else ""),
+            f"features    {k} components, {height}×{width}, {layout.dtype}",
+            f"shards      {layout.shards:,} of {layout.shard_rows} images"
+            + (f", {len(self.shards):,} of them by this job ({config.shards})" if config.shards else ""),
+            f"bytes       at most {readable_size(nbytes)} (what it is before compression)",
+        ]
+        for stage, settings in self.configuration.items():
+            text = ", ".join(f"{name} {_short(value)}" for name, value in settings.items() if name != "name")
+            lines.append(f"{stage:11} " + " ".join(filter(None, [settings.get("name"), text and f"({text})"])))
+        return "\n".join(lines)
+
+
+def make_plan(config: UpsampleConfig) -> Plan:
+    """Look at source, store, backbone and upsampler, and check that they fit together.
+
+    Raises:
+        JobError: they do not; the message says why and what to do.
+    """
+    check_apart(config.images, "--store", config.store)
+    stored = _stored_attributes(config)
+    resumed = stored if config.resume else None
+    backbone = _checked_backbone(config)
+    upsampler = build_configured(config, backbone)
+    _check_upsampler(upsampler, backbone, config)
+    basis = None if config.pca is None else read_basis(config.pca, backbone)
+    k = _components(config, backbone, basis)
+    source, references, class_names, findings = _source(config, resumed)
+    identities = {"backbone": backbone.identity(), "upsampler": upsampler.identity()}
+    plan = Plan(
+        config=config,
+        references=references,
+        class_names=class_names,
+        features=FeatureLayout(references.num_rows, k, *config.output_size_px, config.dtype, config.shard_rows),
+        configuration={
+            "source": source,
+            "backbone": identities["backbone"],
+            "geometry": {
+                "size": list(config.size_px),
+                "fit": config.fit,
+                "output_size": list(config.output_size_px),
+                "max_pixels": config.max_pixels,
+                "min_side": config.min_side,
+            },
+            "pca": _pca_configuration(config, k, basis, references.num_rows),
+            "upsampler": identities["upsampler"],
+            "storage": _storage_configuration(config),
+        },
+        basis=None if basis is None else basis.truncated(k),
+        stored=stored,
+        spec=WorkerSpec(config, source["kind"], source["image_column"], available_cores(), identities),
+        findings=findings,
+    )
+    if not plan.shards:
+        raise JobError(f"--shards {config.shards} holds none of the {plan.features.shards} shards of this dataset")
+    if resumed:
+        _check_same(resumed, plan.configuration, config.store)
+    if not config.dry_run:
+        _check_writable(config)
+    return plan
+
+
+def feature_spec(config: FeatureConfig) -> tuple[WorkerSpec, pa.Table, Backbone]:
+    """For jobs that need low-resolution features only: the workers' spec, the images, the backbone.
+
+    Raises:
+        JobError: as ``make_plan``.
+    """
+    backbone = _checked_backbone(config)
+    source = _listed(config)
+    for line in describe_findings(source.findings):
+        logger.info("%s", line)
+    identities = {"backbone": backbone.identity()}
+    spec = WorkerSpec(config, source.kind, source.image_column, available_cores(), identities)
+    return spec, source.references, backbone
+
+
+def read_basis(uri: str, backbone: Backbone) -> Basis:
+    """A basis from ``jobs/fit_pca.py`` (.npz) or from another store, checked against the backbone.
+
+    Raises:
+        JobError: it cannot be read, or was fitted on other features.
+    """
+    if uri.endswith(".npz"):
+        try:
+            folder, name = split_place(uri)
+            basis, provenance = Basis.from_npz(Objects(folder).get(name))
+        except (OSError, ValueError) as error:
+            raise JobError(f"--pca {uri} cannot be read: {error}; make one with jobs/fit_pca.py") from error
+    else:
+        store = FeatureStore(uri)
+        basis, provenance = Basis.of_store(store), store.attributes["configuration"]
+    other, own = provenance["backbone"], json.loads(json.dumps(backbone.identity()))
+    if other != own:
+        raise JobError(
+            f"--pca {uri} was fitted on other features: "
+            + "; ".join(differences(other, own))
+            + ". Fit a basis on this backbone, or leave --pca out"
+        )
+    return basis
+
+
+def _stored_attributes(config: UpsampleConfig) -> StoreAttributes | None:
+    """What is at ``--store``, if it may be gone on with or deleted."""
+    with storage_explained(f"--store {config.store}"):
+        objects = Objects(config.store)
+        stored = existing_store(objects)
+        if stored is None and (others := foreign_keys(objects)):
+            raise JobError(
+                f"--store {config.store!r} holds other things ({_few(others)}): choose an empty place for the store"
+            )
+        if stored is None and not config.overwrite and (parts := remains(objects)):
+            stored = existing_store(objects)  # another job may set it up this very moment
+            if stored is None:
+                raise JobError(
+                    f"--store {config.store} holds parts of a store ({_few(parts)}), but no zarr.json: a deletion or a "
+                    "copy was interrupted; --overwrite deletes them and begins anew"
+                )
+        if stored and not (config.resume or config.overwrite):
+            raise JobError(
+                f"--store {config.store} exists: --resume goes on with it, --overwrite deletes it and begins anew"
+            )
+    return stored
+
+
+def _check_writable(config: UpsampleConfig) -> None:
+    """The last check, because it writes."""
+    check_writable(Objects(config.store), f"--store {config.store}")
+
+
+def check_apart(images: str, option: str, place: str) -> None:
+    """Refuse a result among the images, or images in the result: the next listing would take one for the other.
+
+    Args:
+        images: folder or URI of images.
+        option: of the command line that names the place.
+        place: folder or URI that the result goes to.
+
+    Raises:
+        JobError: they lie in each other.
+    """
+    if is_local(images) and not Path(absolute_place(images)).is_dir():
+        return  # files or a pattern: the place is refused if it holds them
+    if encloses(images, place) or encloses(place, images):
+        raise JobError(f"{option} {place} and the images {images} lie in each other: give {option} a folder of its own")
+
+
+def _checked_backbone(config: FeatureConfig) -> Backbone:
+    backbone = build_backbone(config.backbone, size=config.size_px, weights=config.weights, layer=config.layer)
+    if config.components is not None and config.components > backbone.num_chs:
+        raise JobError(
+            f"--components {config.components}, but {config.backbone} has {backbone.num_chs} channels at layer "
+            f"{backbone.layer}: ask for at most {backbone.num_chs}"
+        )
+    return backbone
+
+
+def _check_upsampler(upsampler: Upsampler, backbone: Backbone, config: UpsampleConfig) -> None:
+    """Try the upsampler on zeros of the backbone's shape, for one component."""
+    features = torch.zeros(1, backbone.num_chs, *backbone.grid)
+    images = torch.zeros(1, 3, *config.size_px, dtype=torch.uint8)
+    try:
+        with torch.inference_mode():
+            projected = upsampler.with_basis(torch.zeros(backbone.num_chs), torch.eye(1, backbone.num_chs))
+            projected(features, images, config.output_size_px)
+    except ValueError as error:
+        raise JobError(
+            f"--upsampler {config.upsampler} does not take the {backbone.grid[0]}×{backbone.grid[1]} features of "
+            f"{config.backbone} at layer {backbone.layer}: {error}. Choose a larger --size or an earlier --layer"
+        ) from error
+
+
+def _components(config: UpsampleConfig, backbone: Backbone, basis: Basis | None) -> int:
+    if config.components is not None:
+        return config.components
+    return min(DEFAULT_COMPONENTS, backbone.num_chs if basis is None else len(basis.components))
+
+
+def _source(
+    config: UpsampleConfig, resumed: StoreAttributes | None
+) -> tuple[dict[str, Any], pa.Table, tuple[str, ...], tuple[Finding, ...]]:
+    """The source's part of the configuration, its images, its classes, and what of it is not used.
+
+    A store that is resumed has its images in its index: they are not listed again, so that rows stay where they are.
+    """
+    asked: dict[str, Any] = {"images": absolute_place(config.images), "limit": config.limit}
+    if resumed and resumed.setup_complete:
+        references = stored_index(Objects(config.store)).select(REFERENCES.names)
+        if config.image_column is not None:
+            asked["image_column"] = config.image_column
+        return {**resumed.configuration["source"], **asked}, references, resumed.class_names, ()
+    source = _listed(config)
+    refuse_losses(config.images, source.findings, source.candidates, config.max_failed_share)
+    known = {"kind": source.kind, "image_column": source.image_column, "rows": source.references.num_rows}
+    asked |= {**known, "keys_sha256": keys_digest(source.references)}
+    return asked, source.references, source.class_names, source.findings
+
+
+def _listed(config: FeatureConfig) -> Source:
+    scan_map = cluster_scan_map() if config.workers != 0 else None
+    return list_images(config.images, limit=config.limit, image_column=config.image_column, scan_map=scan_map)
+
+
+def cluster_scan_map() -> ScanMap | None:
+    """Where the files of a large dataset are scanned: on the Ray cluster that RAY_ADDRESS names, if there is one."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return None
+
+    def scan(function: Callable[[str], Scan], paths: Sequence[str]) -> Iterator[Scan]:
+        from pipeline.run.ray import cluster  # ray takes a second to import
+
+        return cluster.map_on_cluster(function, paths)
+
+    return scan
+
+
+def _pca_configuration(config: UpsampleConfig, k: int, basis: Basis | None, rows: int) -> dict[str, Any]:
+    if basis is not None:
+        return {"components": k, "basis": basis.truncated(k).digest}
+    return {"components": k, "fitted_on_images": min(config.pca_images or rows, rows)}
+
+
+def _storage_configuration(config: UpsampleConfig) -> dict[str, Any]:
+    floor = {"error_floor": config.error_floor} if config.dtype == "int8" else {}
+    return {"dtype": config.dtype, **floor, "shard_images": config.shard_rows, "zstd_level": ZSTD_LEVEL}
+
+
+def _check_same(stored: StoreAttributes, configuration: dict[str, Any], store: str) -> None:
+    """Refuse to mix two configurations in one store."""
+    if different := incompatibilities(stored.configuration, configuration):
+        raise JobError(
+            f"--resume: the store {store} was made with another configuration:\n  "
+            + "\n  ".join(different)
+            + "\nGive the options it was begun with, or another --store, or --overwrite to begin anew"
+        )
+
+
+def _few(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (" …" if keys[3:] else "")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 60 or os.sep in text else f"{text[:12]}…"
+
+
+def readable_size(nbytes: float) -> str:
+    """Bytes for a person: ``"1.23 GB"``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"

@@ -1,0 +1,151 @@
+"""From a plan to a store that takes shards: fit the basis, choose the quantization steps, set the store up."""
+
+import logging
+import shutil
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from densefeat.layout import FEATURES
+from densefeat.storage.objects import Objects
+from densefeat.store import FeatureStore
+from kernels.quantize import steps
+from pipeline.errors import JobError
+from pipeline.features.pca import Basis, fit
+from pipeline.io.storage import storage_explained
+from pipeline.reporting.software import software_versions
+from pipeline.run.gather import gather
+from pipeline.run.plan import Plan, readable_size
+from pipeline.run.shard_worker import Encoding
+from pipeline.run.workers import Workers
+from pipeline.store.layout import claim, complete_setup, delete_store, existing_store, step_sha256
+from schemas.attributes import StoreAttributes, incompatibilities
+from schemas.index import pending_index
+
+logger = logging.getLogger(__name__)
+
+_IMAGES_IN_TASK = 32  # images of the PCA sample in one task
+_CALIBRATION_IMAGES = 32  # images whose upsampled features set the quantization steps
+_IMAGES_IN_CALIBRATION_TASK = 4  # few: an upsampler that fits each image takes minutes for one
+
+
+def prepare(plan: Plan, objects: Objects, workers: Workers) -> Encoding:
+    """Make the store ready for shards, or find it ready.
+
+    Raises:
+        JobError: the sample cannot be used, the store does not fit on the disk, somebody else set it up meanwhile.
+    """
+    with storage_explained(objects.uri):
+        if plan.config.resume and (joined := _join(plan, objects)):
+            return joined
+    basis = plan.basis or fit_basis(plan.references, plan.features.components, plan.config.pca_images, workers)
+    explained = float(basis.explained_variance_ratio.sum())
+    logger.info("PCA: %d components explain %.1f %% of the variance", len(basis.components), 100 * explained)
+    step, image_nbytes = _calibrate(plan, basis, workers)
+    _check_space(plan, objects, image_nbytes)
+    attributes = StoreAttributes(
+        configuration={**plan.configuration, "pca": {**plan.configuration["pca"], "basis": basis.digest}},
+        versions=software_versions(),
+        class_names=plan.class_names,
+        explained_variance=explained,
+        step_sha256=step_sha256(step),
+    )
+    with storage_explained(objects.uri):
+        if plan.config.overwrite:
+            _delete_planned(plan, objects)
+        try:
+            claim(objects, attributes, basis, step)
+        except FileExistsError:
+            if not plan.config.resume:
+                raise JobError(
+                    f"another job set up {objects.uri} in the meantime: use --resume to work with it"
+                ) from None
+        encoding = _join(plan, objects)
+    if encoding is None:
+        raise JobError(f"another job deleted {objects.uri} while this one set it up: stop one of them")
+    return encoding
+
+
+def _join(plan: Plan, objects: Objects) -> Encoding | None:
+    """Work with the store that is there, whoever set it up, and finish its setup if nobody has; None if there is none.
+
+    Raises:
+        JobError: it was made for other options, or is damaged.
+    """
+    stored = existing_store(objects)
+    if stored is None:
+        return None
+    if different := incompatibilities(stored.configuration, plan.configuration):
+        raise JobError(f"another job set up {objects.uri} in the meantime, with other options: {'; '.join(different)}")
+    try:
+        complete_setup(objects, plan.features, pending_index(plan.references))
+    except FileExistsError as error:
+        raise JobError(f"{error}: stop one of them") from error
+    return _stored_encoding(plan, objects)
+
+
+def _delete_planned(plan: Plan, objects: Objects) -> None:
+    """Delete the store that was there when the job was planned, and no other."""
+    stored = existing_store(objects)
+    if stored is not None and stored != plan.stored:
+        raise JobError(
+            f"another job set up {objects.uri} in the meantime: it is not the store that --overwrite was to delete"
+        )
+    delete_store(objects)
+
+
+def fit_basis(references: pa.Table, k: int, images: int, workers: Workers) -> Basis:
+    """Fit ``k`` components on a sample of ``images`` (0: all) usable images, spread over the workers.
+
+    Raises:
+        JobError: too few images can be used.
+    """
+    logger.info("PCA: fitting %d components on %d images", k, min(images, references.num_rows) or references.num_rows)
+    sample = gather(workers, "moments", references, images, images_in_task=_IMAGES_IN_TASK, what="PCA")
+    return fit(sample.sums, k)
+
+
+def _calibrate(plan: Plan, basis: Basis, workers: Workers) -> tuple[npt.NDArray[np.float32] | None, float]:
+    """Quantization steps [k], None for float16; and the bytes that an image will take, about."""
+    sample = gather(
+        workers,
+        "calibrate",
+        plan.references,
+        _CALIBRATION_IMAGES,
+        workers.share(basis),
+        images_in_task=_IMAGES_IN_CALIBRATION_TASK,
+        what="calibration",
+    )
+    mean_square, nbytes = sample.sums.mean_square / sample.images, sample.sums.nbytes / sample.images
+    return steps(mean_square, plan.config.error_floor) if plan.config.dtype == "int8" else None, nbytes
+
+
+def _check_space(plan: Plan, objects: Objects, image_nbytes: float) -> None:
+    """Compare what the store will take with what a local disk has."""
+    images = sum(len(plan.features.rows_of(shard)) for shard in plan.shards)
+    needed = image_nbytes * images
+    logger.info("store: about %s an image, %s in all", readable_size(image_nbytes), readable_size(needed))
+    folder = objects.local_path
+    if folder is None:
+        return
+    free = shutil.disk_usage(next(path for path in [folder, *folder.parents] if path.exists())).free
+    if plan.config.overwrite and plan.stored:
+        free += sum(objects.list(FEATURES).values())
+    if needed > free:
+        raise JobError(
+            f"no space for {objects.uri}: about {readable_size(needed)} are needed, {readable_size(free)} are free; "
+            "free some, choose another --store, fewer --components, a smaller --output-size or a greater --error-floor"
+        )
+
+
+def _stored_encoding(plan: Plan, objects: Objects) -> Encoding:
+    store = FeatureStore(objects.uri)
+    basis = Basis.of_store(store)
+    if basis.digest != store.attributes["configuration"]["pca"]["basis"]:
+        raise JobError(f"the PCA basis in {objects.uri} is not the one that its attributes name: use --overwrite")
+    if step_sha256(store.step) != store.attributes["step_sha256"]:
+        raise JobError(f"the steps in {objects.uri} are not those that its attributes name: use --overwrite")
+    if store.layout != plan.features:
+        raise JobError(f"the array in {objects.uri} is {store.layout}, expected {plan.features}: use --overwrite")
+    return Encoding(basis, store.step, store.attributes["configuration_hash"])

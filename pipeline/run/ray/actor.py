@@ -1,0 +1,89 @@
+"""The process of a worker on a Ray cluster.
+
+Imports little: that Ray can import it and start an actor must not take long, nor hang. What may (torch, the stages, a
+file system that does not answer) comes in ``set_up``, which has a time-out.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import ray
+
+if TYPE_CHECKING:
+    from pipeline.run.feature_worker import FeatureWorker, WorkerSpec
+
+__all__ = ["WorkerActor", "WorkerProgress"]
+
+
+class WorkerProgress(NamedTuple):
+    """What a worker says of itself.
+
+    Attributes:
+        images: that it has done in all.
+        running: tasks that are in it now.
+    """
+
+    images: int
+    running: int
+
+
+class WorkerActor:
+    """A worker in an actor: its tasks run in threads, while it answers how far they are.
+
+    Building the stages is a call of its own, so that its error arrives as it was raised.
+    """
+
+    def __init__(self) -> None:
+        self._worker: FeatureWorker | None = None
+        self._threads = ThreadPoolExecutor(1, "task")
+        self._running = 0
+
+    async def node(self) -> str:
+        """The node that this actor is on: answers as soon as it is alive."""
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
+
+    async def set_up(self, what: "tuple[WorkerSpec, Callable[[WorkerSpec], FeatureWorker]]", granted: float) -> int:
+        """Build the stages; returns how many tasks the worker can have at once.
+
+        Args:
+            what: the spec, whose threads are counted here, and what makes a worker of it.
+            granted: CPUs that this actor asked for.
+        """
+        loop = asyncio.get_running_loop()
+        self._worker = await loop.run_in_executor(self._threads, _build, *what, granted)
+        self._threads = ThreadPoolExecutor(self._worker.tasks_at_once, "task")
+        return self._worker.tasks_at_once
+
+    async def progress(self) -> WorkerProgress:
+        """How far it is: answers while tasks run."""
+        return WorkerProgress(self._worker.images_done if self._worker else 0, self._running)
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        """Run a task."""
+        self._running += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, getattr(self._worker, method), *arguments)
+        finally:
+            self._running -= 1
+
+
+def _build(spec: "WorkerSpec", make: "Callable[[WorkerSpec], FeatureWorker]", granted: float) -> "FeatureWorker":
+    import torch
+
+    from pipeline.run.ray.cluster import living_nodes
+    from pipeline.run.resources import available_cores, threads_in_operations, worker_threads
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    here = ray.get_runtime_context().get_node_id()
+    gpus = sum(node.gpus for node in living_nodes() if node.name == here)
+    device = spec.config.device
+    assert device != "auto"  # settled by the driver
+    threads = worker_threads(device, available_cores(), gpus=gpus, granted=granted)
+    torch.set_num_threads(threads_in_operations(device, threads))  # of the whole process, which is the worker's
+    return make(spec.on(device, threads))

@@ -1,0 +1,141 @@
+"""A Ray cluster: joining it, its nodes, and what its errors say."""
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    GetTimeoutError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+    WorkerCrashedError,
+)
+
+from pipeline.errors import JobError
+from pipeline.run.ray.token import ensure_token
+from pipeline.run.resources import Node, available_cores
+
+__all__ = ["connected", "is_death", "is_lost_node", "last_line", "living_nodes", "map_on_cluster"]
+
+logger = logging.getLogger(__name__)
+
+_WAITING_S = 30.0  # until it is said that nothing has been done yet
+_STALL_S = 3600.0
+_DEATHS = (
+    RayActorError, WorkerCrashedError, NodeDiedError, LocalRayletDiedError, OutOfMemoryError, RuntimeEnvSetupError,
+)  # fmt: skip
+
+
+@contextmanager
+def connected(*, dashboard: bool = False) -> Iterator[None]:
+    """Join the cluster that RAY_ADDRESS names (``ray job submit`` sets it), or start Ray in this process.
+
+    Args:
+        dashboard: whether a Ray that is started has one; Ray Train asks it, and complains every second without.
+    """
+    # Otherwise Ray announces a change of a default that does not concern us, and how it secures its own ports.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address="auto", logging_level=logging.ERROR)
+        else:
+            ensure_token()
+            # Ray counts the machine's cores, whatever this process may use of them.
+            ray.init(
+                address="local",
+                num_cpus=available_cores(),
+                include_dashboard=dashboard,
+                logging_level=logging.ERROR,
+            )
+    except Exception as error:  # RuntimeError, ConnectionError, RPC errors: as far as Ray got
+        where = f"the Ray cluster at RAY_ADDRESS={address} does not answer" if address else "Ray does not start"
+        to_do = "Fix or unset RAY_ADDRESS" if address else "Fix that"
+        raise JobError(f"{where}: {error}. {to_do}, or use --workers 0 to run without Ray") from error
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place, which prints a stack trace
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def map_on_cluster(function: Callable[[Any], Any], items: Sequence[Any], *, stall_s: float = _STALL_S) -> Iterator[Any]:
+    """``function`` of every item, in order: each a task of the cluster that RAY_ADDRESS names.
+
+    Args:
+        function: can be pickled, and called again if its worker is lost.
+        items: what it takes.
+        stall_s: how long the next result is waited for.
+
+    Raises:
+        DensefeatError: as ``function`` raises it, or the cluster does not answer.
+    """
+
+    def applied(function: Callable[[Any], Any], item: Any) -> Any:  # in here, so that workers need not import this file
+        return function(item)
+
+    with connected():
+        task = ray.remote(applied).options(num_cpus=1, scheduling_strategy="SPREAD", max_retries=5)
+        shared = ray.put(function)
+        calls = [task.remote(shared, item) for item in items]
+        if not ray.wait(calls, timeout=_WAITING_S)[0]:
+            logger.info("the images are being listed; the cluster has %s free", ray.available_resources())
+        for item, call in zip(items, calls, strict=True):
+            try:
+                yield ray.get(call, timeout=stall_s)
+            except RayTaskError as error:
+                raise error.cause from None
+            except GetTimeoutError as error:
+                raise JobError(
+                    f"listing the images on the cluster: nothing came of {item} for {stall_s:.0f} s; the cluster has "
+                    f"{ray.available_resources()} free. Has it a node with a CPU, and does its storage answer?"
+                ) from error
+            except RayError as error:
+                raise JobError(f"listing the images on the cluster failed: {last_line(error)}") from error
+
+
+def living_nodes() -> list[Node]:
+    """The nodes of the cluster that are alive."""
+    return [
+        Node(node["NodeID"], int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def is_death(error: RayError) -> bool:
+    """Whether the actor that a call went to is dead; else the call failed, or its result is lost."""
+    return isinstance(error, _DEATHS)
+
+
+def is_lost_node(error: RayError, node: str | None) -> bool:
+    """Whether an actor died because its node was taken away.
+
+    Args:
+        error: that says that it died.
+        node: that it was on.
+    """
+    if isinstance(error, NodeDiedError) or getattr(error, "preempted", False):
+        return True
+    return node is not None and node not in {alive.name for alive in living_nodes()}
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says, in one line: of a traceback the last, of Ray's own words the first and the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, RayTaskError) or not isinstance(error, RayError) or len(lines) == 1:
+        return lines[-1]
+    return f"{lines[0]} {lines[-1]}"

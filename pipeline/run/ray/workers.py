@@ -1,0 +1,325 @@
+"""Workers as actors on a Ray cluster's devices.
+
+Glue: which task goes where is decided by `pipeline.run.queue`, when workers are started by `pipeline.run.ray.starts`,
+what they ask for by `pipeline.run.resources`. Tasks are given out here rather than left to Ray's own retries because
+what is retried is a shard, up to a number of attempts, and never on a worker that stopped answering.
+
+Nothing here waits for an actor without a time-out: each may stop at any moment, and Ray then does not answer for it.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+
+from pipeline.errors import JobError
+from pipeline.run.failures import FailureLog, is_suspect
+from pipeline.run.feature_worker import FeatureWorker, WorkerSpec
+from pipeline.run.queue import TaskFailed, TaskQueue
+from pipeline.run.ray.actor import WorkerProgress
+from pipeline.run.ray.cluster import is_death, is_lost_node, last_line, living_nodes
+from pipeline.run.ray.remote_worker import RemoteWorker, result_of
+from pipeline.run.ray.starts import WorkerStarts
+from pipeline.run.resources import Slot
+from pipeline.run.shard_worker import make_worker
+
+__all__ = ["RayWorkers"]
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.5
+_WAITING_S = 30.0  # until it is said that the cluster has no room for the workers yet
+_SET_UP_S = 1800.0
+_UNREACHABLE_S = 60.0  # until a worker that cannot be reached is given up
+_NODE_DEATH_S = 2.0  # a node that is taken down ends its workers before the cluster knows that it is gone
+
+
+@dataclass
+class _Dead:
+    actor: RemoteWorker
+    tasks: list[int]
+    error: RayError
+    judged_at: float  # whether it was its node
+
+
+class RayWorkers:
+    """Workers as Ray actors, each pinned to its device.
+
+    Args:
+        spec: for every worker; the device is settled.
+        slots: what each worker asks for.
+        attempts: times a task may fail, and a worker's set-up while none succeeds.
+        stall_timeout_s: a worker with tasks that shows no progress for so long is killed and replaced.
+        set_up_timeout_s: the same for a worker that is set up, from when it is on a node.
+        first_wait_s: as `TaskQueue` and `WorkerStarts`.
+        make: what makes a worker; an importable function.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        slots: Sequence[Slot],
+        *,
+        attempts: int = 3,
+        stall_timeout_s: float = 1800,
+        set_up_timeout_s: float = _SET_UP_S,
+        first_wait_s: float = 5.0,
+        make: Callable[[WorkerSpec], FeatureWorker] = make_worker,
+    ) -> None:
+        self.count = len(slots)
+        self._spec = ray.put((spec, make))
+        self._slots = list(slots)
+        self._attempts, self._first_wait_s = attempts, first_wait_s
+        self._stall_timeout_s = stall_timeout_s
+        self._starts = WorkerStarts(
+            self.count, attempts=attempts, timeout_s=set_up_timeout_s, first_wait_s=first_wait_s
+        )
+        self._actors: list[RemoteWorker] = []
+        self._dead: list[_Dead] = []
+        self._queue = TaskQueue[RemoteWorker](0, attempts=attempts)
+        self._failures = FailureLog()
+        self._asked_for_at: float | None = time.monotonic()  # None: it was said, or need not be, that there is no room
+
+    def __enter__(self) -> "RayWorkers":
+        self._start_due()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for actor in self._actors:
+            actor.kill()
+
+    def share(self, value: Any) -> Any:
+        """A reference into the object store."""
+        return ray.put(value)
+
+    def map(
+        self, method: str, tasks: Sequence[tuple[Any, ...]], on_progress: Callable[[int], None] = lambda images: None
+    ) -> Iterator[tuple[int, Any]]:
+        """As ``Workers.map``."""
+        self._queue = TaskQueue(len(tasks), attempts=self._attempts, first_wait_s=self._first_wait_s)
+        self._dead = []
+        for actor in self._actors:
+            # What it did for an earlier map is not progress of this one. It may have died or stopped since: it gets
+            # tasks when it answers.
+            actor.images, actor.tasks, actor.in_doubt = None, {}, []
+            if actor.room:
+                actor.ask()
+        while self._queue.left:
+            self._start_due()
+            for actor, task in self._queue.hand_out(time.monotonic()):
+                actor.call(method, tasks[task], task)
+            self._say_if_there_is_no_room()
+            for actor, call, result in self._ended():
+                yield from self._settle(actor, call, result)
+            on_progress(self._progress())
+            yield from self._judge_the_dead()
+            yield from self._end_those_that_hang()
+
+    # Starting workers.
+
+    def _start_due(self) -> None:
+        for slot in self._starts.due(time.monotonic()):
+            self._actors.append(RemoteWorker(slot, self._slots[slot]))
+
+    def _started(self, actor: RemoteWorker, result: Any) -> None:
+        """Go on with an actor whose ``start`` has ended well."""
+        now = time.monotonic()
+        if actor.node is None:
+            actor.node = result
+            actor.set_up(self._spec)
+            self._starts.on_a_node(actor.slot, now)
+            self._asked_for_at = None
+        else:
+            actor.start, actor.room, actor.images = None, result, 0
+            self._starts.ready(actor.slot)
+            self._queue.join(actor, actor.node, actor.room, now)
+            actor.ask()
+
+    def _say_if_there_is_no_room(self) -> None:
+        if self._asked_for_at is not None and time.monotonic() - self._asked_for_at > _WAITING_S:
+            self._asked_for_at = None
+            logger.warning(
+                "no worker has started yet: each asks for %s, the cluster has %s free",
+                " or ".join(sorted({f"{slot.cpus} CPUs and {slot.gpus} GPUs" for slot in self._slots})),
+                ray.available_resources(),
+            )
+
+    # What became of calls.
+
+    def _ended(self) -> list[tuple[RemoteWorker, Any, Any]]:
+        """Calls that ended, with their actors, and results or errors; waits for one a little while."""
+        calls = {call: actor for actor in self._actors for call in [actor.start, *actor.tasks] if call is not None}
+        waited_for = [*calls, *(actor.asked for actor in self._actors if actor.room and actor.images is None)]
+        if not waited_for:
+            time.sleep(_POLL_S)
+            return []
+        ready, _ = ray.wait(waited_for, num_returns=len(waited_for), timeout=0)
+        if not ready:
+            ready, _ = ray.wait(waited_for, num_returns=1, timeout=_POLL_S)
+        ended = [(calls[call], call, result_of(call)) for call in ready if call in calls]
+        return sorted(ended, key=lambda one: isinstance(one[2], RayError))  # what came in time is not lost by a death
+
+    def _settle(self, actor: RemoteWorker, call: Any, result: Any) -> Iterator[tuple[int, Any]]:
+        """What comes of a call that has ended; yields tasks that are over."""
+        if actor not in self._actors:  # another of its calls told that it died
+            return
+        task = actor.tasks.pop(call, None)
+        if isinstance(result, RayTaskError) and isinstance(result.cause, JobError):
+            raise result.cause from None
+        if task is None:
+            if isinstance(result, RayError):
+                self._set_up_failed(actor, result)
+            else:
+                self._started(actor, result)
+        elif not isinstance(result, RayError):
+            self._queue.done(task, time.monotonic())
+            yield task, result
+        elif is_death(result):
+            actor.in_doubt.append(task)
+            if isinstance(result, ActorUnavailableError):
+                self._unreachable(actor, result)
+            else:
+                self._died(actor, result)
+        else:
+            cause = result.cause if isinstance(result, RayTaskError) else result
+            yield from self._failed(task, self._told(result, "a task failed"), suspect=is_suspect(cause))
+
+    def _failed(self, task: int, reason: str, suspect: bool) -> Iterator[tuple[int, TaskFailed]]:
+        given_up = self._queue.failed(task, reason, time.monotonic(), suspect=suspect)
+        if given_up is not None:
+            yield task, given_up
+
+    def _set_up_failed(self, actor: RemoteWorker, error: RayError) -> None:
+        self._remove(actor)
+        if is_death(error) and not isinstance(error, ActorUnavailableError) and is_lost_node(error, actor.node):
+            self._refill(actor, lost=True)
+            return
+        reason = self._told(error, "a worker could not be set up")
+        self._starts.failed(actor.slot, reason, time.monotonic())
+
+    def _told(self, error: RayError, what: str) -> str:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if not isinstance(cause, RayError):
+            return self._failures.told(cause, what, traceback=str(error))
+        reason = last_line(cause)  # Ray's own errors are long
+        logger.warning("%s: %s", what, reason)
+        return reason
+
+    def _died(self, actor: RemoteWorker, error: RayError) -> None:
+        """Replace an actor. What its tasks are charged with turns out when it is known whether its node is gone."""
+        tasks = self._remove(actor)
+        now = time.monotonic()
+        lost = is_lost_node(error, actor.node)
+        logger.warning(
+            "a worker died and is replaced: %s", f"its node {actor.node} is gone" if lost else last_line(error)
+        )
+        self._dead.append(_Dead(actor, tasks, error, now if lost else now + _NODE_DEATH_S))
+        self._refill(actor, lost)
+
+    def _judge_the_dead(self) -> Iterator[tuple[int, TaskFailed]]:
+        now = time.monotonic()
+        due = [dead for dead in self._dead if dead.judged_at <= now]
+        self._dead = [dead for dead in self._dead if dead.judged_at > now]
+        for dead in due:
+            reason = f"its worker died: {last_line(dead.error)}"
+            lost = bool(dead.tasks) and is_lost_node(dead.error, dead.actor.node)
+            for task in dead.tasks:
+                if lost:
+                    yield from self._lost(task, "its node was lost")
+                else:
+                    yield from self._failed(task, reason, suspect=True)
+
+    def _lost(self, task: int, reason: str) -> Iterator[tuple[int, TaskFailed]]:
+        given_up = self._queue.lost(task, reason, time.monotonic())
+        if given_up is not None:
+            yield task, given_up
+
+    def _remove(self, actor: RemoteWorker) -> list[int]:
+        """Forget an actor, and make sure that it is dead; the tasks it had."""
+        actor.kill()
+        self._actors.remove(actor)
+        return sorted({*self._queue.leave(actor), *actor.tasks.values(), *actor.in_doubt})
+
+    def _refill(self, actor: RemoteWorker, lost: bool) -> None:
+        if lost:
+            self._slots[actor.slot] = self._slots[actor.slot].anywhere(living_nodes())
+        self._starts.gone(actor.slot)
+
+    # Workers that show no progress, or cannot be reached.
+
+    def _progress(self) -> int:
+        """Images done since the last call."""
+        done = 0
+        for actor in [actor for actor in self._actors if actor.room]:
+            if not ray.wait([actor.asked], timeout=0)[0]:
+                continue
+            answer = result_of(actor.asked)
+            if isinstance(answer, ActorUnavailableError):
+                self._unreachable(actor, answer)
+            elif isinstance(answer, RayError) and is_death(answer):
+                self._died(actor, answer)
+                continue
+            elif not isinstance(answer, RayError):
+                done += self._answered(actor, answer)
+            actor.ask()
+        return done
+
+    def _answered(self, actor: RemoteWorker, answer: WorkerProgress) -> int:
+        """Images that an actor did since it was asked last."""
+        now = time.monotonic()
+        if actor.images is None:
+            actor.images = answer.images
+            self._queue.join(actor, actor.node, actor.room, now)
+            return 0
+        done = answer.images - actor.images
+        actor.images = answer.images
+        if done:
+            self._queue.progressed(actor, now)
+        if actor.unreachable_since is not None:
+            actor.unreachable_since = None
+            logger.warning("a worker can be reached again")
+        if answer.running <= len(actor.tasks):  # what it still does of calls that were lost is nobody's
+            self._queue.pause(actor, False)
+        return done
+
+    def _unreachable(self, actor: RemoteWorker, error: RayError) -> None:
+        """An actor that does not answer is not dead: it is asked again for a while."""
+        if actor.unreachable_since is None:
+            actor.unreachable_since = time.monotonic()
+            logger.warning("a worker cannot be reached, it is asked again: %s", last_line(error))
+        self._queue.pause(actor)
+
+    def _end_those_that_hang(self) -> Iterator[tuple[int, TaskFailed]]:
+        now = time.monotonic()
+        slots = {actor.slot: actor for actor in self._actors}
+        for slot in self._starts.overdue(now):
+            logger.warning("a worker is not set up yet after its time: it is killed")
+            self._remove(slots[slot])
+            self._starts.failed(slot, "it took too long", now)
+        stalled = self._queue.stalled(self._stall_timeout_s, now)
+        for actor in list(self._actors):
+            reachable = actor.unreachable_since is None
+            if reachable and actor.in_doubt:  # it came back, but the answers to these calls are lost
+                tasks, actor.in_doubt = actor.in_doubt, []
+            elif not reachable and now - (actor.unreachable_since or now) > _UNREACHABLE_S:
+                logger.warning("a worker cannot be reached for %.0f s: it is replaced", _UNREACHABLE_S)
+                tasks = self._remove(actor)
+                self._refill(actor, lost=True)
+            else:
+                silent = actor.room and actor.images is None and now - actor.asked_at > self._stall_timeout_s
+                if actor in stalled or silent:
+                    logger.warning("a worker showed no progress for %.0f s: it is killed", self._stall_timeout_s)
+                    self._starts.gone(actor.slot)
+                    for task in self._remove(actor):
+                        reason = f"its worker showed no progress for {self._stall_timeout_s:.0f} s"
+                        yield from self._failed(task, reason, suspect=True)
+                continue
+            for task in tasks:
+                yield from self._lost(task, "its worker could not be reached")

@@ -1,0 +1,211 @@
+"""One shard end to end: the loop that calls the stages. Knows nothing of Ray.
+
+Several shards may be in the worker at once, each in a thread of its own: while one computes, the next reads and decodes
+and the last is compressed and written. What a shard's bytes depend on (its rows, and how they are cut into batches)
+does not depend on that, nor on rows that failed: their places in the batch stay.
+"""
+
+import logging
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from densefeat import layout
+from densefeat.storage.objects import Objects
+from pipeline.errors import ImageError
+from pipeline.features.pca import Basis
+from pipeline.images.batches import Batch
+from pipeline.images.decoding.decode import Decoded
+from pipeline.images.sample import Part
+from pipeline.io.storage import storage_explained
+from pipeline.reporting.seconds import StageSeconds
+from pipeline.run.feature_worker import FeatureWorker, WorkerSpec
+from pipeline.store.calibration import Calibration
+from pipeline.store.shard import committed, write_shard
+from pipeline.upsamplers.build import Projected, build_configured
+from pipeline.upsamplers.interface import Stored
+from schemas.index import OK
+from schemas.ledger import LedgerRecord, RowOutcome
+from schemas.options import DEFAULT_COMPONENTS, UpsampleConfig
+
+logger = logging.getLogger(__name__)
+
+_COPIES_IN_UPSAMPLING = 4  # of a batch's values: as floats of two steps, as codes, and those being encoded
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How features become what is stored: fixed for the whole store before its first shard.
+
+    Attributes:
+        basis: the PCA basis.
+        step: [k] float32 for int8; None for float16.
+        configuration_hash: of the store.
+    """
+
+    basis: Basis
+    step: npt.NDArray[np.float32] | None
+    configuration_hash: str
+
+
+class ShardWorker(FeatureWorker):
+    """All stages, built once, and the loop over a shard's images.
+
+    Raises:
+        JobError: as ``FeatureWorker``; or the upsampler is not the driver's.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        config = spec.config
+        assert isinstance(config, UpsampleConfig)
+        self.config = config
+        super().__init__(spec)
+        upsampler = build_configured(config, self.backbone)
+        self.upsampler = upsampler.to(self.device)
+        self.check_identity("upsampler", upsampler.identity())
+        self._upsampled_by = self.upsampler.explain(self.device)
+        logger.info("--upsampler %s runs on %s by %s", config.upsampler, self.device, self._upsampled_by)
+        self._encoders = ThreadPoolExecutor(spec.threads, "encode")
+        self._with_basis: tuple[str, Projected] | None = None
+
+    def calibrate(self, references: pa.Table, basis: Basis) -> Part[Calibration]:
+        """Scale of the upsampled features of some images, one by one: an upsampler may take minutes for each."""
+        total = Part(Calibration.none(len(basis.components)), 0, None)
+        for batch in self.loader.batches(references, StageSeconds()):
+            for i, decoded in enumerate(batch.decoded):
+                if isinstance(decoded, Decoded):
+                    total = total.merged(self._calibrate_image(batch.pixels[i : i + 1], basis))
+                else:
+                    total = total.merged(Part(Calibration.none(len(basis.components)), 0, str(decoded)))
+                self.images_done += 1
+        return total
+
+    def _calibrate_image(self, pixels: Tensor, basis: Basis) -> Part[Calibration]:
+        with self.computing, torch.inference_mode():
+            pixels = pixels.to(self.device)
+            features = self.backbone(pixels)
+            high = self._projected(basis)(features, pixels, self.geometry.output_size)[0]
+            found = Calibration.of(high, self.config.dtype, self.config.error_floor)
+        if found is None:
+            return Part(Calibration.none(len(basis.components)), 0, "its features contain NaN or infinity")
+        return Part(found, 1, None)
+
+    def make_shard(self, store: Objects, shard: int, references: pa.Table, encoding: Encoding) -> LedgerRecord:
+        """Make a shard's features, write it, commit it.
+
+        Args:
+            store: where.
+            shard: its number.
+            references: its rows (``schemas.index.REFERENCES``).
+            encoding: of the store.
+
+        Raises:
+            JobError: the storage refuses in a way that trying again will not mend.
+        """
+        if (record := committed(store, shard, encoding.configuration_hash)) is not None:  # by another job meanwhile
+            self.images_done += references.num_rows
+            return record
+        seconds = StageSeconds()
+        shard_rows = self.config.shard_rows
+        outcomes: list[RowOutcome] = []
+        chunks: list[Future[bytes] | None] = []
+        clipped = 0
+        for batch in self.loader.batches(references, seconds):
+            codes, failures, batch_clipped = self._codes(batch, encoding, seconds)
+            clipped += batch_clipped
+            for i, decoded in enumerate(batch.decoded):
+                outcome = _outcome(shard * shard_rows + len(outcomes), decoded, failures.get(i))
+                outcomes.append(outcome)
+                chunks.append(self._encoders.submit(_encode, codes[i], seconds) if outcome.ok else None)
+        encoded = [None if chunk is None else chunk.result() for chunk in chunks]
+        facts = {
+            "configuration_hash": encoding.configuration_hash,
+            "clipped": clipped,
+            "made_by": self.made_by(),
+        }
+        with storage_explained(store.uri):
+            return write_shard(store, shard, shard_rows, encoded, outcomes, seconds, facts)
+
+    def _codes(
+        self, batch: Batch, encoding: Encoding, seconds: StageSeconds
+    ) -> tuple[npt.NDArray[Any], dict[int, ImageError], int]:
+        """Stored values [B, k, H, W], which of them failed and why, and how many values of the others were clipped."""
+        rows = len(batch.decoded)
+        if not batch.usable_rows.any():
+            self.images_done += rows
+            return np.empty(rows), {}, 0
+        with seconds.stage("wait for device"):
+            self.computing.acquire()
+        try:
+            with torch.inference_mode():
+                stored = self._stored(*self._features(batch, seconds), encoding, seconds)
+                codes, clipped = stored.values.codes.cpu(), stored.values.clipped.tolist()
+        finally:
+            self.computing.release()
+        self.images_done += rows
+        return codes.numpy(), stored.failures, sum(n for i, n in enumerate(clipped) if i not in stored.failures)
+
+    def _features(self, batch: Batch, seconds: StageSeconds) -> tuple[Tensor, Tensor]:
+        """Low-resolution features [B, C, h, w] and the pixels they are of, on the device."""
+        with seconds.stage("backbone"):
+            pixels = batch.pixels.to(self.device)
+            features = self.backbone(pixels)
+            self._synchronize()
+        return features, pixels
+
+    def _stored(self, features: Tensor, pixels: Tensor, encoding: Encoding, seconds: StageSeconds) -> Stored:
+        """What is stored of low-resolution features."""
+        upsampler, size = self._projected(encoding.basis), self.geometry.output_size
+        with seconds.stage("upsample"):
+            step = None if encoding.step is None else torch.tensor(encoding.step, device=self.device)
+            stored = upsampler.store(features, pixels, size, step)
+            self._synchronize()
+        return stored
+
+    def _projected(self, basis: Basis) -> Projected:
+        """The upsampler with the basis folded in; the caller holds the device."""
+        if self._with_basis is None or self._with_basis[0] != basis.digest:
+            self._with_basis = basis.digest, self.upsampler.with_basis(*basis.tensors).to(self.device)
+        return self._with_basis[1]
+
+    def _task_nbytes(self) -> int:
+        """And of a shard: its chunks, counted as if they did not compress; float32 features of a batch, and scratch."""
+        k = min(self.config.components or DEFAULT_COMPONENTS, self.backbone.num_chs)
+        values = k * math.prod(self.config.output_size_px)
+        chunks = self.config.shard_rows * values * np.dtype(self.config.dtype).itemsize
+        return super()._task_nbytes() + chunks + self.batch_size * values * 4 * _COPIES_IN_UPSAMPLING
+
+    def made_by(self) -> dict[str, str]:
+        """As ``FeatureWorker.made_by``, and who upsampled."""
+        return {**super().made_by(), "upsampled_by": self._upsampled_by.split(" (")[0]}
+
+    def _synchronize(self) -> None:
+        """Let GPU work count for the stage that asked for it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def make_worker(spec: WorkerSpec) -> FeatureWorker:
+    """The worker that the configuration calls for."""
+    return ShardWorker(spec) if isinstance(spec.config, UpsampleConfig) else FeatureWorker(spec)
+
+
+def _outcome(row: int, decoded: Decoded | ImageError, failure: ImageError | None) -> RowOutcome:
+    if isinstance(decoded, ImageError):
+        return RowOutcome(row, decoded.status, str(decoded))
+    outcome = RowOutcome(row, OK, None, decoded.height, decoded.width, decoded.affine, decoded.valid_box)
+    if failure is not None:
+        outcome.status, outcome.error = failure.status, str(failure)
+    return outcome
+
+
+def _encode(codes: npt.NDArray[Any], seconds: StageSeconds) -> bytes:
+    with seconds.stage("encode"):
+        return layout.encode_chunk(codes)

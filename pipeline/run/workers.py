@@ -1,0 +1,134 @@
+"""What a job needs of its workers, and the simplest that gives it: one, in this process.
+
+``pipeline/run/ray/workers.py`` has those that run on a Ray cluster.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Protocol
+
+from pipeline.errors import JobError
+from pipeline.run.failures import FailureLog, is_suspect
+from pipeline.run.feature_worker import FeatureWorker, WorkerSpec, pick_device
+from pipeline.run.queue import TaskFailed, TaskQueue
+from pipeline.run.resources import threads_in_operations, torch_threads
+from pipeline.run.shard_worker import make_worker
+
+__all__ = ["InlineWorkers", "TaskFailed", "Workers"]
+
+_POLL_S = 0.5
+_STOP_S = 10.0
+
+
+class Workers(Protocol):
+    """Something that runs a worker's methods, many at a time."""
+
+    count: int
+
+    def map(
+        self, method: str, tasks: Sequence[tuple[Any, ...]], on_progress: Callable[[int], None] = lambda images: None
+    ) -> Iterator[tuple[int, Any]]:
+        """Call the worker's ``method`` with each task's arguments.
+
+        Args:
+            method: name of a ``pipeline.run.shard_worker`` method.
+            tasks: arguments.
+            on_progress: called now and then with the images done since the last call.
+
+        Yields:
+            (index of the task, its result or ``TaskFailed``), as they end.
+
+        A task that fails is tried again later and, if there is another worker, elsewhere, up to a number of attempts.
+
+        Raises:
+            JobError: a worker says that the job cannot go on.
+        """
+        ...
+
+    def share(self, value: Any) -> Any:
+        """``value`` for use in many tasks: sent to each machine once."""
+        ...
+
+
+class InlineWorkers:
+    """One worker, in this process, without Ray: for debuggers, profilers, and where Ray cannot start.
+
+    Args:
+        spec: of the worker.
+        attempts: times a task may fail.
+        first_wait_s: as `TaskQueue`.
+        make: what makes the worker.
+    """
+
+    count = 1
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        *,
+        attempts: int = 3,
+        first_wait_s: float = 5.0,
+        make: Callable[[WorkerSpec], FeatureWorker] = make_worker,
+    ) -> None:
+        self._spec, self._make = spec, make
+        self._attempts, self._first_wait_s = attempts, first_wait_s
+        self._running: dict[Future[Any], int] = {}
+        self._failures = FailureLog()
+        self._entered = ExitStack()
+
+    def __enter__(self) -> "InlineWorkers":
+        """Build the worker."""
+        threads = threads_in_operations(pick_device(self._spec.config.device), self._spec.threads)
+        with ExitStack() as stack:
+            stack.enter_context(torch_threads(threads))
+            self._worker = self._make(self._spec)
+            self._pool = ThreadPoolExecutor(self._worker.tasks_at_once, "task")
+            self._entered = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Tasks that still run, if it ends in an error, are stopped before their next batch."""
+        with self._entered:
+            self._worker.stop()
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            wait([task for task in self._running if not task.cancelled()], timeout=_STOP_S)
+
+    def share(self, value: Any) -> Any:
+        """The value itself."""
+        return value
+
+    def map(
+        self, method: str, tasks: Sequence[tuple[Any, ...]], on_progress: Callable[[int], None] = lambda images: None
+    ) -> Iterator[tuple[int, Any]]:
+        """As ``Workers.map``."""
+        before = self._worker.images_done
+        queue = TaskQueue[InlineWorkers](len(tasks), attempts=self._attempts, first_wait_s=self._first_wait_s)
+        queue.join(self, None, self._worker.tasks_at_once, time.monotonic())
+        while queue.left:
+            for _, task in queue.hand_out(time.monotonic()):
+                self._running[self._pool.submit(getattr(self._worker, method), *tasks[task])] = task
+            if not self._running:
+                time.sleep(min(_POLL_S, self._first_wait_s))
+            for future in wait(self._running, timeout=_POLL_S, return_when=FIRST_COMPLETED).done:
+                yield from self._settle(queue, self._running.pop(future), future)
+            on_progress(self._worker.images_done - before)
+            before = self._worker.images_done
+
+    def _settle(self, queue: "TaskQueue[InlineWorkers]", task: int, future: Future[Any]) -> Iterator[tuple[int, Any]]:
+        """What comes of a task that has ended; yields it if it is over."""
+        error = future.exception()
+        if error is None:
+            queue.done(task, time.monotonic())
+            yield task, future.result()
+            return
+        if isinstance(error, JobError) or not isinstance(error, Exception):
+            raise error
+        reason = self._failures.told(error, "a task failed")
+        given_up = queue.failed(task, reason, time.monotonic(), suspect=is_suspect(error))
+        if given_up is not None:
+            yield task, given_up

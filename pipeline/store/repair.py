@@ -1,0 +1,86 @@
+"""Mending what `pipeline.store.verify` finds: damaged shards go back to the job, index and manifest are rebuilt."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from densefeat import layout
+from densefeat.errors import StoreError
+from densefeat.index import stored_index
+from densefeat.parquet import parquet_bytes
+from densefeat.storage.objects import Objects
+from densefeat.store import FeatureStore
+from pipeline.errors import JobError
+from pipeline.images.listing.source import keys_digest, list_images
+from pipeline.store.layout import finish, reopen
+from pipeline.store.shard import finished_shards, withdraw
+from schemas.index import REFERENCES, pending_index
+
+__all__ = ["rebuild_tables", "take_out"]
+
+
+def take_out(objects: Objects, shards: Sequence[int]) -> None:
+    """Delete damaged shards: their rows are pending, and a resumed job makes them anew."""
+    for shard in shards:
+        withdraw(objects, shard)
+    reopen(objects)
+
+
+def rebuild_tables(objects: Objects, damaged: Sequence[int]) -> bool:
+    """Write the index anew, from the images and the ledger, and the manifest, if all shards are done.
+
+    Damaged shards are deleted as by `take_out`, once it is known that the index can be rebuilt.
+
+    Which images the rows are is read off the index; if that is damaged, they are listed again, where the store's
+    configuration says that they are.
+
+    Returns:
+        Whether the store is finished.
+
+    Raises:
+        JobError: the images are gone, or are not those that the store was made of; nothing has been changed.
+        StoreError: there is no store.
+    """
+    store = FeatureStore(objects.uri, objects.storage_options)
+    source = store.attributes["configuration"].get("source", {})
+    references = _references(objects, store.layout.rows, source)
+    for shard in damaged:
+        withdraw(objects, shard)
+    objects.delete(layout.MANIFEST)  # first: until the index is there again, the ledger says what is done
+    objects.put(layout.INDEX, parquet_bytes(pending_index(references)))
+    records = finished_shards(objects, store.attributes["configuration_hash"])
+    if len(records) < store.layout.shards:
+        return False
+    finish(objects, list(records.values()))
+    return True
+
+
+def _references(objects: Objects, rows: int, source: Mapping[str, Any]) -> pa.Table:
+    """The images of the store, one row each (``schemas.index.REFERENCES``)."""
+    expected = source.get("keys_sha256")
+    try:
+        index = stored_index(objects, rows)
+        if expected in (None, keys_digest(index)):
+            return index.select(REFERENCES.names).cast(REFERENCES)
+    except (StoreError, ValueError, KeyError):  # damaged, or columns that we do not read elsewhere are
+        pass
+    if expected is None or "images" not in source:
+        raise JobError(
+            f"the index of {objects.uri} cannot be rebuilt: the store does not say which images it was made of. Copy "
+            f"{layout.INDEX} from a copy of the store"
+        )
+    try:
+        listed = list_images(source["images"], limit=source.get("limit"), image_column=source.get("image_column"))
+    except JobError as error:
+        raise JobError(
+            f"the index of {objects.uri} cannot be rebuilt: its images {source['images']} cannot be listed: {error} "
+            f"Put them back, or copy {layout.INDEX} from a copy of the store"
+        ) from error
+    if listed.references.num_rows != rows or keys_digest(listed.references) != expected:
+        raise JobError(
+            f"the index of {objects.uri} cannot be rebuilt: {source['images']} holds other images than the store was "
+            f"made of ({listed.references.num_rows:,} against {rows:,}, or other names). Put back those that it was "
+            f"made of, or copy {layout.INDEX} from a copy of the store"
+        )
+    return listed.references

@@ -1,0 +1,166 @@
+"""Compare a store with its ledger: the other end of the commit protocol in ``pipeline/store/shard.py``."""
+
+import hashlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+
+import pyarrow as pa
+
+from densefeat import layout
+from densefeat.errors import StoreError
+from densefeat.index import recorded_shards
+from densefeat.parquet import read_parquet
+from densefeat.storage.objects import Objects
+from densefeat.store import FeatureStore
+from pipeline.features.pca import Basis
+from pipeline.images.listing.source import keys_digest
+from pipeline.store.layout import step_sha256
+from pipeline.store.shard import read_record
+from schemas.attributes import StoreAttributes
+from schemas.index import OK, OUTCOMES
+from schemas.ledger import LedgerRecord, manifest
+
+_PARALLEL_REQUESTS = 32
+
+
+class StoreCheck:
+    """Checks of one store.
+
+    Attributes:
+        recorded: shards that have a ledger record, in order.
+        nbytes: read so far.
+
+    Raises:
+        StoreError: there is no store at ``uri``.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._store = FeatureStore(uri)
+        self._objects = Objects(uri)
+        self.layout = self._store.layout
+        self.recorded = recorded_shards(self._objects, self.layout)
+        self.nbytes = 0
+        self._lock = threading.Lock()
+
+    def shard(self, shard: int) -> list[str]:
+        """What is wrong with a shard's record or object; nothing if it is what was written, to the bit."""
+        try:
+            record = read_record(self._objects, layout.ledger_key(shard))
+        except ValueError as error:
+            return [f"its ledger record is damaged: {error}"]
+        except FileNotFoundError:
+            return ["its ledger record is gone"]
+        problems = []
+        if record.shard != shard:
+            problems.append(f"its record is about shard {record.shard}")
+        if record.configuration_hash != self._store.attributes["configuration_hash"]:
+            problems.append(f"made with another configuration, {record.configuration_hash[:12]}…")
+        if record.outcomes["row"].to_pylist() != list(self.layout.rows_of(shard)):
+            problems.append("its record is about other rows")
+        try:
+            data = self._objects.get(layout.shard_key(shard))
+        except FileNotFoundError:
+            return [*problems, f"its object {layout.shard_key(shard)} is gone"]
+        with self._lock:
+            self.nbytes += len(data)
+        return problems + self._object_problems(record, data)
+
+    def _object_problems(self, record: LedgerRecord, data: bytes) -> list[str]:
+        if len(data) != record.nbytes:
+            return [f"its object has {len(data):,} bytes, {record.nbytes:,} were written"]
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            return [f"its object's bytes changed after they were written; rows {self._damaged_rows(record, data)}"]
+        places = layout.unpack_shard_index(data, self.layout.shard_rows)
+        for outcome, place in zip(record.outcomes.to_pylist(), places, strict=False):
+            if place != (None if outcome["status"] != OK else (outcome["chunk_offset"], outcome["chunk_nbytes"])):
+                return [f"row {outcome['row']} is {outcome['status']} in the record, and at {place} in the object"]
+        return []
+
+    def _damaged_rows(self, record: LedgerRecord, data: bytes) -> list[int]:
+        """The rows whose chunk does not decode; none if only the shard's index is hit."""
+        rows = []
+        for outcome in record.outcomes.to_pylist():
+            if outcome["status"] == OK:
+                start = outcome["chunk_offset"]
+                try:
+                    layout.decode_chunk(data[start : start + outcome["chunk_nbytes"]], self.layout)
+                except (ValueError, RuntimeError):
+                    rows.append(outcome["row"])
+        return rows
+
+    def store(self) -> list[str]:
+        """What is wrong with the store as a whole."""
+        return self.attributes() + self.arrays() + self.tables()
+
+    def attributes(self) -> list[str]:
+        """What is wrong with the attributes: are they whole, and the ones that the hash was made of?"""
+        try:
+            attributes = StoreAttributes.from_dict(self._store.attributes)
+        except (LookupError, TypeError) as error:
+            return [f"the attributes are damaged: {type(error).__name__}: {error}"]
+        if attributes.hash != self._store.attributes["configuration_hash"]:
+            return ["the configuration is not the one that its hash was made of"]
+        return []
+
+    def arrays(self) -> list[str]:
+        """What is wrong with the basis and the steps."""
+        problems = []
+        attributes = self._store.attributes
+        try:
+            if Basis.of_store(self._store).digest != attributes["configuration"].get("pca", {}).get("basis"):
+                problems.append("the PCA basis is not the one that the attributes name")
+            if step_sha256(self._store.step) != attributes.get("step_sha256"):
+                problems.append("the quantization steps are not those that the attributes name")
+        except StoreError as error:
+            problems.append(str(error))
+        return problems
+
+    def tables(self) -> list[str]:
+        """What is wrong with index and manifest; `pipeline.store.repair.rebuild_tables` writes both anew."""
+        try:
+            index = self._store.index
+        except StoreError as error:
+            problems = [str(error)]
+        else:
+            problems = self._index_problems(index)
+        return problems + self._manifest_problems()
+
+    def _index_problems(self, index: pa.Table) -> list[str]:
+        expected = self._store.attributes["configuration"].get("source", {}).get("keys_sha256")
+        if expected is not None and keys_digest(index) != expected:
+            return ["the keys in the index are not those that the attributes name"]
+        if not self._objects.exists(layout.MANIFEST):
+            return []  # what the ledger says was merged as it was read
+        for shard, record in self._sound_records.items():
+            rows = self.layout.rows_of(shard)
+            if not index.select(OUTCOMES.names).slice(rows.start, len(rows)).equals(record.outcomes):
+                return [f"the index does not say of rows {rows.start} … {rows[-1]} what the ledger recorded"]
+        return []
+
+    def _manifest_problems(self) -> list[str]:
+        try:
+            stored = read_parquet(self._objects.get(layout.MANIFEST)).to_pylist()
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            return [f"{layout.MANIFEST} is damaged: {error}"]
+        by_shard = {row.get("shard"): row for row in stored}
+        for row in manifest(list(self._sound_records.values())).to_pylist():
+            if by_shard.get(row["shard"]) != row:
+                return [f"{layout.MANIFEST} does not say of shard {row['shard']} what the ledger recorded"]
+        return []
+
+    @cached_property
+    def _sound_records(self) -> dict[int, LedgerRecord]:
+        """Of the shards whose record can be read; of the others `shard` tells."""
+
+        def read(shard: int) -> LedgerRecord | None:
+            try:
+                return read_record(self._objects, layout.ledger_key(shard))
+            except (FileNotFoundError, ValueError):
+                return None
+
+        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+            records = zip(self.recorded, pool.map(read, self.recorded), strict=True)
+            return {shard: record for shard, record in records if record is not None}

@@ -1,0 +1,149 @@
+"""From the plan of a training to what one of its processes computes with."""
+
+import logging
+import math
+import socket
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.errors import JobError
+from pipeline.features.backbone import Backbone
+from pipeline.features.provenance import backbone_name
+from pipeline.images.batches import BatchLoader
+from pipeline.images.sample import usable_images
+from pipeline.reporting.seconds import StageSeconds
+from pipeline.train.data import first_usable
+from pipeline.train.held_out import HeldOutViews
+from pipeline.train.objectives.base import FeatureSample, Trainee
+from pipeline.train.objectives.feature_cache import FeatureCache
+from pipeline.train.objectives.jbu import JBUTraining
+from pipeline.train.objectives.lift import AT_SIZE, LiFTTraining, lift_scales
+from pipeline.train.objectives.lift_initial import PLACES_PER_CHANNEL
+from pipeline.train.plan import TrainPlan, backbone_at, build_backbones
+from pipeline.train.world import World
+from schemas.train_options import TrainConfig
+
+__all__ = ["TrainStages", "build_stages"]
+
+logger = logging.getLogger(__name__)
+
+_SAMPLE_IMAGES = 32
+
+
+@dataclass(frozen=True, eq=False)
+class TrainStages:
+    """What a process computes with.
+
+    Attributes:
+        trainee: on the device.
+        loader: of training batches.
+        backbones: trained on, at --size, on the device.
+        measured: those, and the one that is held out.
+        views: to measure on.
+    """
+
+    trainee: Trainee
+    loader: BatchLoader
+    backbones: list[Backbone]
+    measured: list[Backbone]
+    views: HeldOutViews
+
+
+def build_stages(plan: TrainPlan, world: World, threads: int, built: list[Backbone] | None = None) -> TrainStages:
+    """Build them all, the same in every process.
+
+    Args:
+        plan: of the job.
+        world: whose device to build on.
+        threads: to decode with.
+        built: the backbones trained on, at --size, if they are there already.
+
+    Raises:
+        JobError: a backbone is not the plan's (other weights on this machine); too few images can be used.
+    """
+    config = plan.config
+    by_scale = [
+        [one.to(world.device) for one in build_backbones(plan, choice, None if built is None else built[turn])]
+        for turn, choice in enumerate(config.backbone_choices)
+    ]
+    backbones = [scales[AT_SIZE if len(scales) > 1 else 0] for scales in by_scale]
+    measured = list(backbones)
+    if config.held_out_choice is not None:
+        measured.append(backbone_at(config, config.held_out_choice).to(world.device))
+    expected = [*plan.identities, *([plan.held_out] if plan.held_out else [])]
+    for backbone, identity in zip(measured, expected, strict=True):
+        _check_identity(backbone, identity)
+    samples = _samples(plan, world, threads, backbones)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        trainee: Trainee = (
+            LiFTTraining(config, by_scale[0], samples[0], _feature_cache(plan, world, by_scale[0]))
+            if config.upsampler == "lift"
+            else JBUTraining(config, backbones, [sample.statistics for sample in samples])
+        )
+    _, held_out = first_usable(
+        plan.val.references, plan.val.loader(config, 8, threads), config.val_count, tell=world.leads
+    )
+    return TrainStages(
+        trainee.to(world.device),
+        plan.train.loader(config, config.batch_images, threads, lift_scales(1)[0] if config.upsampler == "lift" else 1),
+        backbones,
+        measured,
+        HeldOutViews(held_out, views=config.val_views, max_pad_px=config.max_pad_px, max_zoom=config.max_zoom),
+    )
+
+
+def _feature_cache(plan: TrainPlan, world: World, backbones: list[Backbone]) -> FeatureCache:
+    cache = FeatureCache(plan.train.references.num_rows, backbones, 1e9 * plan.config.cache_gb)
+    if world.leads:
+        logger.info(
+            "features of all images take %.3g GB in a worker: %s (--cache-gb %g)",
+            cache.bytes / 1e9,
+            "kept from the first epoch on" if cache.keeps else "made anew in every epoch",
+            plan.config.cache_gb,
+        )
+    return cache
+
+
+def _samples(plan: TrainPlan, world: World, threads: int, backbones: list[Backbone]) -> list[FeatureSample]:
+    """Of each backbone's features, of the same training images.
+
+    Raises:
+        JobError: none of the images can be used, or features are not finite.
+    """
+    count = min(_sample_images(plan.config, backbones), plan.train.references.num_rows)
+    loader = plan.train.loader(plan.config, count, threads)
+    images, error = usable_images(plan.train.references, count, lambda rows: loader.batches(rows, StageSeconds()))
+    if len(images) == 0:
+        raise JobError(f"--images {plan.config.images}: none of the sampled images is usable; the first error: {error}")
+    images = images.to(world.device)
+    return [FeatureSample(images.cpu(), _features_of(backbone, images)) for backbone in backbones]
+
+
+def _sample_images(config: TrainConfig, backbones: list[Backbone]) -> int:
+    """How many; more where lift begins as interpolation of many channels on a coarse grid."""
+    if config.upsampler != "lift" or config.lift_initial != "interpolation":
+        return _SAMPLE_IMAGES
+    (backbone,) = backbones
+    return max(_SAMPLE_IMAGES, math.ceil(PLACES_PER_CHANNEL * backbone.num_chs / math.prod(backbone.grid)))
+
+
+def _features_of(backbone: Backbone, images: torch.Tensor) -> torch.Tensor:
+    features = torch.cat([backbone(image[None]) for image in images]).cpu()
+    # Found later, it would look like a fault of the images or of the learning rate.
+    if not features.isfinite().all():
+        raise JobError(
+            f"{backbone.name} at layer {backbone.layer}: its features of the training images contain NaN or infinity: "
+            "choose another layer, or check its weights"
+        )
+    return features
+
+
+def _check_identity(backbone: Backbone, expected: dict[str, object]) -> None:
+    identity = backbone.identity()
+    if identity != expected:
+        raise JobError(
+            f"the backbone on {socket.gethostname()} is not the driver's: got {backbone_name(identity)}, expected "
+            f"{backbone_name(expected)}; every node must load the same weights with the same version of timm"
+        )

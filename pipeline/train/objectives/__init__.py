@@ -1,0 +1,1 @@
+"""What is trained, and towards what: one file an upsampler."""

@@ -1,0 +1,160 @@
+"""Training LiFT: a small image's features, upsampled, should be the features of the image at twice the size.
+
+Suri et al. (arXiv 2403.14625, section 3.3): cosine distance, at two octaves, from random weights. The default differs
+in what lowers the error on held-out views of a short training: weights that begin as interpolation
+(`begin_as_interpolation`), squared errors, the octave alone that LiFT will be used on, and a term that asks for
+upsampled features which, averaged over a cell, are what they were made from. The average over the latest steps is what
+is measured and kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from pipeline.features.backbone import Backbone
+from pipeline.train.data import Draw
+from pipeline.train.objectives.base import LOSS, FeatureSample, Trainee
+from pipeline.train.objectives.feature_cache import FeatureCache
+from pipeline.train.objectives.lift_initial import begin_as_interpolation
+from pipeline.train.objectives.losses import cosine_distance
+from pipeline.upsamplers.interface import imagenet_normalised, resize
+from pipeline.upsamplers.lift.network import LiFT
+from schemas.train_options import TrainConfig
+
+__all__ = ["AT_SIZE", "LiFTTraining", "lift_scales"]
+
+AT_SIZE = 1  # place of --size in `lift_scales`
+_MEMORY = 0.98  # of averages over steps, per step
+
+
+def lift_scales(octaves: int) -> tuple[float, ...]:
+    """Image sizes that training needs features at, as multiples of --size: the target, what LiFT will be used on, ….
+
+    The published code calls the largest 1.
+    """
+    return tuple(2.0 ** (1 - scale) for scale in range(octaves + 1))
+
+
+@dataclass(frozen=True, eq=False)
+class _Octave:
+    image: Tensor  # [B, 3, H, W] float32, normalised
+    low: Tensor  # [B, C, h, w], its features
+    target: Tensor  # [B, C, 2h, 2w], features of the same image at twice the size
+
+
+class LiFTTraining(Trainee):
+    """LiFT, for one backbone and layer.
+
+    The cosine distance leaves the length of the output free. Lengths matter where features are centred and projected
+    on a basis, as the main job does, so with it the last convolution is scaled to the length of the targets, by least
+    squares over the latest steps: no cosine changes.
+
+    Args:
+        config: the job's.
+        backbones: one backbone, built for each of `lift_scales`, on the device.
+        sample: of its features.
+        cache: keeps features, which are the same in every epoch.
+    """
+
+    name = "lift"
+    mixed_precision = True
+    predicted_on_target: Tensor
+    predicted_squared: Tensor
+
+    def __init__(
+        self, config: TrainConfig, backbones: Sequence[Backbone], sample: FeatureSample, cache: FeatureCache
+    ) -> None:
+        super().__init__()
+        self._config, self._backbones, self._cache = config, tuple(backbones), cache
+        self._variance = float(sample.statistics.deviation) ** 2
+        self.lift = LiFT(backbones[AT_SIZE].num_chs, backbones[AT_SIZE].reduction)
+        if config.lift_initial == "interpolation":
+            begin_as_interpolation(self.lift, sample.features.cpu(), imagenet_normalised(sample.images.cpu()))
+        self.averaged = AveragedModel(self.lift, avg_fn=_averaged, use_buffers=True)
+        self.averaged.requires_grad_(False).eval()
+        for name in ("predicted_on_target", "predicted_squared"):
+            self.register_buffer(name, torch.zeros(()))
+
+    def prepare(self, turn: int, images: Tensor, draw: Draw) -> list[_Octave]:
+        """As `Trainee.prepare`; images of twice the size that LiFT will be used on. Nothing is random."""
+        scales = [images, *(_halved(images, 2**octave) for octave in range(1, len(self._backbones)))]
+        features = self._cache.features(
+            images, lambda: [backbone(scale) for backbone, scale in zip(self._backbones, scales, strict=True)]
+        )
+        return [
+            _Octave(imagenet_normalised(scales[octave + 1]), features[octave + 1], features[octave])
+            for octave in range(self._config.lift_octaves)
+        ]
+
+    def forward(self, prepared: list[_Octave]) -> dict[str, Tensor]:
+        """As `Trainee.forward`."""
+        octaves, coarse = [], []
+        for octave in prepared:
+            predicted = self.lift(octave.low, octave.image).float()  # of autocast, where that is on
+            octaves.append(self._error(predicted, octave.target))
+            coarse.append(self._error(F.avg_pool2d(predicted, 2), octave.low))
+            if self._config.lift_loss == "cosine":
+                self._note_scale(predicted.detach(), octave.target)
+        error, consistency = torch.stack(octaves).sum(), torch.stack(coarse).sum()
+        parts = {f"octave_{number}": octave for number, octave in enumerate(octaves, start=1)}
+        return {LOSS: error + self._config.lift_consistency * consistency, **parts, "consistency": consistency}
+
+    def optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
+        """Adam, as published."""
+        return torch.optim.Adam(self.lift.parameters(), lr=learning_rate)
+
+    def after_step(self) -> None:
+        """As `Trainee.after_step`."""
+        self.averaged.update_parameters(self.lift)
+
+    def upsample(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """As `Trainee.upsample`: ×2, then bilinear."""
+        return resize(self._scale() * self.averaged(features, imagenet_normalised(images)), size)
+
+    def weights(self) -> dict[str, Tensor]:
+        """As `Trainee.weights`."""
+        scaled = ("outc.weight", "outc.bias")
+        return {
+            name: tensor.detach().cpu() * (self._scale().cpu() if name in scaled else 1)
+            for name, tensor in self.averaged.module.state_dict().items()
+        }
+
+    def metadata(self) -> dict[str, str]:
+        """As `Trainee.metadata`: the pixels of a cell, which no tensor tells."""
+        return {"patch": str(self.lift.patch)}
+
+    def _error(self, predicted: Tensor, target: Tensor) -> Tensor:
+        if self._config.lift_loss == "cosine":
+            return cosine_distance(predicted, target)
+        return (predicted - target).square().mean() / self._variance
+
+    def _note_scale(self, predicted: Tensor, target: Tensor) -> None:
+        for mean, value in (
+            (self.predicted_on_target, (predicted * target).mean()),
+            (self.predicted_squared, predicted.square().mean()),
+        ):
+            mean.mul_(_MEMORY).add_((1 - _MEMORY) * value)
+
+    def _scale(self) -> Tensor:
+        """[]: what the output is multiplied with, positive.
+
+        1 where lengths are trained, before the first step, and as long as predictions do not point where the targets
+        do: the least squares would turn them round.
+        """
+        if not (self.predicted_squared > 0 and self.predicted_on_target > 0):
+            return torch.ones_like(self.predicted_squared)
+        return self.predicted_on_target / self.predicted_squared
+
+
+def _averaged(average: Tensor, latest: Tensor, steps: Tensor | int) -> Tensor:
+    """Reaches back about a ninth of the steps so far, as early weights are far off, and 50 at most."""
+    return average + (latest - average) * max(1 - _MEMORY, 1 / (1 + float(steps) / 9))
+
+
+def _halved(images: Tensor, times: int) -> Tensor:
+    """Images [B, 3, H, W] uint8 at 1 / ``times`` of their size: the mean over squares of pixels."""
+    return F.avg_pool2d(images.float(), times).round().to(torch.uint8)

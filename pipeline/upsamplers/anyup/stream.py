@@ -1,0 +1,110 @@
+"""Evaluate AnyUp's encoders over large images in bounded memory: tile by tile, in place.
+
+Their convolutions are 1×1, so only group normalisation ties pixels together. Each normalisation costs one pass that
+gathers moments, tile by tile, before the pass that applies them. Between passes an image is held once (or twice, with
+``scratch``, which saves computing a convolution again); within a pass a tile stays in the cache.
+
+Images are [B, P, chs] here: P pixels, row by row, channels last. No gradients: buffers are overwritten.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.upsamplers.anyup.blocks import Encoder, ResBlock, conv_matrix
+
+__all__ = ["encode", "tiles"]
+
+# Pixels of a tile, over all its images. Measured with 128 channels, 2 MiB of L2 a core: 512 and 1024 are equally fast,
+# 2048 takes 1.05 and 16384 1.3 times as long.
+_TILE_PIXELS = {"cpu": 1024, "cuda": 1 << 18}
+
+
+def tiles(pixels: int, like: Tensor, multiple: int = 1) -> Iterator[slice]:
+    """Cut pixels into tiles.
+
+    Args:
+        pixels: how many, in one image.
+        like: [B, ...], its batch and device decide the size of a tile.
+        multiple: tiles are multiples of this many pixels, e.g. whole rows; all but the last.
+    """
+    size = _TILE_PIXELS.get(like.device.type, _TILE_PIXELS["cuda"]) // len(like)
+    size = max(1, size // multiple) * multiple
+    return (slice(start, min(start + size, pixels)) for start in range(0, pixels, size))
+
+
+def encode(layers: Encoder, source: Callable[[slice], Tensor], buffer: Tensor, scratch: Tensor | None = None) -> None:
+    """Run one encoder whose first layer is a 1×1 convolution.
+
+    Agrees with ``layers`` itself to rounding: moments are summed in another order, and merged in float64.
+
+    Args:
+        layers: the encoder.
+        source: pixels of a tile -> [B, n, in_chs]; may read the same pixels of ``buffer``.
+        buffer: [B, P, chs], overwritten with the result.
+        scratch: [B, P, chs], overwritten; None computes the first convolution of each block twice.
+    """
+    first = conv_matrix(layers[0])
+    moments = _Moments()
+    for tile in tiles(buffer.shape[1], buffer):
+        buffer[:, tile] = F.linear(source(tile), first)
+        moments.add(buffer[:, tile])
+    for block in layers.blocks:
+        moments = _run_block(block, moments, buffer, scratch)
+
+
+def _run_block(block: ResBlock, moments: "_Moments", buffer: Tensor, scratch: Tensor | None) -> "_Moments":
+    """One residual block in place, given the moments of its input; returns those of its output."""
+    scale, shift = moments.affine(block.norm(0))
+    last = block.matrix(1).T.expand(len(buffer), -1, -1)
+
+    def middle(tile: slice) -> Tensor:
+        return F.linear(F.silu(torch.addcmul(shift, buffer[:, tile], scale), inplace=True), block.matrix(0))
+
+    within, after = _Moments(), _Moments()
+    for tile in tiles(buffer.shape[1], buffer):
+        hidden = middle(tile)
+        within.add(hidden)
+        if scratch is not None:
+            scratch[:, tile] = hidden
+    scale_within, shift_within = within.affine(block.norm(1))
+    for tile in tiles(buffer.shape[1], buffer):
+        hidden = middle(tile) if scratch is None else scratch[:, tile]
+        activated = F.silu(torch.addcmul(shift_within, hidden, scale_within), inplace=True)
+        after.add(buffer[:, tile].baddbmm_(activated, last))
+    return after
+
+
+class _Moments:
+    """Means and squared deviations of every channel of every image, merged tile by tile (Chan et al., 1979)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.squares = torch.zeros(())
+
+    def add(self, tile: Tensor) -> None:
+        """Add pixels [B, n, chs]."""
+        tile = tile.to(torch.promote_types(tile.dtype, torch.float32))
+        mean = tile.mean(1)
+        squares = (tile - mean[:, None]).square_().sum(1).double()
+        count, mean = tile.shape[1], mean.double()
+        if self.count:
+            share = count / (self.count + count)
+            delta = mean - self.mean
+            squares += self.squares + delta.square() * (self.count * share)
+            mean = self.mean + delta * share
+        self.count, self.mean, self.squares = self.count + count, mean, squares
+
+    def affine(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+        """What a group normalisation does to each channel, as a scale and a shift: [B, 1, chs] each."""
+        B, chs = self.mean.shape
+        groups = (B, norm.num_groups, chs // norm.num_groups)
+        means, squares = self.mean.view(groups), self.squares.view(groups)
+        mean = means.mean(2, keepdim=True)
+        variance = (squares / self.count + (means - mean).square()).mean(2, keepdim=True)
+        scale = norm.weight.double().view(groups[1:]) / (variance + norm.eps).sqrt()
+        shift = norm.bias.double().view(groups[1:]) - mean * scale
+        scale, shift = (t.reshape(B, 1, chs).to(norm.weight.dtype) for t in (scale, shift))
+        return scale, shift

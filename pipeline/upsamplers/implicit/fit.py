@@ -1,0 +1,243 @@
+"""Fit FeatUp's implicit networks to the views of many images at once, each to its own.
+
+Random numbers come from the schedule's seed and are the same for every image: which views exist, which are looked at
+in a step, what is dropped, where parameters begin. An image's result depends on nothing but the image and the schedule.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ImageError
+from pipeline.upsamplers.implicit.downsample import AttentionDownsamplers, DownsamplerDropout, Windows
+from pipeline.upsamplers.implicit.folded import Dropout, Waves, render_folded
+from pipeline.upsamplers.implicit.loss import Uncertainty, loss_of_images, magnitude
+from pipeline.upsamplers.implicit.network import CHANNELS, ImplicitNetworks
+from pipeline.upsamplers.implicit.schedule import DEFAULT, Schedule, sample_views
+
+__all__ = ["Fit", "fit_networks", "one_colour"]
+
+_DROPPED = 0.2  # published: share of channels, and of cells whose saliency is not looked at
+_ROUNDING = 1e-6  # a relative improvement of the held-out error that counts
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Networks of N images, fitted.
+
+    Attributes:
+        networks: that of each image which the schedule keeps.
+        downsamplers: likewise.
+        held_out_error: [N] float32, mean squared error on the held-out views, of the networks that are kept.
+        steps: [N] int64, after how many steps they were taken.
+        failures: image -> why its network is of no use.
+    """
+
+    networks: ImplicitNetworks
+    downsamplers: AttentionDownsamplers
+    held_out_error: Tensor
+    steps: Tensor
+    failures: dict[int, ImageError]
+
+
+class _Model(nn.Module):
+    """All that is fitted of N images."""
+
+    def __init__(self, images: int, num_chs: int, cell_px: int, seed: int) -> None:
+        super().__init__()
+        self.networks = ImplicitNetworks(images, num_chs, seed=seed)
+        self.downsamplers = AttentionDownsamplers(images, num_chs + 1, cell_px, seed=seed)
+        self.uncertainty = Uncertainty(images, num_chs, seed=seed)
+
+
+def fit_networks(
+    images: Tensor,
+    targets: Tensor,
+    held_out_targets: Tensor,
+    schedule: Schedule = DEFAULT,
+    *,
+    stride_px: int,
+    on_check: Callable[[int, Tensor], None] | None = None,
+) -> Fit:
+    """Fit a network to each image; in bfloat16 where that is safe on a GPU, in float32 on a CPU.
+
+    Args:
+        images: [N, 3, H, W] uint8 RGB.
+        targets: [N, V, k, h, w] floating, on the images' device: features of the views to be fitted (`sample_views`),
+            of about unit variance a channel of the backbone.
+        held_out_targets: [N, V', k, h, w], of the held-out views.
+        schedule: how.
+        stride_px: of the backbone, in pixels.
+        on_check: called with the step and the held-out errors [N] each time that they are looked at.
+
+    Returns:
+        The networks, and which of them failed. No image's network depends on another image.
+
+    Raises:
+        ValueError: the numbers of views are not the schedule's, or the image is too small for the downsampler.
+    """
+    if (targets.shape[1], held_out_targets.shape[1]) != (schedule.views, schedule.held_out):
+        got = f"{targets.shape[1]} and {held_out_targets.shape[1]}"
+        raise ValueError(f"targets: got {got} views, need the schedule's {schedule.views} and {schedule.held_out}")
+    with torch.inference_mode(False), torch.enable_grad():
+        fitter = _Fitter(images, targets.clone(), held_out_targets.clone(), schedule, stride_px)
+        return fitter.run(on_check)
+
+
+class _Fitter:
+    """The loop over steps, and what it needs."""
+
+    def __init__(self, images: Tensor, targets: Tensor, held_out: Tensor, schedule: Schedule, stride_px: int) -> None:
+        self.schedule, self.size = schedule, (images.shape[2], images.shape[3])
+        N, _, self.k = targets.shape[:3]
+        grid, cell = (targets.shape[3], targets.shape[4]), schedule.cell(stride_px)
+        self.windows, self.held_windows = _windows(schedule, self.size, grid, cell, images.device)
+        self.targets, self.held_targets = (t.movedim(2, 4).float() for t in (targets, held_out))  # [N, V, h, w, k]
+        self.model = _Model(N, self.k, cell, schedule.seed).to(images.device)
+        self.model.networks.look_at(images)
+        self.mixed = images.is_cuda
+        self.waves = Waves.of(self.model.networks, images, torch.bfloat16 if self.mixed else torch.float32)
+        self.failures = _unusable(images, self.targets, self.held_targets)
+        self.generator = torch.Generator().manual_seed(schedule.seed)
+
+    def run(self, on_check: Callable[[int, Tensor], None] | None) -> Fit:
+        """Take the steps."""
+        keep = _Keep(self.model, self.schedule, self.failures)
+        optimizer = torch.optim.NAdam(self.model.parameters(), lr=self.schedule.learning_rate)
+        for step in range(1, self.schedule.steps + 1):
+            if keep.finished:
+                break
+            optimizer.zero_grad()
+            torch.autograd.backward(self._loss().sum())  # each image's gradients are its own
+            optimizer.step()
+            if step % self.schedule.check_every == 0 or step == self.schedule.steps:
+                errors = self._held_out_errors()
+                keep.look(step, errors)
+                if on_check is not None:
+                    on_check(step, errors)
+        keep.restore()
+        self._find_divergence(keep)
+        return Fit(self.model.networks, self.model.downsamplers, keep.error, keep.step, self.failures)
+
+    def _loss(self) -> Tensor:
+        """[N], on random views."""
+        chosen = torch.randint(self.schedule.views, (self.schedule.views_per_step,), generator=self.generator)
+        high = self._render(Dropout(self._kept(CHANNELS), self._kept(self.k)))
+        windows = self.windows[chosen.to(high.device)]
+        cells = (*windows.first_row.shape, windows.first_column.shape[1])
+        dropout = DownsamplerDropout(self._kept(len(chosen), self.k + 1), (self._kept(*cells) > 0).float())
+        low = self.model.downsamplers(high, windows, dropout)
+        targets = self.targets[:, chosen.to(high.device)]
+        scales = self.model.uncertainty(targets)
+        return loss_of_images(high, low, targets, scales, self.size, self.schedule.weights)
+
+    def _render(self, dropout: Dropout | None = None) -> Tensor:
+        """[N, H·W, 1 + k] float32: magnitude and features."""
+        with torch.autocast(self.waves.once.device.type, torch.bfloat16, enabled=self.mixed):
+            features = render_folded(self.model.networks, self.waves, dropout).float()
+        return torch.cat([magnitude(features)[..., None], features], 2)
+
+    @torch.no_grad()
+    def _held_out_errors(self) -> Tensor:
+        """[N] mean squared error."""
+        high = self._render()
+        squares = [
+            (self.model.downsamplers(high, self.held_windows[part])[..., 1:] - self.held_targets[:, part]).square()
+            for part in _parts(self.schedule.held_out, self.schedule.views_per_step)
+        ]
+        return torch.cat(squares, 1).flatten(1).mean(1)
+
+    def _kept(self, *shape: int) -> Tensor:
+        """0 for what is dropped, 1 / (1 - share) for what is not; drawn on the CPU, the same on every device."""
+        kept = (torch.rand(*shape, generator=self.generator) > _DROPPED).float() / (1 - _DROPPED)
+        return kept.to(self.waves.once.device)
+
+    def _find_divergence(self, keep: "_Keep") -> None:
+        """A network that explains held-out views no better than nothing does has diverged, or has not got there."""
+        nothing = self.held_targets.square().flatten(1).mean(1)
+        found = zip(keep.error.tolist(), nothing.tolist(), keep.looked.tolist(), strict=True)
+        for image, (error, most, steps) in enumerate(found):
+            if not error < most:
+                why = (
+                    f"its fit is no better than zeros after {steps} steps: squared error {error:.3g} on held-out "
+                    f"views, {most:.3g} for zeros"
+                )
+                self.failures.setdefault(image, ImageError("diverged", why))
+
+
+class _Keep:
+    """Which parameters are kept of each image: the best on held-out views, or the last."""
+
+    def __init__(self, model: nn.Module, schedule: Schedule, failures: dict[int, ImageError]) -> None:
+        parameters = dict(model.named_parameters())
+        first = next(iter(parameters.values()))
+        self.parameters, self.patience = parameters, schedule.patience
+        self.best = {name: p.detach().clone() for name, p in parameters.items()}
+        self.error = torch.full((len(first),), torch.inf, device=first.device)
+        self.step = torch.zeros(len(first), dtype=torch.int64, device=first.device)
+        self.looked = torch.zeros_like(self.step)  # after how many steps an image was last looked at
+        self.waited = torch.zeros_like(self.step)
+        self.going = torch.ones(len(first), dtype=torch.bool, device=first.device)
+        self.going[list(failures)] = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether no image's network can become better."""
+        return not self.going.any()
+
+    @torch.no_grad()
+    def look(self, step: int, errors: Tensor) -> None:
+        """Take parameters of images whose held-out error has become smaller, unless they are done."""
+        better = self.going.clone()
+        self.looked = torch.where(self.going, step, self.looked)
+        if self.patience is not None:
+            better &= errors < (1 - _ROUNDING) * self.error
+            self.waited = torch.where(better, 0, self.waited + 1)
+            self.going &= self.waited < self.patience
+        for name, parameter in self.parameters.items():
+            mask = better.view(-1, *[1] * (parameter.ndim - 1))
+            self.best[name] = torch.where(mask, parameter, self.best[name])
+        self.error = torch.where(better, errors, self.error)
+        self.step = torch.where(better, step, self.step)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put what was kept into the model."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.best[name])
+
+
+def one_colour(images: Tensor) -> Tensor:
+    """[N, 3, H, W] -> [N] bool: whether all pixels of an image are alike."""
+    flat = images.flatten(2)
+    return (flat.amax(2) == flat.amin(2)).all(1)
+
+
+@functools.lru_cache(2)  # the same for all images of a job, and seconds to make
+def _windows(
+    schedule: Schedule, size: tuple[int, int], grid: tuple[int, int], cell_px: int, device: torch.device
+) -> tuple[Windows, Windows]:
+    """Of the views to be fitted, and of those held out."""
+    fitted, held = sample_views(schedule, size)
+    return Windows.of(fitted, grid, cell_px, device), Windows.of(held, grid, cell_px, device)
+
+
+def _unusable(images: Tensor, *targets: Tensor) -> dict[int, ImageError]:
+    """Images that no network can be fitted to, and why."""
+    failures: dict[int, ImageError] = {}
+    constant = one_colour(images)
+    finite = torch.stack([t.flatten(1).isfinite().all(1) for t in targets]).all(0)
+    for image in range(len(images)):
+        if constant[image]:
+            failures[image] = ImageError("constant", "all of it has one colour: there is nothing to fit")
+        elif not finite[image]:
+            failures[image] = ImageError("nonfinite", "the features of its views contain NaN or infinity")
+    return failures
+
+
+def _parts(count: int, most: int) -> Iterator[slice]:
+    """Slices of at most ``most`` that make up ``count``."""
+    return (slice(first, min(first + most, count)) for first in range(0, count, most))

@@ -1,0 +1,112 @@
+"""What FeatUp's implicit networks are fitted to: the features of views, and a few priors."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.views.downsample import blur_matrix
+
+__all__ = ["PUBLISHED_WEIGHTS", "LossWeights", "Uncertainty", "loss_of_images", "magnitude"]
+
+_SMALLEST_SCALE = 1e-4  # published
+_SCALE_OFFSET = 0.1  # published: added to the logarithm of the scale
+_SMALLEST_SQUARE = 1e-12
+_BLUR_TAPS = 5
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of what is added to the reconstruction; FeatUp's published ones.
+
+    Attributes:
+        magnitude: of the squared errors of magnitudes.
+        variation: of the total variation of the high-res magnitude.
+        blur: of the squared difference between the features and their blur.
+    """
+
+    magnitude: float = 0.001
+    variation: float = 0.05
+    blur: float = 0.1
+
+
+PUBLISHED_WEIGHTS = LossWeights()
+
+
+class Uncertainty(nn.Module):
+    """N linear predictions of how well a location of the low-res features can be explained, each of one image.
+
+    FeatUp (arXiv 2403.10516, equation 1): a predicted scale s weighs squared errors by 1 / 2s² and costs log s.
+
+    Args:
+        images: N.
+        num_chs: k.
+        seed: of the initial values, the same for each image.
+    """
+
+    def __init__(self, images: int, num_chs: int, *, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        bound = 0.1 * num_chs**-0.5  # published: a tenth of PyTorch's initial values
+        weight = (2 * torch.rand(num_chs, generator=generator) - 1) * bound
+        bias = (2 * torch.rand((), generator=generator) - 1) * bound
+        self.weight, self.bias = nn.Parameter(weight.repeat(images, 1)), nn.Parameter(bias.repeat(images))
+
+    def forward(self, targets: Tensor) -> Tensor:
+        """[N, V, h, w, k] -> scales [N, V, h, w], positive."""
+        logarithms = torch.einsum("nvijc,nc->nvij", targets, self.weight) + self.bias[:, None, None, None]
+        return (logarithms + _SCALE_OFFSET).exp().clamp_min(_SMALLEST_SCALE)
+
+
+def loss_of_images(
+    high: Tensor, low: Tensor, targets: Tensor, scales: Tensor, size: tuple[int, int], weights: LossWeights
+) -> Tensor:
+    """FeatUp's objective.
+
+    Args:
+        high: [N, H·W, 1 + k] float32, magnitude and high-res features.
+        low: [N, V, h, w, 1 + k], both of them downsampled through V views.
+        targets: [N, V, h, w, k], the backbone's features of these views.
+        scales: [N, V, h, w], `Uncertainty`.
+        size: (H, W).
+        weights: of the priors.
+
+    Returns:
+        [N]: each image's loss; it depends on nothing of the others'.
+    """
+    errors = (low[..., 1:] - targets).square().mean(4)
+    reconstruction = (errors / (2 * scales.square()) + scales.log()).flatten(1).mean(1)
+    wanted = magnitude(targets)
+    magnitudes = (low[..., 0] - wanted).square() + (magnitude(low[..., 1:]) - wanted).square()
+    maps = high.view(len(high), *size, -1)
+    return (
+        reconstruction
+        + weights.magnitude * magnitudes.flatten(1).mean(1)
+        + weights.variation * _total_variation(maps[..., 0])
+        + weights.blur * _difference_from_blur(maps[..., 1:])
+    )
+
+
+def magnitude(features: Tensor) -> Tensor:
+    """Euclidean norm over the last dimension; its gradient at 0 is 0, where that of a plain norm is NaN."""
+    return features.square().sum(-1).clamp_min(_SMALLEST_SQUARE).sqrt()
+
+
+def _total_variation(maps: Tensor) -> Tensor:
+    """[N, H, W] -> [N]: squared differences of neighbours, a pixel."""
+    down, right = maps.diff(dim=1), maps.diff(dim=2)
+    return (down.square().sum((1, 2)) + right.square().sum((1, 2))) / maps[0].numel()
+
+
+def _difference_from_blur(maps: Tensor) -> Tensor:
+    """[N, H, W, k] -> [N]: mean square of the features less their Gaussian blur, reflected at the border."""
+    channels = maps.shape[3]
+    length = 2 * _BLUR_TAPS  # long enough for its middle row to be the kernel, whole
+    taps = blur_matrix(length, taps=_BLUR_TAPS)[_BLUR_TAPS]
+    taps = taps[taps > 0].to(maps.device, maps.dtype)
+    kernel = -torch.outer(taps, taps)
+    kernel[_BLUR_TAPS // 2, _BLUR_TAPS // 2] += 1
+    padded = F.pad(maps.permute(0, 3, 1, 2), [_BLUR_TAPS // 2] * 4, mode="reflect")
+    rest = F.conv2d(padded, kernel.expand(channels, 1, -1, -1), groups=channels)
+    return rest.square().flatten(1).mean(1)

@@ -1,0 +1,178 @@
+"""FeatUp's implicit upsampler as a stage: views, a network fitted to each image of the batch, features rendered."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.quantization import Codes, Quantization
+from kernels.quantize import quantize, to_float16
+from pipeline.errors import ImageError
+from pipeline.features.backbone import Backbone
+from pipeline.upsamplers.implicit.fit import Fit, fit_networks, one_colour
+from pipeline.upsamplers.implicit.network import FittedNetwork
+from pipeline.upsamplers.implicit.schedule import DEFAULT, Schedule, sample_views
+from pipeline.upsamplers.interface import (
+    Facts,
+    Projected,
+    Stored,
+    Upsampler,
+    check_images,
+    checked_basis,
+    resize,
+    with_nonfinite,
+)
+from pipeline.views.features import JitterMatrices, view_features
+from pipeline.views.jitter import Jitter
+
+__all__ = ["ImplicitProjected", "ImplicitUpsampler"]
+
+# A CPU gains nothing from more than one, and a network alone stops when it is done. One alone leaves a GPU idle.
+_IMAGES_AT_ONCE = {"cpu": 1, "cuda": 32}
+_VIEWS_AT_ONCE = 64  # whose matrices are made: 26 MB at 224 px
+
+
+class ImplicitUpsampler(Upsampler):
+    """FeatUp's implicit upsampler (arXiv 2403.10516, section 3.2): a network for each image, fitted to its views.
+
+    As published but for what a dataset asks for: components are the dataset's and not the image's; features are scaled
+    by one number an image to unit mean square over channels instead of being normalised at each location, so that the
+    scale can be undone; dropout of the saliency's input is by channel.
+
+    Args:
+        backbone: whose features these are; it is shared, not copied.
+        schedule: how networks are fitted.
+    """
+
+    name = "implicit"
+    facts = Facts(
+        weights="none",
+        channels="any",
+        scale="any: the network is evaluated at each pixel",
+        guidance="the image, and the backbone's features of jittered views of it",
+        pca="in front: the network is fitted to k components",
+    )
+
+    def __init__(self, backbone: Backbone, schedule: Schedule = DEFAULT) -> None:
+        super().__init__()
+        self.backbone, self.schedule = backbone, schedule
+
+    def identity(self) -> dict[str, object]:
+        """As `Upsampler.identity`."""
+        return {"name": self.name, **self.schedule.identity()}
+
+    def explain(self, device: torch.device) -> str:
+        """As `Upsampler.explain`."""
+        return "plain torch and numba" if device.type == "cpu" else "plain torch, bfloat16"
+
+    def with_basis(self, mean: Tensor, components: Tensor) -> "ImplicitProjected":
+        """As `Upsampler.with_basis`."""
+        mean, components = checked_basis(mean, components)
+        return ImplicitProjected(self.backbone, self.schedule, mean.float(), components.float())
+
+
+class ImplicitProjected(Projected):
+    """The upsampler with a basis.
+
+    Args:
+        backbone: as the upsampler's.
+        schedule: likewise.
+        mean: [C] float32.
+        components: [k, C] float32.
+    """
+
+    mean: Tensor
+    components: Tensor
+
+    def __init__(self, backbone: Backbone, schedule: Schedule, mean: Tensor, components: Tensor) -> None:
+        super().__init__()
+        self.backbone, self.schedule = backbone, schedule
+        self.register_buffer("mean", mean)
+        self.register_buffer("components", components)
+
+    def forward(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """As `Projected.forward`."""
+        return self._rendered(features, images, size)[0]
+
+    def codes(self, features: Tensor, images: Tensor, size: tuple[int, int], step: Tensor) -> Codes:
+        """As `Projected.codes`."""
+        return self.store(features, images, size, step).values
+
+    def store(self, features: Tensor, images: Tensor, size: tuple[int, int], step: Tensor | None) -> Stored:
+        """As `Projected.store`."""
+        high, failures = self._rendered(features, images, size)
+        if step is None:
+            return with_nonfinite(to_float16(high), failures)
+        return with_nonfinite(quantize(high, Quantization(step, torch.zeros_like(step))), failures)
+
+    def fitted(self, features: Tensor, images: Tensor) -> list[FittedNetwork | ImageError]:
+        """Fit a network to each image, to be kept instead of its features.
+
+        Args:
+            features: [B, C, h, w] float32, as the backbone made them.
+            images: [B, 3, H, W] uint8 RGB, of the backbone's size.
+
+        Returns:
+            For each image its network, or why there is none.
+
+        Raises:
+            ValueError: an argument is not as above.
+        """
+        fits = self._fits(features, images)
+        return [
+            fit.failures[i] if i in fit.failures else fit.networks.fitted(i, float(scale))
+            for _, fit, scales in fits
+            for i, scale in enumerate(scales)
+        ]
+
+    def _rendered(
+        self, features: Tensor, images: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, dict[int, ImageError]]:
+        """[B, k, *size] float32, NaN for images that failed, and why they did."""
+        check_images(features, images, size)
+        high = torch.full((len(images), len(self.components), *size), torch.nan, device=images.device)
+        failures = {}
+        for first, fit, scales in self._fits(features, images):
+            part = images[first : first + len(scales)]
+            with torch.no_grad():
+                rendered = fit.networks.render(resize(part.float(), size)) * scales[:, None, None, None]
+            for i in range(len(part)):
+                if i in fit.failures:
+                    failures[first + i] = fit.failures[i]
+                else:
+                    high[first + i] = rendered[i]
+        return high, failures
+
+    def _fits(self, features: Tensor, images: Tensor) -> Iterator[tuple[int, Fit, Tensor]]:
+        """Some images after the other: which is the first, their networks, what those' output is to be scaled by."""
+        check_images(features, images, (1, 1))
+        if tuple(images.shape[2:]) != self.backbone.size:
+            raise ValueError(f"images: got {list(images.shape[2:])} pixels, need the backbone's {self.backbone.size}")
+        at_once = _IMAGES_AT_ONCE[images.device.type]
+        for first in range(0, len(images), at_once):
+            part = slice(first, first + at_once)
+            yield first, *self._fit(features[part], images[part])
+
+    def _fit(self, features: Tensor, images: Tensor) -> tuple[Fit, Tensor]:
+        scales = features.square().mean((1, 2, 3)).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        targets, held_out = (
+            self._seen(images, jitters) / scales[:, None, None, None, None]
+            for jitters in sample_views(self.schedule, self.backbone.size)
+        )
+        fit = fit_networks(images, targets, held_out, self.schedule, stride_px=self.backbone.reduction)
+        return fit, scales
+
+    def _seen(self, images: Tensor, jitters: list[Jitter]) -> Tensor:
+        """[B, V, k, h, w] float32: what the backbone sees of views; zeros where no image has anything to see."""
+        if one_colour(images).all():
+            return images.new_zeros(
+                len(images), len(jitters), len(self.components), *self.backbone.grid, dtype=torch.float32
+            )
+        projection = self.mean, self.components
+        parts = [
+            view_features(
+                self.backbone, images, JitterMatrices.of(jitters[i : i + _VIEWS_AT_ONCE], images.device), projection
+            )
+            for i in range(0, len(jitters), _VIEWS_AT_ONCE)
+        ]
+        return torch.cat(parts, 1)

@@ -1,0 +1,250 @@
+"""Joint bilateral upsampling: with weights that serve every backbone, with FeatUp's, or training-free."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.dispatch import Kind
+from kernels.jbu import (
+    Codes,
+    JBUStack,
+    Quantization,
+    bilateral_codes,
+    bilateral_stage,
+    explain,
+    learned_codes,
+    learned_stage,
+)
+from pipeline.errors import JobError
+from pipeline.features.checkpoints import load_strict, read_metadata, read_state_dict, state_digest
+from pipeline.upsamplers.interface import (
+    Facts,
+    Folding,
+    LinearUpsampler,
+    check_images,
+    checked_basis,
+    imagenet_normalised,
+    resize,
+)
+
+__all__ = ["JBU", "UNIVERSAL"]
+
+UNIVERSAL = "universal"  # in the place of a checkpoint: the weights that come with this
+# Made by jobs/train_upsampler.py, as benchmarks/train/training.py has it: "jbu on lite0".
+_UNIVERSAL = Path(__file__).with_name("jbu_universal.safetensors")
+
+# What else published checkpoints hold, all of it for training: backbone, attention downsampler, uncertainty.
+_TRAINING_ONLY = ("model", "downsampler", "scale_net")
+_FINAL_WEIGHT = 0.1  # published: how much of the final 1×1 convolution is added to the last stage
+
+
+class JBU(LinearUpsampler):
+    """Joint bilateral upsampling in ×2 stages: learned (FeatUp, arXiv 2403.10516), or training-free.
+
+    The weights that come with this, `universal`, depend on the image alone and serve every backbone; FeatUp's serve the
+    one that they were trained on. Training-free: as many stages as reach ``size``, each with Kopf et al.'s bilateral
+    kernel on RGB in [0, 1].
+    With weights: four stages, so ×16. In both cases one bilinear interpolation ends at ``size`` exactly, and also
+    goes beyond ×16: the image is then not looked at in that last step.
+
+    Args:
+        stack: learned parameters; None is training-free.
+    """
+
+    name = "jbu"
+    facts = Facts(
+        weights="optional",
+        channels="any; with FeatUp's weights, theirs",
+        scale="×2 a stage: as many as it takes; with weights ×16",
+        guidance="the image, pooled to each stage's size",
+        pca="exact: in front",
+    )
+    # Chosen by looking at the first three components of EfficientNet-Lite0's features (14×14 -> 224) of COCO photos,
+    # σ_spatial 1…3 pixels × σ_range 0.05…0.2. At (1, 0.05) the low-res grid shows through; at 3, or 2 and more on
+    # stripes, texture prints into the features and small objects fade; at σ_range 0.2 edges no longer snap.
+    radius = 3
+    sigma_spatial = 1.5
+    sigma_range = 0.1
+
+    def __init__(self, stack: JBUStack | None = None) -> None:
+        super().__init__()
+        self.stack = None if stack is None else stack.requires_grad_(False)
+
+    @classmethod
+    def universal(cls) -> "JBU":
+        """With the weights that come with this: for features of any backbone.
+
+        They explain views that nobody has seen somewhat better than the training-free kernel, and follow edges less:
+        README.md has both measured, and why they are not the default.
+        """
+        return cls.from_weights(str(_UNIVERSAL), num_chs=0)  # they mix no channels: any number will do
+
+    @classmethod
+    def from_weights(cls, uri: str, num_chs: int) -> "JBU":
+        """Load FeatUp's published weights, or those of ``jobs/train_upsampler.py``, every one of them.
+
+        Args:
+            uri: checkpoint, local or remote; names may begin with ``upsampler.``, and what is there for training
+                only (``model.*``, ``downsampler.*``, ``scale_net.*``) is left out. The final convolution may be
+                missing only from a file that says that it has none.
+            num_chs: channels of the backbone's features.
+
+        Raises:
+            JobError: unreadable; tensors missing, unexpected or misshapen; made for another number of channels.
+        """
+        state = _upsampler_state(read_state_dict(uri))
+        final = state.get("fixup_proj.1.weight")
+        if final is not None and final.shape[0] != num_chs:
+            raise JobError(
+                f"JBU weights {uri} are for features of {final.shape[0]} channels, the backbone makes {num_chs}. "
+                "Choose the weights trained for this backbone, `universal`, or none."
+            )
+        stack = JBUStack(None if read_metadata(uri).get("final") == "off" else num_chs)
+        load_strict(stack, state, what=f"JBU weights {uri}")
+        return cls(stack)
+
+    def identity(self) -> dict[str, object]:
+        """As `Upsampler.identity`: the weights' digest, or the training-free parameters."""
+        if self.stack is not None:
+            return {"name": self.name, "weights": state_digest(self.stack.state_dict())}
+        parameters = {"radius": self.radius, "sigma_spatial": self.sigma_spatial, "sigma_range": self.sigma_range}
+        return {"name": self.name, **parameters}
+
+    def fold(self, mean: Tensor, components: Tensor) -> Folding:
+        """As `LinearUpsampler.fold`, with the final convolution Y = U + 0.1·(W·U + b), if any, folded in as well."""
+        mean, components = checked_basis(mean, components)
+        with torch.no_grad():
+            projection, offset = self.through_final(components.T)
+        return Folding(projection.float().contiguous(), (offset - components @ mean).float())
+
+    def through_final(self, projection: Tensor) -> tuple[Tensor, Tensor]:
+        """Move a projection of the output in front of the stages: ``apply_final(U(X)) · P == U(X · Q) + offset``.
+
+        Args:
+            projection: P, [..., C, k], floating.
+
+        Returns:
+            Q [..., C, k] and offset [..., k], in P's dtype and on its device; differentiable in the convolution.
+
+        Raises:
+            ValueError: the final convolution has another number of channels.
+        """
+        final = None if self.stack is None else self.stack.final
+        if final is None:
+            return projection, projection.new_zeros(*projection.shape[:-2], projection.shape[-1])
+        if final.in_channels != projection.shape[-2]:
+            raise ValueError(f"projection: got {projection.shape[-2]} channels, need the weights' {final.in_channels}")
+        assert final.bias is not None
+        weight, bias = (_FINAL_WEIGHT * parameter.to(projection) for parameter in (final.weight, final.bias))
+        return projection + weight[:, :, 0, 0].T @ projection, bias @ projection  # (I + 0.1 W)ᵀ P
+
+    def forward(self, low: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """As `LinearUpsampler.forward`; without the final convolution, which is in the projection."""
+        check_images(low, images, size)
+        high, pixels = low, self._pixels(images)
+        for number in range(self._stage_count(_grid(low), size)):
+            high = self._stage(number, high, pixels)
+        return resize(high, size)
+
+    def explain(self, device: torch.device) -> str:
+        """As `Upsampler.explain`."""
+        source = torch.float16 if device.type == "cuda" else torch.float32
+        return str(explain(Kind(device, source), Kind(device, torch.float32)))  # the guidance is float32
+
+    def can_quantize(self, low: tuple[int, int], size: tuple[int, int]) -> bool:
+        """As `LinearUpsampler.can_quantize`: where the last stage ends at ``size``, and no interpolation follows."""
+        stages = self._stage_count(low, size)
+        return stages > 0 and (low[0] << stages, low[1] << stages) == size
+
+    def forward_codes(self, low: Tensor, images: Tensor, size: tuple[int, int], quantization: Quantization) -> Codes:
+        """As `LinearUpsampler.forward_codes`: the last stage's kernel writes codes."""
+        check_images(low, images, size)
+        if not self.can_quantize(_grid(low), size):
+            raise NotImplementedError(f"jbu quantizes where its last stage ends at the output's size {size}")
+        high, pixels = low, self._pixels(images)
+        last = self._stage_count(_grid(low), size) - 1
+        for number in range(last):
+            high = self._stage(number, high, pixels)
+        guidance = _guidance(pixels, high)
+        if self.stack is None:
+            return bilateral_codes(high, guidance, self.sigma_spatial, self.sigma_range, self.radius, quantization)
+        return learned_codes(high, guidance, self.stack.stages[last], quantization)
+
+    def apply_stages(self, source: Tensor, pixels: Tensor) -> Tensor:
+        """Run the four learned stages: [B, k, h, w] and a normalised image [B, 3, H, W], floating -> [B, k, 16h, 16w].
+
+        Raises:
+            ValueError: this upsampler is training-free and has no stages.
+        """
+        if self.stack is None:
+            raise ValueError("stack: got None, need learned weights: the training-free upsampler has no stages")
+        for number in range(len(self.stack.stages)):
+            source = self._stage(number, source, pixels)
+        return source
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """uint8 RGB -> what guides: [0, 1], or normalised for learned weights."""
+        return images.float() / 255 if self.stack is None else imagenet_normalised(images)
+
+    def _stage_count(self, low: tuple[int, int], size: tuple[int, int]) -> int:
+        """Learned: as many as there are; training-free: the fewest with low * 2^n >= size on both axes."""
+        if self.stack is not None:
+            return len(self.stack.stages)
+        stages = 0
+        while low[0] << stages < size[0] or low[1] << stages < size[1]:
+            stages += 1
+        return stages
+
+    def _stage(self, number: int, source: Tensor, pixels: Tensor) -> Tensor:
+        guidance = _guidance(pixels, source)
+        if self.stack is None:
+            return bilateral_stage(source, guidance, self.sigma_spatial, self.sigma_range, self.radius)
+        return learned_stage(source, guidance, self.stack.stages[number])
+
+    def apply_final(self, features: Tensor) -> Tensor:
+        """Add the final convolution to all C channels [B, C, H, W]: Y = U + 0.1·(W·U + b). Without one: nothing."""
+        final = None if self.stack is None else self.stack.final
+        if final is None:
+            return features
+        if final.in_channels != features.shape[1]:
+            raise ValueError(f"features: got {features.shape[1]} channels, need the weights' {final.in_channels}")
+        assert final.bias is not None
+        mixed = F.conv2d(features, final.weight.to(features.dtype), final.bias.to(features.dtype))
+        return features + _FINAL_WEIGHT * mixed
+
+    def forward_full(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """Upsample all C channels, final convolution included.
+
+        Args:
+            features: [B, C, h, w], floating, neither projected nor centred.
+            images: [B, 3, H, W] uint8 RGB.
+            size: height and width of the output.
+
+        Returns:
+            [B, C, *size], float32 (on a GPU: dtype of ``features``).
+
+        Raises:
+            ValueError: an argument is not as above.
+        """
+        return self.apply_final(self.forward(features, images, size))
+
+
+def _upsampler_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The upsampler's tensors, without prefix; names that nobody knows stay, for `load_strict` to report."""
+    kept = {name: tensor for name, tensor in state.items() if name.split(".", 1)[0] not in _TRAINING_ONLY}
+    if not any(name.startswith("upsampler.") for name in kept):
+        return kept
+    # A name without the prefix, among names with it, is no tensor of the upsampler, whatever it is called.
+    return {n.removeprefix("upsampler.") if n.startswith("upsampler.") else f"<no prefix> {n}": kept[n] for n in kept}
+
+
+def _grid(features: Tensor) -> tuple[int, int]:
+    return features.shape[2], features.shape[3]
+
+
+def _guidance(pixels: Tensor, source: Tensor) -> Tensor:
+    """The image at twice the source's size, in float32: colour distances suffer in half precision, kernels less."""
+    return F.adaptive_avg_pool2d(pixels, (2 * source.shape[2], 2 * source.shape[3]))

@@ -1,0 +1,1 @@
+"""LiFT: a small network that doubles the resolution (Suri et al., ECCV 2024)."""

@@ -1,0 +1,76 @@
+"""LiFT as an upsampler of the job: `pipeline.upsamplers.lift.network`, with a basis in its last convolution."""
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import JobError
+from pipeline.features.checkpoints import read_state_dict, state_digest
+from pipeline.upsamplers.interface import Facts, Projected, Upsampler, check_images, imagenet_normalised, resize
+from pipeline.upsamplers.lift.network import LiFT
+
+__all__ = ["LiFTUpsampler"]
+
+
+class LiFTUpsampler(Upsampler):
+    """LiFT (ECCV 2024, arXiv 2403.14625): ×2 an application; a bilinear interpolation ends at the output's size.
+
+    Args:
+        lift: the network, in evaluation mode.
+    """
+
+    name = "lift"
+    facts = Facts(
+        weights="required",
+        channels="those of its weights",
+        scale="×2 an iteration (--lift-iterations)",
+        guidance="the image at the patch size its weights were trained for",
+        pca="in its last 1×1 convolution: exact, but C channels are computed until there",
+    )
+
+    def __init__(self, lift: LiFT) -> None:
+        super().__init__()
+        self.lift = lift.requires_grad_(False)
+
+    @classmethod
+    def from_weights(cls, uri: str, num_chs: int, *, patch: int, iterations: int = 1) -> "LiFTUpsampler":
+        """Load published weights, every one of them.
+
+        Args:
+            uri: checkpoint, local or remote.
+            num_chs: channels of the backbone's features.
+            patch: pixels a cell of the backbone's features.
+            iterations: how often to apply the network.
+
+        Raises:
+            JobError: unreadable; not LiFT's; made for another number of channels.
+        """
+        try:
+            return cls(LiFT.from_state(read_state_dict(uri), patch=patch, iterations=iterations, num_chs=num_chs))
+        except JobError as error:
+            raise JobError(f"{uri}: {error}") from error
+
+    def identity(self) -> dict[str, object]:
+        """As `Upsampler.identity`."""
+        return {
+            "name": self.name,
+            "weights": state_digest(self.lift.state_dict()),
+            "patch": self.lift.patch,
+            "iterations": self.lift.iterations,
+        }
+
+    def with_basis(self, mean: Tensor, components: Tensor) -> Projected:
+        """As `Upsampler.with_basis`."""
+        return _LiFTProjected(self.lift.folded(mean, components))
+
+
+class _LiFTProjected(Projected):
+    def __init__(self, folded: LiFT) -> None:
+        super().__init__()
+        self.folded = folded
+
+    def forward(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """As `Projected.forward`; in bfloat16 autocast on a GPU, like the backbone."""
+        check_images(features, images, size)
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=features.is_cuda):
+            high = self.folded(features, imagenet_normalised(images))
+        return resize(high.float(), size)

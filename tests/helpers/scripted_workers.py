@@ -1,0 +1,97 @@
+"""Workers that do as they are told: fail, die, stop. Where they count, they count in files: they may be any process."""
+
+import os
+import signal
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from densefeat.errors import StorageUnavailable
+from pipeline.errors import JobError
+from pipeline.images.batches import WorkStopped
+from pipeline.run.feature_worker import WorkerSpec
+from schemas.options import FeatureConfig
+
+SPEC = WorkerSpec(FeatureConfig(images="none", device="cpu"), "files", None, 2, {})
+
+
+class ScriptedWorker:
+    """Stands in for a ``FeatureWorker``."""
+
+    tasks_at_once = 2
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self.images_done = 0
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def double(self, number: int) -> int:
+        self.images_done += 1
+        return 2 * number
+
+    def where(self) -> tuple[int, int, int]:
+        """Process, threads of the worker, and torch's inside of operations."""
+        return os.getpid(), self.spec.threads, torch.get_num_threads()
+
+    def slow(self, seconds: float, number: int) -> int:
+        for _ in range(int(seconds / 0.05)):
+            if self._stopped.is_set():
+                raise WorkStopped
+            time.sleep(0.05)
+            self.images_done += 1
+        return number
+
+    def raises(self, error: type[Exception], text: str, number: int) -> int:
+        """Odd numbers fail."""
+        if number % 2:
+            raise error(text)
+        return number
+
+    def storage_is_back_after(self, log: Path, failures: int) -> int:
+        if (tried := count(log)) <= failures:
+            raise StorageUnavailable("the storage did not answer")
+        return tried
+
+    def job_error(self, number: int) -> int:
+        raise JobError(f"this cannot be done ({number})")
+
+    def killed(self, log: Path, times: int, number: int) -> int:
+        """Takes its process with it, a number of times."""
+        if count(log) <= times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+
+def count(log: Path) -> int:
+    """How often this was called, from any process."""
+    with log.open("ab", buffering=0) as file:
+        file.write(b"x")
+    return log.stat().st_size
+
+
+def make(spec: WorkerSpec) -> Any:
+    return ScriptedWorker(spec)
+
+
+def _make_badly(log: Path, times: int, how: str, spec: WorkerSpec) -> Any:
+    if count(log) <= times:
+        if how == "raises":
+            raise OSError("no weights")
+        if how == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "hangs":
+            time.sleep(3600)
+        raise JobError("the backbone is not the driver's")
+    return ScriptedWorker(spec)
+
+
+def making_badly(log: Path, times: int, how: str) -> Any:
+    """Set-ups that fail a number of times, and how: "raises", "dies", "hangs", "refuses"."""
+    return partial(_make_badly, log, times, how)

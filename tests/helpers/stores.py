@@ -1,0 +1,103 @@
+"""Small stores with known contents, written by the pipeline's own writer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from densefeat import layout
+from densefeat.layout import FeatureLayout
+from densefeat.storage.objects import Objects
+from pipeline.features.pca import Basis
+from pipeline.reporting.seconds import StageSeconds
+from pipeline.store.layout import finish, set_up, step_sha256
+from pipeline.store.shard import write_shard
+from schemas.attributes import StoreAttributes
+from schemas.index import OK, REFERENCES, pending_index
+from schemas.ledger import LedgerRecord, RowOutcome
+
+ROWS, K, C, H, W, SHARD_ROWS = 11, 5, 9, 12, 10, 4
+FAILED_ROWS = (2, 8)  # one amid a shard, one at the start of the last
+
+SHARED = Path(__file__).parents[3] / "shared"
+
+
+@dataclass
+class KnownStore:
+    """A store and what is in it."""
+
+    uri: str
+    codes: np.ndarray  # [ROWS, K, H, W] as stored
+    step: np.ndarray | None
+    basis: Basis
+    records: list[LedgerRecord]
+    configuration_hash: str = ""
+
+
+def references(rows: int = ROWS) -> pa.Table:
+    columns = {
+        "key": [f"class/{row:03d}.jpg" for row in range(rows)],
+        "uri": [f"/photos/class/{row:03d}.jpg" for row in range(rows)],
+        "offset": [None] * rows,
+        "nbytes": [1000 + row for row in range(rows)],
+        "label": [row % 3 for row in range(rows)],
+    }
+    return pa.table(columns, schema=REFERENCES)
+
+
+def basis(k: int = K, c: int = C, seed: int = 0) -> Basis:
+    rng = np.random.default_rng(seed)
+    orthonormal, _ = np.linalg.qr(rng.normal(size=(c, c)))
+    variance = np.arange(k, 0, -1, dtype=np.float64)
+    return Basis(
+        rng.normal(size=c).astype(np.float32),
+        np.ascontiguousarray(orthonormal[:k], dtype=np.float32),
+        variance,
+        variance / (variance.sum() * 1.25),
+    )
+
+
+def known_codes(dtype: str = "int8", rows: int = ROWS, seed: int = 1) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    if dtype == "int8":
+        return rng.integers(-127, 128, size=(rows, K, H, W)).astype(np.int8)
+    return rng.normal(size=(rows, K, H, W)).astype(np.float16)
+
+
+def outcome(row: int) -> RowOutcome:
+    if row in FAILED_ROWS:
+        return RowOutcome(row, "corrupt", "image file is truncated")
+    # The original was twice as large, and shifted by (4, 2).
+    return RowOutcome(row, OK, None, 2 * H, 2 * W, (0.5, 0, -2, 0, 0.5, -1), (0, 0, H, W))
+
+
+def set_up_store(uri: str, dtype: str = "int8", source: dict[str, Any] | None = None) -> KnownStore:
+    """A store with no shard done; ``source``: of its configuration."""
+    step = np.linspace(0.01, 0.05, K, dtype=np.float32) if dtype == "int8" else None
+    store = KnownStore(uri, known_codes(dtype), step, basis(), [])
+    configuration: dict[str, Any] = {"pca": {"components": K, "basis": store.basis.digest}, "storage": {"dtype": dtype}}
+    if source is not None:
+        configuration["source"] = source
+    attributes = StoreAttributes(configuration, {"densefeat": "test"}, ("a", "b", "c"), 0.8, step_sha256(step))
+    store.configuration_hash = attributes.hash
+    features = FeatureLayout(ROWS, K, H, W, dtype, SHARD_ROWS)
+    set_up(Objects(uri), attributes, features, store.basis, step, pending_index(references()))
+    return store
+
+
+def write_known_shard(store: KnownStore, shard: int) -> LedgerRecord:
+    rows = range(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, ROWS))
+    outcomes = [outcome(row) for row in rows]
+    chunks = [layout.encode_chunk(store.codes[o.row]) if o.ok else None for o in outcomes]
+    facts = {"configuration_hash": store.configuration_hash, "clipped": 0, "made_by": {"host": "test"}}
+    return write_shard(Objects(store.uri), shard, SHARD_ROWS, chunks, outcomes, StageSeconds(), facts)
+
+
+def make_store(uri: str, dtype: str = "int8", source: dict[str, Any] | None = None) -> KnownStore:
+    """A finished store."""
+    store = set_up_store(uri, dtype, source)
+    store.records = [write_known_shard(store, shard) for shard in range(-(-ROWS // SHARD_ROWS))]
+    finish(Objects(uri), store.records)
+    return store

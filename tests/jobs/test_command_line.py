@@ -1,0 +1,90 @@
+"""What every job does with a signal, an error, an end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+JOB = """
+import sys, time
+from dataclasses import dataclass
+from jobs.command_line import run
+
+@dataclass(frozen=True)
+class Config:
+    cleanup: float = 0.0
+    kept: str = ""
+
+def job(config):
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        end = time.monotonic() + config.cleanup
+        while time.monotonic() < end:
+            time.sleep(0.01)
+        raise KeyboardInterrupt(*[config.kept] * bool(config.kept))
+
+run(Config, job, "a job", interrupted="nothing was kept")
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    script = tmp_path / "script.py"
+    script.write_text(JOB)
+    return script
+
+
+def begin(script: Path, *options: str) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    job = subprocess.Popen(
+        [sys.executable, str(script), *options],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert job.stdout is not None
+    assert job.stdout.readline() == "begun\n"
+    return job
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("options", "said"), [((), "interrupted: nothing was kept"), (("--kept", "9 shards"), "interrupted: 9 shards")]
+)
+def test_a_signal_stops_it_and_it_says_what_is_kept(
+    script: Path, number: signal.Signals, options: tuple[str, ...], said: str
+) -> None:
+    job = begin(script, *options)
+    job.send_signal(number)
+    _, stderr = job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert said in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_second_signal_ends_it_at_once(script: Path) -> None:
+    job = begin(script, "--cleanup", "50")
+    job.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert job.poll() is None
+    job.send_signal(signal.SIGINT)
+    _, stderr = job.communicate(timeout=20)
+    assert job.returncode == 130
+    assert "stopping; once more to exit at once" in stderr
+    assert "interrupted" not in stderr
+
+
+def test_one_press_that_comes_twice_is_one(script: Path) -> None:
+    job = begin(script, "--cleanup", "0.3")
+    job.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    job.send_signal(signal.SIGINT)
+    _, stderr = job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert "interrupted: nothing was kept" in stderr

@@ -1,0 +1,232 @@
+"""The main job as a command on Ray: killed, interrupted, refused. Nothing here is mocked."""
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+IMAGES, SHARD_IMAGES = 48, 4
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import skimage
+
+    folder = tmp_path_factory.mktemp("photographs")
+    picture = Image.open(Path(skimage.__file__).parent / "data" / "astronaut.png")
+    for i in range(IMAGES):
+        picture.crop((4 * i, 2 * i, 4 * i + 256, 2 * i + 256)).save(folder / f"{i:03}.jpg")
+    return folder
+
+
+def command(images: Path | str, store: Path, *more: str) -> list[str]:
+    options = {
+        "images": images, "store": store, "backbone": "resnet18", "weights": "random", "layer": 2, "size": 224,
+        "components": 32, "shard-images": SHARD_IMAGES, "batch-size": 2, "device": "cpu",
+    }  # fmt: skip
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "jobs.upsample_imagenet", *arguments, *more]
+
+
+def run(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def start(arguments: list[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 300) -> Any:
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise TimeoutError
+
+
+def shards_done(store: Path) -> int:
+    return len(list((store / "_ledger").glob("*.parquet")))
+
+
+def shard_bytes(store: Path) -> dict[str, bytes]:
+    files = [path for path in (store / "features" / "c").rglob("*") if path.is_file()]
+    return {str(path.relative_to(store)): path.read_bytes() for path in files}
+
+
+def worker_processes(driver: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process(driver).children(recursive=True):
+        try:
+            if "WorkerActor" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    store = tmp_path_factory.mktemp("undisturbed") / "store"
+    finished = run(command(photographs, store))
+    assert finished.returncode == 0, finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert f"{IMAGES} with features, 0 failed" in finished.stderr
+    return shard_bytes(store)
+
+
+def test_killed_at_any_moment_it_goes_on_where_it_was(
+    photographs: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    moments: list[Callable[[], Any]] = [
+        (store / "zarr.json").exists,  # while the store is set up, or just after
+        # Amid writing; at the latest with eight of twelve shards done, as a write of milliseconds may not be seen.
+        lambda: (done := shards_done(store)) >= 8 or (done >= 5 and any(store.rglob(".*.partial"))),
+    ]
+    for moment in moments:
+        job = start(command(photographs, store, "--resume"))
+        children = wait_for(lambda job=job: worker_processes(job.pid))
+        wait_for(moment)
+        job.send_signal(signal.SIGKILL)
+        job.communicate(timeout=60)
+        # Ray's own processes notice that their driver is gone.
+        psutil.wait_procs(children, timeout=60)
+    assert shards_done(store) < len(undisturbed)
+    finished = run(command(photographs, store, "--resume"))
+    assert finished.returncode == 0, finished.stderr
+    assert shard_bytes(store) == undisturbed
+    # What was half-written is nobody's a day later.
+    for path in store.rglob(".*.partial"):
+        os.utime(path, (0, 0))
+    assert run(command(photographs, store, "--resume")).returncode == 0
+    assert list(store.rglob(".*.partial")) == []
+
+
+def test_a_killed_worker_is_replaced(photographs: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    job = start(command(photographs, store))
+    wait_for(lambda: shards_done(store) >= 2)
+    for worker in worker_processes(job.pid):
+        worker.kill()
+    _, said = job.communicate(timeout=300)
+    assert job.returncode == 0, said
+    assert "a worker died and is replaced" in said
+    assert shard_bytes(store) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_is_replaced(photographs: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    """Alive, but it does not answer: as a device that hangs."""
+    store = tmp_path / "store"
+    job = start(command(photographs, store, "--stall-timeout-s", "5"))
+    wait_for(lambda: shards_done(store) >= 2)
+    for worker in worker_processes(job.pid):
+        worker.send_signal(signal.SIGSTOP)
+    _, said = job.communicate(timeout=300)
+    assert job.returncode == 0, said
+    assert "no progress for 5 s" in said
+    assert shard_bytes(store) == undisturbed
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+def test_interrupted_it_says_how_to_go_on(photographs: Path, tmp_path: Path, number: signal.Signals) -> None:
+    store = tmp_path / "store"
+    job = start(command(photographs, store))
+    wait_for(lambda: shards_done(store) >= 1)
+    job.send_signal(number)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 130, said
+    assert "interrupted" in said
+    assert re.search(r"interrupted: [1-9]\d* of 12 shards are finished and kept; --resume goes on from them", said)
+    assert "Traceback" not in said
+
+
+def test_interrupted_before_anything_is_stored(photographs: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    job = start(command(photographs, store, "--workers", "0"))
+    assert job.stderr is not None
+    said = next(line for line in job.stderr if "PCA: fitting" in line)
+    job.send_signal(signal.SIGINT)
+    said += job.communicate(timeout=60)[1]
+    assert job.returncode == 130, said
+    assert "interrupted: nothing was stored: run the same command again" in said
+    assert not (store / "zarr.json").exists()
+
+
+def test_without_ray_it_does_not_wait_for_a_shard(photographs: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    job = start(command(photographs, store, "--workers", "0", "--shard-images", str(IMAGES), "--batch-size", "1"))
+    wait_for((store / "index.parquet").exists)  # then comes its one shard
+    time.sleep(0.3)
+    job.send_signal(signal.SIGINT)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 130, said
+    assert "interrupted: no shard is finished, but the store was begun: --resume goes on with it" in said
+    assert "Traceback" not in said
+    assert shards_done(store) == 0
+
+
+@pytest.mark.parametrize(
+    ("images", "more", "words"),
+    [
+        ("/nothing/here", (), "/nothing/here"),
+        (None, ("--backbone", "resnet81"), "resnet18"),
+        (None, ("--size", "abc"), "--size is in pixels"),
+        (None, ("--no-such-option", "1"), "--no-such-option"),
+        (None, ("--fit", "stretch"), "stretch"),
+    ],
+)
+def test_refused_with_a_message_and_code_2(
+    photographs: Path, tmp_path: Path, images: str | None, more: tuple[str, ...], words: str
+) -> None:
+    refused = run(command(images or photographs, tmp_path / "store", *more))
+    assert refused.returncode == 2
+    said = refused.stderr + refused.stdout
+    assert words in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "store" / "zarr.json").exists()
+
+
+@pytest.mark.slow
+def test_submitted_to_a_cluster(photographs: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    """``ray job submit`` as the README has it, on a cluster started here."""
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    ports = ["--port=26379", "--dashboard-port=28265", "--dashboard-agent-listen-port=28266"]
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short path: Ray puts sockets there
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_TMPDIR": folder,
+            "RAY_AUTH_MODE": "token",  # the default of newer Ray versions
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:28265",
+        }
+        head = subprocess.Popen(
+            [*ray, "start", "--head", "--block", *ports], cwd=tmp_path, env=environment, start_new_session=True
+        )
+        try:
+            submit = [*ray, "job", "submit", "--working-dir", str(ROOT), "--"]
+            wait_for(lambda: subprocess.run([*ray, "job", "list"], env=environment, check=False).returncode == 0)
+            store = tmp_path / "store"
+            arguments = ["python", "jobs/upsample_imagenet.py", *command(photographs, store)[3:]]
+            submitted = subprocess.run(
+                [*submit, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+            )
+            assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+            assert shard_bytes(store) == undisturbed
+        finally:
+            os.killpg(head.pid, signal.SIGTERM)  # not "ray stop", which stops other people's Ray too
+            head.wait(60)

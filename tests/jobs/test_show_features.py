@@ -1,0 +1,67 @@
+"""The picture of a store."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs.pictures import feature_colours
+from jobs.show_features import ShowConfig, show
+from jobs.upsample_imagenet import upsample
+from pipeline.errors import JobError
+from schemas.options import UpsampleConfig
+from tests.helpers.photographs import photo
+from tests.helpers.stores import make_store
+
+
+@pytest.mark.parametrize(("weights", "components"), [("random", 4), ("none", 3), ("random", 2), ("none", 1)])
+def test_a_picture_of_a_store(tmp_path: Path, weights: str, components: int) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "photos" / f"{name}.jpg").write_bytes(photo(96, 96))
+    job = UpsampleConfig(
+        images=str(tmp_path / "photos"), store=str(tmp_path / "store"), backbone="resnet18", weights="random", layer=2,
+        size="64", components=components, workers=0, device="cpu",
+    )  # fmt: skip
+    assert upsample(job) == 0
+    picture = tmp_path / "new" / "picture.PNG"
+    assert show(ShowConfig(store=job.store, output=str(picture), weights=weights)) == 0
+    pixels = np.asarray(Image.open(picture))
+    assert pixels.shape[1] > 2 * 64
+    assert pixels.shape[0] > 2 * 64
+    assert pixels.std() > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rows": (0, 2, -3)}, r"--rows \[2, -3\] have no features: row 2 \(class/002\.jpg\) is corrupt; row -3 .*008"),
+        ({"rows": (99,)}, r"--rows \[99\]: the store has rows 0 … 10"),
+        ({"output": "/proc/picture.png"}, r"--output /proc/picture.png cannot be written"),
+    ],
+)
+def test_what_cannot_be_shown(tmp_path: Path, options: dict[str, object], words: str) -> None:
+    store = make_store(str(tmp_path / "store"))
+    with pytest.raises(JobError, match=words):
+        show(ShowConfig(**{"store": store.uri, "output": str(tmp_path / "x.png"), "weights": "none", **options}))
+
+
+def test_the_picture_has_a_known_kind() -> None:
+    with pytest.raises(ValueError, match=r"--output is a picture.*x\.gif"):
+        ShowConfig(store="store", output="x.gif")
+
+
+def test_colours_of_few_components() -> None:
+    ramp = np.linspace(0, 1, 101, dtype=np.float32).reshape(1, 1, 101)
+    (grey,) = feature_colours([ramp])
+    assert (grey == grey[..., :1]).all()
+    assert grey[0, 0, 0] == 0
+    assert grey[0, -1, 0] == 255
+    (two,) = feature_colours([np.concatenate([ramp, 1 - ramp])])
+    assert two[0, 0].tolist() == [0, 255, 255]
+    assert two[0, -1].tolist() == [255, 0, 0]
+    (three,) = feature_colours([np.concatenate([ramp, 1 - ramp, ramp, -ramp])])
+    assert three[0, -1].tolist() == [255, 0, 255]
+    (flat,) = feature_colours([np.full((1, 2, 2), 7, np.float32)])  # nothing to see, and no warning
+    assert (flat == flat[0, 0]).all()

@@ -1,0 +1,174 @@
+"""Every Triton kernel of joint bilateral upsampling compiles for the GPUs it is for. No GPU is needed.
+
+This file is also the program that compiles (``python test_jbu_triton_compiles.py arch dtype radius operations``): in a
+process of its own, as Triton either interprets its kernels or compiles them.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # that a program can have, in bytes
+MATRIX_UNITS = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
+OPERATIONS = (
+    "learned_stage learned_codes bilateral_stage bilateral_codes adaptive_conv learned_kernel bilateral_kernel "
+    "range_products adaptive_conv_backward range_products_backward"
+)
+EVERY_KERNEL = (
+    "learned_codes bilateral_stage adaptive_conv range_products adaptive_conv_backward range_products_backward"
+)
+LARGEST = "learned_codes"
+# Half features with float32 guidance are "float16/float32".
+SOME = [(arch, "float16", 3, EVERY_KERNEL) for arch in SHARED_MEMORY]
+SOME += [(80, "float32", 3, LARGEST), (100, "bfloat16", 3, LARGEST)]
+ALL = [(arch, dtype, radius) for arch in SHARED_MEMORY for dtype in ("float16", "float32") for radius in (1, 3, 7)]
+ALL += [(90, "float16/float32", 3), (90, "bfloat16", 5)]
+
+
+def compile_operations(arch, dtypes, radius, operations):
+    """Call operations with tensors that have no memory, and compile where they launch. Print what was compiled."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from kernels.jbu import triton as jbu_triton
+    from kernels.jbu.parameters import JBUStage, StageParameters
+    from kernels.jbu.triton import backward, launching, learned
+    from kernels.quantization import Quantization
+
+    types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+    types |= {torch.int8: "*i8", torch.int32: "*i32", int: "i32", float: "fp32"}
+    reports = []
+
+    def compile_instead(kernel, grid, geometry, dtype, /, **arguments):
+        signature, constants, attributes = {}, {}, {}
+        options = launching.options(geometry, dtype, arguments)
+        arguments |= geometry.constants()
+        for place, name in enumerate(kernel.arg_names):
+            value = arguments.pop(name)
+            if kernel.params[place].is_constexpr or value is None or (type(value) is int and value == 1):
+                signature[name], constants[(place,)] = "constexpr", value
+                continue
+            tensor = isinstance(value, torch.Tensor)
+            signature[name] = types[value.dtype if tensor else type(value)]
+            if tensor or (isinstance(value, int) and value % 16 == 0):
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        assert not arguments, f"{kernel.__name__} has no {', '.join(arguments)}"
+        source = ASTSource(kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        reports.append(
+            {"operation": operation, "kernel": kernel.__name__, "shared": compiled.metadata.shared}
+            | usage(compiled.asm["cubin"])
+            | {"matrix_units": sorted(set(MATRIX_UNITS.findall(compiled.asm["ptx"])))}
+        )
+
+    for module in (jbu_triton, backward, learned):
+        module.launch = compile_instead
+    dtype, guidance_dtype = (getattr(torch, name) for name in (dtypes.split("/") * 2)[:2])
+    B, C, h, w, taps = 2, 128, 112, 112, (2 * radius + 1) ** 2
+    torch.set_default_device("meta")
+    source = torch.empty(B, C, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    guidance = torch.empty(B, 3, 2 * h, 2 * w, dtype=guidance_dtype)
+    kernel, high, keys = (torch.empty(B, channels, 2 * h, 2 * w, dtype=dtype) for channels in (taps, C, 32))
+    stage = StageParameters.of(JBUStage(radius=radius).to(guidance_dtype))
+    scale = Quantization(torch.empty(C), torch.empty(C))
+    calls = {
+        "learned_stage": lambda: jbu_triton.learned_stage(source, guidance, stage),
+        "learned_codes": lambda: jbu_triton.learned_stage(source, guidance, stage, scale),
+        "bilateral_stage": lambda: jbu_triton.bilateral_stage(source, guidance, 1.5, 0.1, radius),
+        "bilateral_codes": lambda: jbu_triton.bilateral_stage(source, guidance, 1.5, 0.1, radius, scale),
+        "adaptive_conv": lambda: jbu_triton.adaptive_conv_upsample2x(source, kernel),
+        "learned_kernel": lambda: jbu_triton.learned_kernel(guidance, stage),
+        "bilateral_kernel": lambda: jbu_triton.bilateral_kernel(guidance, 1.5, 0.1, radius),
+        "range_products": lambda: jbu_triton.range_products(keys, radius),
+        "adaptive_conv_backward": lambda: jbu_triton.adaptive_conv_upsample2x_backward(
+            high, source, kernel, True, True
+        ),
+        "range_products_backward": lambda: jbu_triton.range_products_backward(kernel, keys, radius),
+    }
+    for operation in operations.split():
+        calls[operation]()
+    json.dump(reports, sys.stdout)
+
+
+def usage(cubin):
+    """Registers and bytes of stack, where registers are spilled, of a thread."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return {"registers": int(registers), "stack": int(stack)}
+
+
+def check(cache, arch, dtypes, radius, operations):
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, __file__, str(arch), dtypes, str(radius), operations]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reports = json.loads(done.stdout)
+    assert {report["operation"] for report in reports} == set(operations.split())
+    # Spilling is what large kernels of float32 cost. Where it is fast, next to nothing may be.
+    spilled = 512 if "float32" not in dtypes and radius <= 3 else 2560
+    for report in reports:
+        assert report["shared"] <= SHARED_MEMORY[arch], report
+        assert report["stack"] <= spilled, report
+        assert report["matrix_units"], report
+
+
+@pytest.mark.parametrize("case", SOME, ids=lambda case: f"sm_{case[0]}-{case[1]}")
+def test_compiles(case, tmp_path):
+    check(tmp_path, *case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ALL, ids=lambda case: f"sm_{case[0]}-{case[1]}-radius {case[2]}")
+def test_everything_compiles(case, tmp_path):
+    check(tmp_path, *case, OPERATIONS)
+
+
+WHERE_NOTHING_CAN_BE_KEPT = """
+import os
+import doubling
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels.jbu.triton.cache import ensure_cache
+ensure_cache()
+ensure_cache()
+triton.compile(ASTSource(doubling.double, {"x": "*fp32"}, {}, {}), target=GPUTarget("cuda", 80, 32))
+print(triton.knobs.cache.dir)
+assert os.listdir(triton.knobs.cache.dir)
+"""
+
+
+@pytest.mark.parametrize("unwritable", ["TRITON_CACHE_DIR", "TRITON_HOME", "HOME"])
+def test_where_its_cache_cannot_be_written(tmp_path, unwritable):
+    pytest.importorskip("triton")
+    double = "import triton\nimport triton.language as tl\n@triton.jit\ndef double(x): tl.store(x, tl.load(x) * 2)\n"
+    (tmp_path / "doubling.py").write_text(double)
+    unset = ("TRITON_INTERPRET", "TRITON_CACHE_DIR", "TRITON_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment |= {unwritable: "/proc/none", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    command = [sys.executable, "-c", WHERE_NOTHING_CAN_BE_KEPT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("cannot be written to: each process compiles again. Set TRITON_CACHE_DIR") == 1
+    assert not Path(done.stdout.strip()).exists()  # any more
+
+
+if __name__ == "__main__":
+    compile_operations(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])

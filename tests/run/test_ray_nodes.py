@@ -1,0 +1,55 @@
+"""Nodes that come and go: several of Ray's on this machine, killed for real."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.run.resources import Slot, places_for_workers
+from tests.helpers.scripted_workers import SPEC, make
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """With a head that has no CPUs to give out."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)  # for tests.helpers
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        ray.init(address=cluster.address, logging_level="ERROR")
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_a_node_that_is_lost_costs_no_attempt(cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
+    from pipeline.run.ray.cluster import living_nodes
+    from pipeline.run.ray.workers import RayWorkers
+
+    spot = cluster.add_node(num_cpus=2)
+    cluster.wait_for_nodes()
+    slots = places_for_workers("cpu", living_nodes(), None)
+    assert slots == [Slot(2, 0, spot.node_id)]
+    lost = False
+
+    def on_progress(images: int) -> None:
+        nonlocal lost
+        if images and not lost:
+            lost = True
+            cluster.add_node(num_cpus=1)  # smaller
+            cluster.remove_node(spot, allow_graceful=False)
+
+    with RayWorkers(SPEC.on("cpu", 1), slots, attempts=1, make=make, first_wait_s=0.05) as workers:
+        tasks = [(5.0, number) for number in range(4)]
+        assert dict(workers.map("slow", tasks, on_progress)) == {number: number for number in range(4)}
+    assert lost
+    assert f"its node {spot.node_id} is gone" in caplog.text

@@ -1,0 +1,73 @@
+import pytest
+
+from schemas.attributes import StoreAttributes, configuration_hash, differences
+from schemas.options import UpsampleConfig, parse_size
+
+
+def config(**options: object) -> UpsampleConfig:
+    return UpsampleConfig(images="photos", store="features", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("text", "size"), [("224", (224, 224)), ("224x336", (224, 336))])
+def test_sizes(text: str, size: tuple[int, int]) -> None:
+    assert parse_size("--size", text) == size
+    assert config(size=text).output_size_px == size
+    assert config(output_size=text).output_size_px == size
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"size": "0"}, "--size is in pixels"),
+        ({"size": "224,224"}, "--size is in pixels"),
+        ({"output_size": "big"}, "--output-size is in pixels"),
+        ({"components": 0}, "--components must be at least 1: got 0"),
+        ({"shard_images": 0}, "--shard-images"),
+        ({"limit": 0}, "--limit"),
+        ({"batch_size": -1}, "--batch-size"),
+        ({"error_floor": -0.1}, "--error-floor"),
+        ({"error_floor": float("nan")}, "--error-floor must be a finite number: got nan"),
+        ({"stall_timeout_s": float("inf")}, "--stall-timeout-s must be a finite number: got inf"),
+        ({"max_failed_share": 2}, "--max-failed-share is a share"),
+        ({"resume": True, "overwrite": True}, "give one of them"),
+        ({"shards": "1-3"}, "--shards is a range"),
+        ({"shards": "3:3"}, "is empty"),
+    ],
+)
+def test_what_is_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        config(**options)
+
+
+@pytest.mark.parametrize(
+    ("shards", "expected"),
+    [(None, range(10)), ("2:4", range(2, 4)), (":3", range(3)), ("8:", range(8, 10)), ("8:99", range(8, 10))],
+)
+def test_shard_ranges(shards: str | None, expected: range) -> None:
+    assert config(shards=shards).shard_range(10) == expected
+
+
+def test_shards_are_larger_for_smaller_values() -> None:
+    assert (config().shard_rows, config(dtype="float16").shard_rows, config(shard_images=5).shard_rows) == (64, 8, 5)
+
+
+def test_differences_name_the_field() -> None:
+    stored = {"backbone": {"name": "a", "layer": 11}, "pca": {"components": 64}}
+    asked = {"backbone": {"name": "a", "layer": 9}, "pca": {"components": 64, "basis": "f00"}}
+    assert differences(stored, asked) == [
+        "backbone.layer: stored 11, asked 9",
+        'pca.basis: stored null, asked "f00"',
+    ]
+    assert differences(stored, stored) == []
+
+
+def test_the_hash_does_not_depend_on_order_but_on_every_value() -> None:
+    assert configuration_hash({"a": 1, "b": {"c": 2, "d": 3}}) == configuration_hash({"b": {"d": 3, "c": 2}, "a": 1})
+    assert configuration_hash({"a": 1}) != configuration_hash({"a": 2})
+
+
+def test_attributes_survive_json() -> None:
+    attributes = StoreAttributes({"a": {"b": 1}}, {"torch": "2"}, ("x", "y"), 0.9, "f00", True)
+    own = attributes.to_dict()["densefeat"]
+    assert own["configuration_hash"] == attributes.hash
+    assert StoreAttributes.from_dict(own) == attributes

@@ -1,0 +1,171 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from kernels.multiview import Solution
+from pipeline.errors import JobError
+from pipeline.features.backbone import build_backbone
+from pipeline.upsamplers.build import build_upsampler
+from pipeline.upsamplers.multiview.downsampler import Downsampler, FitSettings, Origin
+from pipeline.upsamplers.multiview.upsampler import _unsolved
+from pipeline.upsamplers.multiview.views import solver_views
+from pipeline.views.features import JitterMatrices, view_features
+from pipeline.views.jitter import view_images
+from tests.helpers.rounding import assert_close
+
+SIZE, K = (64, 96), 5
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return build_backbone("resnet18", size=SIZE, weights="random", layer=2)
+
+
+@pytest.fixture
+def downsampler(backbone):
+    torch.manual_seed(0)
+    origin = Origin(backbone.identity(), backbone.size, backbone.grid, {"images": "s3://somewhere"})
+    return Downsampler(torch.randn(backbone.num_chs, *backbone.grid) / 10, FitSettings(2.0, 4, 2, 0.5, 3), origin)
+
+
+@pytest.fixture
+def weights(downsampler, tmp_path):
+    path = tmp_path / "downsampler.safetensors"
+    path.write_bytes(downsampler.to_bytes())
+    return str(path)
+
+
+def random_images(B):
+    return F.interpolate(torch.randint(0, 256, (B, 3, 5, 7)).float(), SIZE).to(torch.uint8)
+
+
+def projected(upsampler, num_chs):
+    torch.manual_seed(1)
+    return upsampler.with_basis(torch.randn(num_chs) / 10, torch.linalg.qr(torch.randn(num_chs, K))[0].T)
+
+
+def test_a_file_reads_back(downsampler, weights, backbone):
+    read = Downsampler.read(weights)
+    assert (read.settings, read.digest) == (downsampler.settings, downsampler.digest)
+    assert read.origin.account == {"images": "s3://somewhere"}
+    read.check(backbone, weights)
+    assert downsampler.to_bytes() == read.to_bytes()
+
+
+def test_a_file_for_another_backbone_or_size_names_both(weights):
+    other = build_backbone("resnet18", size=SIZE, weights="random", layer=1)
+    with pytest.raises(JobError, match=r"resnet18 at layer 2 and 64×96 pixels, this job has resnet18 at layer 1"):
+        build_upsampler("multiview", weights, other)
+    larger = build_backbone("resnet18", size=(96, 96), weights="random", layer=2)
+    with pytest.raises(JobError, match=r"layer 2 and 64×96 pixels, this job has .* and 96×96 pixels: .*size"):
+        build_upsampler("multiview", weights, larger)
+
+
+def test_what_is_no_such_file_is_refused(tmp_path, backbone, weights):
+    with pytest.raises(JobError, match=r"multiview needs its weights.*jobs/fit_downsampler"):
+        build_upsampler("multiview", None, backbone)
+    damaged = tmp_path / "damaged.safetensors"
+    for data in (b"", b"nonsense" * 9, Path(weights).read_bytes()[:-50]):
+        damaged.write_bytes(data)
+        with pytest.raises(JobError, match=r"damaged.*jobs/fit_downsampler"):
+            build_upsampler("multiview", str(damaged), backbone)
+    save_file({"bias": torch.zeros(1)}, damaged, {"upsampler": "lift"})
+    torch.save({"bias": torch.zeros(1)}, tmp_path / "damaged.pth")
+    for name, words in (
+        (damaged.name, "are no downsampler, they are of the upsampler lift"),
+        ("damaged.pth", "are no"),
+    ):
+        with pytest.raises(JobError, match=rf"{words}.*jobs/fit_downsampler"):
+            build_upsampler("multiview", str(tmp_path / name), backbone)
+    with pytest.raises(JobError, match=r"none\.safetensors"):
+        build_upsampler("multiview", str(tmp_path / "none.safetensors"), backbone)
+
+
+def test_identity_says_what_the_features_depend_on(weights, backbone):
+    identities = [
+        build_upsampler("multiview", weights, backbone, **options).identity()
+        for options in ({}, {"views": 3}, {"regularisation": 2.0})
+    ]
+    assert len({json.dumps(identity, sort_keys=True) for identity in identities}) == 3
+    assert json.loads(json.dumps(identities[0])) == identities[0]
+    assert [identity["views"] for identity in identities] == [4, 3, 4]
+    with pytest.raises(JobError, match="--views: got 2000"):
+        build_upsampler("multiview", weights, backbone, views=2000)
+
+
+@torch.inference_mode()
+def test_views_are_those_of_training_in_batches_across_images(backbone):
+    images, jitters = random_images(3), solver_views(SIZE, 6)[1:]
+    features = view_features(backbone, images, JitterMatrices.of(jitters, torch.device("cpu")), None)
+    for view, jitter in enumerate(jitters):
+        expected = backbone(view_images(images, [jitter] * 3))
+        assert_close(features[:, view], expected, 1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [SIZE, (50, 70), (128, 192)])
+def test_features_codes_and_batches(weights, backbone, size):
+    stage = projected(build_upsampler("multiview", weights, backbone), backbone.num_chs)
+    images = random_images(3)
+    features = backbone(images)
+    high = stage(features, images, size)
+    assert high.shape == (3, K, *size)
+    assert high.isfinite().all()
+    step = torch.full((K,), 0.01)
+    values, failures = stage.store(features, images, size, step)
+    assert failures == {}
+    expected = (high / step[:, None, None]).round().clamp(-127, 127)
+    assert (values.codes - expected).abs().max() <= 1
+    halves, _ = stage.store(features, images, size, None)
+    assert_close(halves.codes, high, 1e-3)
+    alone = stage(features[2:], images[2:], size)
+    assert_close(alone, high[2:], 1e-3)  # the backbone's batches
+
+
+@torch.inference_mode()
+def test_an_image_fails_alone_and_says_why(weights, backbone):
+    stage = projected(build_upsampler("multiview", weights, backbone), backbone.num_chs)
+    images = random_images(4)
+    images[1] = 77
+    features = backbone(images)
+    features[2, 0, 1, 1] = torch.nan
+    for step in (torch.ones(K), None):
+        values, failures = stage.store(features, images, SIZE, step)
+        assert {i: error.status for i, error in failures.items()} == {1: "constant", 2: "nonfinite"}
+        assert "one colour" in str(failures[1])
+        assert "views" in str(failures[2])
+        assert (values.not_finite > 0).tolist() == [False, True, True, False]
+    high = stage(features, images, SIZE)
+    assert high.isfinite().flatten(1).all(1).tolist() == [True, False, False, True]
+
+
+@torch.inference_mode()
+def test_features_that_do_not_vary_fail(weights, backbone, monkeypatch):
+    """As of a network whose activations died."""
+    stage = projected(build_upsampler("multiview", weights, backbone), backbone.num_chs)
+    monkeypatch.setattr(backbone, "_features", lambda pixels: torch.ones(len(pixels), backbone.num_chs, *backbone.grid))
+    images = random_images(2)
+    _, failures = stage.store(backbone(images), images, SIZE, None)
+    assert sorted(failures) == [0, 1]
+    assert {error.status for error in failures.values()} == {"constant"}
+    assert "the same everywhere" in str(failures[0])
+
+
+def test_a_fit_that_got_worse_fails():
+    bad = Solution(torch.ones(3, 1, 2, 2), torch.ones(3), torch.tensor([0.5, 2.0, torch.inf]), torch.ones(3, 1))
+    failures = _unsolved(bad)
+    assert {i: error.status for i, error in failures.items()} == {1: "diverged", 2: "nonfinite"}
+    assert "from 1 to 2" in str(failures[1])
+
+
+def test_bad_arguments_are_named(weights, backbone):
+    upsampler = build_upsampler("multiview", weights, backbone)
+    with pytest.raises(ValueError, match="need the weights' 128"):
+        upsampler.with_basis(torch.zeros(4), torch.zeros(2, 4))
+    stage = projected(upsampler, backbone.num_chs)
+    with pytest.raises(ValueError, match="need the backbone's"):
+        stage(torch.zeros(1, backbone.num_chs, 4, 6), torch.zeros(1, 3, 32, 48, dtype=torch.uint8), SIZE)
