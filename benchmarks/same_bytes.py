@@ -34,8 +34,8 @@ def network(*places):
             pass
     raise SystemExit(f"none of {{places}} is there")
 torch.manual_seed(0)
-lift = network("pipeline.upsamplers.lift.network", "pipeline.upsamplers.lift.network").LiFT({CHANNELS}, {PATCH})
-anyup = network("pipeline.upsamplers.anyup.network", "pipeline.upsamplers.anyup.network").AnyUp(16)
+lift = network("pipeline.upsamplers.lift.network", "pipeline.lift").LiFT({CHANNELS}, {PATCH})
+anyup = network("pipeline.upsamplers.anyup.network", "pipeline.anyup").AnyUp(16)
 torch.save(lift.state_dict(), sys.argv[1] + "/lift.pth")
 torch.save(anyup.state_dict(), sys.argv[1] + "/anyup.pth")
 """
