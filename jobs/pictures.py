@@ -13,6 +13,7 @@ from pipeline.errors import ImageError, JobError
 from pipeline.features.backbone import Backbone
 from pipeline.images.decoding.decode import Geometry, decode
 from pipeline.images.reading.read import read_images
+from pipeline.store.layout import stored_attributes
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -39,8 +40,8 @@ def feature_colours(features: Sequence[npt.NDArray[np.float32]]) -> list[Pixels]
 
 def stored_geometry(store: FeatureStore) -> Geometry:
     """The geometry that a store was made with."""
-    geometry = store.attributes["configuration"]["geometry"]
-    return Geometry(tuple(geometry["size"]), geometry["fit"], tuple(geometry["output_size"]))
+    geometry = stored_attributes(store.uri, store.attributes).configuration.geometry
+    return Geometry(geometry.size, geometry.fit, geometry.output_size)
 
 
 def read_photo(store: FeatureStore, row: int) -> npt.NDArray[np.uint8]:
@@ -51,7 +52,7 @@ def read_photo(store: FeatureStore, row: int) -> npt.NDArray[np.uint8]:
     """
     image = store.index.slice(row % len(store), 1)
     uri = image["uri"][0].as_py()
-    if store.attributes["configuration"]["source"]["kind"] != "folder":
+    if stored_attributes(store.uri, store.attributes).configuration.source.kind != "folder":
         raise JobError(f"row {row} lies inside {uri}: pictures can be made of images that are files of their own")
     try:
         with ThreadPoolExecutor(1) as pool:

@@ -16,6 +16,7 @@ from jobs.pictures import comparison
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone, build_backbone
 from pipeline.io.outputs import check_output_file, write_output_file
+from pipeline.store.layout import stored_attributes
 from schemas.index import OK
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -75,10 +76,10 @@ def _backbone(store: FeatureStore, weights: str) -> Backbone | None:
     """The one that made the store, or none if no weights are given."""
     if weights == "none":
         return None
-    stored = store.attributes["configuration"]
-    name, layer, size = stored["backbone"]["name"], stored["backbone"]["layer"], stored["geometry"]["size"]
-    backbone = build_backbone(name, size=tuple(size), weights=weights, layer=layer)
-    if backbone.identity()["weights"] != stored["backbone"]["weights"]:
+    stored = stored_attributes(store.uri, store.attributes).configuration
+    made_by = stored.backbone
+    backbone = build_backbone(made_by["name"], size=stored.geometry.size, weights=weights, layer=made_by["layer"])
+    if backbone.identity()["weights"] != made_by["weights"]:
         raise JobError(f"--weights {weights} are not those that made {store.uri}: give those, or none")
     return backbone
 

@@ -1,49 +1,11 @@
-"""The attributes of a store: what made it, readable by a person, and a hash of it for the machine.
+"""The attributes of a store: its configuration and origin, readable by a person, and a hash for the machine."""
 
-``configuration`` holds everything that the features depend on and nothing else: two stores with the same hash hold the
-same features (up to floating-point differences between devices).
-"""
-
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from densefeat.layout import ATTRIBUTES_KEY, FORMAT_VERSION
-
-
-def configuration_hash(configuration: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of the configuration as canonical JSON."""
-    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
-
-
-def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two configurations, a line each: ``backbone.layer: stored 11, asked 9``."""
-    lines = []
-    for name in sorted({*stored, *asked}):
-        old, new = stored.get(name), asked.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            lines.append(f"{prefix}{name}: stored {json.dumps(old)}, asked {json.dumps(new)}")
-    return lines
-
-
-def incompatibilities(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """Why a job must not work on a store, a line each; none if it may: the one rule wherever two jobs or runs meet.
-
-    What was asked for is compared. What came of it is not: the basis that was fitted here or there can differ in a bit,
-    and whoever comes later takes the one that is in the store.
-
-    Args:
-        stored: the store's configuration.
-        asked: the job's, with ``pca.basis`` only if it was given one.
-    """
-    stored = {**stored, "pca": dict(stored.get("pca", {}))}
-    if "fitted_on_images" in stored["pca"]:
-        stored["pca"].pop("basis", None)
-    return differences(stored, json.loads(json.dumps(asked)))
+from schemas.configuration import StoreConfiguration
 
 
 @dataclass(frozen=True)
@@ -51,7 +13,7 @@ class StoreAttributes:
     """Attributes of the root group.
 
     Attributes:
-        configuration: what the features depend on, resolved: source, backbone, geometry, pca, upsampler, storage.
+        configuration: everything that the features depend on.
         versions: of the software that set the store up.
         class_names: of the labels in the index, empty without labels.
         explained_variance: share of the low-resolution features' variance that the k components keep, 0 … 1.
@@ -60,7 +22,7 @@ class StoreAttributes:
         format_version: of the layout.
     """
 
-    configuration: dict[str, Any]
+    configuration: StoreConfiguration
     versions: dict[str, str]
     class_names: tuple[str, ...] = ()
     explained_variance: float | None = None
@@ -71,7 +33,7 @@ class StoreAttributes:
     @property
     def hash(self) -> str:
         """The configuration hash."""
-        return configuration_hash(self.configuration)
+        return self.configuration.hash
 
     def completed(self) -> "StoreAttributes":
         """The same, with setup complete."""
@@ -79,11 +41,21 @@ class StoreAttributes:
 
     def to_dict(self) -> dict[str, Any]:
         """As the group's ``attributes``."""
-        own = {name: value for name, value in self.__dict__.items() if name != "class_names"}
-        return {ATTRIBUTES_KEY: {**own, "class_names": list(self.class_names), "configuration_hash": self.hash}}
+        own = dict(self.__dict__)
+        own |= {"configuration": self.configuration.to_dict(), "class_names": list(self.class_names)}
+        return {ATTRIBUTES_KEY: {**own, "configuration_hash": self.hash}}
 
     @classmethod
     def from_dict(cls, own: Mapping[str, Any]) -> "StoreAttributes":
-        """Read what ``densefeat.store.read_attributes`` returns."""
+        """Read what ``densefeat.store.read_attributes`` returns.
+
+        Raises:
+            ValueError: they are damaged; says which field.
+        """
         fields = {name: value for name, value in own.items() if name != "configuration_hash"}
-        return cls(**{**fields, "class_names": tuple(fields["class_names"])})
+        try:
+            fields["configuration"] = StoreConfiguration.from_dict(fields["configuration"])
+            fields["class_names"] = tuple(fields["class_names"])
+            return cls(**fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error

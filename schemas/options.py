@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-# The issue in numbers: int8 shards of 64 images are about 120 MB before compression at k = 128, 224 px, as are
+from schemas.configuration import Fit
+
+# int8 shards of 64 images are about 120 MB before compression at k = 128, 224 px, as are
 # float16 shards of 8; large enough for object storage, small enough to redo.
 SHARD_IMAGES = {"int8": 64, "float16": 8}
 DEFAULT_COMPONENTS = 128
@@ -33,7 +35,7 @@ class FeatureConfig:
     # Input pixels: "224", or "HEIGHTxWIDTH".
     size: str = "224"
     # How an image of another shape gets there: centre crop, pad at the right or bottom, or squash.
-    fit: Literal["crop", "pad", "squash"] = "crop"
+    fit: Fit = "crop"
     # Components to keep; not given: 128, or all channels if the backbone has fewer.
     components: int | None = None
     # Images to fit the PCA basis on, spread evenly over the dataset; 0: all.

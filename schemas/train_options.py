@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from schemas.configuration import Fit
 from schemas.options import at_least, check_takers, parse_size
 
 # As published: FeatUp takes 4 images a step, LiFT 64 to 256, of which a CPU or a small GPU takes 16.
@@ -62,7 +63,7 @@ class TrainConfig:
     # Pixels of the images that the upsampler will be used on: "224", or "HEIGHTxWIDTH".
     size: str = "224"
     # How an image of another shape gets there: centre crop, pad at the right or bottom, or squash.
-    fit: Literal["crop", "pad", "squash"] = "crop"
+    fit: Fit = "crop"
     # Parquet: the column with image bytes, URIs or base64; tars: the extension. Found by itself if not given.
     image_column: str | None = None
     # Only the first N images.

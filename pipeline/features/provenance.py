@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import read_metadata
-from schemas.attributes import differences
+from schemas.configuration import differences
 
 __all__ = ["FORMAT", "backbone_name", "check_pairing"]
 

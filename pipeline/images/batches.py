@@ -14,9 +14,9 @@ from torch import Tensor
 from densefeat.errors import StorageUnavailable
 from pipeline.errors import ImageError
 from pipeline.images.decoding.decode import Decoded, Geometry, decode
-from pipeline.images.listing.source import Kind
 from pipeline.images.reading.read import read_images
 from pipeline.reporting.seconds import StageSeconds
+from schemas.configuration import SourceKind
 
 _PLACEHOLDER_GREY = 128  # pixels of a row that failed: computed with its batch, and thrown away
 
@@ -80,7 +80,7 @@ class BatchLoader:
         geometry: Geometry,
         batch_size: int,
         *,
-        source_kind: Kind,
+        source_kind: SourceKind,
         image_column: str | None,
         max_pixels: int,
         min_side: int,

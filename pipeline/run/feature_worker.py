@@ -14,10 +14,10 @@ from pipeline.features.backbone import Backbone, build_backbone
 from pipeline.features.pca import Moments
 from pipeline.images.batches import Batch, BatchLoader
 from pipeline.images.decoding.decode import Decoded, Geometry
-from pipeline.images.listing.source import Kind
 from pipeline.images.sample import Part
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.run.resources import available_cores, available_memory, shards_computing
+from schemas.configuration import SourceKind
 from schemas.options import FeatureConfig
 
 
@@ -34,7 +34,7 @@ class WorkerSpec:
     """
 
     config: FeatureConfig
-    source_kind: Kind
+    source_kind: SourceKind
     image_column: str | None
     threads: int
     identities: dict[str, Any]

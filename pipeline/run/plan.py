@@ -1,10 +1,9 @@
 """What a job is going to do, found out and checked before it does anything."""
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,16 @@ from pipeline.run.feature_worker import WorkerSpec
 from pipeline.run.resources import available_cores
 from pipeline.store.layout import existing_store, foreign_keys, remains
 from pipeline.upsamplers.build import Upsampler, build_configured
-from schemas.attributes import StoreAttributes, differences, incompatibilities
+from schemas.attributes import StoreAttributes
+from schemas.configuration import (
+    GeometryConfiguration,
+    PcaConfiguration,
+    SourceConfiguration,
+    StorageConfiguration,
+    StoreConfiguration,
+    differences,
+    incompatibilities,
+)
 from schemas.index import REFERENCES
 from schemas.options import DEFAULT_COMPONENTS, FeatureConfig, UpsampleConfig
 
@@ -43,7 +51,7 @@ class Plan:
         references: the images, one row each (``schemas.index.REFERENCES``).
         class_names: of their labels.
         features: shape and cutting of the array.
-        configuration: what the features will depend on, but for the basis if it is yet to be fitted.
+        configuration: everything that the features will depend on; without a basis that is yet to be fitted.
         basis: given by ``--pca``; None: to be fitted.
         stored: attributes of the store that is to be resumed or overwritten.
         spec: for the workers.
@@ -54,7 +62,7 @@ class Plan:
     references: pa.Table
     class_names: tuple[str, ...]
     features: FeatureLayout
-    configuration: dict[str, Any]
+    configuration: StoreConfiguration
     basis: Basis | None
     stored: StoreAttributes | None
     spec: WorkerSpec
@@ -87,7 +95,7 @@ class Plan:
             + (f", {len(self.shards):,} of them by this job ({config.shards})" if config.shards else ""),
             f"bytes       at most {readable_size(nbytes)} (what it is before compression)",
         ]
-        for stage, settings in self.configuration.items():
+        for stage, settings in self.configuration.to_dict().items():
             text = ", ".join(f"{name} {_short(value)}" for name, value in settings.items() if name != "name")
             lines.append(f"{stage:11} " + " ".join(filter(None, [settings.get("name"), text and f"({text})"])))
         return "\n".join(lines)
@@ -114,23 +122,19 @@ def make_plan(config: UpsampleConfig) -> Plan:
         references=references,
         class_names=class_names,
         features=FeatureLayout(references.num_rows, k, *config.output_size_px, config.dtype, config.shard_rows),
-        configuration={
-            "source": source,
-            "backbone": identities["backbone"],
-            "geometry": {
-                "size": list(config.size_px),
-                "fit": config.fit,
-                "output_size": list(config.output_size_px),
-                "max_pixels": config.max_pixels,
-                "min_side": config.min_side,
-            },
-            "pca": _pca_configuration(config, k, basis, references.num_rows),
-            "upsampler": identities["upsampler"],
-            "storage": _storage_configuration(config),
-        },
+        configuration=StoreConfiguration(
+            source=source,
+            backbone=identities["backbone"],
+            geometry=GeometryConfiguration(
+                config.size_px, config.fit, config.output_size_px, config.max_pixels, config.min_side
+            ),
+            pca=_pca_configuration(config, k, basis, references.num_rows),
+            upsampler=identities["upsampler"],
+            storage=_storage_configuration(config),
+        ),
         basis=None if basis is None else basis.truncated(k),
         stored=stored,
-        spec=WorkerSpec(config, source["kind"], source["image_column"], available_cores(), identities),
+        spec=WorkerSpec(config, source.kind, source.image_column, available_cores(), identities),
         findings=findings,
     )
     if not plan.shards:
@@ -172,7 +176,7 @@ def read_basis(uri: str, backbone: Backbone) -> Basis:
     else:
         store = FeatureStore(uri)
         basis, provenance = Basis.of_store(store), store.attributes["configuration"]
-    other, own = provenance["backbone"], json.loads(json.dumps(backbone.identity()))
+    other, own = provenance["backbone"], backbone.identity()
     if other != own:
         raise JobError(
             f"--pca {uri} was fitted on other features: "
@@ -260,22 +264,29 @@ def _components(config: UpsampleConfig, backbone: Backbone, basis: Basis | None)
 
 def _source(
     config: UpsampleConfig, resumed: StoreAttributes | None
-) -> tuple[dict[str, Any], pa.Table, tuple[str, ...], tuple[Finding, ...]]:
+) -> tuple[SourceConfiguration, pa.Table, tuple[str, ...], tuple[Finding, ...]]:
     """The source's part of the configuration, its images, its classes, and what of it is not used.
 
     A store that is resumed has its images in its index: they are not listed again, so that rows stay where they are.
     """
-    asked: dict[str, Any] = {"images": absolute_place(config.images), "limit": config.limit}
+    images = absolute_place(config.images)
     if resumed and resumed.setup_complete:
         references = stored_index(Objects(config.store)).select(REFERENCES.names)
-        if config.image_column is not None:
-            asked["image_column"] = config.image_column
-        return {**resumed.configuration["source"], **asked}, references, resumed.class_names, ()
+        stored = resumed.configuration.source
+        column = stored.image_column if config.image_column is None else config.image_column
+        asked = replace(stored, images=images, limit=config.limit, image_column=column)
+        return asked, references, resumed.class_names, ()
     source = _listed(config)
     refuse_losses(config.images, source.findings, source.candidates, config.max_failed_share)
-    known = {"kind": source.kind, "image_column": source.image_column, "rows": source.references.num_rows}
-    asked |= {**known, "keys_sha256": keys_digest(source.references)}
-    return asked, source.references, source.class_names, source.findings
+    configuration = SourceConfiguration(
+        images=images,
+        limit=config.limit,
+        kind=source.kind,
+        image_column=source.image_column,
+        rows=source.references.num_rows,
+        keys_sha256=keys_digest(source.references),
+    )
+    return configuration, source.references, source.class_names, source.findings
 
 
 def _listed(config: FeatureConfig) -> Source:
@@ -296,18 +307,18 @@ def cluster_scan_map() -> ScanMap | None:
     return scan
 
 
-def _pca_configuration(config: UpsampleConfig, k: int, basis: Basis | None, rows: int) -> dict[str, Any]:
+def _pca_configuration(config: UpsampleConfig, k: int, basis: Basis | None, rows: int) -> PcaConfiguration:
     if basis is not None:
-        return {"components": k, "basis": basis.truncated(k).digest}
-    return {"components": k, "fitted_on_images": min(config.pca_images or rows, rows)}
+        return PcaConfiguration(k, basis=basis.truncated(k).digest)
+    return PcaConfiguration(k, fitted_on_images=min(config.pca_images or rows, rows))
 
 
-def _storage_configuration(config: UpsampleConfig) -> dict[str, Any]:
-    floor = {"error_floor": config.error_floor} if config.dtype == "int8" else {}
-    return {"dtype": config.dtype, **floor, "shard_images": config.shard_rows, "zstd_level": ZSTD_LEVEL}
+def _storage_configuration(config: UpsampleConfig) -> StorageConfiguration:
+    floor = config.error_floor if config.dtype == "int8" else None
+    return StorageConfiguration(config.dtype, config.shard_rows, ZSTD_LEVEL, floor)
 
 
-def _check_same(stored: StoreAttributes, configuration: dict[str, Any], store: str) -> None:
+def _check_same(stored: StoreAttributes, configuration: StoreConfiguration, store: str) -> None:
     """Refuse to mix two configurations in one store."""
     if different := incompatibilities(stored.configuration, configuration):
         raise JobError(

@@ -19,8 +19,9 @@ from pipeline.run.gather import gather
 from pipeline.run.plan import Plan, readable_size
 from pipeline.run.shard_worker import Encoding
 from pipeline.run.workers import Workers
-from pipeline.store.layout import claim, complete_setup, delete_store, existing_store, step_sha256
-from schemas.attributes import StoreAttributes, incompatibilities
+from pipeline.store.layout import claim, complete_setup, delete_store, existing_store, step_sha256, stored_attributes
+from schemas.attributes import StoreAttributes
+from schemas.configuration import incompatibilities
 from schemas.index import pending_index
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def prepare(plan: Plan, objects: Objects, workers: Workers) -> Encoding:
     step, image_nbytes = _calibrate(plan, basis, workers)
     _check_space(plan, objects, image_nbytes)
     attributes = StoreAttributes(
-        configuration={**plan.configuration, "pca": {**plan.configuration["pca"], "basis": basis.digest}},
+        configuration=plan.configuration.with_basis(basis.digest),
         versions=software_versions(),
         class_names=plan.class_names,
         explained_variance=explained,
@@ -141,11 +142,11 @@ def _check_space(plan: Plan, objects: Objects, image_nbytes: float) -> None:
 
 def _stored_encoding(plan: Plan, objects: Objects) -> Encoding:
     store = FeatureStore(objects.uri)
-    basis = Basis.of_store(store)
-    if basis.digest != store.attributes["configuration"]["pca"]["basis"]:
+    basis, attributes = Basis.of_store(store), stored_attributes(objects.uri, store.attributes)
+    if basis.digest != attributes.configuration.pca.basis:
         raise JobError(f"the PCA basis in {objects.uri} is not the one that its attributes name: use --overwrite")
-    if step_sha256(store.step) != store.attributes["step_sha256"]:
+    if step_sha256(store.step) != attributes.step_sha256:
         raise JobError(f"the steps in {objects.uri} are not those that its attributes name: use --overwrite")
     if store.layout != plan.features:
         raise JobError(f"the array in {objects.uri} is {store.layout}, expected {plan.features}: use --overwrite")
-    return Encoding(basis, store.step, store.attributes["configuration_hash"])
+    return Encoding(basis, store.step, attributes.hash)

@@ -13,7 +13,7 @@ import io
 import json
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from densefeat import layout
+from densefeat.errors import StoreError
 from densefeat.index import stored_index
 from densefeat.layout import FeatureLayout
 from densefeat.parquet import parquet_bytes
@@ -62,11 +63,23 @@ def existing_store(objects: Objects) -> StoreAttributes | None:
     """Attributes of the store that is there, None if nothing is.
 
     Raises:
-        StoreError: what is there is not a densefeat store, or one of another format version.
+        StoreError: what is there is not a densefeat store, or one of another format version, or damaged.
     """
     if not objects.exists(layout.ATTRIBUTES):
         return None
-    return StoreAttributes.from_dict(read_attributes(objects))
+    return stored_attributes(objects.uri, read_attributes(objects))
+
+
+def stored_attributes(uri: str, attributes: Mapping[str, Any]) -> StoreAttributes:
+    """Attributes as a reader has them (`densefeat.FeatureStore.attributes`), typed.
+
+    Raises:
+        StoreError: they are damaged.
+    """
+    try:
+        return StoreAttributes.from_dict(attributes)
+    except ValueError as error:
+        raise StoreError(f"{uri}: the attributes in {layout.ATTRIBUTES} are damaged: {error}") from error
 
 
 def foreign_keys(objects: Objects) -> list[str]:

@@ -1,7 +1,6 @@
 """Mending what `pipeline.store.verify` finds: damaged shards go back to the job, index and manifest are rebuilt."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pyarrow as pa
 
@@ -13,8 +12,9 @@ from densefeat.storage.objects import Objects
 from densefeat.store import FeatureStore
 from pipeline.errors import JobError
 from pipeline.images.listing.source import keys_digest, list_images
-from pipeline.store.layout import finish, reopen
+from pipeline.store.layout import finish, reopen, stored_attributes
 from pipeline.store.shard import finished_shards, withdraw
+from schemas.configuration import SourceConfiguration
 from schemas.index import REFERENCES, pending_index
 
 __all__ = ["rebuild_tables", "take_out"]
@@ -43,7 +43,7 @@ def rebuild_tables(objects: Objects, damaged: Sequence[int]) -> bool:
         StoreError: there is no store.
     """
     store = FeatureStore(objects.uri, objects.storage_options)
-    source = store.attributes["configuration"].get("source", {})
+    source = stored_attributes(objects.uri, store.attributes).configuration.source
     references = _references(objects, store.layout.rows, source)
     for shard in damaged:
         withdraw(objects, shard)
@@ -56,30 +56,24 @@ def rebuild_tables(objects: Objects, damaged: Sequence[int]) -> bool:
     return True
 
 
-def _references(objects: Objects, rows: int, source: Mapping[str, Any]) -> pa.Table:
+def _references(objects: Objects, rows: int, source: SourceConfiguration) -> pa.Table:
     """The images of the store, one row each (``schemas.index.REFERENCES``)."""
-    expected = source.get("keys_sha256")
     try:
         index = stored_index(objects, rows)
-        if expected in (None, keys_digest(index)):
+        if keys_digest(index) == source.keys_sha256:
             return index.select(REFERENCES.names).cast(REFERENCES)
     except (StoreError, ValueError, KeyError):  # damaged, or columns that we do not read elsewhere are
         pass
-    if expected is None or "images" not in source:
-        raise JobError(
-            f"the index of {objects.uri} cannot be rebuilt: the store does not say which images it was made of. Copy "
-            f"{layout.INDEX} from a copy of the store"
-        )
     try:
-        listed = list_images(source["images"], limit=source.get("limit"), image_column=source.get("image_column"))
+        listed = list_images(source.images, limit=source.limit, image_column=source.image_column)
     except JobError as error:
         raise JobError(
-            f"the index of {objects.uri} cannot be rebuilt: its images {source['images']} cannot be listed: {error} "
+            f"the index of {objects.uri} cannot be rebuilt: its images {source.images} cannot be listed: {error} "
             f"Put them back, or copy {layout.INDEX} from a copy of the store"
         ) from error
-    if listed.references.num_rows != rows or keys_digest(listed.references) != expected:
+    if listed.references.num_rows != rows or keys_digest(listed.references) != source.keys_sha256:
         raise JobError(
-            f"the index of {objects.uri} cannot be rebuilt: {source['images']} holds other images than the store was "
+            f"the index of {objects.uri} cannot be rebuilt: {source.images} holds other images than the store was "
             f"made of ({listed.references.num_rows:,} against {rows:,}, or other names). Put back those that it was "
             f"made of, or copy {layout.INDEX} from a copy of the store"
         )

@@ -15,7 +15,7 @@ from densefeat.storage.objects import Objects
 from densefeat.store import FeatureStore
 from pipeline.features.pca import Basis
 from pipeline.images.listing.source import keys_digest
-from pipeline.store.layout import step_sha256
+from pipeline.store.layout import step_sha256, stored_attributes
 from pipeline.store.shard import read_record
 from schemas.attributes import StoreAttributes
 from schemas.index import OK, OUTCOMES
@@ -97,8 +97,8 @@ class StoreCheck:
         """What is wrong with the attributes: are they whole, and the ones that the hash was made of?"""
         try:
             attributes = StoreAttributes.from_dict(self._store.attributes)
-        except (LookupError, TypeError) as error:
-            return [f"the attributes are damaged: {type(error).__name__}: {error}"]
+        except ValueError as error:
+            return [f"the attributes are damaged: {error}"]
         if attributes.hash != self._store.attributes["configuration_hash"]:
             return ["the configuration is not the one that its hash was made of"]
         return []
@@ -106,11 +106,11 @@ class StoreCheck:
     def arrays(self) -> list[str]:
         """What is wrong with the basis and the steps."""
         problems = []
-        attributes = self._store.attributes
         try:
-            if Basis.of_store(self._store).digest != attributes["configuration"].get("pca", {}).get("basis"):
+            attributes = stored_attributes(self._store.uri, self._store.attributes)
+            if Basis.of_store(self._store).digest != attributes.configuration.pca.basis:
                 problems.append("the PCA basis is not the one that the attributes name")
-            if step_sha256(self._store.step) != attributes.get("step_sha256"):
+            if step_sha256(self._store.step) != attributes.step_sha256:
                 problems.append("the quantization steps are not those that the attributes name")
         except StoreError as error:
             problems.append(str(error))
@@ -127,8 +127,11 @@ class StoreCheck:
         return problems + self._manifest_problems()
 
     def _index_problems(self, index: pa.Table) -> list[str]:
-        expected = self._store.attributes["configuration"].get("source", {}).get("keys_sha256")
-        if expected is not None and keys_digest(index) != expected:
+        try:
+            attributes = stored_attributes(self._store.uri, self._store.attributes)
+        except StoreError:
+            return []  # `attributes` tells
+        if keys_digest(index) != attributes.configuration.source.keys_sha256:
             return ["the keys in the index are not those that the attributes name"]
         if not self._objects.exists(layout.MANIFEST):
             return []  # what the ledger says was merged as it was read

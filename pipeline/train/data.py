@@ -14,8 +14,8 @@ from torch import Tensor
 from pipeline.errors import JobError
 from pipeline.images.batches import BatchLoader
 from pipeline.images.decoding.decode import Decoded, Geometry
-from pipeline.images.listing.source import Kind
 from pipeline.reporting.seconds import StageSeconds
+from schemas.configuration import SourceKind
 from schemas.train_options import TrainConfig
 
 __all__ = ["Draw", "ImageTable", "TrainingOrder", "first_usable", "key_hash", "training_batches"]
@@ -37,7 +37,7 @@ class ImageTable(NamedTuple):
     """
 
     references: pa.Table
-    kind: Kind
+    kind: SourceKind
     image_column: str | None
 
     def loader(self, config: TrainConfig, batch_size: int, threads: int, scale: float = 1) -> BatchLoader:

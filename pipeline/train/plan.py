@@ -25,7 +25,7 @@ from pipeline.run.plan import check_apart, cluster_scan_map
 from pipeline.train.checkpoints import has_checkpoints
 from pipeline.train.data import ImageTable, key_hash
 from pipeline.train.objectives.lift import lift_scales
-from schemas.attributes import differences
+from schemas.configuration import differences
 from schemas.train_options import BackboneChoice, TrainConfig
 
 __all__ = ["TrainPlan", "backbone_at", "build_backbones", "claimed_output", "make_train_plan"]

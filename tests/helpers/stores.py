@@ -11,10 +11,18 @@ from densefeat import layout
 from densefeat.layout import FeatureLayout
 from densefeat.storage.objects import Objects
 from pipeline.features.pca import Basis
+from pipeline.images.listing.source import keys_digest
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.store.layout import finish, set_up, step_sha256
 from pipeline.store.shard import write_shard
 from schemas.attributes import StoreAttributes
+from schemas.configuration import (
+    GeometryConfiguration,
+    PcaConfiguration,
+    SourceConfiguration,
+    StorageConfiguration,
+    StoreConfiguration,
+)
 from schemas.index import OK, REFERENCES, pending_index
 from schemas.ledger import LedgerRecord, RowOutcome
 
@@ -73,13 +81,27 @@ def outcome(row: int) -> RowOutcome:
     return RowOutcome(row, OK, None, 2 * H, 2 * W, (0.5, 0, -2, 0, 0.5, -1), (0, 0, H, W))
 
 
+def known_configuration(
+    digest: str, dtype: str = "int8", source: dict[str, Any] | None = None, fitted_on_images: int | None = None
+) -> StoreConfiguration:
+    """Of a store of `known_codes`; ``source``: fields that differ from the defaults."""
+    own: dict[str, Any] = {"images": "/photos", "limit": None, "kind": "folder", "image_column": None}
+    own |= {"rows": ROWS, "keys_sha256": keys_digest(references())}
+    return StoreConfiguration(
+        source=SourceConfiguration(**{**own, **(source or {})}),
+        backbone={"name": "test"},
+        geometry=GeometryConfiguration((H, W), "crop", (H, W), 1 << 20, 1),
+        pca=PcaConfiguration(K, fitted_on_images, digest),
+        upsampler={"name": "bilinear"},
+        storage=StorageConfiguration(dtype, SHARD_ROWS, 1, 0.1 if dtype == "int8" else None),
+    )
+
+
 def set_up_store(uri: str, dtype: str = "int8", source: dict[str, Any] | None = None) -> KnownStore:
     """A store with no shard done; ``source``: of its configuration."""
     step = np.linspace(0.01, 0.05, K, dtype=np.float32) if dtype == "int8" else None
     store = KnownStore(uri, known_codes(dtype), step, basis(), [])
-    configuration: dict[str, Any] = {"pca": {"components": K, "basis": store.basis.digest}, "storage": {"dtype": dtype}}
-    if source is not None:
-        configuration["source"] = source
+    configuration = known_configuration(store.basis.digest, dtype, source)
     attributes = StoreAttributes(configuration, {"densefeat": "test"}, ("a", "b", "c"), 0.8, step_sha256(step))
     store.configuration_hash = attributes.hash
     features = FeatureLayout(ROWS, K, H, W, dtype, SHARD_ROWS)

@@ -1,7 +1,12 @@
+import hashlib
+import json
+
 import pytest
 
-from schemas.attributes import StoreAttributes, configuration_hash, differences
+from schemas.attributes import StoreAttributes
+from schemas.configuration import StoreConfiguration, differences
 from schemas.options import UpsampleConfig, parse_size
+from tests.helpers.stores import known_configuration
 
 
 def config(**options: object) -> UpsampleConfig:
@@ -62,12 +67,50 @@ def test_differences_name_the_field() -> None:
 
 
 def test_the_hash_does_not_depend_on_order_but_on_every_value() -> None:
-    assert configuration_hash({"a": 1, "b": {"c": 2, "d": 3}}) == configuration_hash({"b": {"d": 3, "c": 2}, "a": 1})
-    assert configuration_hash({"a": 1}) != configuration_hash({"a": 2})
+    configuration = known_configuration("f00")
+    document = configuration.to_dict()
+    backwards = {name: dict(reversed(part.items())) for name, part in reversed(document.items())}
+    assert StoreConfiguration.from_dict(backwards).hash == configuration.hash
+    for part, fields in document.items():
+        for name in fields:
+            changed = {**document, part: {**fields, name: "another"}}
+            assert StoreConfiguration.from_dict(changed).hash != configuration.hash
+
+
+def test_the_hash_is_that_of_earlier_stores() -> None:
+    """Of canonical JSON, in which float16 has no error floor, a fitted basis has two fields, and sizes are lists."""
+    configuration = known_configuration("f00", "float16", fitted_on_images=5)
+    document = {
+        "backbone": {"name": "test"},
+        "geometry": {"fit": "crop", "max_pixels": 1048576, "min_side": 1, "output_size": [12, 10], "size": [12, 10]},
+        "pca": {"basis": "f00", "components": 5, "fitted_on_images": 5},
+        "source": {
+            "image_column": None, "images": "/photos", "keys_sha256": configuration.source.keys_sha256,
+            "kind": "folder", "limit": None, "rows": 11,
+        },
+        "storage": {"dtype": "float16", "shard_images": 4, "zstd_level": 1},
+        "upsampler": {"name": "bilinear"},
+    }  # fmt: skip
+    assert configuration.hash == hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    assert StoreConfiguration.from_dict(document) == configuration
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 1}, "unknown parts seed"),
+        ({"pca": None}, "has no pca"),
+        ({"pca": {}}, r"configuration\.pca: .*components"),
+        ({"storage": {"dtype": "int8", "codec": "x"}}, r"configuration\.storage: unknown fields codec"),
+    ],
+)
+def test_another_configuration_is_refused_by_name(change: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        StoreConfiguration.from_dict({**known_configuration("f00").to_dict(), **change})
 
 
 def test_attributes_survive_json() -> None:
-    attributes = StoreAttributes({"a": {"b": 1}}, {"torch": "2"}, ("x", "y"), 0.9, "f00", True)
+    attributes = StoreAttributes(known_configuration("f00"), {"torch": "2"}, ("x", "y"), 0.9, "f00", True)
     own = attributes.to_dict()["densefeat"]
     assert own["configuration_hash"] == attributes.hash
-    assert StoreAttributes.from_dict(own) == attributes
+    assert StoreAttributes.from_dict(json.loads(json.dumps(own))) == attributes

@@ -48,6 +48,7 @@ from tests.helpers.stores import (
     W,
     basis,
     known_codes,
+    known_configuration,
     make_store,
     references,
     set_up_store,
@@ -92,7 +93,7 @@ def a_bit_apart(seed: int) -> tuple[Basis, np.ndarray]:
 
 
 def attributes_of(own: Basis, step: np.ndarray) -> StoreAttributes:
-    configuration = {"pca": {"components": K, "fitted_on_images": 5, "basis": own.digest}, "storage": {"dtype": "int8"}}
+    configuration = known_configuration(own.digest, fitted_on_images=5)
     return StoreAttributes(configuration, {"densefeat": "test"}, ("a",), 0.8, step_sha256(step))
 
 

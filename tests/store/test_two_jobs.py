@@ -20,8 +20,10 @@ from pipeline.run.prepare import prepare
 from pipeline.run.shard_worker import Encoding
 from pipeline.run.workers import InlineWorkers
 from pipeline.store.layout import claim, delete_store, existing_store, step_sha256
-from schemas.attributes import StoreAttributes, incompatibilities
+from schemas.attributes import StoreAttributes
+from schemas.configuration import PcaConfiguration, StoreConfiguration, incompatibilities
 from schemas.options import UpsampleConfig
+from tests.helpers.stores import known_configuration
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def claim_a_bit_apart(plan: Plan, encoding: Encoding, *, scale: float = 1 + 1e-6
     basis = replace(encoding.basis, mean=encoding.basis.mean * np.float32(scale))
     assert encoding.step is not None
     step = encoding.step * np.float32(scale)
-    configuration = {**plan.configuration, "pca": {**plan.configuration["pca"], "basis": basis.digest}}
+    configuration = plan.configuration.with_basis(basis.digest)
     attributes = StoreAttributes(configuration, {}, plan.class_names, 0.5, step_sha256(step))
     claim(Objects(plan.config.store), attributes, basis, step)
     return Encoding(basis, step, attributes.hash)
@@ -153,17 +155,19 @@ def test_parts_of_a_store_without_its_head_are_not_built_upon(photographs: Path,
 
 
 def test_what_is_compared_and_what_is_adopted() -> None:
-    fit = {"source": {"images": "/a"}, "pca": {"components": 4, "fitted_on_images": 9}}
-    given = {"source": {"images": "/a"}, "pca": {"components": 4, "basis": "abc"}}
-    fitted = {**fit, "pca": {**fit["pca"], "basis": "abc"}}
-    assert incompatibilities(json.loads(json.dumps(fitted)), fit) == []
+    base = known_configuration("abc")
+    given = replace(base, pca=PcaConfiguration(4, basis="abc"))
+    fit = replace(base, pca=PcaConfiguration(4, fitted_on_images=9))
+    fitted = fit.with_basis("abc")
+    assert incompatibilities(StoreConfiguration.from_dict(json.loads(json.dumps(fitted.to_dict()))), fit) == []
     assert incompatibilities(given, given) == []
+    elsewhere = replace(fit, source=replace(fit.source, images="/b"))
     for stored, asked, words in [
         (fitted, given, "pca.fitted_on_images: stored 9, asked null"),
         (given, fit, 'pca.basis: stored "abc", asked null'),
-        (given, {**given, "pca": {"components": 4, "basis": "abd"}}, 'pca.basis: stored "abc", asked "abd"'),
-        (fitted, {**fit, "pca": {**fit["pca"], "fitted_on_images": 8}}, "pca.fitted_on_images: stored 9, asked 8"),
-        (fitted, {**fit, "source": {"images": "/b"}}, 'source.images: stored "/a", asked "/b"'),
+        (given, given.with_basis("abd"), 'pca.basis: stored "abc", asked "abd"'),
+        (fitted, replace(fit, pca=PcaConfiguration(4, fitted_on_images=8)), "pca.fitted_on_images: stored 9, asked 8"),
+        (fitted, elsewhere, 'source.images: stored "/photos", asked "/b"'),
     ]:
         assert words in incompatibilities(stored, asked)
 

@@ -3,7 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +12,9 @@ from PIL import Image
 from pipeline.errors import ImageError
 from pipeline.images.decoding.formats import open_stored
 from pipeline.images.decoding.stored import Stored
+from schemas.configuration import Fit
 
-__all__ = ["Decoded", "Fit", "Geometry", "decode"]
-
-Fit = Literal["crop", "pad", "squash"]
+__all__ = ["Decoded", "Geometry", "decode"]
 
 # ImageNet's mean colour: what a normalised network sees as zero.
 _PAD_RGB = (124, 116, 104)

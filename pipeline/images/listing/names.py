@@ -2,11 +2,11 @@
 
 import re
 from pathlib import PurePosixPath
-from typing import Literal
 
-__all__ = ["IMAGE_SUFFIXES", "KIND_OF", "Kind", "escaped", "looks_like_image", "suffix_of", "unescaped"]
+from schemas.configuration import SourceKind
 
-Kind = Literal["folder", "tar", "parquet"]
+__all__ = ["IMAGE_SUFFIXES", "KIND_OF", "escaped", "looks_like_image", "suffix_of", "unescaped"]
+
 
 # In order of preference where a WebDataset sample has several.
 IMAGE_SUFFIXES = (
@@ -14,7 +14,7 @@ IMAGE_SUFFIXES = (
     ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c", ".mpo",
 )  # fmt: skip
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-KIND_OF: dict[str, Kind] = {
+KIND_OF: dict[str, SourceKind] = {
     **dict.fromkeys(IMAGE_SUFFIXES, "folder"),
     **dict.fromkeys((".tar", *_COMPRESSED_TARS), "tar"),
     ".parquet": "parquet",

@@ -14,12 +14,13 @@ from pipeline.errors import JobError
 from pipeline.images.listing.files import File, Found, Scan, ScanMap, explained, find_files, scan_in_order, uri_of
 from pipeline.images.listing.findings import Finding, Tally, add_unused
 from pipeline.images.listing.labels import Labels, folder_label, text_labels, unify_labels
-from pipeline.images.listing.names import IMAGE_SUFFIXES, KIND_OF, Kind, escaped, suffix_of
+from pipeline.images.listing.names import IMAGE_SUFFIXES, KIND_OF, escaped, suffix_of
 from pipeline.images.listing.parquet import image_column_of, scan_parquet
 from pipeline.images.listing.tar import scan_tar
+from schemas.configuration import SourceKind
 from schemas.index import REFERENCES
 
-__all__ = ["Kind", "Source", "keys_digest", "list_images"]
+__all__ = ["Source", "keys_digest", "list_images"]
 
 _LISTED_SUFFIXES = 8
 
@@ -40,7 +41,7 @@ class Source:
         candidates: images that were looked at, with those beyond a limit and those that findings call an "image".
     """
 
-    kind: Kind
+    kind: SourceKind
     references: pa.Table
     class_names: tuple[str, ...]
     image_column: str | None
@@ -120,9 +121,9 @@ def keys_digest(references: pa.Table) -> str:
     return hashlib.sha256("\n".join(references["key"].to_pylist()).encode()).hexdigest()
 
 
-def _kind_of(images: str, files: Sequence[File]) -> Kind:
+def _kind_of(images: str, files: Sequence[File]) -> SourceKind:
     suffixes = Counter(suffix_of(file.path) for file in files)
-    kinds = Counter[Kind]()
+    kinds = Counter[SourceKind]()
     for suffix, count in suffixes.items():
         if suffix in KIND_OF:
             kinds[KIND_OF[suffix]] += count
@@ -141,7 +142,7 @@ def _kind_of(images: str, files: Sequence[File]) -> Kind:
     )
 
 
-def _has_kind(file: File, kind: Kind, tally: Tally) -> bool:
+def _has_kind(file: File, kind: SourceKind, tally: Tally) -> bool:
     if KIND_OF.get(suffix_of(file.path)) == kind:
         return True
     add_unused(tally, file.relative, escaped(file.relative))
@@ -175,7 +176,7 @@ def _list_folder(found: Found, files: list[File], limit: int | None, tally: Tall
 
 
 def _list_files(
-    kind: Kind,
+    kind: SourceKind,
     found: Found,
     files: list[File],
     limit: int | None,
@@ -203,7 +204,7 @@ def _list_files(
 
 
 def _source(
-    kind: Kind, references: pa.Table, names: tuple[str, ...], column: str | None, tally: Tally, listed: int
+    kind: SourceKind, references: pa.Table, names: tuple[str, ...], column: str | None, tally: Tally, listed: int
 ) -> Source:
     findings = tally.findings()
     lost = sum(finding.count for finding in findings if finding.about == "image")

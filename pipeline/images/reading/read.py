@@ -13,11 +13,11 @@ import pyarrow as pa
 from densefeat.storage.places import is_local
 from densefeat.storage.retries import PATIENCE_S
 from pipeline.errors import ImageError
-from pipeline.images.listing.source import Kind
 from pipeline.images.reading.bounds import Bounds, Stop
 from pipeline.images.reading.fetch import Fetch, Outcome
 from pipeline.images.reading.parquet_cells import Reference, read_batches
 from pipeline.images.reading.tar_members import read_member
+from schemas.configuration import SourceKind
 
 __all__ = ["read_images"]
 
@@ -49,7 +49,7 @@ def read_images(
     references: pa.Table,
     *,
     image_column: str | None,
-    kind: Kind,
+    kind: SourceKind,
     pool: Executor,
     ahead: int = 16,
     max_bytes: int = _MAX_BYTES,

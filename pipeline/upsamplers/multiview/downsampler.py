@@ -16,7 +16,7 @@ from densefeat.storage.places import split_place
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import state_digest
-from schemas.attributes import differences
+from schemas.configuration import differences
 
 __all__ = ["Downsampler", "FitSettings", "Origin"]
 

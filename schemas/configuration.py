@@ -1,0 +1,222 @@
+"""The configuration of a store: everything that its features depend on, and nothing else.
+
+Two stores with the same hash hold the same features, up to floating-point differences between devices. What was *asked*
+decides whether a job may work on a store; what *came of it* (a fitted basis, measured steps) is adopted from the store.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, Self
+
+__all__ = [
+    "Fit",
+    "GeometryConfiguration",
+    "PcaConfiguration",
+    "SourceConfiguration",
+    "SourceKind",
+    "StorageConfiguration",
+    "StoreConfiguration",
+    "differences",
+    "incompatibilities",
+]
+
+
+Fit = Literal["crop", "pad", "squash"]  # crop to the aspect ratio, pad to it, or leave it
+SourceKind = Literal["folder", "tar", "parquet"]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of the configuration: flat, of JSON types; optional fields are left out where they are None."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: a field is missing, or unknown.
+        """
+        known = {field.name: field.default for field in fields(cls)}
+        if unknown := sorted(values.keys() - known.keys()):
+            raise ValueError(f"unknown fields {', '.join(unknown)}: the store was made by a newer densefeat")
+        try:
+            return cls(**{name: _frozen(value) for name, value in values.items()})
+        except TypeError as error:  # names what is missing
+            raise ValueError(str(error)) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        optional = {field.name for field in fields(self) if field.default is None}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if not (value is None and name in optional)
+        }
+
+
+@dataclass(frozen=True)
+class SourceConfiguration(_Part):
+    """Which images.
+
+    Attributes:
+        images: absolute path or URI of the dataset, as it was given.
+        limit: of the number of images, None: all.
+        kind: how they are stored.
+        image_column: of a table, None elsewhere.
+        rows: number of images.
+        keys_sha256: digest of their keys, in order.
+    """
+
+    images: str
+    limit: int | None
+    kind: SourceKind
+    image_column: str | None
+    rows: int
+    keys_sha256: str
+
+
+@dataclass(frozen=True)
+class GeometryConfiguration(_Part):
+    """How images are placed on the grid of the features.
+
+    Attributes:
+        size: (height, width) in pixels that the backbone sees.
+        fit: what becomes of the aspect ratio.
+        output_size: (height, width) of the stored features.
+        max_pixels: larger images are failed rows.
+        min_side: smaller images are failed rows.
+    """
+
+    size: tuple[int, int]
+    fit: Fit
+    output_size: tuple[int, int]
+    max_pixels: int
+    min_side: int
+
+
+@dataclass(frozen=True)
+class PcaConfiguration(_Part):
+    """The basis of the components.
+
+    Attributes:
+        components: k.
+        fitted_on_images: size of the sample that it was to be fitted on; None: the basis was given.
+        basis: digest of the basis; None: not fitted yet.
+    """
+
+    components: int
+    fitted_on_images: int | None = None
+    basis: str | None = None
+
+
+@dataclass(frozen=True)
+class StorageConfiguration(_Part):
+    """How features become bytes.
+
+    Attributes:
+        dtype: int8 or float16.
+        shard_images: rows of a shard.
+        zstd_level: of the compression.
+        error_floor: of the quantization steps, as a share of the features' root mean square; None for float16.
+    """
+
+    dtype: str
+    shard_images: int
+    zstd_level: int
+    error_floor: float | None = None
+
+
+@dataclass(frozen=True)
+class StoreConfiguration:
+    """What a store's features depend on.
+
+    Attributes:
+        source: which images.
+        backbone: `Backbone.identity`, JSON types.
+        geometry: how they are placed.
+        pca: the basis.
+        upsampler: `Upsampler.identity`, JSON types.
+        storage: how features become bytes.
+    """
+
+    source: SourceConfiguration
+    backbone: Mapping[str, Any]
+    geometry: GeometryConfiguration
+    pca: PcaConfiguration
+    upsampler: Mapping[str, Any]
+    storage: StorageConfiguration
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 (hex) of the configuration as canonical JSON."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def with_basis(self, digest: str) -> "StoreConfiguration":
+        """The same, once the basis is there."""
+        return replace(self, pca=replace(self.pca, basis=digest))
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """As JSON."""
+        return {
+            name: value.to_dict() if isinstance(value, _Part) else dict(value) for name, value in self.__dict__.items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "StoreConfiguration":
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: it is no configuration of a store; says which part and field.
+        """
+        if missing := [field.name for field in fields(cls) if not isinstance(values.get(field.name), Mapping)]:
+            raise ValueError(f"the configuration has no {', '.join(missing)}")
+        if unknown := sorted(values.keys() - {field.name for field in fields(cls)}):
+            raise ValueError(f"the configuration has unknown parts {', '.join(unknown)}")
+        parts: dict[str, Any] = dict(values)
+        for name, kind in _PARTS.items():
+            try:
+                parts[name] = kind.from_dict(values[name])
+            except ValueError as error:
+                raise ValueError(f"configuration.{name}: {error}") from error
+        return cls(**parts)
+
+
+_PARTS: dict[str, type[_Part]] = {
+    "source": SourceConfiguration,
+    "geometry": GeometryConfiguration,
+    "pca": PcaConfiguration,
+    "storage": StorageConfiguration,
+}
+
+
+def incompatibilities(stored: StoreConfiguration, asked: StoreConfiguration) -> list[str]:
+    """Why a job must not work on a store, a line each; none if it may: the one rule wherever two jobs or runs meet.
+
+    A basis that was fitted here or there can differ in a bit, so a fitted basis is not compared: whoever comes later
+    takes the one in the store.
+
+    Args:
+        stored: the store's configuration.
+        asked: the job's, with a basis only if it was given one.
+    """
+    if stored.pca.fitted_on_images is not None:
+        stored = replace(stored, pca=replace(stored.pca, basis=None))
+    return differences(stored.to_dict(), asked.to_dict())
+
+
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two JSON objects, a line each: ``backbone.layer: stored 11, asked 9``."""
+    lines = []
+    for name in sorted({*stored, *asked}):
+        old, new = stored.get(name), asked.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            lines.append(f"{prefix}{name}: stored {json.dumps(old)}, asked {json.dumps(new)}")
+    return lines
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
