@@ -25,7 +25,7 @@ from pipeline.reporting.report import Report
 from pipeline.run.feature_worker import WorkerSpec
 from pipeline.run.plan import Plan, make_plan
 from pipeline.run.prepare import prepare
-from pipeline.run.shard_worker import Encoding
+from pipeline.run.shard_worker import Encoding, ShardWorker
 from pipeline.run.workers import InlineWorkers, TaskFailed, Workers
 from pipeline.store.layout import existing_store, finish, reopen
 from pipeline.store.shard import finished_shards
@@ -138,7 +138,7 @@ def make_shards(
     tasks = [(objects, shard, plan.shard_references(shard), shared) for shard in to_do]
     images = sum(len(plan.features.rows_of(shard)) for shard in plan.shards)
     with Progress(len(plan.shards), images, done) as progress:
-        for task, result in workers.map("make_shard", tasks, progress.advance):
+        for task, result in workers.map(ShardWorker.make_shard, tasks, progress.advance):
             if isinstance(result, TaskFailed):
                 given_up[to_do[task]] = f"tried {result.attempts} times; the last time: {result.reason}"
             else:

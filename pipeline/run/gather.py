@@ -1,11 +1,12 @@
-"""Running a worker's method over a sample of the dataset, on all workers, and merging what it returns."""
+"""Running a worker's method over a sample of the dataset, on all workers, and merging its results."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.errors import JobError
-from pipeline.images.sample import FixedTree, Part, next_wave
+from pipeline.images.sample import FixedTree, Part, Sums, next_wave
 from pipeline.reporting.progress_line import ProgressLine
 from pipeline.run.workers import TaskFailed, Workers
 
@@ -13,13 +14,19 @@ __all__ = ["gather"]
 
 
 def gather(
-    workers: Workers, method: str, references: pa.Table, images: int, *arguments: Any, images_in_task: int, what: str
-) -> Part[Any]:
-    """Call a worker's ``method(references, *arguments)`` on parts of a sample, and merge what it returns.
+    workers: Workers,
+    method: Callable[..., Part[Sums]],
+    references: pa.Table,
+    images: int,
+    *arguments: Any,
+    images_in_task: int,
+    what: str,
+) -> Part[Sums]:
+    """Call ``method(worker, references, *arguments)`` on parts of a sample, and merge the results.
 
     Args:
-        workers: who does it.
-        method: returns a `Part`.
+        workers: to call it on.
+        method: of the worker's class.
         references: of the dataset.
         images: usable ones wanted; 0: the whole dataset.
         arguments: of the method, beside the references.
@@ -32,13 +39,13 @@ def gather(
     Raises:
         JobError: a task failed for good, or no image is usable.
     """
-    total: Part[Any] | None = None
+    total: Part[Sums] | None = None
     tried = 0
     line = ProgressLine(what, min(images, references.num_rows) or references.num_rows, "images")
     while rows := next_wave(references.num_rows, images, tried, total.images if total else 0):
         sample = references.take(rows)
         tasks = [(sample.slice(first, images_in_task), *arguments) for first in range(0, len(rows), images_in_task)]
-        tree = FixedTree[Any](len(tasks))
+        tree = FixedTree[Sums](len(tasks))
         for task, result in workers.map(method, tasks, line.advance):
             if isinstance(result, TaskFailed):
                 raise JobError(f"{what}: a part of the sample failed {result.attempts} times: {result.reason}")

@@ -15,9 +15,10 @@ from pipeline.errors import JobError
 from pipeline.features.pca import Basis, fit
 from pipeline.io.storage import storage_explained
 from pipeline.reporting.software import software_versions
+from pipeline.run.feature_worker import FeatureWorker
 from pipeline.run.gather import gather
 from pipeline.run.plan import Plan, readable_size
-from pipeline.run.shard_worker import Encoding
+from pipeline.run.shard_worker import Encoding, ShardWorker
 from pipeline.run.workers import Workers
 from pipeline.store.layout import claim, complete_setup, delete_store, existing_store, step_sha256, stored_attributes
 from schemas.attributes import StoreAttributes
@@ -103,7 +104,7 @@ def fit_basis(references: pa.Table, k: int, images: int, workers: Workers) -> Ba
         JobError: too few images can be used.
     """
     logger.info("PCA: fitting %d components on %d images", k, min(images, references.num_rows) or references.num_rows)
-    sample = gather(workers, "moments", references, images, images_in_task=_IMAGES_IN_TASK, what="PCA")
+    sample = gather(workers, FeatureWorker.moments, references, images, images_in_task=_IMAGES_IN_TASK, what="PCA")
     return fit(sample.sums, k)
 
 
@@ -111,7 +112,7 @@ def _calibrate(plan: Plan, basis: Basis, workers: Workers) -> tuple[npt.NDArray[
     """Quantization steps [k], None for float16; and the bytes that an image will take, about."""
     sample = gather(
         workers,
-        "calibrate",
+        ShardWorker.calibrate,
         plan.references,
         _CALIBRATION_IMAGES,
         workers.share(basis),

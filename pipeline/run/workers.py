@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pipeline.errors import JobError
 from pipeline.run.failures import FailureLog, is_suspect
@@ -17,7 +17,9 @@ from pipeline.run.queue import TaskFailed, TaskQueue
 from pipeline.run.resources import threads_in_operations, torch_threads
 from pipeline.run.shard_worker import make_worker
 
-__all__ = ["InlineWorkers", "TaskFailed", "Workers"]
+__all__ = ["InlineWorkers", "Result", "TaskFailed", "Workers"]
+
+Result = TypeVar("Result")
 
 _POLL_S = 0.5
 _STOP_S = 10.0
@@ -29,13 +31,16 @@ class Workers(Protocol):
     count: int
 
     def map(
-        self, method: str, tasks: Sequence[tuple[Any, ...]], on_progress: Callable[[int], None] = lambda images: None
-    ) -> Iterator[tuple[int, Any]]:
-        """Call the worker's ``method`` with each task's arguments.
+        self,
+        method: Callable[..., Result],
+        tasks: Sequence[tuple[Any, ...]],
+        on_progress: Callable[[int], None] = lambda images: None,
+    ) -> Iterator[tuple[int, Result | TaskFailed]]:
+        """Call a method of the worker with each task's arguments.
 
         Args:
-            method: name of a ``pipeline.run.shard_worker`` method.
-            tasks: arguments.
+            method: of the worker's class, unbound: ``ShardWorker.make_shard``.
+            tasks: arguments after the worker.
             on_progress: called now and then with the images done since the last call.
 
         Yields:
@@ -103,15 +108,18 @@ class InlineWorkers:
         return value
 
     def map(
-        self, method: str, tasks: Sequence[tuple[Any, ...]], on_progress: Callable[[int], None] = lambda images: None
-    ) -> Iterator[tuple[int, Any]]:
+        self,
+        method: Callable[..., Result],
+        tasks: Sequence[tuple[Any, ...]],
+        on_progress: Callable[[int], None] = lambda images: None,
+    ) -> Iterator[tuple[int, Result | TaskFailed]]:
         """As ``Workers.map``."""
         before = self._worker.images_done
         queue = TaskQueue[InlineWorkers](len(tasks), attempts=self._attempts, first_wait_s=self._first_wait_s)
         queue.join(self, None, self._worker.tasks_at_once, time.monotonic())
         while queue.left:
             for _, task in queue.hand_out(time.monotonic()):
-                self._running[self._pool.submit(getattr(self._worker, method), *tasks[task])] = task
+                self._running[self._pool.submit(method, self._worker, *tasks[task])] = task
             if not self._running:
                 time.sleep(min(_POLL_S, self._first_wait_s))
             for future in wait(self._running, timeout=_POLL_S, return_when=FIRST_COMPLETED).done:
@@ -119,7 +127,9 @@ class InlineWorkers:
             on_progress(self._worker.images_done - before)
             before = self._worker.images_done
 
-    def _settle(self, queue: "TaskQueue[InlineWorkers]", task: int, future: Future[Any]) -> Iterator[tuple[int, Any]]:
+    def _settle(
+        self, queue: "TaskQueue[InlineWorkers]", task: int, future: Future[Result]
+    ) -> Iterator[tuple[int, Result | TaskFailed]]:
         """What comes of a task that has ended; yields it if it is over."""
         error = future.exception()
         if error is None:

@@ -17,6 +17,7 @@ from pipeline.features.pca import Moments
 from pipeline.images.batches import Batch
 from pipeline.images.decoding.decode import Decoded
 from pipeline.images.sample import FixedTree, Part, next_wave, sample_rows, usable_images
+from pipeline.run.feature_worker import FeatureWorker
 from pipeline.run.gather import gather
 from pipeline.run.workers import TaskFailed
 from pipeline.store.calibration import Calibration
@@ -130,9 +131,12 @@ class CountingWorkers:
         return value
 
     def map(
-        self, method: str, tasks: Sequence[tuple[Any, ...]], on_progress: Callable[[int], None] = lambda images: None
+        self,
+        method: Callable[..., Any],
+        tasks: Sequence[tuple[Any, ...]],
+        on_progress: Callable[[int], None] = lambda images: None,
     ) -> Iterator[tuple[int, Any]]:
-        assert method == "moments"
+        assert method is FeatureWorker.moments
         for task in reversed(range(len(tasks))):
             rows = [int(key[-7:-4]) for key in tasks[task][0]["key"].to_pylist()]
             self.tried += len(rows)
@@ -145,19 +149,21 @@ class CountingWorkers:
 
 def test_gathering_goes_on_until_enough_images_are_usable() -> None:
     workers = CountingWorkers(lambda row: row % 4 == 3)
-    part = gather(workers, "moments", references(400), 40, images_in_task=7, what="PCA")
+    part = gather(workers, FeatureWorker.moments, references(400), 40, images_in_task=7, what="PCA")
     assert part.images >= 40
     assert workers.tried < 250
     everything = CountingWorkers(lambda row: row % 4 == 3)
-    assert gather(everything, "moments", references(400), 0, images_in_task=7, what="PCA").images == 100
+    assert gather(everything, FeatureWorker.moments, references(400), 0, images_in_task=7, what="PCA").images == 100
 
 
 def test_a_sample_with_nothing_usable_is_an_error() -> None:
     workers = CountingWorkers(lambda row: False)
     with pytest.raises(JobError, match=r"calibration: none of 512 sampled images is usable.*row 2 is corrupt"):
-        gather(workers, "moments", references(900), 32, images_in_task=4, what="calibration")
+        gather(workers, FeatureWorker.moments, references(900), 32, images_in_task=4, what="calibration")
     with pytest.raises(JobError, match="failed 3 times: the disk is gone"):
-        gather(CountingWorkers(bool, failing=True), "moments", references(9), 2, images_in_task=4, what="PCA")
+        gather(
+            CountingWorkers(bool, failing=True), FeatureWorker.moments, references(9), 2, images_in_task=4, what="PCA"
+        )
 
 
 def test_usable_images_are_taken_from_where_they_are() -> None:

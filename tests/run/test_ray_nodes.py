@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.run.resources import Slot, places_for_workers
-from tests.helpers.scripted_workers import SPEC, make
+from tests.helpers.scripted_workers import SPEC, ScriptedWorker, make
 
 pytestmark = [
     pytest.mark.slow,
@@ -50,6 +50,6 @@ def test_a_node_that_is_lost_costs_no_attempt(cluster: Any, caplog: pytest.LogCa
 
     with RayWorkers(SPEC.on("cpu", 1), slots, attempts=1, make=make, first_wait_s=0.05) as workers:
         tasks = [(5.0, number) for number in range(4)]
-        assert dict(workers.map("slow", tasks, on_progress)) == {number: number for number in range(4)}
+        assert dict(workers.map(ScriptedWorker.slow, tasks, on_progress)) == {number: number for number in range(4)}
     assert lost
     assert f"its node {spot.node_id} is gone" in caplog.text

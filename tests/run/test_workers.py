@@ -18,7 +18,7 @@ from densefeat.errors import StorageUnavailable
 from pipeline.errors import JobError
 from pipeline.run.resources import Slot
 from pipeline.run.workers import InlineWorkers, TaskFailed, Workers
-from tests.helpers.scripted_workers import SPEC, make, making_badly
+from tests.helpers.scripted_workers import SPEC, ScriptedWorker, make, making_badly
 
 Open = Callable[..., AbstractContextManager[Any]]
 WAIT_S = 0.05  # before a task that failed is tried again
@@ -55,7 +55,7 @@ def opened(request: pytest.FixtureRequest) -> Open:
     return on_ray
 
 
-def results(workers: Workers, method: str, *tasks: tuple[Any, ...]) -> dict[int, Any]:
+def results(workers: Workers, method: Callable[..., Any], *tasks: tuple[Any, ...]) -> dict[int, Any]:
     """Every task ends once."""
     found: dict[int, Any] = {}
     for task, result in workers.map(method, tasks):
@@ -80,16 +80,16 @@ def test_results_progress_and_shared_values(opened: Open) -> None:
         for _ in range(2):  # what an earlier map did is not counted again
             shared = workers.share(21)
             images, found = 0, {}
-            for task, result in workers.map("double", [(shared,), (1,), (2,), (3,)], on_progress):
+            for task, result in workers.map(ScriptedWorker.double, [(shared,), (1,), (2,), (3,)], on_progress):
                 found[task] = result
             assert found == {0: 42, 1: 2, 2: 4, 3: 6}
             assert images <= 4
-        assert results(workers, "double") == {}
+        assert results(workers, ScriptedWorker.double) == {}
 
 
 def test_a_storage_that_comes_back(opened: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with opened(attempts=3) as workers:
-        assert results(workers, "storage_is_back_after", (tmp_path / "log", 2)) == {0: 3}
+        assert results(workers, ScriptedWorker.storage_is_back_after, (tmp_path / "log", 2)) == {0: 3}
     assert caplog.text.count("the storage did not answer") == 2
     assert "Traceback" not in caplog.text
 
@@ -106,7 +106,7 @@ def test_a_task_that_always_fails_is_given_up_and_the_others_are_not(
     opened: Open, caplog: pytest.LogCaptureFixture, error: type[Exception], text: str, reason: str
 ) -> None:
     with opened(attempts=2) as workers:
-        found = results(workers, "raises", *((error, text, number) for number in range(6)))
+        found = results(workers, ScriptedWorker.raises, *((error, text, number) for number in range(6)))
     assert found == {0: 0, 2: 2, 4: 4, **dict.fromkeys((1, 3, 5), TaskFailed(2, reason))}
     # Nobody foresaw a ValueError: where it comes from is said, once.
     assert caplog.text.count("Traceback (most recent call last)") <= (0 if error is StorageUnavailable else 2)
@@ -116,7 +116,7 @@ def test_a_task_that_always_fails_is_given_up_and_the_others_are_not(
 
 def test_a_job_error_ends_the_job_at_once(opened: Open) -> None:
     with opened() as workers, pytest.raises(JobError, match="this cannot be done"):
-        results(workers, "job_error", (1,), (2,), (3,))
+        results(workers, ScriptedWorker.job_error, (1,), (2,), (3,))
 
 
 # --- In this process ---
@@ -127,8 +127,8 @@ def test_inline_torch_has_one_thread_in_operations_and_gives_them_back() -> None
     torch.set_num_threads(2)
     try:
         with inline() as workers:
-            assert results(workers, "where") == {}
-            assert results(workers, "where", ())[0] == (os.getpid(), SPEC.threads, 1)
+            assert results(workers, ScriptedWorker.where) == {}
+            assert results(workers, ScriptedWorker.where, ())[0] == (os.getpid(), SPEC.threads, 1)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -144,7 +144,7 @@ def test_inline_what_runs_is_stopped_by_an_interrupt() -> None:
     try:
         threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt), inline() as workers:
-            results(workers, "slow", *((60, number) for number in range(9)))
+            results(workers, ScriptedWorker.slow, *((60, number) for number in range(9)))
     finally:
         signal.signal(signal.SIGINT, before)
     running = [thread for thread in threading.enumerate() if thread.name.startswith("task")]
@@ -181,7 +181,7 @@ def cut_connections(process: psutil.Process) -> int:
 @pytest.mark.usefixtures("ray_here")
 def test_a_worker_counts_its_own_threads() -> None:
     with on_ray() as workers:
-        process, threads, torch_threads = results(workers, "where", ())[0]
+        process, threads, torch_threads = results(workers, ScriptedWorker.where, ())[0]
     assert process != os.getpid()
     assert (threads, torch_threads) == (1, 1)  # it was given one CPU
 
@@ -191,7 +191,9 @@ def test_a_task_that_kills_its_worker(tmp_path: Path, caplog: pytest.LogCaptureF
     """It is tried again alone, and at last given up; those that were with it are made."""
     poison, passing = tmp_path / "poison", tmp_path / "passing"
     with on_ray(attempts=2) as workers:
-        found = results(workers, "killed", (poison, 99, 0), (passing, 0, 1), (passing, 0, 2), (passing, 0, 3))
+        found = results(
+            workers, ScriptedWorker.killed, (poison, 99, 0), (passing, 0, 1), (passing, 0, 2), (passing, 0, 3)
+        )
     assert {task: found[task] for task in (1, 2, 3)} == {1: 1, 2: 2, 3: 3}
     assert isinstance(found[0], TaskFailed)
     assert found[0].attempts == 2
@@ -203,9 +205,9 @@ def test_a_task_that_kills_its_worker(tmp_path: Path, caplog: pytest.LogCaptureF
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_ends_between_two_maps(number: signal.Signals, caplog: pytest.LogCaptureFixture) -> None:
     with on_ray(attempts=1, stall_timeout_s=2) as workers:
-        first = results(workers, "where", ())[0][0]
+        first = results(workers, ScriptedWorker.where, ())[0][0]
         os.kill(first, number)
-        second = results(workers, "where", ())[0][0]  # at the first attempt
+        second = results(workers, ScriptedWorker.where, ())[0][0]  # at the first attempt
     assert second != first
     assert ("a worker died" if number == signal.SIGKILL else "no progress for 2 s") in caplog.text
 
@@ -221,9 +223,9 @@ def test_a_worker_that_cannot_be_reached_for_a_moment_is_not_dead(caplog: pytest
             cut = cut_connections(process)
 
     with on_ray(attempts=1) as workers:
-        before = results(workers, "where", ())[0][0]
-        assert dict(workers.map("slow", [(3, 0), (3, 1)], on_progress)) == {0: 0, 1: 1}
-        assert results(workers, "where", ())[0][0] == before
+        before = results(workers, ScriptedWorker.where, ())[0][0]
+        assert dict(workers.map(ScriptedWorker.slow, [(3, 0), (3, 1)], on_progress)) == {0: 0, 1: 1}
+        assert results(workers, ScriptedWorker.where, ())[0][0] == before
     assert cut
     assert "a worker cannot be reached, it is asked again" in caplog.text
     assert "died" not in caplog.text
@@ -235,7 +237,7 @@ def test_a_set_up_that_fails_is_tried_again(tmp_path: Path, how: str) -> None:
     bad = making_badly(tmp_path / "log", 1, how)
     # It imports torch in this time, on a machine that may have other things to do.
     with on_ray(make=bad, set_up_timeout_s=30 if how == "hangs" else 600) as workers:
-        assert results(workers, "double", (1,)) == {0: 2}
+        assert results(workers, ScriptedWorker.double, (1,)) == {0: 2}
 
 
 @pytest.mark.usefixtures("ray_here")
@@ -252,13 +254,13 @@ def test_where_no_set_up_succeeds_the_job_ends(tmp_path: Path, how: str, words: 
         on_ray(make=making_badly(tmp_path / "log", 999, how), attempts=2) as workers,
         pytest.raises(JobError, match=words),
     ):
-        results(workers, "double", (1,))
+        results(workers, ScriptedWorker.double, (1,))
 
 
 @pytest.mark.usefixtures("ray_here")
 def test_actors_are_gone_at_the_end() -> None:
     with on_ray() as workers:
-        assert results(workers, "double", (1,)) == {0: 2}
+        assert results(workers, ScriptedWorker.double, (1,)) == {0: 2}
         assert len(actors()) == 1
     end = time.monotonic() + 20
     while actors() and time.monotonic() < end:

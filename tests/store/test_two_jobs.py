@@ -17,7 +17,7 @@ from pipeline.errors import JobError
 from pipeline.features.pca import Basis
 from pipeline.run.plan import Plan, check_apart, make_plan
 from pipeline.run.prepare import prepare
-from pipeline.run.shard_worker import Encoding
+from pipeline.run.shard_worker import Encoding, ShardWorker
 from pipeline.run.workers import InlineWorkers
 from pipeline.store.layout import claim, delete_store, existing_store, step_sha256
 from schemas.attributes import StoreAttributes
@@ -134,7 +134,7 @@ def test_a_job_whose_store_is_overwritten_stops(photographs: Path, tmp_path: Pat
         # Shards of another configuration are in the ledger; and where they are not yet, the store is another one.
         for _ in range(2):
             with pytest.raises(JobError, match=r"another configuration|another store"):
-                list(workers.map("make_shard", [(objects, 0, plan.shard_references(0), encoding)]))
+                list(workers.map(ShardWorker.make_shard, [(objects, 0, plan.shard_references(0), encoding)]))
             assert objects.list() == before
             objects.delete(layout.ledger_key(0))
             objects.delete(layout.shard_key(0))

@@ -62,12 +62,12 @@ class WorkerActor:
         """How far it is: answers while tasks run."""
         return WorkerProgress(self._worker.images_done if self._worker else 0, self._running)
 
-    async def call(self, method: str, *arguments: Any) -> Any:
-        """Run a task."""
+    async def call(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a task: a method of the worker's class, with its arguments."""
         self._running += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, getattr(self._worker, method), *arguments)
+            return await loop.run_in_executor(self._threads, method, self._worker, *arguments)
         finally:
             self._running -= 1
 

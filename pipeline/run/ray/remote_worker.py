@@ -1,6 +1,7 @@
 """A worker on a Ray cluster, as the driver sees it: its actor, and the calls under way."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +60,7 @@ class RemoteWorker:
         """It is on a node: let it build its stages."""
         self.start = self._handle.set_up.remote(spec, self.wanted.cpus)
 
-    def call(self, method: str, arguments: tuple[Any, ...], task: int) -> None:
+    def call(self, method: Callable[..., Any], arguments: tuple[Any, ...], task: int) -> None:
         """Give it a task."""
         self.tasks[self._handle.call.remote(method, *arguments)] = task
 

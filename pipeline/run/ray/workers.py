@@ -27,6 +27,7 @@ from pipeline.run.ray.remote_worker import RemoteWorker, result_of
 from pipeline.run.ray.starts import WorkerStarts
 from pipeline.run.resources import Slot
 from pipeline.run.shard_worker import make_worker
+from pipeline.run.workers import Result
 
 __all__ = ["RayWorkers"]
 
@@ -100,8 +101,11 @@ class RayWorkers:
         return ray.put(value)
 
     def map(
-        self, method: str, tasks: Sequence[tuple[Any, ...]], on_progress: Callable[[int], None] = lambda images: None
-    ) -> Iterator[tuple[int, Any]]:
+        self,
+        method: Callable[..., Result],
+        tasks: Sequence[tuple[Any, ...]],
+        on_progress: Callable[[int], None] = lambda images: None,
+    ) -> Iterator[tuple[int, Result | TaskFailed]]:
         """As ``Workers.map``."""
         self._queue = TaskQueue(len(tasks), attempts=self._attempts, first_wait_s=self._first_wait_s)
         self._dead = []
