@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Self
 
 __all__ = [
+    "MAX_PIXELS",
+    "MIN_SIDE",
     "Fit",
     "GeometryConfiguration",
     "PcaConfiguration",
@@ -22,6 +24,9 @@ __all__ = [
     "incompatibilities",
 ]
 
+
+MAX_PIXELS = 178_956_970  # of an image, by default: where Pillow refuses it as a decompression bomb
+MIN_SIDE = 8  # of an image in pixels, by default
 
 Fit = Literal["crop", "pad", "squash"]  # crop to the aspect ratio, pad to it, or leave it
 SourceKind = Literal["folder", "tar", "parquet"]

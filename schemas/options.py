@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from schemas.configuration import Fit
+from schemas.configuration import MAX_PIXELS, MIN_SIDE, Fit
 
 # int8 shards of 64 images are about 120 MB before compression at k = 128, 224 px, as are
 # float16 shards of 8; large enough for object storage, small enough to redo.
@@ -47,9 +47,9 @@ class FeatureConfig:
     # Ray actors; not given: one per GPU of the cluster, or one per node that has CPUs. 0: this process, without Ray.
     workers: int | None = None
     # Images with more pixels than this are not opened (decompression bombs).
-    max_pixels: int = 178_956_970
+    max_pixels: int = MAX_PIXELS
     # Images with a shorter side are not used.
-    min_side: int = 8
+    min_side: int = MIN_SIDE
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at anything."""

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from schemas.configuration import Fit
+from schemas.configuration import MAX_PIXELS, MIN_SIDE, Fit
 from schemas.options import at_least, check_takers, parse_size
 
 # As published: FeatUp takes 4 images a step, LiFT 64 to 256, of which a CPU or a small GPU takes 16.
@@ -127,9 +127,9 @@ class TrainConfig:
     # Print the plan and stop.
     dry_run: bool = False
     # Images with more pixels than this are not opened (decompression bombs).
-    max_pixels: int = 178_956_970
+    max_pixels: int = MAX_PIXELS
     # Images with a shorter side are not used.
-    min_side: int = 8
+    min_side: int = MIN_SIDE
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at anything."""

@@ -1,4 +1,4 @@
-"""Progress for a person: a live bar on a terminal, a line every few seconds elsewhere."""
+"""Progress for a person: of the main job a live bar on a terminal; of all work that is counted, a line now and then."""
 
 import logging
 import sys
@@ -12,6 +12,26 @@ from schemas.ledger import LedgerRecord
 logger = logging.getLogger(__name__)
 
 _LINE_EVERY_S = 5.0
+
+
+class ProgressLine:
+    """Logs the progress of a piece of work, at most every five seconds.
+
+    Args:
+        what: the work.
+        total: steps.
+        unit: of the steps, in the plural.
+    """
+
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._done, self._log = 0, _Every(_LINE_EVERY_S)
+
+    def advance(self, steps: int = 1) -> None:
+        """So many more steps are done."""
+        self._done += steps
+        if steps and self._log.is_due():
+            logger.info("%s: %d/%d %s", self._what, self._done, self._total, self._unit)
 
 
 class Progress:
@@ -30,7 +50,7 @@ class Progress:
         self._images_done = self._images_committed = self._images_before
         self._failed = sum(record.rows_failed for record in records)
         self._nbytes = 0
-        self._started = self._said = time.monotonic()
+        self._started, self._log = time.monotonic(), _Every(_LINE_EVERY_S)
         self._bar = (
             tqdm(total=images, initial=self._images_done, unit="image", dynamic_ncols=True, smoothing=0.1)
             if sys.stderr.isatty()
@@ -55,8 +75,7 @@ class Progress:
         self._images_done += images
         if self._bar is not None:
             self._bar.update(images)
-        elif time.monotonic() - self._said > _LINE_EVERY_S:
-            self._said = time.monotonic()
+        elif self._log.is_due():
             logger.info("%s", self.line())
 
     def shard_done(self, record: LedgerRecord) -> None:
@@ -83,6 +102,20 @@ class Progress:
     def _rest(self) -> str:
         written = self._nbytes / 1e6 / max(time.monotonic() - self._started, 1e-9)
         return f"{self._shards_done}/{self._shards} shards, {written:.1f} MB/s written, {self._failed} failed"
+
+
+class _Every:
+    """Whether so many seconds have passed since it was last due, or was made."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._last = seconds, time.monotonic()
+
+    def is_due(self) -> bool:
+        now = time.monotonic()
+        if now - self._last <= self._seconds:
+            return False
+        self._last = now
+        return True
 
 
 def _duration(seconds: float) -> str:

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from pipeline.errors import JobError
 from pipeline.images.sample import FixedTree, Part, Sums, next_wave
-from pipeline.reporting.progress_line import ProgressLine
+from pipeline.reporting.progress import ProgressLine
 from pipeline.run.workers import TaskFailed, Workers
 
 __all__ = ["gather"]

@@ -12,7 +12,7 @@ from PIL import Image
 from pipeline.errors import ImageError
 from pipeline.images.decoding.formats import open_stored
 from pipeline.images.decoding.stored import Stored
-from schemas.configuration import Fit
+from schemas.configuration import MAX_PIXELS, MIN_SIDE, Fit
 
 __all__ = ["Decoded", "Geometry", "decode"]
 
@@ -82,7 +82,7 @@ class Decoded:
     valid_box: tuple[int, int, int, int]
 
 
-def decode(data: bytes, geometry: Geometry, *, max_pixels: int = 178_956_970, min_side: int = 8) -> Decoded:
+def decode(data: bytes, geometry: Geometry, *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> Decoded:
     """Decode one image and bring it to ``geometry`` with a single bicubic, antialiased resampling.
 
     Crop and scale are one call of Pillow's ``resize(box=...)`` with a fractional box, so ``affine`` describes the
@@ -96,8 +96,7 @@ def decode(data: bytes, geometry: Geometry, *, max_pixels: int = 178_956_970, mi
     Args:
         data: a whole JPEG (MPO), PNG, WebP, GIF, BMP, TIFF, PPM/PGM/PBM, JPEG 2000 or AVIF file.
         geometry: the target.
-        max_pixels: images with more are refused from their header, before memory is taken for them. The default is
-            the number above which Pillow itself refuses.
+        max_pixels: images with more are refused from their header, before memory is taken for them.
         min_side: images with a shorter side, in pixels, are refused.
 
     Returns:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.multiview import ViewMatrices, solve
-from pipeline.reporting.progress_line import ProgressLine
+from pipeline.reporting.progress import ProgressLine
 from pipeline.upsamplers.multiview.downsampler import FitSettings
 from pipeline.upsamplers.multiview.sample import ViewSample
 from pipeline.upsamplers.multiview.upsampler import start_at

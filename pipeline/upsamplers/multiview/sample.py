@@ -24,7 +24,7 @@ from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.pca import Basis, Moments, fit
 from pipeline.io.storage import temporary_folder
-from pipeline.reporting.progress_line import ProgressLine
+from pipeline.reporting.progress import ProgressLine
 from pipeline.upsamplers.multiview.views import held_out_views, solver_views
 from pipeline.views.features import JitterMatrices, project, view_features
 
