@@ -25,7 +25,7 @@ from pipeline.reporting.report import Report
 from pipeline.run.feature_worker import WorkerSpec
 from pipeline.run.plan import Plan, make_plan
 from pipeline.run.prepare import prepare
-from pipeline.run.shard_worker import Encoding, ShardWorker
+from pipeline.run.shard_worker import ShardWorker, StoreEncoding
 from pipeline.run.workers import InlineWorkers, TaskFailed, Workers
 from pipeline.store.layout import existing_store, finish, reopen
 from pipeline.store.shard import finished_shards
@@ -127,7 +127,7 @@ def make_shards(
     plan: Plan,
     objects: Objects,
     workers: Workers,
-    encoding: Encoding,
+    encoding: StoreEncoding,
     to_do: list[int],
     done: list[LedgerRecord],
 ) -> tuple[dict[int, LedgerRecord], dict[int, str]]:

@@ -10,7 +10,6 @@ import pyarrow as pa
 from densefeat.layout import FEATURES
 from densefeat.storage.objects import Objects
 from densefeat.store import FeatureStore
-from kernels.quantize import steps
 from pipeline.errors import JobError
 from pipeline.features.pca import Basis, fit
 from pipeline.io.storage import storage_explained
@@ -18,8 +17,9 @@ from pipeline.reporting.software import software_versions
 from pipeline.run.feature_worker import FeatureWorker
 from pipeline.run.gather import gather
 from pipeline.run.plan import Plan, readable_size
-from pipeline.run.shard_worker import Encoding, ShardWorker
+from pipeline.run.shard_worker import ShardWorker, StoreEncoding
 from pipeline.run.workers import Workers
+from pipeline.store.calibration import choose_steps
 from pipeline.store.layout import claim, complete_setup, delete_store, existing_store, step_sha256, stored_attributes
 from schemas.attributes import StoreAttributes
 from schemas.configuration import incompatibilities
@@ -32,7 +32,7 @@ _CALIBRATION_IMAGES = 32  # images whose upsampled features set the quantization
 _IMAGES_IN_CALIBRATION_TASK = 4  # few: an upsampler that fits each image takes minutes for one
 
 
-def prepare(plan: Plan, objects: Objects, workers: Workers) -> Encoding:
+def prepare(plan: Plan, objects: Objects, workers: Workers) -> StoreEncoding:
     """Make the store ready for shards, or find it ready.
 
     Raises:
@@ -69,7 +69,7 @@ def prepare(plan: Plan, objects: Objects, workers: Workers) -> Encoding:
     return encoding
 
 
-def _join(plan: Plan, objects: Objects) -> Encoding | None:
+def _join(plan: Plan, objects: Objects) -> StoreEncoding | None:
     """Work with the store that is there, whoever set it up, and finish its setup if nobody has; None if there is none.
 
     Raises:
@@ -120,7 +120,7 @@ def _calibrate(plan: Plan, basis: Basis, workers: Workers) -> tuple[npt.NDArray[
         what="calibration",
     )
     mean_square, nbytes = sample.sums.mean_square / sample.images, sample.sums.nbytes / sample.images
-    return steps(mean_square, plan.config.error_floor) if plan.config.dtype == "int8" else None, nbytes
+    return choose_steps(plan.config.dtype, mean_square, plan.config.error_floor), nbytes
 
 
 def _check_space(plan: Plan, objects: Objects, image_nbytes: float) -> None:
@@ -141,7 +141,7 @@ def _check_space(plan: Plan, objects: Objects, image_nbytes: float) -> None:
         )
 
 
-def _stored_encoding(plan: Plan, objects: Objects) -> Encoding:
+def _stored_encoding(plan: Plan, objects: Objects) -> StoreEncoding:
     store = FeatureStore(objects.uri)
     basis, attributes = Basis.of_store(store), stored_attributes(objects.uri, store.attributes)
     if basis.digest != attributes.configuration.pca.basis:
@@ -150,4 +150,4 @@ def _stored_encoding(plan: Plan, objects: Objects) -> Encoding:
         raise JobError(f"the steps in {objects.uri} are not those that its attributes name: use --overwrite")
     if store.layout != plan.features:
         raise JobError(f"the array in {objects.uri} is {store.layout}, expected {plan.features}: use --overwrite")
-    return Encoding(basis, store.step, attributes.hash)
+    return StoreEncoding(basis, store.step, attributes.hash)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from densefeat import layout
 from densefeat.storage.objects import Objects
+from kernels.quantization import Encoding
 from pipeline.errors import ImageError
 from pipeline.features.pca import Basis
 from pipeline.images.batches import Batch
@@ -41,8 +42,8 @@ _COPIES_IN_UPSAMPLING = 4  # of a batch's values: as floats of two steps, as cod
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """How features become what is stored: fixed for the whole store before its first shard.
+class StoreEncoding:
+    """From features to stored values: the same for the whole store, set before its first shard.
 
     Attributes:
         basis: the PCA basis.
@@ -97,7 +98,7 @@ class ShardWorker(FeatureWorker):
             return Part(Calibration.none(len(basis.components)), 0, "its features contain NaN or infinity")
         return Part(found, 1, None)
 
-    def make_shard(self, store: Objects, shard: int, references: pa.Table, encoding: Encoding) -> LedgerRecord:
+    def make_shard(self, store: Objects, shard: int, references: pa.Table, encoding: StoreEncoding) -> LedgerRecord:
         """Make a shard's features, write it, commit it.
 
         Args:
@@ -134,7 +135,7 @@ class ShardWorker(FeatureWorker):
             return write_shard(store, shard, shard_rows, encoded, outcomes, seconds, facts)
 
     def _codes(
-        self, batch: Batch, encoding: Encoding, seconds: StageSeconds
+        self, batch: Batch, encoding: StoreEncoding, seconds: StageSeconds
     ) -> tuple[npt.NDArray[Any], dict[int, ImageError], int]:
         """Stored values [B, k, H, W], which of them failed and why, and how many values of the others were clipped."""
         rows = len(batch.decoded)
@@ -160,12 +161,11 @@ class ShardWorker(FeatureWorker):
             self._synchronize()
         return features, pixels
 
-    def _stored(self, features: Tensor, pixels: Tensor, encoding: Encoding, seconds: StageSeconds) -> Stored:
+    def _stored(self, features: Tensor, pixels: Tensor, encoding: StoreEncoding, seconds: StageSeconds) -> Stored:
         """What is stored of low-resolution features."""
         upsampler, size = self._projected(encoding.basis), self.geometry.output_size
         with seconds.stage("upsample"):
-            step = None if encoding.step is None else torch.tensor(encoding.step, device=self.device)
-            stored = upsampler.store(features, pixels, size, step)
+            stored = upsampler.encode(features, pixels, size, Encoding.of_steps(encoding.step, self.device))
             self._synchronize()
         return stored
 

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.quantization import Codes, Quantization
-from kernels.quantize import quantize, to_float16
+from kernels.quantization import Codes, Encoding, Quantization
 from pipeline.errors import ImageError
 
 __all__ = [
@@ -110,24 +109,28 @@ class Projected(nn.Module):
 
         Returns:
             [B, k, *size] float: upsampled features, less the mean, times the components; not finite for an image
-            that failed (`store` says why).
+            that failed (`encode` says why).
 
         Raises:
             ValueError: an argument is not as above.
         """
 
-    def store(self, features: Tensor, images: Tensor, size: tuple[int, int], step: Tensor | None) -> Stored:
-        """As `forward`, as it is stored: quantized with steps [k] float32, or as float16; and what failed.
+    def encode(self, features: Tensor, images: Tensor, size: tuple[int, int], encoding: Encoding) -> Stored:
+        """Upsample as `forward`, and encode for the store.
 
-        Here: images whose features are not finite.
+        Args:
+            features: as `forward`.
+            images: as `forward`.
+            size: as `forward`.
+            encoding: of the store, its steps on the device of the features.
+
+        Returns:
+            The codes [B, k, *size], and the images that failed. Here: those whose features are not finite.
+
+        Raises:
+            ValueError: as `forward`.
         """
-        if step is None:
-            return with_nonfinite(to_float16(self(features, images, size)), {})
-        return with_nonfinite(self.codes(features, images, size, step), {})
-
-    def codes(self, features: Tensor, images: Tensor, size: tuple[int, int], step: Tensor) -> Codes:
-        """As `forward`, quantized with steps [k] float32."""
-        return quantize(self(features, images, size), Quantization(step, torch.zeros_like(step)))
+        return with_nonfinite(encoding.encode(self(features, images, size)), {})
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,20 @@ class LinearUpsampler(Upsampler):
             ValueError: an argument is not as above.
         """
 
+    def encode(
+        self,
+        low: Tensor,
+        images: Tensor,
+        size: tuple[int, int],
+        encoding: Encoding,
+        offset: Tensor | None = None,
+    ) -> Codes:
+        """Upsample as `forward`, add an offset [k] float32, and encode: in one kernel if `can_quantize`."""
+        quantization = encoding.quantization(offset)
+        if quantization is not None and self.can_quantize((low.shape[2], low.shape[3]), size):
+            return self.forward_codes(low, images, size, quantization)
+        return encoding.encode(self(low, images, size), offset)
+
     def can_quantize(self, low: tuple[int, int], size: tuple[int, int]) -> bool:
         """Whether `forward_codes` can be called for grids of these heights and widths. Here: no."""
         return False
@@ -210,12 +227,10 @@ class _LinearProjected(Projected):
         high: Tensor = self.upsampler(self._projected(features), images, size)
         return high.float() + self.offset[:, None, None]
 
-    def codes(self, features: Tensor, images: Tensor, size: tuple[int, int], step: Tensor) -> Codes:
-        """As `Projected.codes`; without a pass over the features for the offset, or none at all."""
-        low, quantization = self._projected(features), Quantization(step, self.offset)
-        if self.upsampler.can_quantize((low.shape[2], low.shape[3]), size):
-            return self.upsampler.forward_codes(low, images, size, quantization)
-        return quantize(self.upsampler(low, images, size), quantization)
+    def encode(self, features: Tensor, images: Tensor, size: tuple[int, int], encoding: Encoding) -> Stored:
+        """As `Projected.encode`; the offset takes no pass over the features of its own."""
+        codes = self.upsampler.encode(self._projected(features), images, size, encoding, self.offset)
+        return with_nonfinite(codes, {})
 
     def _projected(self, features: Tensor) -> Tensor:
         """On a GPU in float16: as precise as what is stored, and half the bytes. A CPU computes in float32."""

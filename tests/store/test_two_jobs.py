@@ -17,7 +17,7 @@ from pipeline.errors import JobError
 from pipeline.features.pca import Basis
 from pipeline.run.plan import Plan, check_apart, make_plan
 from pipeline.run.prepare import prepare
-from pipeline.run.shard_worker import Encoding, ShardWorker
+from pipeline.run.shard_worker import ShardWorker, StoreEncoding
 from pipeline.run.workers import InlineWorkers
 from pipeline.store.layout import claim, delete_store, existing_store, step_sha256
 from schemas.attributes import StoreAttributes
@@ -45,12 +45,12 @@ def config(images: Path, store: Path | str, **options: Any) -> UpsampleConfig:
     return UpsampleConfig(images=str(images), store=str(store), **{**defaults, **options})
 
 
-def prepared(plan: Plan) -> Encoding:
+def prepared(plan: Plan) -> StoreEncoding:
     with InlineWorkers(plan.spec) as workers:
         return prepare(plan, Objects(plan.config.store), workers)
 
 
-def claim_a_bit_apart(plan: Plan, encoding: Encoding, *, scale: float = 1 + 1e-6) -> Encoding:
+def claim_a_bit_apart(plan: Plan, encoding: StoreEncoding, *, scale: float = 1 + 1e-6) -> StoreEncoding:
     """Claim a plan's store as a machine would whose fit differs in the last bits; it dies then."""
     basis = replace(encoding.basis, mean=encoding.basis.mean * np.float32(scale))
     assert encoding.step is not None
@@ -58,10 +58,10 @@ def claim_a_bit_apart(plan: Plan, encoding: Encoding, *, scale: float = 1 + 1e-6
     configuration = plan.configuration.with_basis(basis.digest)
     attributes = StoreAttributes(configuration, {}, plan.class_names, 0.5, step_sha256(step))
     claim(Objects(plan.config.store), attributes, basis, step)
-    return Encoding(basis, step, attributes.hash)
+    return StoreEncoding(basis, step, attributes.hash)
 
 
-def same(a: Encoding, b: Encoding) -> bool:
+def same(a: StoreEncoding, b: StoreEncoding) -> bool:
     return (a.basis.digest, a.configuration_hash) == (b.basis.digest, b.configuration_hash) and np.array_equal(
         np.asarray(a.step), np.asarray(b.step)
     )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.upsamplers.implicit_featup import plain_downsample
+from kernels.quantization import Encoding
 from pipeline.errors import ImageError, JobError
 from pipeline.features.backbone import build_backbone
 from pipeline.upsamplers.build import ImplicitUpsampler, build_upsampler
@@ -374,7 +375,7 @@ def test_the_upsampler_fits_and_renders(backbone, monkeypatch):
         features = backbone(images)
         projected = upsampler.with_basis(mean, components)
         high = projected(features, images, (50, 70))
-        stored = projected.store(features, images, (50, 70), torch.full((4,), 0.1))
+        stored = projected.encode(features, images, (50, 70), Encoding(torch.full((4,), 0.1)))
         wide = projected(features[:1], images[:1], (50, 70))
     assert high.shape == (3, 4, 50, 70)
     assert high[[0, 2]].isfinite().all()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from kernels.multiview import Solution
+from kernels.quantization import Encoding
 from pipeline.errors import JobError
 from pipeline.features.backbone import build_backbone
 from pipeline.upsamplers.build import build_upsampler
@@ -116,11 +117,11 @@ def test_features_codes_and_batches(weights, backbone, size):
     assert high.shape == (3, K, *size)
     assert high.isfinite().all()
     step = torch.full((K,), 0.01)
-    values, failures = stage.store(features, images, size, step)
+    values, failures = stage.encode(features, images, size, Encoding(step))
     assert failures == {}
     expected = (high / step[:, None, None]).round().clamp(-127, 127)
     assert (values.codes - expected).abs().max() <= 1
-    halves, _ = stage.store(features, images, size, None)
+    halves, _ = stage.encode(features, images, size, Encoding(None))
     assert_close(halves.codes, high, 1e-3)
     alone = stage(features[2:], images[2:], size)
     assert_close(alone, high[2:], 1e-3)  # the backbone's batches
@@ -134,7 +135,7 @@ def test_an_image_fails_alone_and_says_why(weights, backbone):
     features = backbone(images)
     features[2, 0, 1, 1] = torch.nan
     for step in (torch.ones(K), None):
-        values, failures = stage.store(features, images, SIZE, step)
+        values, failures = stage.encode(features, images, SIZE, Encoding(step))
         assert {i: error.status for i, error in failures.items()} == {1: "constant", 2: "nonfinite"}
         assert "one colour" in str(failures[1])
         assert "views" in str(failures[2])
@@ -149,7 +150,7 @@ def test_features_that_do_not_vary_fail(weights, backbone, monkeypatch):
     stage = projected(build_upsampler("multiview", weights, backbone), backbone.num_chs)
     monkeypatch.setattr(backbone, "_features", lambda pixels: torch.ones(len(pixels), backbone.num_chs, *backbone.grid))
     images = random_images(2)
-    _, failures = stage.store(backbone(images), images, SIZE, None)
+    _, failures = stage.encode(backbone(images), images, SIZE, Encoding(None))
     assert sorted(failures) == [0, 1]
     assert {error.status for error in failures.values()} == {"constant"}
     assert "the same everywhere" in str(failures[0])

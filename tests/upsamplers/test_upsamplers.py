@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.jbu import JBUStack
-from kernels.quantization import Quantization
-from kernels.quantize import quantize
+from kernels.quantization import Encoding, Quantization
 from pipeline.errors import JobError
 from pipeline.features.checkpoints import read_metadata
 from pipeline.upsamplers import jbu as upsample_jbu
@@ -179,9 +178,9 @@ def test_codes_are_the_quantized_features(make, low, size):
     projected, images = make().with_basis(*random_basis(6, 5)), random_images(3, 80, 90)
     features = 2 * torch.randn(3, 6, *low)
     features[1, 2, 1, 3] = torch.nan
-    step = torch.rand(5) / 10 + 0.01
-    codes = projected.codes(features, images, size, step)
-    expected = quantize(projected(features, images, size), Quantization(step, torch.zeros(5)))
+    encoding = Encoding(torch.rand(5) / 10 + 0.01)
+    codes = projected.encode(features, images, size, encoding).values
+    expected = encoding.encode(projected(features, images, size))
     assert expected.not_finite[1] > 0
     for actual, wanted in zip(codes, expected, strict=True):
         assert torch.equal(actual, wanted)

@@ -7,13 +7,14 @@ from llvmlite import ir  # type: ignore[import-untyped, unused-ignore]
 from numba import types
 
 from kernels.compilation import compiled
+from kernels.quantization import INT8_MAX
 from kernels.simd.memory import address, index_type, lanes, load
 from kernels.simd.tiles import Array, elementwise, inlined, lane_numbers, llvm, tile_intrinsic
 
 __all__ = ["SQUARE", "quantize"]
 
 SQUARE = 16  # bytes a side of what is transposed at once, in registers
-_MAX = 127.0
+_MAX = float(INT8_MAX)
 
 
 def _counter(limit: float) -> Any:

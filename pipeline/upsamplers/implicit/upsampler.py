@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.quantization import Codes, Quantization
-from kernels.quantize import quantize, to_float16
+from kernels.quantization import Encoding
 from pipeline.errors import ImageError
 from pipeline.features.backbone import Backbone
 from pipeline.upsamplers.implicit.fit import Fit, fit_networks, one_colour
@@ -94,16 +93,10 @@ class ImplicitProjected(Projected):
         """As `Projected.forward`."""
         return self._rendered(features, images, size)[0]
 
-    def codes(self, features: Tensor, images: Tensor, size: tuple[int, int], step: Tensor) -> Codes:
-        """As `Projected.codes`."""
-        return self.store(features, images, size, step).values
-
-    def store(self, features: Tensor, images: Tensor, size: tuple[int, int], step: Tensor | None) -> Stored:
-        """As `Projected.store`."""
+    def encode(self, features: Tensor, images: Tensor, size: tuple[int, int], encoding: Encoding) -> Stored:
+        """As `Projected.encode`."""
         high, failures = self._rendered(features, images, size)
-        if step is None:
-            return with_nonfinite(to_float16(high), failures)
-        return with_nonfinite(quantize(high, Quantization(step, torch.zeros_like(step))), failures)
+        return with_nonfinite(encoding.encode(high), failures)
 
     def fitted(self, features: Tensor, images: Tensor) -> list[FittedNetwork | ImageError]:
         """Fit a network to each image, to be kept instead of its features.

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.multiview import Solution, ViewMatrices, solve
-from kernels.quantization import Codes, Quantization
-from kernels.quantize import quantize, to_float16
+from kernels.quantization import Encoding
 from pipeline.errors import ImageError, JobError
 from pipeline.features.backbone import Backbone
 from pipeline.upsamplers.interface import (
@@ -144,20 +143,10 @@ class _MultiviewProjected(Projected):
         high: Tensor = self.upsampler.finish(solved, images, size)
         return high.float()
 
-    def codes(self, features: Tensor, images: Tensor, size: tuple[int, int], step: Tensor) -> Codes:
-        """As `Projected.codes`."""
-        return self.store(features, images, size, step).values
-
-    def store(self, features: Tensor, images: Tensor, size: tuple[int, int], step: Tensor | None) -> Stored:
-        """As `Projected.store`."""
+    def encode(self, features: Tensor, images: Tensor, size: tuple[int, int], encoding: Encoding) -> Stored:
+        """As `Projected.encode`."""
         solved, failures = self._solved(features, images, size)
-        finish = self.upsampler.finish
-        if step is None:
-            return with_nonfinite(to_float16(finish(solved, images, size)), failures)
-        quantization = Quantization(step, torch.zeros_like(step))
-        if finish.can_quantize(self.upsampler.views.grid, size):
-            return with_nonfinite(finish.forward_codes(solved, images, size, quantization), failures)
-        return with_nonfinite(quantize(finish(solved, images, size), quantization), failures)
+        return with_nonfinite(self.upsampler.finish.encode(solved, images, size, encoding), failures)
 
     def _solved(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> tuple[Tensor, dict[int, ImageError]]:
         """Features on the solver's grid [B, k, H', W'], NaN where an image failed; and why it did."""
