@@ -1,12 +1,12 @@
 """What a person can ask of a job. Every field is an option of the command line; its comment is the help text."""
 
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
+from schemas.checks import at_least, parse_size
 from schemas.configuration import MAX_PIXELS, MIN_SIDE, Fit
+from schemas.upsamplers import UpsamplerOptions
 
 # int8 shards of 64 images are about 120 MB before compression at k = 128, 224 px, as are
 # float16 shards of 8; large enough for object storage, small enough to redo.
@@ -74,26 +74,11 @@ class FeatureConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpsampleConfig(FeatureConfig):
+class UpsampleConfig(UpsamplerOptions, FeatureConfig):
     """Images in, a feature store out."""
 
     # Where the store goes: a folder, s3://bucket/prefix or gs://bucket/prefix.
     store: str
-    # How features get their resolution: "bilinear", "jbu", "lift", "anyup", "multiview" or "implicit". A wrong
-    # name lists what each needs.
-    upsampler: str = "jbu"
-    # Checkpoint of the upsampler: lift and anyup need theirs, multiview what jobs/fit_downsampler.py makes; jbu takes
-    # FeatUp's, or "universal", which come with this and serve every backbone, and is training-free without.
-    upsampler_weights: str | None = None
-    # How often lift doubles the resolution.
-    lift_iterations: int = 1
-    # Views of each image that multiview or implicit fits; not given: as many as multiview's weights were fitted with,
-    # 100 for implicit. FeatUp's own schedule is --upsampler implicit --views 3000 --fit-steps 1200.
-    views: int | None = None
-    # Steps of implicit, at most: it stops where held-out views no longer get better, but for FeatUp's own schedule.
-    fit_steps: int | None = None
-    # How strongly multiview holds neighbours of like colour together; not given: what its weights say.
-    regularisation: float | None = None
     # Pixels of the stored features, "224" or "HEIGHTxWIDTH"; not given: those of --size.
     output_size: str | None = None
     # Basis to use, from jobs/fit_pca.py (.npz) or another store (its URI); not given: fitted on these images.
@@ -122,14 +107,10 @@ class UpsampleConfig(FeatureConfig):
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at anything."""
-        super().__post_init__()
+        FeatureConfig.__post_init__(self)
+        UpsamplerOptions.__post_init__(self)
         at_least("--shard-images", self.shard_images, 1)
         at_least("--attempts", self.attempts, 1)
-        at_least("--lift-iterations", self.lift_iterations, 1)
-        at_least("--views", self.views, 2)
-        at_least("--regularisation", self.regularisation, 0)
-        at_least("--fit-steps", self.fit_steps, 1)
-        check_takers(self, _TAKERS)
         at_least("--error-floor", self.error_floor, 0)
         at_least("--stall-timeout-s", self.stall_timeout_s, 1)
         if not 0 <= self.max_failed_share <= 1:
@@ -161,15 +142,6 @@ class UpsampleConfig(FeatureConfig):
         if end is not None and end <= first:
             raise ValueError(f"--shards {self.shards} is empty: the end must be greater than the start")
         return range(first, shards)[: None if end is None else end - first]
-
-
-# Upsamplers that take an option, by attribute.
-_TAKERS = {
-    "lift_iterations": ("lift",),
-    "views": ("multiview", "implicit"),
-    "fit_steps": ("implicit",),
-    "regularisation": ("multiview",),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,49 +184,3 @@ class FitDownsamplerConfig(FeatureConfig):
         at_least("--solver-stride", self.solver_stride, 1)
         if self.workers:
             raise ValueError(f"--workers {self.workers}: this job runs in one process, leave the option out")
-
-
-def parse_size(option: str, text: str) -> tuple[int, int]:
-    """ "224" → (224, 224); "224x336" → (224, 336): height, width.
-
-    Raises:
-        ValueError: not a size.
-    """
-    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
-    if not match:
-        raise ValueError(f'{option} is in pixels, "224" or "HEIGHTxWIDTH": got {text!r}')
-    return int(match[1]), int(match[2] or match[1])
-
-
-def at_least(option: str, value: float | None, least: float) -> None:
-    """Refuse an option's value below the least one, and NaN and infinity; None is not given.
-
-    Raises:
-        ValueError: it is one of these.
-    """
-    if value is None:
-        return
-    if not math.isfinite(value):
-        raise ValueError(f"{option} must be a finite number: got {value}")
-    if value < least:
-        raise ValueError(f"{option} must be at least {least}: got {value}")
-
-
-def check_takers(config: Any, takers: Mapping[str, Sequence[str]]) -> None:
-    """Refuse options that are for other upsamplers than the one asked for.
-
-    Args:
-        config: a dataclass with the attribute ``upsampler``.
-        takers: upsamplers that take an option, by its attribute; those not named here are for all.
-
-    Raises:
-        ValueError: one is given, that is: not its default.
-    """
-    defaults = {field.name: field.default for field in fields(config)}
-    for name, upsamplers in takers.items():
-        value = getattr(config, name)
-        if value != defaults[name] and config.upsampler not in upsamplers:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {value} is for --upsampler {' or '.join(upsamplers)}: got "
-                f"{config.upsampler}"
-            )

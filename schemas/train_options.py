@@ -1,12 +1,11 @@
 """What a person can ask of jobs/train_upsampler.py. Comments are the help texts, as in schemas/options.py."""
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Literal
 
+from schemas.checks import at_least, check_method_options, parse_size, positive
 from schemas.configuration import MAX_PIXELS, MIN_SIDE, Fit
-from schemas.options import at_least, check_takers, parse_size
 
 # As published: FeatUp takes 4 images a step, LiFT 64 to 256, of which a CPU or a small GPU takes 16.
 _BATCH_SIZE = {"jbu": 4, "lift": 16}
@@ -42,9 +41,15 @@ class BackboneChoice:
         return cls(match["name"], int(match["layer"] or -1), match["weights"] or "pretrained")
 
 
+_LEAST: dict[str, float] = {
+    "limit": 1, "val_count": 1, "val_views": 1, "steps": 1, "batch_size": 1, "max_pad_px": 0,
+    "max_zoom": 1, "seed": 0, "workers": 1, "checkpoint_every": 1, "evaluate_every": 1, "attempts": 0, "min_side": 1,
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Images in, weights of an upsampler out."""
+class SharedTrainOptions:
+    """The options of every training."""
 
     # Images to train on: folder, WebDataset tars or Parquet; local, s3://, gs:// or http(s)://.
     images: str
@@ -57,9 +62,6 @@ class TrainConfig:
     backbones: tuple[str, ...] = ("vit_small_patch14_dinov2.lvd142m",)
     # A backbone that is not trained on, to measure on: NAME[@LAYER][=WEIGHTS].
     held_out_backbone: str | None = None
-    # Jbu: train FeatUp's final C→C convolution too. The weights then serve this backbone and layer only; without it,
-    # they depend on the image alone and serve every backbone.
-    final: bool = False
     # Pixels of the images that the upsampler will be used on: "224", or "HEIGHTxWIDTH".
     size: str = "224"
     # How an image of another shape gets there: centre crop, pad at the right or bottom, or squash.
@@ -82,32 +84,10 @@ class TrainConfig:
     batch_size: int | None = None
     # Of NAdam (jbu) or Adam (lift); not given: 1e-3 for jbu, 3e-4 for lift.
     learning_rate: float | None = None
-    # Lift: begin as bilinear interpolation, or at random as published.
-    lift_initial: Literal["interpolation", "random"] = "interpolation"
-    # Lift: squared error, or cosine distance as published.
-    lift_loss: Literal["squared", "cosine"] = "squared"
-    # Lift: octaves to train on, --size and half of it, ...; 2 as published.
-    lift_octaves: int = 1
-    # Lift: weight of the term that asks for upsampled features which, averaged, are those they were made from; 0 as
-    # published.
-    lift_consistency: float = 1.0
-    # Lift: gigabytes of main memory that a worker may keep features in, which are the same in every epoch; used if
-    # those of all images fit.
-    cache_gb: float = 8.0
-    # Jbu: views of an image in a step.
-    jitters: int = 5
     # Pixels of padding around an image that a view may show; also of held-out views.
     max_pad_px: int = 20
     # Largest enlargement of a view; also of held-out views.
     max_zoom: float = 2.0
-    # Jbu: random directions of feature space in which a step compares.
-    projection_chs: int = 30
-    # Jbu: weight of the term that asks like-coloured neighbours for like features.
-    crf_weight: float = 1e-3
-    # Jbu: the kernels' deviation to begin with, in kernel radii. FeatUp begins with 1, which blurs: 0.25 learns faster.
-    initial_sigma: float = 0.25
-    # Jbu: how training takes high-res features back to the grid.
-    downsampler: Literal["attention", "simple"] = "attention"
     # Of everything random; the order of the images and their views follow from it, the step and the worker.
     seed: int = 0
     # Processes that train together, started with Ray, each on a GPU or on its share of the CPUs; 1: this one, no Ray.
@@ -120,8 +100,6 @@ class TrainConfig:
     evaluate_every: int = 250
     # Go on from the newest checkpoint in --output, or begin if there is none.
     resume: bool = False
-    # Also write FeatUp's own layout here, a .pth or .ckpt file or URI; for one backbone.
-    featup_checkpoint: str | None = None
     # With several workers: times that training is started again after a worker died.
     attempts: int = 3
     # Print the plan and stop.
@@ -132,7 +110,7 @@ class TrainConfig:
     min_side: int = MIN_SIDE
 
     def __post_init__(self) -> None:
-        """Check what can be checked without looking at anything."""
+        """Check the ranges."""
         for option, least in _LEAST.items():
             at_least(f"--{option.replace('_', '-')}", getattr(self, option), least)
         parse_size("--size", self.size)
@@ -140,53 +118,13 @@ class TrainConfig:
             raise ValueError(f"--seed must be less than 2^63: got {self.seed}")
         if not 0 < self.val_share < 1:
             raise ValueError(f"--val-share is a share: got {self.val_share}, expected between 0 and 1")
-        for option, value in (
-            ("--learning-rate", self.effective_learning_rate),
-            ("--initial-sigma", self.initial_sigma),
-        ):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{option} must be positive and finite: got {value}")
+        positive("--learning-rate", self.effective_learning_rate)
         at_least("--max-pixels", self.max_pixels, self.min_side**2)
-        check_takers(self, _TAKERS)
-        self._check_views()
-        self._check_backbones()
-
-    def _check_views(self) -> None:
         if self.max_pad_px >= min(self.size_px):
             raise ValueError(
                 f"--max-pad-px {self.max_pad_px} reflects more than an image of --size {self.size} has: take at most "
                 f"{min(self.size_px) - 1}"
             )
-        smallest = 2 ** (self.lift_octaves - 1)
-        if self.upsampler == "lift" and any(side % smallest for side in self.size_px):
-            raise ValueError(
-                f"--size {self.size}: lift trains on {self.lift_octaves} octaves, expected multiples of {smallest}"
-            )
-
-    def _check_backbones(self) -> None:
-        if not self.backbones:
-            raise ValueError("--backbones: got none, expected at least one")
-        labels = [(choice.name, choice.layer) for choice in self.backbone_choices]
-        if len(set(labels)) < len(labels):
-            raise ValueError(f"--backbones: got one twice in {' '.join(self.backbones)}, expected different ones")
-        alone = "lift mixes channels" if self.upsampler == "lift" else "--final mixes channels" if self.final else ""
-        for option, several in (
-            ("several --backbones", len(self.backbones) > 1),
-            ("--held-out-backbone", self.held_out_backbone is not None),
-        ):
-            if alone and several:
-                raise ValueError(f"{option}: {alone}, so its weights serve one backbone: give one, or jbu --no-final")
-        if self.featup_checkpoint is not None:
-            self._check_featup_checkpoint(self.featup_checkpoint)
-
-    def _check_featup_checkpoint(self, uri: str) -> None:
-        if len(self.backbones) > 1:
-            raise ValueError(
-                "--featup-checkpoint: FeatUp's layout is of a jbu for one backbone's number of channels; got "
-                f"{len(self.backbones)} --backbones"
-            )
-        if not uri.endswith((".pth", ".ckpt")):
-            raise ValueError(f"--featup-checkpoint is a .pth or .ckpt file: got {uri!r}")
 
     @property
     def size_px(self) -> tuple[int, int]:
@@ -216,12 +154,97 @@ class TrainConfig:
         return _LEARNING_RATE[self.upsampler] if self.learning_rate is None else self.learning_rate
 
 
-_OF_JBU = "final", "jitters", "projection_chs", "crf_weight", "initial_sigma", "downsampler", "featup_checkpoint"
-_OF_LIFT = "lift_initial", "lift_loss", "lift_octaves", "lift_consistency", "cache_gb"
-_TAKERS = {**dict.fromkeys(_OF_JBU, ("jbu",)), **dict.fromkeys(_OF_LIFT, ("lift",))}
+@dataclass(frozen=True, kw_only=True)
+class JBUTrainOptions:
+    """Options of training ``jbu``."""
 
-_LEAST: dict[str, float] = {
-    "limit": 1, "val_count": 1, "val_views": 1, "steps": 1, "batch_size": 1, "jitters": 1, "max_pad_px": 0,
-    "max_zoom": 1, "projection_chs": 1, "crf_weight": 0, "seed": 0, "workers": 1, "checkpoint_every": 1,
-    "evaluate_every": 1, "attempts": 0, "lift_octaves": 1, "lift_consistency": 0, "cache_gb": 0, "min_side": 1,
-}  # fmt: skip
+    # Jbu: train FeatUp's final C→C convolution too. The weights then serve this backbone and layer only; without it,
+    # they depend on the image alone and serve every backbone.
+    final: bool = False
+    # Jbu: views of an image in a step.
+    jitters: int = 5
+    # Jbu: random directions of feature space in which a step compares.
+    projection_chs: int = 30
+    # Jbu: weight of the term that asks like-coloured neighbours for like features.
+    crf_weight: float = 1e-3
+    # Jbu: the kernels' deviation to begin with, in kernel radii. FeatUp begins with 1, which blurs: 0.25 learns faster.
+    initial_sigma: float = 0.25
+    # Jbu: how training takes high-res features back to the grid.
+    downsampler: Literal["attention", "simple"] = "attention"
+    # Also write FeatUp's own layout here, a .pth or .ckpt file or URI; for one backbone.
+    featup_checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        at_least("--jitters", self.jitters, 1)
+        at_least("--projection-chs", self.projection_chs, 1)
+        at_least("--crf-weight", self.crf_weight, 0)
+        positive("--initial-sigma", self.initial_sigma)
+        if self.featup_checkpoint is not None and not self.featup_checkpoint.endswith((".pth", ".ckpt")):
+            raise ValueError(f"--featup-checkpoint is a .pth or .ckpt file: got {self.featup_checkpoint!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiFTTrainOptions:
+    """Options of training ``lift``."""
+
+    # Lift: begin as bilinear interpolation, or at random as published.
+    lift_initial: Literal["interpolation", "random"] = "interpolation"
+    # Lift: squared error, or cosine distance as published.
+    lift_loss: Literal["squared", "cosine"] = "squared"
+    # Lift: octaves to train on, --size and half of it, ...; 2 as published.
+    lift_octaves: int = 1
+    # Lift: weight of the term that asks for upsampled features which, averaged, are those they were made from; 0 as
+    # published.
+    lift_consistency: float = 1.0
+    # Lift: gigabytes of main memory that a worker may keep features in, which are the same in every epoch; used if
+    # those of all images fit.
+    cache_gb: float = 8.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        at_least("--lift-octaves", self.lift_octaves, 1)
+        at_least("--lift-consistency", self.lift_consistency, 0)
+        at_least("--cache-gb", self.cache_gb, 0)
+
+
+# Options of each upsampler that can be trained, by its name.
+TRAIN_OPTIONS: dict[str, type] = {"jbu": JBUTrainOptions, "lift": LiFTTrainOptions}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(JBUTrainOptions, LiFTTrainOptions, SharedTrainOptions):
+    """Images in, weights of an upsampler out."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without looking at anything."""
+        SharedTrainOptions.__post_init__(self)
+        check_method_options(self, self.upsampler, TRAIN_OPTIONS)
+        self._check_octaves()
+        self._check_backbones()
+
+    def _check_octaves(self) -> None:
+        smallest = 2 ** (self.lift_octaves - 1)
+        if self.upsampler == "lift" and any(side % smallest for side in self.size_px):
+            raise ValueError(
+                f"--size {self.size}: lift trains on {self.lift_octaves} octaves, expected multiples of {smallest}"
+            )
+
+    def _check_backbones(self) -> None:
+        if not self.backbones:
+            raise ValueError("--backbones: got none, expected at least one")
+        labels = [(choice.name, choice.layer) for choice in self.backbone_choices]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"--backbones: got one twice in {' '.join(self.backbones)}, expected different ones")
+        alone = "lift mixes channels" if self.upsampler == "lift" else "--final mixes channels" if self.final else ""
+        for option, several in (
+            ("several --backbones", len(self.backbones) > 1),
+            ("--held-out-backbone", self.held_out_backbone is not None),
+        ):
+            if alone and several:
+                raise ValueError(f"{option}: {alone}, so its weights serve one backbone: give one, or jbu --no-final")
+        if self.featup_checkpoint is not None and len(self.backbones) > 1:
+            raise ValueError(
+                "--featup-checkpoint: FeatUp's layout is of a jbu for one backbone's number of channels; got "
+                f"{len(self.backbones)} --backbones"
+            )

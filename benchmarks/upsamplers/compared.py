@@ -26,9 +26,12 @@ from kernels.window import attention as window_attention
 from kernels.window import attention_reference as window_attention_reference
 from pipeline.upsamplers.anyup import network as anyup_network
 from pipeline.upsamplers.anyup.network import AnyUp
-from pipeline.upsamplers.build import AnyUpUpsampler, LiFTUpsampler, Upsampler, build_upsampler
-from pipeline.upsamplers.interface import imagenet_normalised
+from pipeline.upsamplers.anyup.upsampler import AnyUpUpsampler
+from pipeline.upsamplers.build import build_upsampler
+from pipeline.upsamplers.interface import Upsampler, imagenet_normalised
 from pipeline.upsamplers.lift.network import LiFT
+from pipeline.upsamplers.lift.upsampler import LiFTUpsampler
+from schemas.upsamplers import LiFTOptions
 
 C, K, PATCH = 384, 64, 14
 _LARGEST_COMPARED = 448
@@ -37,17 +40,17 @@ _LARGEST_COMPARED = 448
 def upsamplers(folder: Path) -> dict[str, Upsampler]:
     backbone: Any = SimpleNamespace(num_chs=C, reduction=PATCH)
 
-    def with_weights(name: str, network: torch.nn.Module, **options: int) -> Upsampler:
+    def with_weights(name: str, network: torch.nn.Module, options: LiFTOptions | None = None) -> Upsampler:
         path = folder / f"{name}.pth"
         torch.save(network.state_dict(), path)
-        return build_upsampler(name, str(path), backbone, **options)
+        return build_upsampler(name, str(path), backbone, options)
 
     return {
         "bilinear": build_upsampler("bilinear", None, backbone),
         "jbu": build_upsampler("jbu", None, backbone),
         "jbu, FeatUp's weights": with_weights("jbu", JBUStack(C)),
         "lift": with_weights("lift", LiFT(C, PATCH)),
-        "lift, 4 iterations": with_weights("lift", LiFT(C, PATCH), lift_iterations=4),
+        "lift, 4 iterations": with_weights("lift", LiFT(C, PATCH), LiFTOptions(lift_iterations=4)),
         "anyup": with_weights("anyup", AnyUp()),
     }
 

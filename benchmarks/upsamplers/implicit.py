@@ -32,6 +32,7 @@ from pipeline.upsamplers.interface import Projected
 from pipeline.upsamplers.multiview import upsampler as upsample_multiview
 from pipeline.upsamplers.multiview.downsampler import Downsampler
 from pipeline.views.features import view_features
+from schemas.upsamplers import MultiviewOptions
 
 VIEWS = (9, 21, 41)
 
@@ -68,7 +69,7 @@ def methods(backbone: Backbone, weights: str, basis: tuple[Tensor, Tensor]) -> d
         stage = build_upsampler(name, None, backbone).to(device).with_basis(*basis).to(device)
         found[name], found[f"{name}, less the bias"] = (1, False, stage), (1, True, stage)
     for views in VIEWS:
-        upsampler = build_upsampler("multiview", weights, backbone, views=views).to(device)
+        upsampler = build_upsampler("multiview", weights, backbone, MultiviewOptions(views=views)).to(device)
         found[f"multiview, {views} views"] = views, True, upsampler.with_basis(*basis).to(device)
     return found
 

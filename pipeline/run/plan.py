@@ -25,7 +25,8 @@ from pipeline.io.storage import check_writable, storage_explained
 from pipeline.run.feature_worker import WorkerSpec
 from pipeline.run.resources import available_cores
 from pipeline.store.layout import existing_store, foreign_keys, remains
-from pipeline.upsamplers.build import Upsampler, build_configured
+from pipeline.upsamplers.build import build_upsampler
+from pipeline.upsamplers.interface import Upsampler
 from schemas.attributes import StoreAttributes
 from schemas.configuration import (
     GeometryConfiguration,
@@ -111,7 +112,7 @@ def make_plan(config: UpsampleConfig) -> Plan:
     stored = _stored_attributes(config)
     resumed = stored if config.resume else None
     backbone = _checked_backbone(config)
-    upsampler = build_configured(config, backbone)
+    upsampler = build_upsampler(config.upsampler, config.upsampler_weights, backbone, config.upsampler_options)
     _check_upsampler(upsampler, backbone, config)
     basis = None if config.pca is None else read_basis(config.pca, backbone)
     k = _components(config, backbone, basis)

@@ -30,8 +30,8 @@ from pipeline.reporting.seconds import StageSeconds
 from pipeline.run.feature_worker import FeatureWorker, WorkerSpec
 from pipeline.store.calibration import Calibration
 from pipeline.store.shard import committed, write_shard
-from pipeline.upsamplers.build import Projected, build_configured
-from pipeline.upsamplers.interface import Stored
+from pipeline.upsamplers.build import build_upsampler
+from pipeline.upsamplers.interface import Projected, Stored
 from schemas.index import OK
 from schemas.ledger import LedgerRecord, RowOutcome
 from schemas.options import DEFAULT_COMPONENTS, UpsampleConfig
@@ -68,7 +68,7 @@ class ShardWorker(FeatureWorker):
         assert isinstance(config, UpsampleConfig)
         self.config = config
         super().__init__(spec)
-        upsampler = build_configured(config, self.backbone)
+        upsampler = build_upsampler(config.upsampler, config.upsampler_weights, self.backbone, config.upsampler_options)
         self.upsampler = upsampler.to(self.device)
         self.check_identity("upsampler", upsampler.identity())
         self._upsampled_by = self.upsampler.explain(self.device)

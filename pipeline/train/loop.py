@@ -23,7 +23,8 @@ from pipeline.train.objectives.base import LOSS, Trainee
 from pipeline.train.plan import TrainPlan
 from pipeline.train.result import write_record, write_result
 from pipeline.train.world import World
-from pipeline.upsamplers.build import JBU, Bilinear
+from pipeline.upsamplers.bilinear import Bilinear
+from pipeline.upsamplers.jbu import JBU
 
 __all__ = ["Training", "autocast", "train"]
 

@@ -7,7 +7,7 @@ says with which matrix and offset). Others find their own place for it.
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kernels.quantization import Codes, Encoding, Quantization
 from pipeline.errors import ImageError
+from pipeline.features.backbone import Backbone
 
 __all__ = [
     "Facts",
@@ -44,6 +45,7 @@ class Facts:
         scale: how far it upsamples; beyond and below, a bilinear interpolation ends at the output's size.
         guidance: what it looks at.
         pca: how it comes to k components.
+        weights_from: where a person gets weights, if they are required.
     """
 
     weights: Literal["none", "optional", "required"]
@@ -51,6 +53,7 @@ class Facts:
     scale: str
     guidance: str
     pca: str
+    weights_from: str = "see README.md for their source"
 
 
 class Upsampler(nn.Module):
@@ -58,6 +61,20 @@ class Upsampler(nn.Module):
 
     name: ClassVar[str]
     facts: ClassVar[Facts]
+
+    @classmethod
+    @abstractmethod
+    def from_options(cls, options: Any, weights: str | None, backbone: Backbone) -> "Upsampler":
+        """Build it on the CPU.
+
+        Args:
+            options: its own dataclass in `schemas.upsamplers`, `NoOptions` if it has none.
+            weights: URI of a checkpoint, or None; agrees with `facts`.
+            backbone: its features are upsampled.
+
+        Raises:
+            JobError: the weights cannot be read or do not fit the backbone; the options do not fit.
+        """
 
     def identity(self) -> dict[str, object]:
         """Say what the output depends on besides the inputs, for the configuration hash: a JSON-able dictionary."""

@@ -19,7 +19,9 @@ from kernels.jbu import (
     learned_stage,
 )
 from pipeline.errors import JobError
+from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import load_strict, read_metadata, read_state_dict, state_digest
+from pipeline.features.provenance import check_pairing
 from pipeline.upsamplers.interface import (
     Facts,
     Folding,
@@ -29,10 +31,11 @@ from pipeline.upsamplers.interface import (
     imagenet_normalised,
     resize,
 )
+from schemas.upsamplers import NoOptions
 
 __all__ = ["JBU", "UNIVERSAL"]
 
-UNIVERSAL = "universal"  # in the place of a checkpoint: the weights that come with this
+UNIVERSAL = "universal"  # in place of a checkpoint: the bundled weights
 # Made by jobs/train_upsampler.py, as benchmarks/train/training.py has it: "jbu on lite0".
 _UNIVERSAL = Path(__file__).with_name("jbu_universal.safetensors")
 
@@ -72,6 +75,16 @@ class JBU(LinearUpsampler):
     def __init__(self, stack: JBUStack | None = None) -> None:
         super().__init__()
         self.stack = None if stack is None else stack.requires_grad_(False)
+
+    @classmethod
+    def from_options(cls, options: NoOptions, weights: str | None, backbone: Backbone) -> "JBU":
+        """As `Upsampler.from_options`; ``weights`` may be `UNIVERSAL`."""
+        if weights is None:
+            return cls()
+        if weights == UNIVERSAL:
+            return cls.universal()
+        check_pairing(weights, cls.name, backbone)
+        return cls.from_weights(weights, backbone.num_chs)
 
     @classmethod
     def universal(cls) -> "JBU":

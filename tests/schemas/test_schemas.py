@@ -2,10 +2,13 @@ import hashlib
 import json
 
 import pytest
+import tyro
 
 from schemas.attributes import StoreAttributes
+from schemas.checks import parse_size
 from schemas.configuration import StoreConfiguration, differences
-from schemas.options import UpsampleConfig, parse_size
+from schemas.options import UpsampleConfig
+from schemas.upsamplers import ImplicitOptions, LiFTOptions, MultiviewOptions, NoOptions
 from tests.helpers.stores import known_configuration
 
 
@@ -50,6 +53,41 @@ def test_what_is_refused(options: dict[str, object], words: str) -> None:
 )
 def test_shard_ranges(shards: str | None, expected: range) -> None:
     assert config(shards=shards).shard_range(10) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", NoOptions()),
+        ("--upsampler bilinear", NoOptions()),
+        ("--upsampler lift --lift-iterations 3", LiFTOptions(lift_iterations=3)),
+        ("--upsampler multiview --views 5 --regularisation 0.5", MultiviewOptions(views=5, regularisation=0.5)),
+        ("--upsampler implicit --views 3000 --fit-steps 7", ImplicitOptions(views=3000, fit_steps=7)),
+    ],
+)
+def test_every_upsampler_has_its_own_options_flat_on_the_command_line(line: str, expected: object) -> None:
+    arguments = f"--images photos --store features --upsampler-weights file.pth {line}".split()
+    parsed = tyro.cli(UpsampleConfig, args=arguments)
+    assert parsed.upsampler_weights == "file.pth"
+    assert parsed.upsampler_options == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lift_iterations": 2}, "--lift-iterations 2 is for --upsampler lift: got jbu"),
+        ({"views": 5, "upsampler": "bilinear"}, "--views 5 is for --upsampler multiview or implicit: got bilinear"),
+        ({"fit_steps": 9, "upsampler": "multiview"}, "--fit-steps 9 is for --upsampler implicit: got multiview"),
+        ({"regularisation": 1.0, "upsampler": "implicit"}, "--regularisation 1.0 is for --upsampler multiview: got"),
+        ({"lift_iterations": 0, "upsampler": "lift"}, "--lift-iterations must be at least 1: got 0"),
+        ({"views": 1, "upsampler": "implicit"}, "--views must be at least 2: got 1"),
+        ({"regularisation": -1.0, "upsampler": "multiview"}, "--regularisation must be at least 0"),
+        ({"fit_steps": 0, "upsampler": "implicit"}, "--fit-steps must be at least 1"),
+    ],
+)
+def test_options_of_upsamplers_are_checked(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        config(**options)
 
 
 def test_shards_are_larger_for_smaller_values() -> None:

@@ -39,7 +39,7 @@ from pipeline.train.objectives.losses import (
 from pipeline.train.plan import make_train_plan
 from pipeline.train.world import World
 from pipeline.upsamplers import jbu as upsample_jbu
-from pipeline.upsamplers.build import Bilinear
+from pipeline.upsamplers.bilinear import Bilinear
 from pipeline.upsamplers.interface import imagenet_normalised, resize
 from pipeline.upsamplers.lift.network import LiFT
 from pipeline.views.downsample import AttentionDownsampler

@@ -34,7 +34,8 @@ from pipeline.features.backbone import Backbone, build_backbone
 from pipeline.features.checkpoints import read_metadata, read_state_dict
 from pipeline.features.provenance import check_pairing
 from pipeline.train.objectives import jbu as jbu_training
-from pipeline.upsamplers.build import JBU, build_upsampler
+from pipeline.upsamplers.build import build_upsampler
+from pipeline.upsamplers.jbu import JBU
 from pipeline.upsamplers.lift.network import LiFT
 from schemas.options import UpsampleConfig
 from tests.helpers.stores import SHARED

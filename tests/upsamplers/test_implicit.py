@@ -12,7 +12,7 @@ from benchmarks.upsamplers.implicit_featup import plain_downsample
 from kernels.quantization import Encoding
 from pipeline.errors import ImageError, JobError
 from pipeline.features.backbone import build_backbone
-from pipeline.upsamplers.build import ImplicitUpsampler, build_upsampler
+from pipeline.upsamplers.build import build_upsampler
 from pipeline.upsamplers.implicit import upsampler as upsample_implicit
 from pipeline.upsamplers.implicit.downsample import AttentionDownsamplers, DownsamplerDropout, Windows
 from pipeline.upsamplers.implicit.fit import _Fitter, fit_networks
@@ -20,10 +20,12 @@ from pipeline.upsamplers.implicit.folded import Dropout, Waves, render_folded
 from pipeline.upsamplers.implicit.loss import LossWeights, loss_of_images, magnitude
 from pipeline.upsamplers.implicit.network import CHANNELS, FittedNetwork, ImplicitNetworks, colour_range
 from pipeline.upsamplers.implicit.schedule import DEFAULT, FAITHFUL, Schedule, sample_views
+from pipeline.upsamplers.implicit.upsampler import ImplicitUpsampler
 from pipeline.views.downsample import SimpleDownsampler, blur_matrix
 from pipeline.views.jitter import Jitter
 from schemas.index import FAILED
 from schemas.options import UpsampleConfig
+from schemas.upsamplers import ImplicitOptions
 from tests.helpers.rounding import assert_close, term_sizes
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "reference" / "featup_implicit.npz"
@@ -394,7 +396,9 @@ def test_the_upsampler_fits_and_renders(backbone, monkeypatch):
 
 
 def test_the_upsampler_is_known_by_its_schedule(backbone):
-    plain, other = (build_upsampler("implicit", None, backbone, fit_steps=steps) for steps in (None, 300))
+    plain, other = (
+        build_upsampler("implicit", None, backbone, ImplicitOptions(fit_steps=steps)) for steps in (None, 300)
+    )
     identity = plain.identity()
     assert json.loads(json.dumps(identity)) == identity
     assert identity != other.identity()

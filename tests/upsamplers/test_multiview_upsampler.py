@@ -16,6 +16,7 @@ from pipeline.upsamplers.multiview.upsampler import _unsolved
 from pipeline.upsamplers.multiview.views import solver_views
 from pipeline.views.features import JitterMatrices, view_features
 from pipeline.views.jitter import view_images
+from schemas.upsamplers import MultiviewOptions
 from tests.helpers.rounding import assert_close
 
 SIZE, K = (64, 96), 5
@@ -88,14 +89,14 @@ def test_what_is_no_such_file_is_refused(tmp_path, backbone, weights):
 
 def test_identity_says_what_the_features_depend_on(weights, backbone):
     identities = [
-        build_upsampler("multiview", weights, backbone, **options).identity()
+        build_upsampler("multiview", weights, backbone, MultiviewOptions(**options)).identity()
         for options in ({}, {"views": 3}, {"regularisation": 2.0})
     ]
     assert len({json.dumps(identity, sort_keys=True) for identity in identities}) == 3
     assert json.loads(json.dumps(identities[0])) == identities[0]
     assert [identity["views"] for identity in identities] == [4, 3, 4]
     with pytest.raises(JobError, match="--views: got 2000"):
-        build_upsampler("multiview", weights, backbone, views=2000)
+        build_upsampler("multiview", weights, backbone, MultiviewOptions(views=2000))
 
 
 @torch.inference_mode()

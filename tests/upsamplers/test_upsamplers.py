@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import tyro
 
 from kernels.jbu import JBUStack
 from kernels.quantization import Encoding, Quantization
@@ -14,9 +15,13 @@ from pipeline.errors import JobError
 from pipeline.features.checkpoints import read_metadata
 from pipeline.upsamplers import jbu as upsample_jbu
 from pipeline.upsamplers.anyup.network import AnyUp
-from pipeline.upsamplers.build import JBU, Bilinear, build_upsampler, describe_upsamplers
+from pipeline.upsamplers.bilinear import Bilinear
+from pipeline.upsamplers.build import UPSAMPLERS, build_upsampler, describe_upsamplers
 from pipeline.upsamplers.interface import imagenet_normalised
+from pipeline.upsamplers.jbu import JBU
 from pipeline.upsamplers.lift.network import LiFT
+from schemas.options import UpsampleConfig
+from schemas.upsamplers import UPSAMPLER_OPTIONS, LiFTOptions
 from tests.helpers.rounding import assert_close
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "reference" / "featup_jbu_stack.npz"
@@ -58,7 +63,7 @@ def lift(path, C=6, iterations=2):
             if "running" in name:
                 tensor.copy_(torch.rand_like(tensor) + 0.5)
     weights = saved(path / "lift.pth", {f"module.{n}": t for n, t in network.state_dict().items()})
-    return build_upsampler("lift", weights, backbone(C), lift_iterations=iterations)
+    return build_upsampler("lift", weights, backbone(C), LiFTOptions(lift_iterations=iterations))
 
 
 def anyup(path):
@@ -136,6 +141,15 @@ def test_every_upsampler_is_described_and_known_by_its_weights(tmp_path):
     assert lift(tmp_path).identity()["patch"] == 16
     for name in ("bilinear", "jbu", "lift", "anyup"):
         assert f"\n  {name} " in "\n" + describe_upsamplers()
+
+
+def test_help_and_options_name_the_upsamplers(capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(UpsampleConfig, args=["--help"])
+    text = capsys.readouterr().out
+    for name in UPSAMPLERS:
+        assert f'"{name}"' in text
+    assert UPSAMPLER_OPTIONS.keys() <= UPSAMPLERS.keys()
 
 
 @pytest.mark.parametrize("name", ["lift", "anyup"])

@@ -4,9 +4,12 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import JobError
+from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import read_state_dict, state_digest
+from pipeline.features.provenance import check_pairing
 from pipeline.upsamplers.anyup.network import AnyUp
 from pipeline.upsamplers.interface import Facts, Projected, Upsampler, check_images, checked_basis, imagenet_normalised
+from schemas.upsamplers import NoOptions
 
 __all__ = ["AnyUpUpsampler"]
 
@@ -30,6 +33,13 @@ class AnyUpUpsampler(Upsampler):
     def __init__(self, anyup: AnyUp) -> None:
         super().__init__()
         self.anyup = anyup.requires_grad_(False)
+
+    @classmethod
+    def from_options(cls, options: NoOptions, weights: str | None, backbone: Backbone) -> "AnyUpUpsampler":
+        """As `Upsampler.from_options`."""
+        assert weights is not None
+        check_pairing(weights, cls.name, backbone)
+        return cls.from_weights(weights)
 
     @classmethod
     def from_weights(cls, uri: str) -> "AnyUpUpsampler":

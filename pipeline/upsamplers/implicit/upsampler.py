@@ -23,6 +23,7 @@ from pipeline.upsamplers.interface import (
 )
 from pipeline.views.features import JitterMatrices, view_features
 from pipeline.views.jitter import Jitter
+from schemas.upsamplers import ImplicitOptions
 
 __all__ = ["ImplicitProjected", "ImplicitUpsampler"]
 
@@ -55,6 +56,11 @@ class ImplicitUpsampler(Upsampler):
     def __init__(self, backbone: Backbone, schedule: Schedule = DEFAULT) -> None:
         super().__init__()
         self.backbone, self.schedule = backbone, schedule
+
+    @classmethod
+    def from_options(cls, options: ImplicitOptions, weights: str | None, backbone: Backbone) -> "ImplicitUpsampler":
+        """As `Upsampler.from_options`."""
+        return cls(backbone, Schedule.asked_for(views=options.views, steps=options.fit_steps))
 
     def identity(self) -> dict[str, object]:
         """As `Upsampler.identity`."""

@@ -4,9 +4,12 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import JobError
+from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import read_state_dict, state_digest
+from pipeline.features.provenance import check_pairing
 from pipeline.upsamplers.interface import Facts, Projected, Upsampler, check_images, imagenet_normalised, resize
 from pipeline.upsamplers.lift.network import LiFT
+from schemas.upsamplers import LiFTOptions
 
 __all__ = ["LiFTUpsampler"]
 
@@ -30,6 +33,14 @@ class LiFTUpsampler(Upsampler):
     def __init__(self, lift: LiFT) -> None:
         super().__init__()
         self.lift = lift.requires_grad_(False)
+
+    @classmethod
+    def from_options(cls, options: LiFTOptions, weights: str | None, backbone: Backbone) -> "LiFTUpsampler":
+        """As `Upsampler.from_options`."""
+        assert weights is not None
+        check_pairing(weights, cls.name, backbone)
+        iterations = options.lift_iterations
+        return cls.from_weights(weights, backbone.num_chs, patch=backbone.reduction, iterations=iterations)
 
     @classmethod
     def from_weights(cls, uri: str, num_chs: int, *, patch: int, iterations: int = 1) -> "LiFTUpsampler":

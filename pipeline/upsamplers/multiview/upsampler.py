@@ -23,6 +23,7 @@ from pipeline.upsamplers.jbu import JBU
 from pipeline.upsamplers.multiview.downsampler import Downsampler, FitSettings
 from pipeline.upsamplers.multiview.views import MOST_VIEWS, solver_grid, solver_views, view_operators
 from pipeline.views.features import JitterMatrices, project, view_features
+from schemas.upsamplers import MultiviewOptions
 
 __all__ = ["MultiviewUpsampler", "start_at"]
 
@@ -53,6 +54,7 @@ class MultiviewUpsampler(Upsampler):
         scale="any",
         guidance="the image, and the backbone's features of jittered views of it",
         pca="exact: the views' features are projected as they are made",
+        weights_from="make them with jobs/fit_downsampler.py",
     )
 
     def __init__(self, backbone: Backbone, downsampler: Downsampler, settings: FitSettings) -> None:
@@ -64,28 +66,15 @@ class MultiviewUpsampler(Upsampler):
         self.views = SolverViews(backbone, settings)
 
     @classmethod
-    def from_weights(
-        cls, uri: str, backbone: Backbone, *, views: int | None = None, regularisation: float | None = None
-    ) -> "MultiviewUpsampler":
-        """Load what ``jobs/fit_downsampler.py`` made.
-
-        Args:
-            uri: the file, local or remote.
-            backbone: that it was fitted on.
-            views: instead of the file's.
-            regularisation: instead of the file's.
-
-        Raises:
-            JobError: unreadable; fitted on another backbone, layer or size; too many views.
-        """
-        if views is not None and views > MOST_VIEWS:
-            raise JobError(f"--views: got {views}, expected at most {MOST_VIEWS}: those after are held out")
-        downsampler = Downsampler.read(uri)
-        downsampler.check(backbone, uri)
-        settings = downsampler.settings
-        settings = settings if views is None else replace(settings, views=views)
-        settings = settings if regularisation is None else replace(settings, regularisation=regularisation)
-        return cls(backbone, downsampler, settings).eval()
+    def from_options(cls, options: MultiviewOptions, weights: str | None, backbone: Backbone) -> "MultiviewUpsampler":
+        """As `Upsampler.from_options`: the weights are a file of ``jobs/fit_downsampler.py``."""
+        assert weights is not None
+        if options.views is not None and options.views > MOST_VIEWS:
+            raise JobError(f"--views: got {options.views}, expected at most {MOST_VIEWS}: later views are held out")
+        downsampler = Downsampler.read(weights)
+        downsampler.check(backbone, weights)
+        given = {name: value for name, value in vars(options).items() if value is not None}
+        return cls(backbone, downsampler, replace(downsampler.settings, **given))
 
     def identity(self) -> dict[str, object]:
         """As `Upsampler.identity`."""

@@ -1,0 +1,87 @@
+"""Checks of options, shared by all jobs."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+__all__ = ["at_least", "check_method_options", "own_options", "parse_size", "positive"]
+
+Options = TypeVar("Options")
+
+
+def parse_size(option: str, text: str) -> tuple[int, int]:
+    """ "224" → (224, 224); "224x336" → (224, 336): height, width.
+
+    Raises:
+        ValueError: not a size.
+    """
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if not match:
+        raise ValueError(f'{option} is in pixels, "224" or "HEIGHTxWIDTH": got {text!r}')
+    return int(match[1]), int(match[2] or match[1])
+
+
+def at_least(option: str, value: float | None, least: float) -> None:
+    """Refuse an option's value below the least one, and NaN and infinity; None is not given.
+
+    Raises:
+        ValueError: it is one of these.
+    """
+    if value is None:
+        return
+    if not math.isfinite(value):
+        raise ValueError(f"{option} must be a finite number: got {value}")
+    if value < least:
+        raise ValueError(f"{option} must be at least {least}: got {value}")
+
+
+def positive(option: str, value: float) -> None:
+    """Refuse zero, negative numbers, NaN and infinity.
+
+    Raises:
+        ValueError: it is one of these.
+    """
+    if not 0 < value < math.inf:
+        raise ValueError(f"{option} must be positive and finite: got {value}")
+
+
+def own_options(config: object, kind: type[Options]) -> Options:
+    """The options of one method, taken from a configuration that holds those of several.
+
+    Args:
+        config: has the attributes of ``kind``, by the same names.
+        kind: a dataclass.
+
+    Raises:
+        ValueError: as the checks of ``kind``.
+    """
+    named: Any = {field.name: getattr(config, field.name) for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**named)
+
+
+def check_method_options(config: object, chosen: str, methods: Mapping[str, type]) -> None:
+    """Check the options of every method, and refuse those given for a method that was not chosen.
+
+    Args:
+        config: has the attributes of all the dataclasses in ``methods``.
+        chosen: value of --upsampler.
+        methods: options of each upsampler that has any, by its name. An option may belong to several.
+
+    Raises:
+        ValueError: a value is out of range; or an option that ``chosen`` does not have is not at its default.
+    """
+    takers: dict[str, list[str]] = {}
+    defaults = {}
+    for name, kind in methods.items():
+        own_options(config, kind)
+        for field in fields(kind):
+            takers.setdefault(field.name, []).append(name)
+            defaults[field.name] = field.default
+    for option, names in takers.items():
+        value = getattr(config, option)
+        if value != defaults[option] and chosen not in names:
+            raise ValueError(
+                f"--{option.replace('_', '-')} {value} is for --upsampler {' or '.join(names)}: got {chosen}"
+            )
