@@ -7,8 +7,11 @@ BIN := .venv/bin
 demo: .venv/.demo
 	$(BIN)/python -m jobs.demo
 
+# Two files at a time, each process with one thread inside operations: many tests wait for processes to start.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: .venv/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PARALLEL) -m "not slow"
 
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow
@@ -21,8 +24,8 @@ NUMERIC := $(addprefix tests/kernels/test_,$(addsuffix .py,multiview window_sum 
 # Told a name alone, numba keeps the features of the processor it runs on.
 NUMBA_AVX2 := NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx,+avx2,+fma
 test-processors: .venv/.dev
-	ATEN_CPU_CAPABILITY=avx2 $(NUMBA_AVX2) $(BIN)/python -m pytest -m "not slow" -q $(NUMERIC)
-	ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic $(BIN)/python -m pytest -m "not slow" -q $(NUMERIC)
+	ATEN_CPU_CAPABILITY=avx2 $(NUMBA_AVX2) $(PARALLEL) -m "not slow" -q $(NUMERIC)
+	ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic $(PARALLEL) -m "not slow" -q $(NUMERIC)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

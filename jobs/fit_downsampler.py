@@ -38,9 +38,10 @@ def fit(config: FitDownsamplerConfig) -> int:
     """
     if config.views > MOST_VIEWS:
         raise JobError(f"--views: got {config.views}, expected at most {MOST_VIEWS}: those after are held out")
-    spec, references, backbone = feature_spec(config)
+    spec, references, stages = feature_spec(config)
+    backbone = stages.backbone
     check_output_file("--output", config.output)  # before the work, not after it
-    worker = FeatureWorker(spec, backbone)
+    worker = FeatureWorker(spec, stages)
     images = sample_images(worker, references, config.fit_images)
     components = config.components or min(_COMPONENTS, backbone.num_chs)
     with (

@@ -7,8 +7,8 @@ python -m jobs.upsample_imagenet --images others/ --store features/ --pca basis.
 import logging
 
 from jobs.command_line import DONE, run
-from jobs.upsample_imagenet import open_workers
 from pipeline.io.outputs import check_output_file, write_output_file
+from pipeline.run.job import open_workers
 from pipeline.run.plan import feature_spec
 from pipeline.run.prepare import fit_basis
 from schemas.options import DEFAULT_COMPONENTS, FitPcaConfig
@@ -22,10 +22,11 @@ def fit_pca(config: FitPcaConfig) -> int:
     Raises:
         JobError: it cannot be done as asked.
     """
-    spec, references, backbone = feature_spec(config)
+    spec, references, stages = feature_spec(config)
+    backbone = stages.backbone
     check_output_file("--output", config.output)  # before the work, not after it
     k = config.components or min(DEFAULT_COMPONENTS, backbone.num_chs)
-    with open_workers(spec, config.workers, attempts=3, stall_timeout_s=1800) as workers:
+    with open_workers(spec, stages, config, attempts=3, stall_timeout_s=1800) as workers:
         basis = fit_basis(references, k, config.pca_images, workers)
     provenance = {
         "backbone": backbone.identity(),

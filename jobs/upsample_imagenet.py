@@ -11,25 +11,10 @@ On a Ray cluster::
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
-from densefeat import layout
-from densefeat.errors import DensefeatError
-from densefeat.storage.objects import Objects
-from densefeat.store import FeatureStore
 from jobs.command_line import DONE, FAILED, run
-from pipeline.reporting.progress import Progress
-from pipeline.reporting.report import Report
-from pipeline.run.feature_worker import WorkerSpec
-from pipeline.run.plan import Plan, make_plan
-from pipeline.run.prepare import prepare
-from pipeline.run.shard_worker import ShardWorker, StoreEncoding
-from pipeline.run.workers import InlineWorkers, TaskFailed, Workers
-from pipeline.store.layout import existing_store, finish, reopen
-from pipeline.store.shard import finished_shards
-from schemas.ledger import LedgerRecord
+from pipeline.run.job import carry_out
+from pipeline.run.plan import make_plan
 from schemas.options import UpsampleConfig
 
 logger = logging.getLogger(__name__)
@@ -49,140 +34,6 @@ def upsample(config: UpsampleConfig) -> int:
     report = carry_out(plan, started)
     logger.info("%s", report.describe())
     return FAILED if report.given_up or report.too_many_failed else DONE
-
-
-def carry_out(plan: Plan, started: float) -> Report:
-    """Make what is missing of the store, and finish it when nothing is.
-
-    Args:
-        plan: of the job.
-        started: ``time.monotonic()`` when the job began, for the report.
-
-    Raises:
-        KeyboardInterrupt: somebody stopped it; says what is kept, and how to go on.
-    """
-    objects = Objects(plan.config.store)
-    making = _Making()
-    try:
-        _make_missing(plan, objects, making)
-        report = _report(plan, objects, making, started)
-        if report.complete:
-            finish(objects, report.records)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(what_is_kept(plan, objects, set_up=making.set_up)) from None
-    return report
-
-
-@dataclass
-class _Making:
-    """How far a job has come: records of the shards that were done before and that it made, shards it gave up."""
-
-    done: dict[int, LedgerRecord] = field(default_factory=dict)
-    made: dict[int, LedgerRecord] = field(default_factory=dict)
-    given_up: dict[int, str] = field(default_factory=dict)
-    set_up: bool = False  # whether this job saw the store set up
-    seconds: float = 0.0  # of making shards
-
-
-def _make_missing(plan: Plan, objects: Objects, making: _Making) -> None:
-    config, stored = plan.config, plan.stored
-    if config.resume and stored:
-        making.done = finished_shards(objects, stored.hash)
-    if making.done.keys() >= {*plan.shards}:
-        return
-    with open_workers(plan.spec, config.workers, config.attempts, config.stall_timeout_s) as workers:
-        encoding = prepare(plan, objects, workers)
-        making.set_up, begun = True, time.monotonic()
-        if config.resume and not (stored and stored.setup_complete):  # another job may have begun it meanwhile
-            making.done = finished_shards(objects, encoding.configuration_hash)
-        to_do = [shard for shard in plan.shards if shard not in making.done]
-        if to_do:
-            reopen(objects)
-        mine = [record for shard, record in making.done.items() if shard in plan.shards]
-        making.made, making.given_up = make_shards(plan, objects, workers, encoding, to_do, mine)
-        making.seconds = time.monotonic() - begun
-
-
-def _report(plan: Plan, objects: Objects, making: _Making, started: float) -> Report:
-    config, attributes = plan.config, FeatureStore(plan.config.store).attributes
-    records = {**making.done, **making.made}
-    if config.shards:  # other jobs may have made other shards meanwhile
-        records = finished_shards(objects, attributes["configuration_hash"])
-    return Report(
-        store=config.store,
-        shards=plan.features.shards,
-        own=plan.shards,
-        records=[records[shard] for shard in sorted(records)],
-        made=list(making.made),
-        given_up=making.given_up,
-        explained_variance=attributes["explained_variance"],
-        seconds=time.monotonic() - started,
-        making_seconds=making.seconds,
-        keys=plan.references["key"],
-        max_failed_share=config.max_failed_share,
-    )
-
-
-def make_shards(
-    plan: Plan,
-    objects: Objects,
-    workers: Workers,
-    encoding: StoreEncoding,
-    to_do: list[int],
-    done: list[LedgerRecord],
-) -> tuple[dict[int, LedgerRecord], dict[int, str]]:
-    """Make the shards ``to_do``; returns the records of those made, and the reasons for those given up."""
-    made: dict[int, LedgerRecord] = {}
-    given_up: dict[int, str] = {}
-    shared = workers.share(encoding)
-    tasks = [(objects, shard, plan.shard_references(shard), shared) for shard in to_do]
-    images = sum(len(plan.features.rows_of(shard)) for shard in plan.shards)
-    with Progress(len(plan.shards), images, done) as progress:
-        for task, result in workers.map(ShardWorker.make_shard, tasks, progress.advance):
-            if isinstance(result, TaskFailed):
-                given_up[to_do[task]] = f"tried {result.attempts} times; the last time: {result.reason}"
-            else:
-                made[to_do[task]] = result
-                progress.shard_done(result)
-    return made, given_up
-
-
-def what_is_kept(plan: Plan, objects: Objects, *, set_up: bool) -> str:
-    """For somebody who stopped the job: what there is of the store, and how to go on.
-
-    Args:
-        plan: of the job.
-        objects: the store. It is asked: workers may have finished shards that the job does not know of.
-        set_up: whether this job saw the store set up.
-    """
-    try:
-        stored = existing_store(objects)
-        finished = len(objects.list(layout.LEDGER)) if stored else 0
-    except (DensefeatError, OSError) as error:
-        return f"what is stored cannot be seen now ({error}): go on with --resume"
-    if stored is None:
-        return "nothing was stored: run the same command again"
-    if not set_up and stored == plan.stored:
-        return "the store is what it was before: run the same command again"
-    if not finished:
-        return "no shard is finished, but the store was begun: --resume goes on with it"
-    return f"{finished:,} of {plan.features.shards:,} shards are finished and kept; --resume goes on from them"
-
-
-@contextmanager
-def open_workers(spec: WorkerSpec, count: int | None, attempts: int, stall_timeout_s: float) -> Iterator[Workers]:
-    """Workers on the Ray cluster, or with ``count`` 0 in this process; gone at the end."""
-    if count == 0:
-        with InlineWorkers(spec, attempts=attempts) as inline:
-            yield inline
-        return
-    from pipeline.run.ray import choose as runner  # ray takes a second to import
-
-    with (
-        runner.connected(),
-        runner.ray_workers(spec, count, attempts=attempts, stall_timeout_s=stall_timeout_s) as workers,
-    ):
-        yield workers
 
 
 if __name__ == "__main__":

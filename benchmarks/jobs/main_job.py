@@ -99,7 +99,7 @@ def run_one(options: dict[str, Any]) -> None:
     """The job itself; the last line it prints is the row."""
     import logging
 
-    from jobs.upsample_imagenet import carry_out
+    from pipeline.run.job import carry_out
     from pipeline.run.plan import make_plan
     from schemas.options import UpsampleConfig
 

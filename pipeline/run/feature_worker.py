@@ -4,52 +4,48 @@ import os
 import socket
 import threading
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import torch
 
 from pipeline.errors import JobError
-from pipeline.features.backbone import Backbone, build_backbone
 from pipeline.features.pca import Moments
-from pipeline.images.batches import Batch, BatchLoader
-from pipeline.images.decoding.decode import Decoded, Geometry
+from pipeline.images.batches import Batch
+from pipeline.images.decoding.decode import Decoded
 from pipeline.images.sample import Part
 from pipeline.reporting.seconds import StageSeconds
+from pipeline.run.recipe import FeatureRecipe, Stages
 from pipeline.run.resources import available_cores, available_memory, shards_computing
-from schemas.configuration import SourceKind
-from schemas.options import FeatureConfig
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """Everything a worker needs to build its stages, on whatever machine it runs.
+    """Everything that a worker needs, on whatever machine it runs.
 
     Attributes:
-        config: the job's configuration.
-        source_kind: ``Source.kind``.
-        image_column: ``Source.image_column``.
+        recipe: of the job.
+        device: "auto": settled by who opens the workers.
+        batch_size: images in a batch; None: what suits the device.
         threads: CPU threads of this worker.
-        identities: by stage ("backbone", "upsampler"): what the driver found it to be.
     """
 
-    config: FeatureConfig
-    source_kind: SourceKind
-    image_column: str | None
+    recipe: FeatureRecipe
+    device: Literal["auto", "cpu", "cuda"]
+    batch_size: int | None
     threads: int
-    identities: dict[str, Any]
 
     def on(self, device: Literal["cpu", "cuda"], threads: int) -> "WorkerSpec":
         """The same, for a worker on ``device`` with ``threads`` CPU threads."""
-        return replace(self, config=replace(self.config, device=device), threads=threads)
+        return replace(self, device=device, threads=threads)
 
 
 class FeatureWorker:
     """Loader and backbone on a device.
 
     Args:
-        spec: what to build.
-        backbone: the spec's, if it is there already; it is moved to the device.
+        spec: what to build, and for which device.
+        stages: the recipe's, if they are built already; they are moved to the device.
 
     Attributes:
         computing: to be held while the device computes.
@@ -57,28 +53,17 @@ class FeatureWorker:
         images_done: rows through the backbone, all the worker's life long; progress is read off it.
 
     Raises:
-        JobError: the backbone is not the driver's (other weights on this machine), or there is no such device.
+        JobError: a stage is not the driver's (other weights on this machine), or there is no such device.
     """
 
-    def __init__(self, spec: WorkerSpec, backbone: Backbone | None = None) -> None:
+    def __init__(self, spec: WorkerSpec, stages: Stages | None = None) -> None:
         self.spec = spec
-        config = spec.config
-        self.device = torch.device(pick_device(config.device))
-        self.batch_size = config.batch_size or _DEFAULT_BATCH_SIZE[self.device.type]
-        self.geometry = Geometry(config.size_px, config.fit, config.output_size_px)
-        self.loader = BatchLoader(
-            self.geometry,
-            self.batch_size,
-            source_kind=spec.source_kind,
-            image_column=spec.image_column,
-            max_pixels=config.max_pixels,
-            min_side=config.min_side,
-            threads=spec.threads,
-        )
-        if backbone is None:
-            backbone = build_backbone(config.backbone, size=config.size_px, weights=config.weights, layer=config.layer)
-        self.backbone = backbone.to(self.device)
-        self.check_identity("backbone", self.backbone.identity())
+        self.device = torch.device(pick_device(spec.device))
+        self.batch_size = spec.batch_size or _DEFAULT_BATCH_SIZE[self.device.type]
+        self.geometry = spec.recipe.images.geometry
+        self.loader = spec.recipe.images.loader(self.batch_size, spec.threads)
+        self.stages = (spec.recipe.build() if stages is None else stages).to(self.device)
+        self.backbone = self.stages.backbone
         self.images_done = 0
         computing = shards_computing(
             self.device.type,
@@ -88,18 +73,6 @@ class FeatureWorker:
         )
         self.computing = threading.BoundedSemaphore(computing)
         self.tasks_at_once = computing + 1  # one that reads or writes meanwhile
-
-    def check_identity(self, stage: str, identity: dict[str, Any]) -> None:
-        """Compare a stage built here with the driver's.
-
-        Raises:
-            JobError: they differ.
-        """
-        if identity != self.spec.identities[stage]:
-            raise JobError(
-                f"the {stage} on {socket.gethostname()} is not the driver's: got {identity}, expected "
-                f"{self.spec.identities[stage]}; every node must load the same weights with the same version of timm"
-            )
 
     def moments(self, references: pa.Table) -> Part[Moments]:
         """Moments of the low-resolution features of some images."""

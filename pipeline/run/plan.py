@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from densefeat.index import stored_index
 from densefeat.layout import ZSTD_LEVEL, FeatureLayout
@@ -18,11 +17,13 @@ from densefeat.store import FeatureStore
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone, build_backbone
 from pipeline.features.pca import Basis
+from pipeline.images.decoding.decode import Geometry
 from pipeline.images.listing.files import Scan, ScanMap
 from pipeline.images.listing.findings import Finding, describe_findings, refuse_losses
 from pipeline.images.listing.source import Source, keys_digest, list_images
 from pipeline.io.storage import check_writable, storage_explained
 from pipeline.run.feature_worker import WorkerSpec
+from pipeline.run.recipe import FeatureRecipe, ImageRecipe, Stages, UpsampleRecipe
 from pipeline.run.resources import available_cores
 from pipeline.store.layout import existing_store, foreign_keys, remains
 from pipeline.upsamplers.build import build_upsampler
@@ -56,6 +57,7 @@ class Plan:
         basis: given by ``--pca``; None: to be fitted.
         stored: attributes of the store that is to be resumed or overwritten.
         spec: for the workers.
+        stages: of the spec's recipe, as the driver built them.
         findings: what of the source is not used; nothing if the store is resumed, as its source is not listed.
     """
 
@@ -67,6 +69,7 @@ class Plan:
     basis: Basis | None
     stored: StoreAttributes | None
     spec: WorkerSpec
+    stages: Stages
     findings: tuple[Finding, ...]
 
     @property
@@ -117,7 +120,28 @@ def make_plan(config: UpsampleConfig) -> Plan:
     basis = None if config.pca is None else read_basis(config.pca, backbone)
     k = _components(config, backbone, basis)
     source, references, class_names, findings = _source(config, resumed)
-    identities = {"backbone": backbone.identity(), "upsampler": upsampler.identity()}
+    images = ImageRecipe(
+        source.kind,
+        source.image_column,
+        Geometry(config.size_px, config.fit, config.output_size_px),
+        config.max_pixels,
+        config.min_side,
+    )
+    recipe = UpsampleRecipe(
+        images=images,
+        backbone=config.backbone,
+        layer=backbone.layer,
+        weights=config.weights,
+        backbone_identity=backbone.identity(),
+        upsampler=config.upsampler,
+        upsampler_weights=config.upsampler_weights,
+        upsampler_options=config.upsampler_options,
+        upsampler_identity=upsampler.identity(),
+        components=k,
+        dtype=config.dtype,
+        error_floor=config.error_floor,
+        shard_rows=config.shard_rows,
+    )
     plan = Plan(
         config=config,
         references=references,
@@ -125,17 +149,18 @@ def make_plan(config: UpsampleConfig) -> Plan:
         features=FeatureLayout(references.num_rows, k, *config.output_size_px, config.dtype, config.shard_rows),
         configuration=StoreConfiguration(
             source=source,
-            backbone=identities["backbone"],
+            backbone=recipe.backbone_identity,
             geometry=GeometryConfiguration(
                 config.size_px, config.fit, config.output_size_px, config.max_pixels, config.min_side
             ),
             pca=_pca_configuration(config, k, basis, references.num_rows),
-            upsampler=identities["upsampler"],
+            upsampler=recipe.upsampler_identity,
             storage=_storage_configuration(config),
         ),
         basis=None if basis is None else basis.truncated(k),
         stored=stored,
-        spec=WorkerSpec(config, source.kind, source.image_column, available_cores(), identities),
+        spec=_spec(config, recipe),
+        stages=Stages(backbone, upsampler),
         findings=findings,
     )
     if not plan.shards:
@@ -147,8 +172,8 @@ def make_plan(config: UpsampleConfig) -> Plan:
     return plan
 
 
-def feature_spec(config: FeatureConfig) -> tuple[WorkerSpec, pa.Table, Backbone]:
-    """For jobs that need low-resolution features only: the workers' spec, the images, the backbone.
+def feature_spec(config: FeatureConfig) -> tuple[WorkerSpec, pa.Table, Stages]:
+    """For jobs that need low-resolution features only: the workers' spec, the images, the stages.
 
     Raises:
         JobError: as ``make_plan``.
@@ -157,9 +182,14 @@ def feature_spec(config: FeatureConfig) -> tuple[WorkerSpec, pa.Table, Backbone]
     source = _listed(config)
     for line in describe_findings(source.findings):
         logger.info("%s", line)
-    identities = {"backbone": backbone.identity()}
-    spec = WorkerSpec(config, source.kind, source.image_column, available_cores(), identities)
-    return spec, source.references, backbone
+    geometry = Geometry(config.size_px, config.fit, config.output_size_px)
+    images = ImageRecipe(source.kind, source.image_column, geometry, config.max_pixels, config.min_side)
+    recipe = FeatureRecipe(images, config.backbone, backbone.layer, config.weights, backbone.identity())
+    return _spec(config, recipe), source.references, Stages(backbone)
+
+
+def _spec(config: FeatureConfig, recipe: FeatureRecipe) -> WorkerSpec:
+    return WorkerSpec(recipe, config.device, config.batch_size, available_cores())
 
 
 def read_basis(uri: str, backbone: Backbone) -> Basis:
@@ -243,13 +273,8 @@ def _checked_backbone(config: FeatureConfig) -> Backbone:
 
 
 def _check_upsampler(upsampler: Upsampler, backbone: Backbone, config: UpsampleConfig) -> None:
-    """Try the upsampler on zeros of the backbone's shape, for one component."""
-    features = torch.zeros(1, backbone.num_chs, *backbone.grid)
-    images = torch.zeros(1, 3, *config.size_px, dtype=torch.uint8)
     try:
-        with torch.inference_mode():
-            projected = upsampler.with_basis(torch.zeros(backbone.num_chs), torch.eye(1, backbone.num_chs))
-            projected(features, images, config.output_size_px)
+        upsampler.check_grid(backbone.num_chs, backbone.grid)
     except ValueError as error:
         raise JobError(
             f"--upsampler {config.upsampler} does not take the {backbone.grid[0]}×{backbone.grid[1]} features of "

@@ -28,13 +28,12 @@ from pipeline.images.sample import Part
 from pipeline.io.storage import storage_explained
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.run.feature_worker import FeatureWorker, WorkerSpec
+from pipeline.run.recipe import Stages, UpsampleRecipe
 from pipeline.store.calibration import Calibration
 from pipeline.store.shard import committed, write_shard
-from pipeline.upsamplers.build import build_upsampler
 from pipeline.upsamplers.interface import Projected, Stored
 from schemas.index import OK
 from schemas.ledger import LedgerRecord, RowOutcome
-from schemas.options import DEFAULT_COMPONENTS, UpsampleConfig
 
 logger = logging.getLogger(__name__)
 
@@ -57,22 +56,16 @@ class StoreEncoding:
 
 
 class ShardWorker(FeatureWorker):
-    """All stages, built once, and the loop over a shard's images.
+    """All stages, built once, and the loop over a shard's images. Arguments and errors as ``FeatureWorker``."""
 
-    Raises:
-        JobError: as ``FeatureWorker``; or the upsampler is not the driver's.
-    """
-
-    def __init__(self, spec: WorkerSpec) -> None:
-        config = spec.config
-        assert isinstance(config, UpsampleConfig)
-        self.config = config
-        super().__init__(spec)
-        upsampler = build_upsampler(config.upsampler, config.upsampler_weights, self.backbone, config.upsampler_options)
-        self.upsampler = upsampler.to(self.device)
-        self.check_identity("upsampler", upsampler.identity())
+    def __init__(self, spec: WorkerSpec, stages: Stages | None = None) -> None:
+        assert isinstance(spec.recipe, UpsampleRecipe)
+        self.recipe = spec.recipe
+        super().__init__(spec, stages)
+        assert self.stages.upsampler is not None
+        self.upsampler = self.stages.upsampler
         self._upsampled_by = self.upsampler.explain(self.device)
-        logger.info("--upsampler %s runs on %s by %s", config.upsampler, self.device, self._upsampled_by)
+        logger.info("--upsampler %s runs on %s by %s", self.recipe.upsampler, self.device, self._upsampled_by)
         self._encoders = ThreadPoolExecutor(spec.threads, "encode")
         self._with_basis: tuple[str, Projected] | None = None
 
@@ -93,7 +86,7 @@ class ShardWorker(FeatureWorker):
             pixels = pixels.to(self.device)
             features = self.backbone(pixels)
             high = self._projected(basis)(features, pixels, self.geometry.output_size)[0]
-            found = Calibration.of(high, self.config.dtype, self.config.error_floor)
+            found = Calibration.of(high, self.recipe.dtype, self.recipe.error_floor)
         if found is None:
             return Part(Calibration.none(len(basis.components)), 0, "its features contain NaN or infinity")
         return Part(found, 1, None)
@@ -114,7 +107,7 @@ class ShardWorker(FeatureWorker):
             self.images_done += references.num_rows
             return record
         seconds = StageSeconds()
-        shard_rows = self.config.shard_rows
+        shard_rows = self.recipe.shard_rows
         outcomes: list[RowOutcome] = []
         chunks: list[Future[bytes] | None] = []
         clipped = 0
@@ -177,9 +170,8 @@ class ShardWorker(FeatureWorker):
 
     def _task_nbytes(self) -> int:
         """And of a shard: its chunks, counted as if they did not compress; float32 features of a batch, and scratch."""
-        k = min(self.config.components or DEFAULT_COMPONENTS, self.backbone.num_chs)
-        values = k * math.prod(self.config.output_size_px)
-        chunks = self.config.shard_rows * values * np.dtype(self.config.dtype).itemsize
+        values = self.recipe.components * math.prod(self.geometry.output_size)
+        chunks = self.recipe.shard_rows * values * np.dtype(self.recipe.dtype).itemsize
         return super()._task_nbytes() + chunks + self.batch_size * values * 4 * _COPIES_IN_UPSAMPLING
 
     def made_by(self) -> dict[str, str]:
@@ -192,9 +184,10 @@ class ShardWorker(FeatureWorker):
             torch.cuda.synchronize(self.device)
 
 
-def make_worker(spec: WorkerSpec) -> FeatureWorker:
-    """The worker that the configuration calls for."""
-    return ShardWorker(spec) if isinstance(spec.config, UpsampleConfig) else FeatureWorker(spec)
+def make_worker(spec: WorkerSpec, stages: Stages | None = None) -> FeatureWorker:
+    """The worker that the recipe calls for."""
+    kind = ShardWorker if isinstance(spec.recipe, UpsampleRecipe) else FeatureWorker
+    return kind(spec, stages)
 
 
 def _outcome(row: int, decoded: Decoded | ImageError, failure: ImageError | None) -> RowOutcome:

@@ -86,7 +86,7 @@ class InlineWorkers:
 
     def __enter__(self) -> "InlineWorkers":
         """Build the worker."""
-        threads = threads_in_operations(pick_device(self._spec.config.device), self._spec.threads)
+        threads = threads_in_operations(pick_device(self._spec.device), self._spec.threads)
         with ExitStack() as stack:
             stack.enter_context(torch_threads(threads))
             self._worker = self._make(self._spec)

@@ -61,6 +61,7 @@ class Upsampler(nn.Module):
 
     name: ClassVar[str]
     facts: ClassVar[Facts]
+    smallest_grid: int = 1  # height and width of the features that it takes
 
     @classmethod
     @abstractmethod
@@ -79,6 +80,23 @@ class Upsampler(nn.Module):
     def identity(self) -> dict[str, object]:
         """Say what the output depends on besides the inputs, for the configuration hash: a JSON-able dictionary."""
         return {"name": self.name}
+
+    def check_grid(self, channels: int, grid: tuple[int, int]) -> None:
+        """Refuse features that it cannot upsample, before any are made.
+
+        Args:
+            channels: C of the features.
+            grid: their height and width.
+
+        Raises:
+            ValueError: the grid is smaller than `smallest_grid`, or C is not what the upsampler's weights are for.
+        """
+        if min(grid) < self.smallest_grid:
+            raise ValueError(
+                f"features: got {grid[0]}×{grid[1]}, need at least {self.smallest_grid} on both axes: the border is "
+                "reflected"
+            )
+        self.with_basis(torch.zeros(channels), torch.eye(1, channels))
 
     def explain(self, device: torch.device) -> str:
         """Say which implementation runs on a device, and why others don't, for the log."""

@@ -71,6 +71,7 @@ class JBU(LinearUpsampler):
     radius = 3
     sigma_spatial = 1.5
     sigma_range = 0.1
+    smallest_grid = radius // 2 + 1  # twice as large, the border can be reflected; FeatUp's stages have this radius too
 
     def __init__(self, stack: JBUStack | None = None) -> None:
         super().__init__()

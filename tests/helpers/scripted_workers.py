@@ -13,10 +13,12 @@ import torch
 from densefeat.errors import StorageUnavailable
 from pipeline.errors import JobError
 from pipeline.images.batches import WorkStopped
+from pipeline.images.decoding.decode import Geometry
 from pipeline.run.feature_worker import WorkerSpec
-from schemas.options import FeatureConfig
+from pipeline.run.recipe import FeatureRecipe, ImageRecipe
 
-SPEC = WorkerSpec(FeatureConfig(images="none", device="cpu"), "files", None, 2, {})
+_RECIPE = FeatureRecipe(ImageRecipe("folder", None, Geometry((8, 8)), 64, 1), "none", 0, "random", {})
+SPEC = WorkerSpec(_RECIPE, "cpu", None, 2)
 
 
 class ScriptedWorker:

@@ -11,10 +11,11 @@ from PIL import Image
 
 from densefeat import FeatureStore, layout
 from densefeat.storage.objects import Objects
-from jobs.upsample_imagenet import carry_out, upsample
+from jobs.upsample_imagenet import upsample
 from jobs.verify_store import VerifyConfig, verify
 from pipeline.errors import JobError
 from pipeline.features.pca import Basis
+from pipeline.run.job import carry_out
 from pipeline.run.plan import Plan, check_apart, make_plan
 from pipeline.run.prepare import prepare
 from pipeline.run.shard_worker import ShardWorker, StoreEncoding

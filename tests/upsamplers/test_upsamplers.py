@@ -15,6 +15,7 @@ from pipeline.errors import JobError
 from pipeline.features.checkpoints import read_metadata
 from pipeline.upsamplers import jbu as upsample_jbu
 from pipeline.upsamplers.anyup.network import AnyUp
+from pipeline.upsamplers.anyup.upsampler import AnyUpUpsampler
 from pipeline.upsamplers.bilinear import Bilinear
 from pipeline.upsamplers.build import UPSAMPLERS, build_upsampler, describe_upsamplers
 from pipeline.upsamplers.interface import imagenet_normalised
@@ -292,3 +293,23 @@ def test_where_universal_weights_come_from_is_in_their_file():
     for errors in json.loads(metadata["held_out_errors"]).values():
         assert errors["jbu"]["relative"] < min(errors[other]["relative"] for other in ("bilinear", "training_free"))
     assert any(not errors["trained_on"] for errors in json.loads(metadata["held_out_errors"]).values())
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 1), (2, 2), (1, 9), (3, 5)])
+def test_grids_that_are_too_small_are_told_without_computing(grid):
+    """The answer is that of computing."""
+    features, images = torch.randn(1, 6, *grid), torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    anyup = AnyUpUpsampler(AnyUp(16).eval())
+    for upsampler in (Bilinear(), JBU(), JBU.universal(), anyup):
+        try:
+            upsampler.check_grid(6, grid)
+            told = True
+        except ValueError:
+            told = False
+        try:
+            with torch.no_grad():
+                upsampler.with_basis(torch.zeros(6), torch.eye(2, 6))(features, images, (32, 32))
+            computed = True
+        except ValueError:
+            computed = False
+        assert told == computed, upsampler.name

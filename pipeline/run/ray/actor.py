@@ -82,7 +82,7 @@ def _build(spec: "WorkerSpec", make: "Callable[[WorkerSpec], FeatureWorker]", gr
     logging.getLogger("pipeline").setLevel(logging.INFO)
     here = ray.get_runtime_context().get_node_id()
     gpus = sum(node.gpus for node in living_nodes() if node.name == here)
-    device = spec.config.device
+    device = spec.device
     assert device != "auto"  # settled by the driver
     threads = worker_threads(device, available_cores(), gpus=gpus, granted=granted)
     torch.set_num_threads(threads_in_operations(device, threads))  # of the whole process, which is the worker's

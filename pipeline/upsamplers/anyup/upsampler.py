@@ -22,6 +22,7 @@ class AnyUpUpsampler(Upsampler):
     """
 
     name = "anyup"
+    smallest_grid = 2
     facts = Facts(
         weights="required",
         channels="any",

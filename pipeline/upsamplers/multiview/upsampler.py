@@ -144,8 +144,6 @@ class _MultiviewProjected(Projected):
         if tuple(images.shape[2:]) != backbone.size:
             raise ValueError(f"images: got {tuple(images.shape[2:])} pixels, need the backbone's {backbone.size}")
         failures, grid = _one_colour(images), self.upsampler.views.grid
-        if len(failures) == len(images):  # as where a plan is checked: no need to wait for the backbone
-            return features.new_full((len(images), len(self.get_buffer("components")), *grid), torch.nan), failures
         jitters, operators = self.upsampler.views.on(features.device)
         projection = self.get_buffer("mean"), self.get_buffer("components")
         own = project(features, *projection)[:, None]

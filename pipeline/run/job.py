@@ -1,0 +1,177 @@
+"""Carrying out a plan: the shards that are missing are made on workers, and the store is finished when none is."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+from densefeat import layout
+from densefeat.errors import DensefeatError
+from densefeat.storage.objects import Objects
+from densefeat.store import FeatureStore
+from pipeline.reporting.progress import Progress
+from pipeline.reporting.report import Report
+from pipeline.run.feature_worker import WorkerSpec
+from pipeline.run.plan import Plan
+from pipeline.run.prepare import prepare
+from pipeline.run.recipe import Stages
+from pipeline.run.shard_worker import ShardWorker, StoreEncoding, make_worker
+from pipeline.run.workers import InlineWorkers, TaskFailed, Workers
+from pipeline.store.layout import existing_store, finish, reopen
+from pipeline.store.shard import finished_shards
+from schemas.ledger import LedgerRecord
+from schemas.options import FeatureConfig
+
+logger = logging.getLogger(__name__)
+
+
+def carry_out(plan: Plan, started: float) -> Report:
+    """Make what is missing of the store, and finish it when nothing is.
+
+    Args:
+        plan: of the job.
+        started: ``time.monotonic()`` when the job began, for the report.
+
+    Raises:
+        KeyboardInterrupt: somebody stopped it; says what is kept, and how to go on.
+    """
+    objects = Objects(plan.config.store)
+    making = _Making()
+    try:
+        _make_missing(plan, objects, making)
+        report = _report(plan, objects, making, started)
+        if report.complete:
+            finish(objects, report.records)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(what_is_kept(plan, objects, set_up=making.set_up)) from None
+    return report
+
+
+@dataclass
+class _Making:
+    """How far a job has come: records of the shards that were done before and that it made, shards it gave up."""
+
+    done: dict[int, LedgerRecord] = field(default_factory=dict)
+    made: dict[int, LedgerRecord] = field(default_factory=dict)
+    given_up: dict[int, str] = field(default_factory=dict)
+    set_up: bool = False  # whether this job saw the store set up
+    seconds: float = 0.0  # of making shards
+
+
+def _make_missing(plan: Plan, objects: Objects, making: _Making) -> None:
+    config, stored = plan.config, plan.stored
+    if config.resume and stored:
+        making.done = finished_shards(objects, stored.hash)
+    if making.done.keys() >= {*plan.shards}:
+        return
+    with open_workers(
+        plan.spec, plan.stages, config, attempts=config.attempts, stall_timeout_s=config.stall_timeout_s
+    ) as workers:
+        encoding = prepare(plan, objects, workers)
+        making.set_up, begun = True, time.monotonic()
+        if config.resume and not (stored and stored.setup_complete):  # another job may have begun it meanwhile
+            making.done = finished_shards(objects, encoding.configuration_hash)
+        to_do = [shard for shard in plan.shards if shard not in making.done]
+        if to_do:
+            reopen(objects)
+        mine = [record for shard, record in making.done.items() if shard in plan.shards]
+        making.made, making.given_up = make_shards(plan, objects, workers, encoding, to_do, mine)
+        making.seconds = time.monotonic() - begun
+
+
+def _report(plan: Plan, objects: Objects, making: _Making, started: float) -> Report:
+    config, attributes = plan.config, FeatureStore(plan.config.store).attributes
+    records = {**making.done, **making.made}
+    if config.shards:  # other jobs may have made other shards meanwhile
+        records = finished_shards(objects, attributes["configuration_hash"])
+    return Report(
+        store=config.store,
+        shards=plan.features.shards,
+        own=plan.shards,
+        records=[records[shard] for shard in sorted(records)],
+        made=list(making.made),
+        given_up=making.given_up,
+        explained_variance=attributes["explained_variance"],
+        seconds=time.monotonic() - started,
+        making_seconds=making.seconds,
+        keys=plan.references["key"],
+        max_failed_share=config.max_failed_share,
+    )
+
+
+def make_shards(
+    plan: Plan,
+    objects: Objects,
+    workers: Workers,
+    encoding: StoreEncoding,
+    to_do: list[int],
+    done: list[LedgerRecord],
+) -> tuple[dict[int, LedgerRecord], dict[int, str]]:
+    """Make the shards ``to_do``; returns the records of those made, and the reasons for those given up."""
+    made: dict[int, LedgerRecord] = {}
+    given_up: dict[int, str] = {}
+    shared = workers.share(encoding)
+    tasks = [(objects, shard, plan.shard_references(shard), shared) for shard in to_do]
+    images = sum(len(plan.features.rows_of(shard)) for shard in plan.shards)
+    with Progress(len(plan.shards), images, done) as progress:
+        for task, result in workers.map(ShardWorker.make_shard, tasks, progress.advance):
+            if isinstance(result, TaskFailed):
+                given_up[to_do[task]] = f"tried {result.attempts} times; the last time: {result.reason}"
+            else:
+                made[to_do[task]] = result
+                progress.shard_done(result)
+    return made, given_up
+
+
+def what_is_kept(plan: Plan, objects: Objects, *, set_up: bool) -> str:
+    """For somebody who stopped the job: what there is of the store, and how to go on.
+
+    Args:
+        plan: of the job.
+        objects: the store. It is asked: workers may have finished shards that the job does not know of.
+        set_up: whether this job saw the store set up.
+    """
+    try:
+        stored = existing_store(objects)
+        finished = len(objects.list(layout.LEDGER)) if stored else 0
+    except (DensefeatError, OSError) as error:
+        return f"what is stored cannot be seen now ({error}): go on with --resume"
+    if stored is None:
+        return "nothing was stored: run the same command again"
+    if not set_up and stored == plan.stored:
+        return "the store is what it was before: run the same command again"
+    if not finished:
+        return "no shard is finished, but the store was begun: --resume goes on with it"
+    return f"{finished:,} of {plan.features.shards:,} shards are finished and kept; --resume goes on from them"
+
+
+@contextmanager
+def open_workers(
+    spec: WorkerSpec, stages: Stages, config: FeatureConfig, *, attempts: int, stall_timeout_s: float
+) -> Iterator[Workers]:
+    """Workers on the Ray cluster, or with ``--workers 0`` in this process; gone at the end.
+
+    Args:
+        spec: of each worker.
+        stages: of the spec's recipe, as they were built here; a worker in this process takes them over.
+        config: of the job: how many workers, and the places that they must see.
+        attempts: times that a task may fail.
+        stall_timeout_s: a worker without progress for so long is replaced.
+    """
+    if config.workers == 0:
+        with InlineWorkers(spec, attempts=attempts, make=partial(make_worker, stages=stages)) as inline:
+            yield inline
+        return
+    from pipeline.run.ray import choose  # ray takes a second to import
+
+    options = ("images", "store", "weights", "upsampler_weights")
+    places = {f"--{name.replace('_', '-')}": getattr(config, name, None) or "" for name in options}
+    with (
+        choose.connected(),
+        choose.ray_workers(
+            spec, config.workers, attempts=attempts, stall_timeout_s=stall_timeout_s, places=places
+        ) as workers,
+    ):
+        yield workers

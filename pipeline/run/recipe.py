@@ -1,0 +1,148 @@
+"""The recipe of a job: its options, resolved once by the driver, as a value that builds the stages.
+
+Workers get the recipe and not the options: what was detected (the layer counted from the end, the kind of the dataset)
+was detected once, and every stage that is built elsewhere is held to the identity that the driver found.
+"""
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.errors import JobError
+from pipeline.features.backbone import Backbone, build_backbone
+from pipeline.images.batches import BatchLoader
+from pipeline.images.decoding.decode import Geometry
+from pipeline.upsamplers.build import build_upsampler
+from pipeline.upsamplers.interface import Upsampler
+from schemas.configuration import SourceKind
+
+__all__ = ["FeatureRecipe", "ImageRecipe", "Stages", "UpsampleRecipe"]
+
+
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """What a recipe builds.
+
+    Attributes:
+        backbone: pixels to features of C channels.
+        upsampler: features to high-resolution features; None for jobs that need the backbone alone.
+    """
+
+    backbone: Backbone
+    upsampler: Upsampler | None = None
+
+    def to(self, device: torch.device) -> "Stages":
+        """The same stages, moved to a device."""
+        return Stages(self.backbone.to(device), None if self.upsampler is None else self.upsampler.to(device))
+
+
+@dataclass(frozen=True)
+class ImageRecipe:
+    """How images are read and placed on the grid of the features.
+
+    Attributes:
+        source_kind: how the dataset stores its images.
+        image_column: see `pipeline.images.listing.source.Source`.
+        geometry: the grid.
+        max_pixels: larger images are failed rows.
+        min_side: images with a shorter side are failed rows.
+    """
+
+    source_kind: SourceKind
+    image_column: str | None
+    geometry: Geometry
+    max_pixels: int
+    min_side: int
+
+    def loader(self, batch_size: int, threads: int) -> BatchLoader:
+        """What reads and decodes images, in batches."""
+        return BatchLoader(
+            self.geometry,
+            batch_size,
+            source_kind=self.source_kind,
+            image_column=self.image_column,
+            max_pixels=self.max_pixels,
+            min_side=self.min_side,
+            threads=threads,
+        )
+
+
+@dataclass(frozen=True)
+class FeatureRecipe:
+    """From images to low-resolution features.
+
+    Attributes:
+        images: how they are read.
+        backbone: model of timm.
+        layer: of the model, 0 or more.
+        weights: "pretrained", "random", or the URI of a checkpoint.
+        backbone_identity: `Backbone.identity` of the backbone that the driver built.
+    """
+
+    images: ImageRecipe
+    backbone: str
+    layer: int
+    weights: str
+    backbone_identity: Mapping[str, Any]
+
+    def build(self) -> Stages:
+        """Build the stages on the CPU.
+
+        Raises:
+            JobError: a stage cannot be built, or is not the driver's: this machine has other weights.
+        """
+        size = self.images.geometry.size
+        backbone = build_backbone(self.backbone, size=size, weights=self.weights, layer=self.layer)
+        _check_identity("backbone", backbone.identity(), self.backbone_identity)
+        return Stages(backbone)
+
+    def identity(self) -> dict[str, Any]:
+        """What the features depend on besides the pixels, JSON types."""
+        return {"backbone": dict(self.backbone_identity)}
+
+
+@dataclass(frozen=True)
+class UpsampleRecipe(FeatureRecipe):
+    """From images to stored high-resolution features.
+
+    Attributes:
+        upsampler: a name in `pipeline.upsamplers.build.UPSAMPLERS`.
+        upsampler_weights: URI of its checkpoint, if it has one.
+        upsampler_options: its own options.
+        upsampler_identity: `Upsampler.identity` of the upsampler that the driver built.
+        components: k.
+        dtype: int8 or float16.
+        error_floor: of the quantization steps.
+        shard_rows: rows of a shard.
+    """
+
+    upsampler: str
+    upsampler_weights: str | None
+    upsampler_options: object
+    upsampler_identity: Mapping[str, Any]
+    components: int
+    dtype: str
+    error_floor: float
+    shard_rows: int
+
+    def build(self) -> Stages:
+        """As `FeatureRecipe.build`, with the upsampler."""
+        backbone = super().build().backbone
+        upsampler = build_upsampler(self.upsampler, self.upsampler_weights, backbone, self.upsampler_options)
+        _check_identity("upsampler", upsampler.identity(), self.upsampler_identity)
+        return Stages(backbone, upsampler)
+
+    def identity(self) -> dict[str, Any]:
+        """As `FeatureRecipe.identity`, with the upsampler's."""
+        return {**super().identity(), "upsampler": dict(self.upsampler_identity)}
+
+
+def _check_identity(stage: str, got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    if got != expected:
+        raise JobError(
+            f"{stage} mismatch on {socket.gethostname()}: got {got}, expected {expected} as on the driver; every node "
+            "must load the same weights with the same version of timm"
+        )
