@@ -126,9 +126,6 @@ def test_checkpoints_in_an_object_store(photographs: Path, undisturbed: Path, s3
     build_upsampler("jbu", f"{s3_bucket}/training/upsampler.safetensors", resnet18(1))
 
 
-# --- Several workers ---
-
-
 @pytest.mark.slow
 def test_two_workers_one_of_which_dies(photographs: Path, tmp_path: Path) -> None:
     pytest.importorskip("pandas", reason="Ray Train needs the extra train")

@@ -224,9 +224,6 @@ def test_lift_is_the_same_whether_features_are_kept(photographs: Path, tmp_path:
         assert same_tensors(*(tmp_path / one / "upsampler.safetensors" for one in (name, "without")))
 
 
-# --- Where images and checkpoints may be ---
-
-
 def test_all_kinds_of_sources_train_the_same(photographs: Path, undisturbed: Path, tmp_path: Path) -> None:
     files = sorted((photographs / "train").iterdir())
     with tarfile.open(tmp_path / "images-0.tar", "w") as tar:
