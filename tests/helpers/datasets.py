@@ -6,9 +6,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from pipeline.errors import ImageError
 from pipeline.images.listing.source import Source
 from pipeline.images.reading.read import read_images
+
+
+def put(root: str, files: dict[str, bytes]) -> None:
+    """Files by name below ``root``, on any kind of storage."""
+    filesystem, path = fsspec.core.url_to_fs(root)
+    for name, data in files.items():
+        filesystem.makedirs(f"{path}/{name}".rpartition("/")[0], exist_ok=True)
+        filesystem.pipe_file(f"{path}/{name}", data)
 
 
 def tar_info(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
@@ -26,16 +36,26 @@ def write_tar(path: Path, members: list[tuple[tarfile.TarInfo, bytes]], **option
     return path
 
 
+def tar_of(members: dict[str, bytes], fmt: int = tarfile.PAX_FORMAT) -> bytes:
+    """The bytes of a tar of members by name."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=fmt) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
 def column(source: Source, name: str) -> list[Any]:
     return source.references[name].to_pylist()
 
 
-def read(source: Source, **options: Any) -> list[bytes | ImageError]:
+def read(source: Source, start: int = 0, count: int | None = None, **options: Any) -> list[bytes | ImageError]:
+    """Of all rows, or of ``count`` of them from ``start`` on."""
     with ThreadPoolExecutor(4) as pool:
-        images = read_images(
-            source.references, image_column=source.image_column, kind=source.kind, pool=pool, **options
-        )
-        return list(images)
+        rows = source.references.slice(start, count)
+        return list(read_images(rows, image_column=source.image_column, kind=source.kind, pool=pool, **options))
 
 
 def by_key(source: Source) -> dict[str, bytes | str]:

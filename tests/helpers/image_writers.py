@@ -6,12 +6,23 @@ import zlib
 from collections.abc import Mapping
 
 import numpy as np
+import pytest
 from numcodecs import zstd
 from numpy.typing import NDArray
 
+from pipeline.errors import ImageError
 from pipeline.images.decoding.decode import Decoded, Geometry, decode
 
 ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+SQUASH = Geometry((32, 32), "squash", (32, 32))
+
+
+def status_of(data: bytes, geometry: Geometry = SQUASH, **options: int) -> str:
+    """Of the error that decoding raises."""
+    with pytest.raises(ImageError) as caught:
+        decode(data, geometry, **options)
+    assert str(caught.value)
+    return caught.value.status
 
 
 def whole(data: bytes, height: int, width: int) -> Decoded:

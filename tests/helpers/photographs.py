@@ -1,4 +1,4 @@
-"""Odd image files, made here so that nothing has to be downloaded."""
+"""Images and odd image files, made here so that nothing has to be downloaded."""
 
 import io
 import struct
@@ -6,6 +6,7 @@ import zlib
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -47,3 +48,8 @@ def png_header(width: int, height: int) -> bytes:
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
     )
+
+
+def random_images(count: int, size: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    """Noise as uint8 [count, 3, height, width]."""
+    return torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))

@@ -1,13 +1,25 @@
 """Trainings that take seconds: small networks with random weights on a few photographs."""
 
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.csv
 import skimage
+import torch
 from PIL import Image
 
+from pipeline.features.backbone import Backbone, build_backbone
+from pipeline.features.checkpoints import read_state_dict
+from pipeline.train.world import World
 from schemas.train_options import TrainConfig
 
+ROOT = Path(__file__).parents[2]
+HERE = World(torch.device("cpu"))
 NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 
 
@@ -53,3 +65,42 @@ def arguments(config_options: dict[str, Any]) -> list[str]:
     for name, value in config_options.items():
         texts += [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [str(value)])]
     return texts
+
+
+def record(output: Path) -> dict[str, str]:
+    return {name: (output / name).read_text() for name in ("losses.csv", "held_out.csv")}
+
+
+def table(output: Path, name: str) -> dict[str, list[Any]]:
+    return dict(pyarrow.csv.read_csv(output / name).to_pydict())
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return read_state_dict(str(path))
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    ours, theirs = tensors(one), tensors(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def resnet18(layer: int) -> Backbone:
+    return build_backbone("resnet18", size=(64, 64), weights="random", layer=layer)
+
+
+def start(config_options: dict[str, Any]) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "jobs.train_upsampler", *arguments(config_options), "--resume"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.01)
+
+
+def newest_step(output: Path) -> int:
+    return max((int(path.stem.removeprefix("step_")) for path in output.glob("checkpoints/*.pt")), default=0)

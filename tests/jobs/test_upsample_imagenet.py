@@ -1,13 +1,9 @@
-"""The main job, end to end: in this process where that is enough, as a command where it is not."""
+"""The main job, end to end: the features that it stores, from every kind of source."""
 
 import io
-import logging
-import multiprocessing
-import os
 import re
 import shutil
 import tarfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,6 @@ import torch
 import zarr
 
 from densefeat import FeatureStore, MissingFeatures, TorchFeatures, layout
-from densefeat.errors import StorageUnavailable
 from jobs.fit_pca import fit_pca
 from jobs.pictures import stored_geometry
 from jobs.upsample_imagenet import upsample
@@ -28,57 +23,21 @@ from jobs.verify_store import VerifyConfig, verify
 from pipeline.errors import JobError
 from pipeline.features.backbone import build_backbone
 from pipeline.images.decoding.decode import decode
-from pipeline.run.shard_worker import ShardWorker
 from pipeline.upsamplers.build import build_upsampler
-from schemas.options import FitPcaConfig, UpsampleConfig
+from schemas.options import FitPcaConfig
 from tests.helpers.photographs import orientation_exif, photo, png_header
 from tests.helpers.stores import SHARED
+from tests.helpers.upsample_jobs import SIZE, config, shard_bytes
 
 COCO = SHARED / "data" / "coco200" / "images"
+
 LITE0 = SHARED / "weights" / "tf_efficientnet_lite0.safetensors"
+
 VIT = SHARED / "weights" / "vit_small_patch14_dinov2.focus.safetensors"
+
 needs_shared = pytest.mark.skipif(not COCO.exists(), reason=f"needs the photographs and weights in {SHARED}")
 
 README = Path(__file__).parents[2] / "README.md"
-SIZE = 64
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fourteen crops of scikit-image's photographs, in two classes."""
-    import skimage
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("photographs")
-    names = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
-    pictures = [Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB") for name in names]
-    for i in range(14):
-        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
-        left, top = 7 * i, 5 * i
-        crop = pictures[i % len(pictures)].crop((left, top, left + 170 + i, top + 150))
-        crop.save(folder / "ab"[i % 2] / f"{i:02}.png")
-    return folder
-
-
-def config(images: Path | str, store: Path | str, **options: Any) -> UpsampleConfig:
-    """A job that takes a second: a small network with random weights, in this process."""
-    defaults: dict[str, Any] = {
-        "backbone": "resnet18",
-        "weights": "random",
-        "layer": 2,
-        "size": str(SIZE),
-        "components": 8,
-        "shard_images": 4,
-        "batch_size": 3,
-        "device": "cpu",
-        "workers": 0,
-    }
-    return UpsampleConfig(images=str(images), store=str(store), **{**defaults, **options})
-
-
-def shard_bytes(store: Path) -> dict[str, bytes]:
-    files = [path for path in (store / "features" / "c").rglob("*") if path.is_file()]
-    return {str(path.relative_to(store)): path.read_bytes() for path in files}
 
 
 def direct_features(store: FeatureStore, row: int, backbone: Any, upsampler: Any) -> np.ndarray:
@@ -257,68 +216,6 @@ def test_features_lie_where_the_affine_map_says(fit: str, tmp_path: Path) -> Non
     assert (y1 - y0, x1 - x0) == ((77, 128) if fit == "pad" else (96, 128))
 
 
-def test_resuming_completes_with_the_same_bytes(photographs: Path, tmp_path: Path) -> None:
-    whole, parts = config(photographs, tmp_path / "whole"), config(photographs, tmp_path / "parts", resume=True)
-    assert upsample(whole) == 0
-    assert upsample(replace(parts, shards="1:3")) == 0
-    unfinished = FeatureStore(parts.store)
-    assert unfinished.index["status"].to_pylist().count("pending") == 6
-    # An object that was changed, and one without its record.
-    shard = Path(parts.store, "features/c/1/0/0/0")
-    shard.write_bytes(shard.read_bytes()[:-3])
-    Path(parts.store, "_ledger/000002.parquet").unlink()
-    assert upsample(parts) == 0
-    assert shard_bytes(Path(parts.store)) == shard_bytes(Path(whole.store))
-    assert FeatureStore(parts.store).index.equals(FeatureStore(whole.store).index)
-    # Nothing left to do: nothing is done.
-    before = {path: path.stat().st_mtime_ns for path in Path(parts.store, "features/c").rglob("*")}
-    assert upsample(parts) == 0
-    assert before == {path: path.stat().st_mtime_ns for path in Path(parts.store, "features/c").rglob("*")}
-
-
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (StorageUnavailable("s3://photos did not answer: 503"), "s3://photos did not answer: 503"),
-        (ValueError("a fault"), "ValueError: a fault"),
-    ],
-)
-def test_a_shard_that_fails_is_given_up_by_this_run_and_made_by_the_next(
-    photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception, reason: str
-) -> None:
-    caplog.set_level(logging.INFO)
-    job = config(photographs, tmp_path / "store", attempts=1)
-    make_shard = ShardWorker.make_shard
-
-    def failing(worker: ShardWorker, store: Any, shard: int, *arguments: Any) -> Any:
-        if shard == 2:
-            raise error
-        return make_shard(worker, store, shard, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardWorker, "make_shard", failing)
-        assert upsample(job) == 1
-    assert f"given up    shard 2: tried 1 times; the last time: {reason}" in caplog.text
-    assert "not done    1 shards: run the same command with --resume to make them" in caplog.text
-    assert upsample(replace(job, resume=True)) == 0
-    assert set(FeatureStore(job.store).index["status"].to_pylist()) == {"ok"}
-
-
-def test_damage_is_found_and_mended(photographs: Path, tmp_path: Path) -> None:
-    job = config(photographs, tmp_path / "store", resume=True)
-    assert upsample(job) == 0
-    undamaged = shard_bytes(Path(job.store))
-    shard = Path(job.store, "features/c/2/0/0/0")
-    data = bytearray(shard.read_bytes())
-    data[100] ^= 1
-    shard.write_bytes(data)
-    assert verify(VerifyConfig(store=job.store)) == 1
-    assert verify(VerifyConfig(store=job.store, repair=True)) == 1
-    assert upsample(job) == 0
-    assert verify(VerifyConfig(store=job.store)) == 0
-    assert shard_bytes(Path(job.store)) == undamaged
-
-
 def test_a_basis_can_be_shared(photographs: Path, tmp_path: Path) -> None:
     job = config(photographs, tmp_path / "train")
     features = {name: getattr(job, name) for name in FitPcaConfig.__dataclass_fields__ if hasattr(job, name)}
@@ -333,51 +230,6 @@ def test_a_basis_can_be_shared(photographs: Path, tmp_path: Path) -> None:
         upsample(replace(job, store=str(tmp_path / "other"), layer=1, pca=str(tmp_path / "basis.npz")))
     with pytest.raises(JobError, match="only 8"):
         upsample(replace(job, store=str(tmp_path / "other"), components=9, pca=str(tmp_path / "basis.npz")))
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"images": "/nothing/here"}, "/nothing/here"),
-        ({"backbone": "resnet81"}, "resnet18"),
-        ({"upsampler": "jbuu"}, "jbu"),
-        ({"upsampler": "bilinear", "upsampler_weights": "x.pth"}, "bilinear"),
-        ({"weights": "/nothing.safetensors"}, "/nothing.safetensors"),
-        ({"upsampler_weights": "/nothing.pth"}, "/nothing.pth"),
-        ({"components": 129}, "128 channels at layer 2: ask for at most 128"),
-        ({"layer": 9}, "layer"),
-        ({"backbone": "vit_tiny_patch16_224", "layer": -1, "size": "230"}, "240"),
-        ({"pca": "/nothing.npz"}, "/nothing.npz"),
-        ({"pca_images": 1, "components": 100}, "PCA found"),
-        ({"shards": "7:9"}, "none of the 4 shards"),
-        ({"layer": 4, "size": "32"}, "larger --size or an earlier --layer"),
-        ({"device": "cuda"}, "CUDA"),
-        ({"store": "/proc/store"}, "--store /proc/store"),
-    ],
-)
-def test_what_is_refused_before_work(photographs: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
-    if "device" in options and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    with pytest.raises(JobError) as caught:
-        upsample(replace(config(photographs, tmp_path / "store"), **options))
-    assert words in str(caught.value)
-    assert not (tmp_path / "store").exists()
-
-
-def test_store_and_images_are_kept_apart(photographs: Path, tmp_path: Path) -> None:
-    for images, store in ((photographs, photographs / "store"), (photographs / "a", photographs)):
-        with pytest.raises(JobError, match="lie in each other"):
-            upsample(config(images, store, overwrite=True))
-    assert len(list(photographs.rglob("*.png"))) == 14
-
-
-def test_two_jobs_share_a_store(photographs: Path, tmp_path: Path) -> None:
-    """Started at the same moment: one sets the store up, the other joins it."""
-    jobs = [config(photographs, tmp_path / "store", resume=True, shards=shards) for shards in (":2", "2:")]
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        assert list(pool.map(upsample, jobs)) == [0, 0]
-    assert FeatureStore(str(tmp_path / "store")).index["status"].to_pylist() == ["ok"] * 14
-    assert verify(VerifyConfig(store=str(tmp_path / "store"))) == 0
 
 
 def test_the_readmes_snippets_run(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,79 +252,6 @@ def test_the_readmes_snippets_run(photographs: Path, tmp_path: Path, monkeypatch
     assert kernels["stage"].range_temp.grad.isfinite()
 
 
-def test_an_existing_store_is_safe(photographs: Path, tmp_path: Path) -> None:
-    job = config(photographs, tmp_path / "store", limit=4)
-    assert upsample(job) == 0
-    with pytest.raises(JobError, match=r"exists: --resume .* --overwrite"):
-        upsample(job)
-    with pytest.raises(JobError) as caught:
-        upsample(replace(job, resume=True, layer=1, dtype="float16"))
-    for line in ("backbone.layer: stored 2, asked 1", 'storage.dtype: stored "int8", asked "float16"'):
-        assert line in str(caught.value)
-    assert upsample(replace(job, overwrite=True, components=4)) == 0
-    assert FeatureStore(job.store).shape[0] == 4
-    (tmp_path / "store" / "notes.txt").write_text("mine")
-    assert upsample(replace(job, overwrite=True)) == 0
-    assert (tmp_path / "store" / "notes.txt").exists()
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
-    with pytest.raises(JobError, match="holds other things"):
-        upsample(replace(job, store=str(tmp_path / "thesis"), overwrite=True))
-    assert (tmp_path / "thesis" / "chapter1.tex").exists()
-
-
-def test_a_dry_run_prints_the_plan_and_writes_nothing(
-    photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level("INFO"):
-        assert upsample(config(photographs, tmp_path / "store", dry_run=True)) == 0
-    for words in ("14 from", "8 components, 64×64, int8", "4 of 4 images", "at most 459 kB", "resnet18", "2 classes"):
-        assert words in caplog.text
-    assert not (tmp_path / "store").exists()
-
-
-def test_no_space_is_said_before_work(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
-    with pytest.raises(JobError, match="no space for"):
-        upsample(config(photographs, tmp_path / "store"))
-    assert not (tmp_path / "store" / "zarr.json").exists()
-
-
-@pytest.mark.s3
-def test_from_s3_to_s3(photographs: Path, tmp_path: Path, s3_bucket: str) -> None:
-    import s3fs
-
-    s3fs.S3FileSystem(skip_instance_cache=True).put(str(photographs), f"{s3_bucket}/images", recursive=True)
-    job = config(f"{s3_bucket}/images", f"{s3_bucket}/store", resume=True)
-    local = config(photographs, tmp_path / "store")
-    assert upsample(replace(job, shards=":2")) == 0
-    assert upsample(job) == 0
-    assert upsample(local) == 0
-    assert verify(VerifyConfig(store=job.store)) == 0
-    remote = FeatureStore(job.store)
-    assert np.array_equal(remote.read("b/05.png"), FeatureStore(local.store).read("b/05.png"))
-    assert remote.keys == FeatureStore(local.store).keys
-    with pytest.raises(JobError, match="exists"):
-        upsample(replace(job, resume=False))
-    features = {name: getattr(job, name) for name in FitPcaConfig.__dataclass_fields__ if hasattr(job, name)}
-    basis = f"{s3_bucket}/bases/basis.npz"
-    assert fit_pca(FitPcaConfig(**features, output=basis)) == 0
-    assert upsample(replace(local, pca=basis, overwrite=True)) == 0
-    assert np.array_equal(FeatureStore(local.store).components, remote.components)
-
-
-@pytest.mark.s3
-def test_missing_credentials_and_buckets(photographs: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(JobError, match="s3://no-such-bucket-here"):
-        upsample(config(photographs, "s3://no-such-bucket-here/store"))
-    for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_ENDPOINT_URL"]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with pytest.raises(JobError, match="AWS_ACCESS_KEY_ID"):
-        upsample(config(photographs, f"{s3_bucket}/store"))
-
-
 def test_icons_between_the_photographs_do_not_hide_them(photographs: Path, tmp_path: Path) -> None:
     """Whatever the period of a dataset: steps come from images that are usable, and from no others."""
     from PIL import Image
@@ -490,21 +269,3 @@ def test_icons_between_the_photographs_do_not_hide_them(photographs: Path, tmp_p
     assert store.step is not None
     # The same fourteen photographs, so the same steps up to the order of the sums and what that does to the basis.
     np.testing.assert_allclose(store.step, FeatureStore(str(alone)).step, rtol=1e-3)
-
-
-def test_a_dataset_with_nothing_usable_is_refused(photographs: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
-    images = tmp_path / "icons"
-    images.mkdir()
-    for i in range(3):
-        Image.new("RGB", (4, 4)).save(images / f"{i}.png")
-    with pytest.raises(JobError, match=r"PCA: none of 3 sampled images is usable.*4x4 pixels"):
-        upsample(config(images, tmp_path / "store"))
-    basis = tmp_path / "basis.npz"
-    job = config(photographs, tmp_path / "store")
-    features = {name: getattr(job, name) for name in FitPcaConfig.__dataclass_fields__ if hasattr(job, name)}
-    assert fit_pca(FitPcaConfig(**features, output=str(basis))) == 0
-    with pytest.raises(JobError, match=r"calibration: none of 3 sampled images is usable.*4x4 pixels"):
-        upsample(config(images, tmp_path / "store", pca=str(basis)))
-    assert not (tmp_path / "store").exists()

@@ -20,11 +20,6 @@ from pipeline.upsamplers.lift.network import LiFT
 from tests.helpers.trainings import train_config
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def lift_training(size: tuple[int, int], max_bytes: float = 1e9, **options: Any) -> LiFTTraining:
     """Of a small network, on images of twice ``size``."""
     config = train_config(Path("photographs"), "nowhere", upsampler="lift", **options)

@@ -1,0 +1,29 @@
+"""Runs of the main job that take a second, and the bytes that they store."""
+
+from pathlib import Path
+from typing import Any
+
+from schemas.options import UpsampleConfig
+
+SIZE = 64
+
+
+def config(images: Path | str, store: Path | str, **options: Any) -> UpsampleConfig:
+    """A job that takes a second: a small network with random weights, in this process."""
+    defaults: dict[str, Any] = {
+        "backbone": "resnet18",
+        "weights": "random",
+        "layer": 2,
+        "size": str(SIZE),
+        "components": 8,
+        "shard_images": 4,
+        "batch_size": 3,
+        "device": "cpu",
+        "workers": 0,
+    }
+    return UpsampleConfig(images=str(images), store=str(store), **{**defaults, **options})
+
+
+def shard_bytes(store: Path) -> dict[str, bytes]:
+    files = [path for path in (store / "features" / "c").rglob("*") if path.is_file()]
+    return {str(path.relative_to(store)): path.read_bytes() for path in files}
