@@ -1,4 +1,4 @@
-"""What weights of an upsampler are for: the metadata of their .safetensors files, written, read and compared."""
+"""The provenance of an upsampler's weights: the metadata of their .safetensors files, written, read and compared."""
 
 import json
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ _DOWNSAMPLER_KEY, _DOWNSAMPLER_FORMAT = "densefeat", 1
 
 @dataclass(frozen=True)
 class Provenance:
-    """What weights say about themselves. The metadata has ``format``, and the fields by their names, as text.
+    """Which upsampler and backbones weights are for. The metadata holds ``format``, and the fields by their names.
 
     Attributes:
-        upsampler: name of the upsampler that they are for; None if a file does not say.
+        upsampler: name of the upsampler; None if the file does not say.
         backbones: `Backbone.identity` of each backbone that they were made with, as JSON has it; empty if a file does
             not say.
         details: all other metadata, by name. With ``final`` "off" the weights serve every backbone, else those in
-            ``backbones``, at cells of ``patch`` pixels if that is there.
+            ``backbones``, at cells of ``patch`` pixels if that is given.
     """
 
     upsampler: str | None
@@ -65,7 +65,7 @@ class Provenance:
             uri: of the file, for errors.
 
         Returns:
-            None for a file that densefeat did not write: whatever it says has another meaning.
+            None for a file that densefeat did not write; its metadata may mean anything.
 
         Raises:
             JobError: the metadata is damaged, or of a later version.
@@ -85,16 +85,16 @@ def backbone_name(identity: Mapping[str, object]) -> str:
 
 
 def check_pairing(uri: str, upsampler: str, backbone: Backbone) -> None:
-    """Refuse weights that say that they are for something else. Weights without `Provenance` (published ones) pass.
+    """Refuse weights for another upsampler or backbone. Weights without `Provenance` (published ones) pass.
 
     Args:
         uri: of the weights.
-        upsampler: the one asked for.
-        backbone: its features are to be upsampled.
+        upsampler: name of the job's upsampler.
+        backbone: of the job.
 
     Raises:
-        JobError: they are for another upsampler, backbone, layer or patch size, and both sides are named; or the file
-            cannot be read, or its metadata is damaged.
+        JobError: the weights are for another upsampler, backbone, layer or patch size (the message names both sides);
+            or the file cannot be read, or its metadata is damaged.
     """
     known = Provenance.from_metadata(read_metadata(uri), uri)
     if known is None:

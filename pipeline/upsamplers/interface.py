@@ -1,4 +1,4 @@
-"""What an upsampler is: low-res features of an image -> high-res features, in components of a PCA basis.
+"""The interface of upsamplers: low-res features of an image -> high-res features, in components of a PCA basis.
 
 PCA moves in front. Upsamplers that are linear in the features and treat every channel alike project C channels to k
 first and upsample those: the same result as upsampling C and projecting, at k/C of the cost (`LinearUpsampler.fold`
@@ -37,14 +37,14 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Facts:
-    """What an upsampler needs and gives, in words for a table.
+    """The needs and properties of an upsampler, in words for a table.
 
     Attributes:
         weights: whether it takes a checkpoint (--upsampler-weights).
         channels: of the features it takes.
         scale: how far it upsamples; beyond and below, a bilinear interpolation ends at the output's size.
-        guidance: what it looks at.
-        pca: how it comes to k components.
+        guidance: its guidance.
+        pca: where the PCA projection takes place.
         weights_from: where a person gets weights, if they are required.
     """
 
@@ -77,11 +77,11 @@ class Upsampler(nn.Module):
         """
 
     def identity(self) -> dict[str, object]:
-        """Say what the output depends on besides the inputs, for the configuration hash: a JSON-able dictionary."""
+        """Everything that the output depends on besides the inputs, JSON-able: for the configuration hash."""
         return {"name": self.name}
 
     def explain(self, device: torch.device) -> str:
-        """Say which implementation runs on a device, and why others don't, for the log."""
+        """The implementation that runs on a device, and why others do not, for the log."""
         return "plain torch"
 
     @abstractmethod
@@ -93,7 +93,7 @@ class Upsampler(nn.Module):
             components: [k, C], floating, orthonormal rows.
 
         Returns:
-            What upsamples to those components, on this upsampler's device.
+            The upsampler of those components, on this upsampler's device.
 
         Raises:
             ValueError: the shapes do not agree, or C is not what the upsampler's weights are for.
@@ -101,11 +101,11 @@ class Upsampler(nn.Module):
 
 
 class Stored(NamedTuple):
-    """What is stored of a batch.
+    """The stored values of a batch.
 
     Attributes:
         values: int8 codes, or float16 features, of all its images.
-        failures: image of the batch -> why its values are of no use; the other images do not depend on it.
+        failures: index of an image in the batch -> why it failed. The other images do not depend on it.
     """
 
     values: Codes
@@ -256,7 +256,7 @@ class _LinearProjected(Projected):
 
 
 def with_nonfinite(values: Codes, failures: dict[int, ImageError]) -> Stored:
-    """Values and known failures, together with the images whose values are not finite for a reason nobody knows."""
+    """Values and known failures, plus a failure for every other image whose values are not finite."""
     nonfinite = values.not_finite.nonzero().flatten().tolist()
     error = ImageError("nonfinite", "its features contain NaN or infinity")
     return Stored(values, {**dict.fromkeys(nonfinite, error), **failures})

@@ -1,4 +1,4 @@
-"""What the multiview solver needs to know of a backbone: how it pools, its positional bias, and how hard to fit.
+"""The weights of the multiview upsampler: the pooling of a backbone, its positional bias, and settings of the fit.
 
 One .safetensors file of ``jobs/fit_downsampler.py``: the bias, and everything else in its metadata, as JSON texts.
 """
@@ -45,7 +45,7 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class Origin:
-    """What the downsampler was fitted on.
+    """The backbone and images that a downsampler was fitted on.
 
     Attributes:
         backbone: `Backbone.identity`.
@@ -62,13 +62,13 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Downsampler:
-    """A backbone, seen as a view's pooling.
+    """A backbone as a linear downsampler of a view, plus a bias.
 
     Attributes:
         bias: [C, h, w] float32: what the backbone adds to the features at each position whatever the image shows, the
             mean over positions being zero.
         settings: for the solver.
-        origin: what it is for.
+        origin: the backbone and sizes it was fitted on.
     """
 
     bias: Tensor
@@ -81,7 +81,7 @@ class Downsampler:
         return state_digest({"bias": self.bias})
 
     def check(self, backbone: Backbone, uri: str) -> None:
-        """Refuse a backbone, layer or image size that it was not fitted on.
+        """Refuse another backbone, layer or image size than those it was fitted on.
 
         Raises:
             JobError: naming both.

@@ -1,4 +1,4 @@
-"""High-res features that agree with what the backbone sees in many views of the image: the direct solver as a stage."""
+"""Multiview upsampling: high-res features that agree with the backbone's features of many views of the image."""
 
 from dataclasses import replace
 
@@ -95,7 +95,7 @@ class MultiviewUpsampler(Upsampler):
 
 
 class SolverViews:
-    """The views of a backbone's images, and what it sees of them, on the device where they are asked for."""
+    """The matrices of the solver's views, on any device."""
 
     def __init__(self, backbone: Backbone, settings: FitSettings) -> None:
         self.grid = solver_grid(backbone.size, settings.stride_px)
@@ -104,7 +104,7 @@ class SolverViews:
         self._on: dict[torch.device, tuple[JitterMatrices, ViewMatrices]] = {}
 
     def on(self, device: torch.device) -> tuple[JitterMatrices, ViewMatrices]:
-        """Matrices of the views but the first, which is the image itself; and what the backbone sees, of all."""
+        """Matrices of all views but the first, which is the image itself; and the operators of all views."""
         if device not in self._on:
             self._on[device] = JitterMatrices.of(self._jitters[1:], device), self._operators.to(device)
         return self._on[device]
@@ -185,7 +185,7 @@ def _unfit(targets: Tensor) -> dict[int, ImageError]:
 
 
 def _unsolved(solution: Solution) -> dict[int, ImageError]:
-    """Images whose fit came to nothing."""
+    """Images whose fit failed."""
     finite = solution.features.flatten(1).isfinite().all(1) & solution.final.isfinite().to(solution.features.device)
     worse = finite & (solution.final > solution.initial * (1 + 1e-6)).to(finite.device)
     failures = _errors(~finite, "nonfinite", "the solution of its fit contains NaN or infinity")
