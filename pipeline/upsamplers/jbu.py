@@ -22,15 +22,8 @@ from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import load_strict, read_metadata, read_state_dict, state_digest
 from pipeline.features.provenance import check_pairing
-from pipeline.upsamplers.interface import (
-    Facts,
-    Folding,
-    LinearUpsampler,
-    check_images,
-    checked_basis,
-    imagenet_normalised,
-    resize,
-)
+from pipeline.upsamplers.images import imagenet_normalised, resize
+from pipeline.upsamplers.interface import Facts, Folding, LinearUpsampler, check_images, checked_basis
 from schemas.upsamplers import NoOptions
 
 __all__ = ["JBU", "UNIVERSAL"]

@@ -8,7 +8,8 @@ from torch import Tensor
 from kernels.quantization import Encoding
 from pipeline.errors import ImageError
 from pipeline.features.backbone import Backbone
-from pipeline.upsamplers.implicit.fit import Fit, fit_networks, one_colour
+from pipeline.upsamplers.images import one_colour, resize
+from pipeline.upsamplers.implicit.fit import Fit, fit_networks
 from pipeline.upsamplers.implicit.network import FittedNetwork
 from pipeline.upsamplers.implicit.schedule import DEFAULT, Schedule, sample_views
 from pipeline.upsamplers.interface import (
@@ -18,7 +19,6 @@ from pipeline.upsamplers.interface import (
     Upsampler,
     check_images,
     checked_basis,
-    resize,
     with_nonfinite,
 )
 from pipeline.views.features import JitterMatrices, view_features
