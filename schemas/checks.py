@@ -24,10 +24,10 @@ def parse_size(option: str, text: str) -> tuple[int, int]:
 
 
 def at_least(option: str, value: float | None, least: float) -> None:
-    """Refuse an option's value below the least one, and NaN and infinity; None is not given.
+    """Refuse a value below ``least``, NaN and infinity. None, an omitted option, passes.
 
     Raises:
-        ValueError: it is one of these.
+        ValueError: the value is refused.
     """
     if value is None:
         return
@@ -41,7 +41,7 @@ def positive(option: str, value: float) -> None:
     """Refuse zero, negative numbers, NaN and infinity.
 
     Raises:
-        ValueError: it is one of these.
+        ValueError: the value is refused.
     """
     if not 0 < value < math.inf:
         raise ValueError(f"{option} must be positive and finite: got {value}")

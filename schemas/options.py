@@ -1,4 +1,4 @@
-"""What a person can ask of a job. Every field is an option of the command line; its comment is the help text."""
+"""The options of the jobs. Every field is an option of the command line; its comment is the help text."""
 
 import re
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ DEFAULT_COMPONENTS = 128
 class FeatureConfig:
     """Which images, and which low-resolution features of them: what all jobs share."""
 
-    # Folder, WebDataset tars or Parquet, or a pattern (*.tar, {000..099}); local, s3://, gs:// or http(s)://. What is
-    # not used of it is said in the plan, by reason.
+    # Folder, WebDataset tars or Parquet, or a pattern (*.tar, {000..099}); local, s3://, gs:// or http(s)://. The
+    # plan lists unused files by reason.
     images: str
-    # Parquet: the column with image bytes, URIs or base64; tars: the extension, such as "left.png". Found by itself if
-    # not given.
+    # Parquet: the column with image bytes, URIs or base64; tars: the extension, such as "left.png". Detected if
+    # omitted.
     image_column: str | None = None
     # Only the first N images.
     limit: int | None = None
@@ -36,15 +36,15 @@ class FeatureConfig:
     size: str = "224"
     # How an image of another shape gets there: centre crop, pad at the right or bottom, or squash.
     fit: Fit = "crop"
-    # Components to keep; not given: 128, or all channels if the backbone has fewer.
+    # Components to keep; if omitted, 128, or all channels if the backbone has fewer.
     components: int | None = None
     # Images to fit the PCA basis on, spread evenly over the dataset; 0: all.
     pca_images: int = 2000
-    # Images in one pass of the backbone; not given: 32 on a GPU, 4 on a CPU (on each of its cores).
+    # Images in one pass of the backbone; if omitted, 32 on a GPU, 4 on each core of a CPU.
     batch_size: int | None = None
     # "auto", "cpu" or "cuda".
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Ray actors; not given: one per GPU of the cluster, or one per node that has CPUs. 0: this process, without Ray.
+    # Ray actors; if omitted, one per GPU of the cluster, or one per node that has CPUs. 0: this process, no Ray.
     workers: int | None = None
     # Images with more pixels than this are not opened (decompression bombs).
     max_pixels: int = MAX_PIXELS
@@ -79,30 +79,30 @@ class UpsampleConfig(UpsamplerOptions, FeatureConfig):
 
     # Where the store goes: a folder, s3://bucket/prefix or gs://bucket/prefix.
     store: str
-    # Pixels of the stored features, "224" or "HEIGHTxWIDTH"; not given: those of --size.
+    # Pixels of the stored features, "224" or "HEIGHTxWIDTH"; if omitted, --size.
     output_size: str | None = None
-    # Basis to use, from jobs/fit_pca.py (.npz) or another store (its URI); not given: fitted on these images.
+    # Basis to use, from jobs/fit_pca.py (.npz) or another store (its URI); if omitted, it is fitted on these images.
     pca: str | None = None
     # How features are stored.
     dtype: Literal["int8", "float16"] = "int8"
     # int8: common error floor of all components, in units of their root mean square. More is smaller and coarser.
     error_floor: float = 0.1
-    # Images in a shard; not given: 64 for int8, 8 for float16.
+    # Images in a shard; if omitted, 64 for int8, 8 for float16.
     shard_images: int | None = None
     # Only shards a up to (not including) b, "a:b": for splitting one store over several jobs.
     shards: str | None = None
-    # Go on with a store that was begun.
+    # Resume an existing store.
     resume: bool = False
-    # Delete the store that is there and begin anew.
+    # Replace an existing store.
     overwrite: bool = False
-    # Print the plan and stop.
+    # Print the plan and exit.
     dry_run: bool = False
     # Exit with 1 if more than this share of the images failed; with 2, before the work, if the listing already shows
-    # that more will: formats that are not read (.heic), links to nothing.
+    # that more will fail: unsupported formats (.heic), broken links.
     max_failed_share: float = 0.01
-    # Times a shard may fail before this run gives it up; to lose a node is no failure. --resume tries it again.
+    # Times a shard may fail before this run gives it up; losing a node does not count. --resume tries it again.
     attempts: int = 3
-    # A worker that shows no progress for this long is replaced.
+    # Seconds without progress after which a worker is replaced.
     stall_timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
@@ -116,7 +116,7 @@ class UpsampleConfig(UpsamplerOptions, FeatureConfig):
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"--max-failed-share is a share: got {self.max_failed_share}, expected 0 … 1")
         if self.resume and self.overwrite:
-            raise ValueError("--resume goes on with the store, --overwrite deletes it: give one of them")
+            raise ValueError("--resume continues the store, --overwrite replaces it: give one of them")
         if self.output_size is not None:
             parse_size("--output-size", self.output_size)
         self.shard_range(1)
@@ -160,7 +160,7 @@ class FitPcaConfig(FeatureConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FitDownsamplerConfig(FeatureConfig):
-    """Images in, what --upsampler multiview needs to know of a backbone out."""
+    """Images in, weights for --upsampler multiview out."""
 
     # The .safetensors file or URI to write.
     output: str
@@ -183,4 +183,4 @@ class FitDownsamplerConfig(FeatureConfig):
         at_least("--held-out-views", self.held_out_views, 1)
         at_least("--solver-stride", self.solver_stride, 1)
         if self.workers:
-            raise ValueError(f"--workers {self.workers}: this job runs in one process, leave the option out")
+            raise ValueError(f"--workers {self.workers}: this job runs in one process, omit the option")

@@ -1,4 +1,4 @@
-"""What a person can ask of jobs/train_upsampler.py. Comments are the help texts, as in schemas/options.py."""
+"""The options of jobs/train_upsampler.py. Comments are the help texts, as in schemas/options.py."""
 
 import re
 from dataclasses import dataclass
@@ -66,11 +66,11 @@ class SharedTrainOptions:
     size: str = "224"
     # How an image of another shape gets there: centre crop, pad at the right or bottom, or squash.
     fit: Fit = "crop"
-    # Parquet: the column with image bytes, URIs or base64; tars: the extension. Found by itself if not given.
+    # Parquet: the column with image bytes, URIs or base64; tars: the extension. Detected if omitted.
     image_column: str | None = None
     # Only the first N images.
     limit: int | None = None
-    # Images to measure held-out views on; not given: a share of --images, chosen by a hash of their keys.
+    # Images to measure held-out views on; if omitted, a share of --images, chosen by a hash of their keys.
     val_images: str | None = None
     # Without --val-images: the share of the images that is kept out of training.
     val_share: float = 0.1
@@ -80,15 +80,15 @@ class SharedTrainOptions:
     val_views: int = 4
     # Steps to train.
     steps: int = 2000
-    # Images in a step on each worker; not given: 4 for jbu, 16 for lift.
+    # Images in a step on each worker; if omitted, 4 for jbu, 16 for lift.
     batch_size: int | None = None
-    # Of NAdam (jbu) or Adam (lift); not given: 1e-3 for jbu, 3e-4 for lift.
+    # Learning rate of NAdam (jbu) or Adam (lift); if omitted, 1e-3 for jbu, 3e-4 for lift.
     learning_rate: float | None = None
     # Pixels of padding around an image that a view may show; also of held-out views.
     max_pad_px: int = 20
     # Largest enlargement of a view; also of held-out views.
     max_zoom: float = 2.0
-    # Of everything random; the order of the images and their views follow from it, the step and the worker.
+    # Seed of all random numbers; it, the step and the worker determine the order of the images and their views.
     seed: int = 0
     # Processes that train together, started with Ray, each on a GPU or on its share of the CPUs; 1: this one, no Ray.
     workers: int = 1
@@ -98,11 +98,11 @@ class SharedTrainOptions:
     checkpoint_every: int = 100
     # Steps between measurements on held-out views.
     evaluate_every: int = 250
-    # Go on from the newest checkpoint in --output, or begin if there is none.
+    # Resume from the newest checkpoint in --output, or start if there is none.
     resume: bool = False
-    # With several workers: times that training is started again after a worker died.
+    # With several workers: restarts after a worker died.
     attempts: int = 3
-    # Print the plan and stop.
+    # Print the plan and exit.
     dry_run: bool = False
     # Images with more pixels than this are not opened (decompression bombs).
     max_pixels: int = MAX_PIXELS
@@ -138,7 +138,7 @@ class SharedTrainOptions:
 
     @property
     def held_out_choice(self) -> BackboneChoice | None:
-        """The backbone that is measured on and not trained on."""
+        """The backbone that is only measured on."""
         if self.held_out_backbone is None:
             return None
         return BackboneChoice.parse("--held-out-backbone", self.held_out_backbone)
@@ -150,7 +150,7 @@ class SharedTrainOptions:
 
     @property
     def effective_learning_rate(self) -> float:
-        """What was asked for, or the upsampler's own."""
+        """--learning-rate, or the upsampler's default."""
         return _LEARNING_RATE[self.upsampler] if self.learning_rate is None else self.learning_rate
 
 

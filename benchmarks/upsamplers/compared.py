@@ -28,7 +28,8 @@ from pipeline.upsamplers.anyup import network as anyup_network
 from pipeline.upsamplers.anyup.network import AnyUp
 from pipeline.upsamplers.anyup.upsampler import AnyUpUpsampler
 from pipeline.upsamplers.build import build_upsampler
-from pipeline.upsamplers.interface import Upsampler, imagenet_normalised
+from pipeline.upsamplers.images import imagenet_normalised
+from pipeline.upsamplers.interface import Upsampler
 from pipeline.upsamplers.lift.network import LiFT
 from pipeline.upsamplers.lift.upsampler import LiFTUpsampler
 from schemas.upsamplers import LiFTOptions

@@ -28,7 +28,7 @@ class Calibration:
 
     Attributes:
         mean_square: [k] float64, of each component over an image's pixels.
-        nbytes: of the encoded images, each quantized with steps of its own: an estimate of what they will take.
+        nbytes: of the encoded images, each quantized with its own steps: an estimate of their size in the store.
     """
 
     mean_square: npt.NDArray[np.float64]
@@ -36,12 +36,12 @@ class Calibration:
 
     @classmethod
     def none(cls, components: int) -> "Calibration":
-        """Of no image."""
+        """The calibration of no images."""
         return cls(np.zeros(components), 0.0)
 
     @classmethod
     def of(cls, features: Tensor, dtype: str, error_floor: float) -> "Calibration | None":
-        """Of one image's features [k, H, W]; None if they are not finite."""
+        """The calibration of one image's features [k, H, W]; None if they are not finite."""
         mean_square = features.square().mean((1, 2), dtype=torch.float64).cpu().numpy()
         if not np.isfinite(mean_square).all():
             return None
@@ -50,7 +50,7 @@ class Calibration:
         return cls(mean_square, len(layout.encode_chunk(codes.codes[0].cpu().numpy())))
 
     def merged(self, other: "Calibration") -> "Calibration":
-        """Of both."""
+        """The calibration of the images of both."""
         return Calibration(self.mean_square + other.mean_square, self.nbytes + other.nbytes)
 
 

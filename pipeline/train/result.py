@@ -7,7 +7,7 @@ from dataclasses import asdict
 import torch
 
 from densefeat.storage.objects import Objects
-from pipeline.features.provenance import FORMAT
+from pipeline.features.provenance import Provenance
 from pipeline.io.outputs import write_output_file
 from pipeline.io.storage import storage_explained
 from pipeline.reporting.software import commit, software_versions
@@ -28,12 +28,10 @@ def write_result(plan: TrainPlan, stages: TrainStages, state: TrainState) -> Non
     Raises:
         JobError: a place cannot be written to.
     """
-    from safetensors.torch import save
-
     weights = {name: tensor.contiguous() for name, tensor in stages.trainee.weights().items()}
     with storage_explained(f"--output {plan.config.output}"):
         objects = Objects(plan.config.output)
-        objects.put(WEIGHTS, save(weights, metadata=provenance(plan, stages.trainee, state)))
+        objects.put(WEIGHTS, provenance(plan, stages.trainee, state).safetensors(weights))
     write_record(plan, state)
     if plan.config.featup_checkpoint is not None:
         checkpoint = _featup_checkpoint(weights, num_chs=stages.backbones[0].num_chs)
@@ -54,22 +52,18 @@ def write_record(plan: TrainPlan, state: TrainState) -> None:
         objects.sweep()
 
 
-def provenance(plan: TrainPlan, trainee: Trainee, state: TrainState) -> dict[str, str]:
-    """What the weights are of, what they are for, and how they were made: metadata of the .safetensors file.
+def provenance(plan: TrainPlan, trainee: Trainee, state: TrainState) -> Provenance:
+    """The provenance of the weights, for the metadata of their file.
 
-    ``upsampler``, ``final`` or ``patch``, and ``backbones`` (JSON: their identities) are read when the weights are
-    used, see `pipeline.features.provenance`; the rest is for people.
+    ``upsampler``, ``backbones``, and ``final`` or ``patch`` are read when the weights are used; the rest is for people.
     """
     newest = {row.backbone: row for row in state.held_out}
     errors = {
         label: {"step": row.step, "trained_on": row.trained_on, **{n: asdict(e) for n, e in row.errors.items()}}
         for label, row in newest.items()
     }
-    return {
-        "format": FORMAT,
-        "upsampler": trainee.name,
+    details = {
         **trainee.metadata(),
-        "backbones": json.dumps(plan.identities),
         "steps": str(state.step),
         "images": str(plan.train.references.num_rows),
         "seed": str(plan.config.seed),
@@ -78,6 +72,7 @@ def provenance(plan: TrainPlan, trainee: Trainee, state: TrainState) -> dict[str
         "versions": json.dumps(software_versions()),
         "commit": commit(),
     }
+    return Provenance(trainee.name, tuple(plan.identities), details)
 
 
 def _featup_checkpoint(weights: dict[str, torch.Tensor], num_chs: int) -> bytes:

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from pipeline.features.backbone import Backbone
-from pipeline.upsamplers.interface import Facts, LinearUpsampler, check_images, resize
+from pipeline.upsamplers.images import resize
+from pipeline.upsamplers.interface import Facts, LinearUpsampler, check_images
 from schemas.upsamplers import NoOptions
 
 __all__ = ["Bilinear"]

@@ -1,4 +1,4 @@
-"""What an upsampler is: low-res features of an image -> high-res features, in components of a PCA basis.
+"""The interface of upsamplers: low-res features of an image -> high-res features, in components of a PCA basis.
 
 PCA moves in front. Upsamplers that are linear in the features and treat every channel alike project C channels to k
 first and upsample those: the same result as upsampling C and projecting, at k/C of the cost (`LinearUpsampler.fold`
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.quantization import Codes, Encoding, Quantization
@@ -26,25 +25,20 @@ __all__ = [
     "Upsampler",
     "check_images",
     "checked_basis",
-    "imagenet_normalised",
-    "resize",
     "with_nonfinite",
 ]
 
 
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
 @dataclass(frozen=True)
 class Facts:
-    """What an upsampler needs and gives, in words for a table.
+    """The needs and properties of an upsampler, in words for a table.
 
     Attributes:
         weights: whether it takes a checkpoint (--upsampler-weights).
         channels: of the features it takes.
         scale: how far it upsamples; beyond and below, a bilinear interpolation ends at the output's size.
-        guidance: what it looks at.
-        pca: how it comes to k components.
+        guidance: its guidance.
+        pca: where the PCA projection takes place.
         weights_from: where a person gets weights, if they are required.
     """
 
@@ -78,7 +72,7 @@ class Upsampler(nn.Module):
         """
 
     def identity(self) -> dict[str, object]:
-        """Say what the output depends on besides the inputs, for the configuration hash: a JSON-able dictionary."""
+        """Everything that the output depends on besides the inputs, JSON-able: for the configuration hash."""
         return {"name": self.name}
 
     def check_grid(self, channels: int, grid: tuple[int, int]) -> None:
@@ -99,7 +93,7 @@ class Upsampler(nn.Module):
         self.with_basis(torch.zeros(channels), torch.eye(1, channels))
 
     def explain(self, device: torch.device) -> str:
-        """Say which implementation runs on a device, and why others don't, for the log."""
+        """The implementation that runs on a device, and why others do not, for the log."""
         return "plain torch"
 
     @abstractmethod
@@ -111,7 +105,7 @@ class Upsampler(nn.Module):
             components: [k, C], floating, orthonormal rows.
 
         Returns:
-            What upsamples to those components, on this upsampler's device.
+            The upsampler of those components, on this upsampler's device.
 
         Raises:
             ValueError: the shapes do not agree, or C is not what the upsampler's weights are for.
@@ -119,11 +113,11 @@ class Upsampler(nn.Module):
 
 
 class Stored(NamedTuple):
-    """What is stored of a batch.
+    """The stored values of a batch.
 
     Attributes:
         values: int8 codes, or float16 features, of all its images.
-        failures: image of the batch -> why its values are of no use; the other images do not depend on it.
+        failures: index of an image in the batch -> why it failed. The other images do not depend on it.
     """
 
     values: Codes
@@ -274,7 +268,7 @@ class _LinearProjected(Projected):
 
 
 def with_nonfinite(values: Codes, failures: dict[int, ImageError]) -> Stored:
-    """Values and known failures, together with the images whose values are not finite for a reason nobody knows."""
+    """Values and known failures, plus a failure for every other image whose values are not finite."""
     nonfinite = values.not_finite.nonzero().flatten().tolist()
     error = ImageError("nonfinite", "its features contain NaN or infinity")
     return Stored(values, {**dict.fromkeys(nonfinite, error), **failures})
@@ -302,19 +296,3 @@ def check_images(features: Tensor, images: Tensor, size: tuple[int, int]) -> Non
         )
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size: got {size}, need height and width of at least 1")
-
-
-def imagenet_normalised(images: Tensor) -> Tensor:
-    """uint8 RGB [B, 3, H, W] -> float32, with ImageNet's mean and deviation: what all published weights take."""
-    mean, std = (images.new_tensor(x, dtype=torch.float32)[:, None, None] for x in (_IMAGENET_MEAN, _IMAGENET_STD))
-    return (images.float() / 255 - mean) / std
-
-
-def resize(features: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear. Linear in the features and keeps constants, so `LinearUpsampler.fold` holds through it."""
-    if features.shape[2:] == size:
-        return features
-    # Down to half the size, plain bilinear interpolation looks at every pixel; antialiasing costs as much as a stage
-    # (50 of 108 ms an image on one core, 256 -> 224, k = 64) and is left to where pixels would be passed over.
-    skips = features.shape[2] > 2 * size[0] or features.shape[3] > 2 * size[1]
-    return F.interpolate(features, size, mode="bilinear", align_corners=False, antialias=skips)

@@ -1,4 +1,4 @@
-"""Joint bilateral upsampling: with weights that serve every backbone, with FeatUp's, or training-free."""
+"""Joint bilateral upsampling: with weights for any backbone, with FeatUp's weights, or training-free."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,15 +22,8 @@ from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import load_strict, read_metadata, read_state_dict, state_digest
 from pipeline.features.provenance import check_pairing
-from pipeline.upsamplers.interface import (
-    Facts,
-    Folding,
-    LinearUpsampler,
-    check_images,
-    checked_basis,
-    imagenet_normalised,
-    resize,
-)
+from pipeline.upsamplers.images import imagenet_normalised, resize
+from pipeline.upsamplers.interface import Facts, Folding, LinearUpsampler, check_images, checked_basis
 from schemas.upsamplers import NoOptions
 
 __all__ = ["JBU", "UNIVERSAL"]
@@ -47,7 +40,7 @@ _FINAL_WEIGHT = 0.1  # published: how much of the final 1×1 convolution is adde
 class JBU(LinearUpsampler):
     """Joint bilateral upsampling in ×2 stages: learned (FeatUp, arXiv 2403.10516), or training-free.
 
-    The weights that come with this, `universal`, depend on the image alone and serve every backbone; FeatUp's serve the
+    The bundled weights, `universal`, depend on the image alone and work with any backbone; FeatUp's work with the
     one that they were trained on. Training-free: as many stages as reach ``size``, each with Kopf et al.'s bilateral
     kernel on RGB in [0, 1].
     With weights: four stages, so ×16. In both cases one bilinear interpolation ends at ``size`` exactly, and also
@@ -89,9 +82,9 @@ class JBU(LinearUpsampler):
 
     @classmethod
     def universal(cls) -> "JBU":
-        """With the weights that come with this: for features of any backbone.
+        """With the bundled weights, which work with any backbone.
 
-        They explain views that nobody has seen somewhat better than the training-free kernel, and follow edges less:
+        They explain unseen views somewhat better than the training-free kernel, and follow edges less:
         README.md has both measured, and why they are not the default.
         """
         return cls.from_weights(str(_UNIVERSAL), num_chs=0)  # they mix no channels: any number will do
@@ -247,7 +240,7 @@ class JBU(LinearUpsampler):
 
 
 def _upsampler_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The upsampler's tensors, without prefix; names that nobody knows stay, for `load_strict` to report."""
+    """The upsampler's tensors, without prefix; unknown names stay, for `load_strict` to report."""
     kept = {name: tensor for name, tensor in state.items() if name.split(".", 1)[0] not in _TRAINING_ONLY}
     if not any(name.startswith("upsampler.") for name in kept):
         return kept

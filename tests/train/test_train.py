@@ -24,7 +24,7 @@ from pipeline.train.held_out import ViewError
 from pipeline.train.loop import Training, train
 from pipeline.train.plan import make_train_plan
 from pipeline.train.world import World
-from pipeline.upsamplers.interface import imagenet_normalised, resize
+from pipeline.upsamplers.images import imagenet_normalised, resize
 from pipeline.upsamplers.lift.network import LiFT
 from schemas.train_options import BackboneChoice, TrainConfig
 from tests.helpers.trainings import HERE, train_config, write_photographs

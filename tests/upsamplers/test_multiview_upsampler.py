@@ -1,10 +1,11 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from kernels.multiview import Solution
 from kernels.quantization import Encoding
@@ -56,6 +57,29 @@ def test_a_file_reads_back(downsampler, weights, backbone):
     assert read.origin.account == {"images": "s3://somewhere"}
     read.check(backbone, weights)
     assert downsampler.to_bytes() == read.to_bytes()
+
+
+def as_before(downsampler, **changed):
+    """A file as jobs/fit_downsampler.py wrote it before it shared the metadata of trained weights."""
+    document = {"format": 1, "settings": asdict(downsampler.settings), "origin": asdict(downsampler.origin)}
+    return save({"bias": downsampler.bias}, {"densefeat": json.dumps({**document, **changed})})
+
+
+def test_a_file_written_before_reads_the_same(downsampler, weights, backbone, tmp_path):
+    path = tmp_path / "before.safetensors"
+    path.write_bytes(as_before(downsampler))
+    read = Downsampler.read(str(path))
+    assert (read.settings, read.digest) == (downsampler.settings, downsampler.digest)
+    assert read.origin == Downsampler.read(weights).origin
+    before, now = (build_upsampler("multiview", file, backbone).identity() for file in (str(path), weights))
+    assert before == now
+    for file in (str(path), weights):
+        with pytest.raises(JobError, match="of the upsampler multiview, asked is lift: give --upsampler multiview"):
+            build_upsampler("lift", file, backbone)
+    for changed in ({"format": 2}, {"origin": {}}, {"settings": {"views": 3}}):
+        path.write_bytes(as_before(downsampler, **changed))
+        with pytest.raises(JobError, match=r"before.*jobs/fit_downsampler"):
+            Downsampler.read(str(path))
 
 
 def test_a_file_for_another_backbone_or_size_names_both(weights):

@@ -18,7 +18,7 @@ from pipeline.upsamplers.anyup.network import AnyUp
 from pipeline.upsamplers.anyup.upsampler import AnyUpUpsampler
 from pipeline.upsamplers.bilinear import Bilinear
 from pipeline.upsamplers.build import UPSAMPLERS, build_upsampler, describe_upsamplers
-from pipeline.upsamplers.interface import imagenet_normalised
+from pipeline.upsamplers.images import imagenet_normalised
 from pipeline.upsamplers.jbu import JBU
 from pipeline.upsamplers.lift.network import LiFT
 from schemas.options import UpsampleConfig

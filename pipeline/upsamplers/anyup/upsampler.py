@@ -8,7 +8,8 @@ from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import read_state_dict, state_digest
 from pipeline.features.provenance import check_pairing
 from pipeline.upsamplers.anyup.network import AnyUp
-from pipeline.upsamplers.interface import Facts, Projected, Upsampler, check_images, checked_basis, imagenet_normalised
+from pipeline.upsamplers.images import imagenet_normalised
+from pipeline.upsamplers.interface import Facts, Projected, Upsampler, check_images, checked_basis
 from schemas.upsamplers import NoOptions
 
 __all__ = ["AnyUpUpsampler"]

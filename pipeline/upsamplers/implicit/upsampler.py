@@ -8,7 +8,8 @@ from torch import Tensor
 from kernels.quantization import Encoding
 from pipeline.errors import ImageError
 from pipeline.features.backbone import Backbone
-from pipeline.upsamplers.implicit.fit import Fit, fit_networks, one_colour
+from pipeline.upsamplers.images import one_colour, resize
+from pipeline.upsamplers.implicit.fit import Fit, fit_networks
 from pipeline.upsamplers.implicit.network import FittedNetwork
 from pipeline.upsamplers.implicit.schedule import DEFAULT, Schedule, sample_views
 from pipeline.upsamplers.interface import (
@@ -18,7 +19,6 @@ from pipeline.upsamplers.interface import (
     Upsampler,
     check_images,
     checked_basis,
-    resize,
     with_nonfinite,
 )
 from pipeline.views.features import JitterMatrices, view_features
@@ -143,7 +143,7 @@ class ImplicitProjected(Projected):
         return high, failures
 
     def _fits(self, features: Tensor, images: Tensor) -> Iterator[tuple[int, Fit, Tensor]]:
-        """Some images after the other: which is the first, their networks, what those' output is to be scaled by."""
+        """Batches of images: index of the first, their networks, and the scale of each network's output."""
         check_images(features, images, (1, 1))
         if tuple(images.shape[2:]) != self.backbone.size:
             raise ValueError(f"images: got {list(images.shape[2:])} pixels, need the backbone's {self.backbone.size}")
@@ -162,7 +162,7 @@ class ImplicitProjected(Projected):
         return fit, scales
 
     def _seen(self, images: Tensor, jitters: list[Jitter]) -> Tensor:
-        """[B, V, k, h, w] float32: what the backbone sees of views; zeros where no image has anything to see."""
+        """The backbone's features of views [B, V, k, h, w], float32; zeros if every image is a single colour."""
         if one_colour(images).all():
             return images.new_zeros(
                 len(images), len(jitters), len(self.components), *self.backbone.grid, dtype=torch.float32

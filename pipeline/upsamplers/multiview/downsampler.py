@@ -1,27 +1,24 @@
-"""What the multiview solver needs to know of a backbone: how it pools, its positional bias, and how hard to fit.
+"""The weights of the multiview upsampler: the pooling of a backbone, its positional bias, and settings of the fit.
 
-One .safetensors file: the bias, and everything else as JSON in its header. Made by ``jobs/fit_downsampler.py``.
+One .safetensors file of ``jobs/fit_downsampler.py``: the bias, and everything else in its metadata, as JSON texts.
 """
 
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
-from densefeat.storage.objects import Objects
-from densefeat.storage.places import split_place
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
-from pipeline.features.checkpoints import state_digest
+from pipeline.features.checkpoints import read_metadata, read_state_dict, state_digest
+from pipeline.features.provenance import Provenance
 from schemas.configuration import differences
 
 __all__ = ["Downsampler", "FitSettings", "Origin"]
 
-_FORMAT = 1
-_KEY = "densefeat"
+_UPSAMPLER = "multiview"
+_MAKE_ONE = "Make one for this backbone and size with jobs/fit_downsampler.py."
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class Origin:
-    """What the downsampler was fitted on.
+    """The backbone and images that a downsampler was fitted on.
 
     Attributes:
         backbone: `Backbone.identity`.
@@ -65,13 +62,13 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Downsampler:
-    """A backbone, seen as a view's pooling.
+    """A backbone as a linear downsampler of a view, plus a bias.
 
     Attributes:
         bias: [C, h, w] float32: what the backbone adds to the features at each position whatever the image shows, the
             mean over positions being zero.
         settings: for the solver.
-        origin: what it is for.
+        origin: the backbone and sizes it was fitted on.
     """
 
     bias: Tensor
@@ -84,7 +81,7 @@ class Downsampler:
         return state_digest({"bias": self.bias})
 
     def check(self, backbone: Backbone, uri: str) -> None:
-        """Refuse a backbone, layer or image size that it was not fitted on.
+        """Refuse another backbone, layer or image size than those it was fitted on.
 
         Raises:
             JobError: naming both.
@@ -103,51 +100,46 @@ class Downsampler:
 
     def to_bytes(self) -> bytes:
         """The .safetensors file."""
-        header = {"format": _FORMAT, "settings": asdict(self.settings), "origin": asdict(self.origin)}
-        return save({"bias": self.bias.contiguous().cpu().float()}, {_KEY: json.dumps(header)})
+        origin = self.origin
+        details = {"settings": asdict(self.settings), "size": origin.size, "grid": origin.grid}
+        provenance = Provenance(
+            _UPSAMPLER,
+            (origin.backbone,),
+            {name: json.dumps(value) for name, value in {**details, "account": origin.account}.items()},
+        )
+        return provenance.safetensors({"bias": self.bias.contiguous().cpu().float()})
 
     @classmethod
     def read(cls, uri: str) -> "Downsampler":
         """Read a file, local or remote.
 
         Raises:
-            JobError: it is not there, or is not such a file.
+            JobError: the file is missing, damaged, or not a downsampler.
         """
         try:
-            folder, name = split_place(uri)
-            data = Objects(folder).get(name)
-            header = _header(data, uri)
-            if header["format"] != _FORMAT:
-                raise ValueError(f"its format is {header['format']}, this version reads {_FORMAT}")
-            origin = header["origin"]
-            origin = Origin(origin["backbone"], tuple(origin["size"]), tuple(origin["grid"]), origin["account"])
-            bias = load(data)["bias"]
-            if bias.shape[1:] != origin.grid:
-                raise ValueError(f"its bias is {list(bias.shape)} for a grid of {origin.grid}")
-            return cls(bias, FitSettings(**header["settings"]), origin)
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            metadata = read_metadata(uri)
+            provenance = Provenance.from_metadata(metadata, uri)
+            state = {} if provenance is None else read_state_dict(uri)
+        except JobError as error:
+            raise JobError(f"{str(error).rstrip('.')}. {_MAKE_ONE}") from error
+        if provenance is None or provenance.upsampler != _UPSAMPLER:
+            named = metadata.get("upsampler")
+            trained = "" if named is None else f", they are of the upsampler {named}"
+            raise JobError(f"Weights {uri!r} are no downsampler{trained}. {_MAKE_ONE}")
+        try:
+            return cls._from_parts(state["bias"], provenance)
+        except (KeyError, TypeError, ValueError) as error:
             raise JobError(
                 f"Weights {uri!r}: got {type(error).__name__}: {error}, expected a file that jobs/fit_downsampler.py "
-                "made. Make one for this backbone and size."
+                f"made. {_MAKE_ONE}"
             ) from error
 
-
-def _header(data: bytes, uri: str) -> dict[str, Any]:
-    """Ours, in the header of a .safetensors file: its length in 8 bytes, then JSON.
-
-    Raises:
-        JobError: the file is something else.
-    """
-    length = int.from_bytes(data[:8], "little")
-    try:
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    except (AttributeError, ValueError):  # no JSON, or other JSON
-        metadata = {}
-    if _KEY not in metadata:
-        trained = f", they are of the upsampler {metadata['upsampler']}" if "upsampler" in metadata else ""
-        raise JobError(
-            f"Weights {uri!r} are no downsampler{trained}: make one for this backbone and size with "
-            "jobs/fit_downsampler.py"
-        )
-    header: dict[str, Any] = json.loads(metadata[_KEY])
-    return header
+    @classmethod
+    def _from_parts(cls, bias: Tensor, provenance: Provenance) -> "Downsampler":
+        names = ("settings", "size", "grid", "account")
+        details = {name: json.loads(provenance.details[name]) for name in names}
+        (backbone,) = provenance.backbones
+        origin = Origin(backbone, tuple(details["size"]), tuple(details["grid"]), details["account"])
+        if bias.shape[1:] != origin.grid:
+            raise ValueError(f"its bias is {list(bias.shape)} for a grid of {origin.grid}")
+        return cls(bias, FitSettings(**details["settings"]), origin)

@@ -1,4 +1,4 @@
-"""High-res features that agree with what the backbone sees in many views of the image: the direct solver as a stage."""
+"""Multiview upsampling: high-res features that agree with the backbone's features of many views of the image."""
 
 from dataclasses import replace
 
@@ -10,6 +10,7 @@ from kernels.multiview import Solution, ViewMatrices, solve
 from kernels.quantization import Encoding
 from pipeline.errors import ImageError, JobError
 from pipeline.features.backbone import Backbone
+from pipeline.upsamplers.images import one_colour, one_colour_error
 from pipeline.upsamplers.interface import (
     Facts,
     Projected,
@@ -95,7 +96,7 @@ class MultiviewUpsampler(Upsampler):
 
 
 class SolverViews:
-    """The views of a backbone's images, and what it sees of them, on the device where they are asked for."""
+    """The matrices of the solver's views, on any device."""
 
     def __init__(self, backbone: Backbone, settings: FitSettings) -> None:
         self.grid = solver_grid(backbone.size, settings.stride_px)
@@ -104,7 +105,7 @@ class SolverViews:
         self._on: dict[torch.device, tuple[JitterMatrices, ViewMatrices]] = {}
 
     def on(self, device: torch.device) -> tuple[JitterMatrices, ViewMatrices]:
-        """Matrices of the views but the first, which is the image itself; and what the backbone sees, of all."""
+        """Matrices of all views but the first, which is the image itself; and the operators of all views."""
         if device not in self._on:
             self._on[device] = JitterMatrices.of(self._jitters[1:], device), self._operators.to(device)
         return self._on[device]
@@ -143,7 +144,8 @@ class _MultiviewProjected(Projected):
         backbone, settings = self.upsampler.backbone, self.upsampler.settings
         if tuple(images.shape[2:]) != backbone.size:
             raise ValueError(f"images: got {tuple(images.shape[2:])} pixels, need the backbone's {backbone.size}")
-        failures, grid = _one_colour(images), self.upsampler.views.grid
+        grid = self.upsampler.views.grid
+        failures = dict.fromkeys(one_colour(images).nonzero().flatten().tolist(), one_colour_error())
         jitters, operators = self.upsampler.views.on(features.device)
         projection = self.get_buffer("mean"), self.get_buffer("components")
         own = project(features, *projection)[:, None]
@@ -166,13 +168,6 @@ class _MultiviewProjected(Projected):
         return solution.features.half() if solution.features.is_cuda else solution.features, failures
 
 
-def _one_colour(images: Tensor) -> dict[int, ImageError]:
-    """Images with nothing in them; their features still vary by position, so that a fit would not notice."""
-    pixels = images.flatten(2)
-    same = (pixels.amax(2) == pixels.amin(2)).all(1)
-    return _errors(same, "constant", "all of it has one colour: there is nothing to fit")
-
-
 def _unfit(targets: Tensor) -> dict[int, ImageError]:
     """Images whose views [V, k, h, w] the backbone does not tell apart, or of which it made nothing finite."""
     seen = targets.transpose(1, 2).flatten(2)  # [B, k, V h w]
@@ -183,7 +178,7 @@ def _unfit(targets: Tensor) -> dict[int, ImageError]:
 
 
 def _unsolved(solution: Solution) -> dict[int, ImageError]:
-    """Images whose fit came to nothing."""
+    """Images whose fit failed."""
     finite = solution.features.flatten(1).isfinite().all(1) & solution.final.isfinite().to(solution.features.device)
     worse = finite & (solution.final > solution.initial * (1 + 1e-6)).to(finite.device)
     failures = _errors(~finite, "nonfinite", "the solution of its fit contains NaN or infinity")
