@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from numba import njit
-from numba.core.caching import FunctionCache, IndexDataCacheFile
-from numba.core.dispatcher import Dispatcher
+
+from kernels.internals.numba import KeptOnDisk, is_compiled, keep_on_disk
 
 __all__ = ["compiled"]
 
@@ -32,60 +32,12 @@ def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     if function is None:
         return functools.partial(compiled, **options)
     dispatcher: Any = njit(nogil=True, **options)(function)
-    if isinstance(dispatcher, Dispatcher):  # with NUMBA_DISABLE_JIT it is the function itself
+    if is_compiled(dispatcher):
         try:
-            dispatcher._cache = _Cache(function)  # type: ignore[attr-defined, unused-ignore]
+            keep_on_disk(dispatcher, KeptOnDisk(function, _sources(_folder(function)), _say_that_it_failed))
         except (RuntimeError, OSError):  # no folder that can be written, or one that could a moment ago
             _say_that_nothing_is_kept(f"neither {_folder(function)} nor a folder for caches can be written to")
     return dispatcher
-
-
-class _Cache(FunctionCache):  # type: ignore[misc, unused-ignore]  # some versions of numba have no types
-    """Numba's cache, but its failures do not fail the call, and it knows of functions in other files."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__(function)
-        self._sources = _sources(_folder(function))
-        self._cache_file = _Files(self.cache_path, self._impl.filename_base, self._impl.locator.get_source_stamp())
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """What is kept for a signature; None if nothing is, or if it cannot be read."""
-        try:
-            return super().load_overload(sig, target_context)
-        except Exception as error:  # unpickling a damaged file fails in any way
-            try:
-                self.flush()  # so that what is compiled now replaces it
-            except OSError:
-                self._say(error)
-            return None
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep what was compiled, if the disk takes it."""
-        try:
-            super().save_overload(sig, data)
-        except Exception as error:  # like the other
-            self._say(error)
-
-    def _say(self, error: Exception) -> None:
-        _say_that_nothing_is_kept(f"{self.cache_path} cannot be used ({type(error).__name__}: {error})")
-
-    def _index_key(self, sig: Any, codegen: Any) -> Any:
-        # Numba looks at the function's own file only; what is inlined is in others.
-        return *super()._index_key(sig, codegen), self._sources
-
-
-class _Files(IndexDataCacheFile):  # type: ignore[misc, unused-ignore]
-    """Numba's files, but named after what is in them.
-
-    Numba counts. Two processes that save at once then give one name to two things, and the next one to start runs code
-    for another dtype, or on a shared disk for another processor.
-    """
-
-    def save(self, key: Any, data: Any) -> None:
-        """Save compiled code."""
-        name = self._data_name_pattern.replace("{number:d}", hashlib.sha256(repr(key).encode()).hexdigest()[:32])
-        self._save_data(name, data)
-        self._save_index({**self._load_index(), key: name})
 
 
 def _folder(function: Callable[..., Any]) -> Path:
@@ -98,6 +50,10 @@ def _sources(folder: Path) -> str:
     while (folder / "__init__.py").exists() and (folder.parent / "__init__.py").exists():
         folder = folder.parent
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))).hexdigest()
+
+
+def _say_that_it_failed(folder: str, error: Exception) -> None:
+    _say_that_nothing_is_kept(f"{folder} cannot be used ({type(error).__name__}: {error})")
 
 
 _said = False

@@ -1,29 +1,62 @@
-"""Which implementation of joint bilateral upsampling runs, and why the others don't.
+"""Which implementation of an operation runs, and why the others don't.
 
-`kernels.jbu.reference` is the definition. An implementation is a module with the same operations, their
-``…_backward`` where they have one; ``reasons_not``, which lists everything that keeps it from taking inputs of given
-kinds; and ``MAX_RADIUS``, the largest radius of a kernel that it takes, if there is one. The first in
-`IMPLEMENTATIONS` with no reason not to runs.
+Operations come in families, each with a table of implementations in `IMPLEMENTATIONS`. ``reference`` is the definition.
+An implementation is a module with
+
+* the operations of its family, and their ``…_backward`` where they have one;
+* ``reasons_not(kinds)``: everything that keeps it from taking inputs of given kinds;
+* ``LIMITS``, if there are any: the largest sizes that it takes, by name, such as ``radius``;
+* ``FORWARD_MODE = False``, if it has no forward-mode derivatives. Torch would take them for zero.
+
+The first in the table with no reason not to runs, unless a caller asks for another (``implementation=…``), or a person
+does, by the environment variable ``DENSEFEAT_KERNELS``: the name of an implementation, which all families must have, or
+``family=name``, or several of these, separated by commas, of which later ones replace earlier ones::
+
+    DENSEFEAT_KERNELS=reference
+    DENSEFEAT_KERNELS=jbu=triton,window_sum=reference
+
+It is read at each call, in the process that computes. A caller's choice goes before it.
 """
 
 import functools
 import importlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "Kind", "choose", "explain", "implementation", "kind"]
+from kernels.internals.torch import constant_for_compiler, in_forward_mode
 
-# Name -> module, in order of preference. Imported at first use: an implementation may need what is not installed.
-IMPLEMENTATIONS: dict[str, str] = {
-    "cpu": "kernels.jbu.cpu",
-    "triton": "kernels.jbu.triton",
-    "reference": "kernels.jbu.reference",
+__all__ = [
+    "IMPLEMENTATIONS",
+    "SWITCH",
+    "Choice",
+    "Kind",
+    "choose",
+    "explain",
+    "implementation",
+    "kind",
+    "not_of_dtypes",
+    "not_on_cpu",
+]
+
+# Family -> name -> module, in order of preference. Imported at first use: it may need what is not installed.
+IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    "jbu": {"cpu": "kernels.jbu.cpu", "triton": "kernels.jbu.triton", "reference": "kernels.jbu.reference"},
+    "multiview": {"cpu": "kernels.multiview.cpu", "reference": "kernels.multiview.reference"},
+    "window_attention": {
+        "tiled": "kernels.window.attention.tiled",
+        "reference": "kernels.window.attention.reference",
+    },
+    "window_sum": {"cpu": "kernels.window.sum.cpu", "reference": "kernels.window.sum.reference"},
 }
+SWITCH = "DENSEFEAT_KERNELS"
+
+_Sizes = tuple[tuple[str, int], ...]  # by name; hashable, and plain enough for torch.compile
 
 
 class Kind(NamedTuple):
@@ -38,17 +71,20 @@ class Choice:
     """Which implementation takes given inputs, and why the others don't.
 
     Attributes:
-        chosen: a name in `IMPLEMENTATIONS`.
+        chosen: a name in the family's table of `IMPLEMENTATIONS`.
         reasons_not: name -> every reason why it cannot take them; empty for those that could, chosen or not.
+        asked_by: the environment variable that asks for it, with its value; None if it is the first that can.
     """
 
     chosen: str
     reasons_not: dict[str, list[str]]
+    asked_by: str | None = None
 
     def __str__(self) -> str:
         """``triton (not cpu: it runs on the CPU, inputs are on cuda:0)``."""
-        not_chosen = [f"not {name}: {'; '.join(reasons)}" for name, reasons in self.reasons_not.items() if reasons]
-        return self.chosen + (f" ({'. '.join(not_chosen)})" if not_chosen else "")
+        notes = [] if self.asked_by is None else [f"asked for by {self.asked_by}"]
+        notes += [f"not {name}: {'; '.join(reasons)}" for name, reasons in self.reasons_not.items() if reasons]
+        return self.chosen + (f" ({'. '.join(notes)})" if notes else "")
 
 
 def kind(tensor: Tensor) -> Kind:
@@ -56,73 +92,140 @@ def kind(tensor: Tensor) -> Kind:
     return Kind(tensor.device, tensor.dtype)
 
 
-def explain(*kinds: Kind, radius: int = 3) -> Choice:
-    """Tell which implementation runs on inputs of these kinds.
+def explain(family: str, *kinds: Kind, **sizes: int) -> Choice:
+    """Tell which implementation runs on inputs of these kinds, outside of forward-mode differentiation.
 
     Args:
+        family: a name in `IMPLEMENTATIONS`.
         kinds: of an operation's tensors: source and kernel; source and guidance; …
-        radius: of the kernel.
-
-    Returns:
-        The choice. Never fails: the reference takes everything.
-    """
-    reasons_not = {name: _reasons_not(name, kinds, radius) for name in IMPLEMENTATIONS}
-    return Choice(next(name for name, reasons in reasons_not.items() if not reasons), reasons_not)
-
-
-def choose(asked: str | None, radius: int, *tensors: Tensor) -> str:
-    """The name of the implementation to run: the one asked for, or the first that can.
-
-    Operators have no forward-mode derivative, and torch would take it for zero: within `torch.func.jvp` and the like
-    the reference runs.
+        sizes: which implementations may limit, by name: of JBU the ``radius``.
 
     Raises:
-        ValueError: there is none of that name, or it cannot take such inputs.
+        ValueError: `SWITCH` asks for an implementation that there is not, or that cannot take such inputs.
     """
-    if forward_ad._current_level >= 0:
-        if asked not in (None, "reference"):
-            raise ValueError(f"implementation: {asked!r} has no forward-mode derivatives: take 'reference', or None")
-        return "reference"
-    return _choose(asked, radius, tuple((tensor.device, tensor.dtype) for tensor in tensors))
-
-
-def _choose(asked: str | None, radius: int, kinds: tuple[tuple[torch.device, torch.dtype], ...]) -> str:
-    """`choose`, as torch.compile may take it for a constant: of plain tuples, it loses named ones."""
-    named = tuple(Kind(*each) for each in kinds)
+    reasons_not = {name: _reasons_not(family, name, kinds, tuple(sizes.items())) for name in IMPLEMENTATIONS[family]}
+    asked, by = _asked_for(family, None)
     if asked is None:
-        return explain(*named, radius=radius).chosen
-    if asked not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: got {asked!r}, need one of {', '.join(IMPLEMENTATIONS)}, or None to choose")
-    reasons = _reasons_not(asked, named, radius)
-    if reasons:
-        raise ValueError(f"implementation: {asked!r} cannot take these inputs: {'; '.join(reasons)}")
-    return asked
+        return Choice(next(name for name, reasons in reasons_not.items() if not reasons), reasons_not)
+    _check(family, asked, by, reasons_not.get(asked, []))
+    return Choice(asked, reasons_not, by)
 
 
-# What torch.compiler.assume_constant_result does, but for importing the compiler: five seconds of each start.
-_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def choose(family: str, asked: str | None, *tensors: Tensor, **sizes: int) -> str:
+    """The name of the implementation to run: the one asked for, else `SWITCH`'s, else the first that can.
+
+    Args:
+        family: a name in `IMPLEMENTATIONS`.
+        asked: the implementation that the caller asks for; None leaves it to the switch, or to the order of the table.
+        tensors: of the operation, all that decide.
+        sizes: as `explain`.
+
+    Raises:
+        ValueError: there is no implementation of the name asked for, or it cannot take such inputs.
+    """
+    kinds = tuple((tensor.device, tensor.dtype) for tensor in tensors)
+    return _choose(family, asked, kinds, tuple(sizes.items()), in_forward_mode())
 
 
-def implementation(name: str) -> Any:
+@constant_for_compiler
+def _choose(
+    family: str,
+    asked: str | None,
+    kinds: tuple[tuple[torch.device, torch.dtype], ...],  # torch.compile loses named tuples
+    sizes: _Sizes,
+    forward_mode: bool,
+) -> str:
+    named = tuple(Kind(*each) for each in kinds)
+    asked, by = _asked_for(family, asked)
+    if asked is not None:
+        reasons = _reasons_not(family, asked, named, sizes, forward_mode) if asked in IMPLEMENTATIONS[family] else []
+        _check(family, asked, by, reasons)
+        return asked
+    names = IMPLEMENTATIONS[family]
+    return next(name for name in names if not _reasons_not(family, name, named, sizes, forward_mode))
+
+
+def implementation(family: str, name: str) -> Any:
     """The module of an implementation that `choose` returned."""
-    module = _load(name)
+    module = _load(IMPLEMENTATIONS[family][name])
     assert isinstance(module, ModuleType), module
     return module
 
 
+# --- Reasons ---
+
+
+def not_on_cpu(kinds: Sequence[Kind]) -> list[str]:
+    """The reason why an implementation for CPUs cannot take these inputs, if their devices are one."""
+    devices = sorted({str(kind.device) for kind in kinds if kind.device.type != "cpu"})
+    return [f"it runs on the CPU, inputs are on {', '.join(devices)}"] if devices else []
+
+
+def not_of_dtypes(kinds: Sequence[Kind], dtypes: Sequence[torch.dtype]) -> list[str]:
+    """The reason why an implementation for these dtypes cannot take these inputs, if theirs are one."""
+    others = sorted({str(kind.dtype) for kind in kinds if kind.dtype not in dtypes})
+    return [f"it takes {', '.join(map(str, dtypes))}, inputs are {', '.join(others)}"] if others else []
+
+
+def _reasons_not(
+    family: str, name: str, kinds: tuple[Kind, ...], sizes: _Sizes, forward_mode: bool = False
+) -> list[str]:
+    return _reasons_not_to_run(IMPLEMENTATIONS[family][name], kinds, sizes, forward_mode)
+
+
+@functools.lru_cache(256)
+def _reasons_not_to_run(path: str, kinds: tuple[Kind, ...], sizes: _Sizes, forward_mode: bool) -> list[str]:
+    loaded = _load(path)
+    if isinstance(loaded, Exception):
+        return [f"it cannot be imported: {type(loaded).__name__}: {loaded}"]
+    reasons = list(cast(list[str], loaded.reasons_not(kinds)))
+    limits: dict[str, int] = getattr(loaded, "LIMITS", {})
+    for size, value in sizes:
+        if size in limits and value > limits[size]:
+            reasons.append(f"it takes a {size} up to {limits[size]}, not {value}")
+    if forward_mode and not getattr(loaded, "FORWARD_MODE", True):
+        reasons.append("it has no forward-mode derivatives")
+    return reasons
+
+
 @functools.cache
-def _load(name: str) -> ModuleType | Exception:
+def _load(path: str) -> ModuleType | Exception:
     try:
-        return importlib.import_module(IMPLEMENTATIONS[name])
+        return importlib.import_module(path)
     except Exception as error:  # compilers fail in ways of their own: an old numba with a KeyError
         return error
 
 
-@functools.lru_cache(256)
-def _reasons_not(name: str, kinds: tuple[Kind, ...], radius: int) -> list[str]:
-    loaded = _load(name)
-    if isinstance(loaded, Exception):
-        return [f"it cannot be imported: {type(loaded).__name__}: {loaded}"]
-    reasons = cast(list[str], loaded.reasons_not(kinds))
-    most = getattr(loaded, "MAX_RADIUS", None)
-    return reasons if most is None or radius <= most else [*reasons, f"it takes a radius up to {most}, not {radius}"]
+# --- What is asked for ---
+
+
+def _asked_for(family: str, asked: str | None) -> tuple[str | None, str]:
+    """The implementation asked for, None if none is; and where."""
+    if asked is not None:
+        return asked, "implementation"
+    value = os.environ.get(SWITCH, "")
+    return _switched(value).get(family), f"{SWITCH}={value}"
+
+
+@functools.lru_cache(8)
+def _switched(value: str) -> MappingProxyType[str, str]:
+    """Family -> implementation that a value of `SWITCH` asks for."""
+    asked: dict[str, str] = {}
+    for entry in filter(None, (part.strip() for part in value.split(","))):
+        family, equals, name = (part.strip() for part in entry.rpartition("="))
+        for one in [family] if equals else IMPLEMENTATIONS:
+            if name not in IMPLEMENTATIONS.get(one, {}):
+                tables = "; ".join(f"{family}: {', '.join(names)}" for family, names in IMPLEMENTATIONS.items())
+                raise ValueError(
+                    f"{SWITCH}: got {entry!r}, need an implementation that all families have, or family=name. {tables}"
+                )
+            asked[one] = name
+    return MappingProxyType(asked)
+
+
+def _check(family: str, asked: str, by: str, reasons: list[str]) -> None:
+    names = IMPLEMENTATIONS[family]
+    if asked not in names:
+        raise ValueError(f"{by}: got {asked!r}, need one of {', '.join(names)}, or None to choose")
+    if reasons:
+        raise ValueError(f"{by}: {asked!r} cannot take these inputs: {'; '.join(reasons)}")

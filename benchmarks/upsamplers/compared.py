@@ -22,8 +22,8 @@ from torch import Tensor
 from benchmarks import rows
 from benchmarks.timing import median_ms, peak_bytes
 from kernels.jbu import JBUStack
-from kernels.window import attention as window_attention
-from kernels.window import attention_reference as window_attention_reference
+from kernels.window.attention import reference as window_attention_reference
+from kernels.window.attention import windowed_attention
 from pipeline.upsamplers.anyup import network as anyup_network
 from pipeline.upsamplers.anyup.network import AnyUp
 from pipeline.upsamplers.anyup.upsampler import AnyUpUpsampler
@@ -62,11 +62,11 @@ def plain(upsampler: Upsampler, features: Tensor, images: Tensor, size: int, com
         full = upsampler.lift(features, imagenet_normalised(images))
         full = torch.nn.functional.interpolate(full, (size, size), mode="bilinear", align_corners=False)
     elif isinstance(upsampler, AnyUpUpsampler):
-        anyup_network.windowed_attention = window_attention_reference.full_attention
+        anyup_network.windowed_attention = window_attention_reference.windowed_attention
         try:
             full = upsampler.anyup(features, features, imagenet_normalised(images), (size, size))
         finally:
-            anyup_network.windowed_attention = window_attention.windowed_attention
+            anyup_network.windowed_attention = windowed_attention
     else:
         return None
     return torch.einsum("kc,bchw->bkhw", components, full)

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.dtypes import FLOATING
 from kernels.jbu.parameters import JBUStage, StageParameters
 from kernels.quantization import Quantization
 
@@ -17,7 +18,7 @@ __all__ = [
 ]
 
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = " or ".join(", ".join(map(str, FLOATING)).replace("torch.", "").rsplit(", ", 1))
 _SIGMAS = 1e-30, 1e30  # beyond, float32 has no numbers for distances in them
 
 
@@ -95,10 +96,10 @@ def check_quantization(quantization: Quantization, source: Tensor) -> None:
 def _check_image(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: got {type(tensor).__name__}, need a tensor")
-    if tensor.ndim != 4 or tensor.dtype not in _DTYPES or tensor.numel() == 0 or tensor.layout != torch.strided:
+    if tensor.ndim != 4 or tensor.dtype not in FLOATING or tensor.numel() == 0 or tensor.layout != torch.strided:
         raise ValueError(
             f"{name}: got shape {tuple(tensor.shape)}, {tensor.dtype} and {tensor.layout}, need four dimensions "
-            "[batch, channels, height, width], none of size 0, dense, in float16, bfloat16, float32 or float64"
+            f"[batch, channels, height, width], none of size 0, dense, in {_DTYPES}"
         )
 
 

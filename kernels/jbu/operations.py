@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Choice, choose, explain
+from kernels import dispatch
+from kernels.dispatch import Choice, Kind
 from kernels.jbu import operators as jbu_operators
 from kernels.jbu import reference as jbu_reference
 from kernels.jbu.checks import (
@@ -49,7 +50,7 @@ def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor, *, implementation: 
     Args:
         source: [B, C, h, w], floating, not empty.
         kernel: [B, n*n, 2h, 2w], n = 2*radius + 1, taps row-major; dtype and device of source; 2h and 2w > radius.
-        implementation: a name in `kernels.dispatch.IMPLEMENTATIONS`; None picks the first that can.
+        implementation: "cpu", "triton" or "reference"; None picks the first that can (`kernels.dispatch`).
 
     Returns:
         [B, C, 2h, 2w], dtype of source, in channels_last memory format.
@@ -58,7 +59,7 @@ def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor, *, implementation: 
         ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
     """
     check_adaptive_conv(source, kernel)
-    chosen = choose(implementation, math.isqrt(kernel.shape[1]) // 2, source, kernel)
+    chosen = _chosen(implementation, math.isqrt(kernel.shape[1]) // 2, source, kernel)
     if chosen == "reference":
         return jbu_reference.adaptive_conv_upsample2x(source, kernel)
     output: Tensor = jbu_operators.adaptive_conv_upsample2x(source, kernel, chosen)
@@ -77,7 +78,7 @@ def bilateral_kernel(
         sigma_spatial: in pixels of the guidance; 1e-30 … 1e30.
         sigma_range: in units of the guidance (Euclidean distance over its channels); 1e-30 … 1e30.
         radius: of the kernel, in pixels of the guidance; at least 1.
-        implementation: a name in `kernels.dispatch.IMPLEMENTATIONS`; None picks the first that can.
+        implementation: "cpu", "triton" or "reference"; None picks the first that can (`kernels.dispatch`).
 
     Returns:
         [B, n*n, H, W], n = 2*radius + 1, dtype of guidance; non-negative, sums to 1 over taps.
@@ -86,7 +87,7 @@ def bilateral_kernel(
         ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
     """
     check_bilateral(guidance, sigma_spatial, sigma_range, radius)
-    chosen = choose(implementation, radius, guidance)
+    chosen = _chosen(implementation, radius, guidance)
     if chosen == "reference" or _needs_gradient(guidance):
         return jbu_reference.bilateral_kernel(guidance, sigma_spatial, sigma_range, radius)
     kernel: Tensor = jbu_operators.bilateral_kernel(guidance, sigma_spatial, sigma_range, radius, chosen)
@@ -99,7 +100,7 @@ def learned_kernel(guidance: Tensor, stage: JBUStage, *, implementation: str | N
     Args:
         guidance: [B, stage.guidance_dim, H, W], floating, ImageNet-normalised, H and W > stage.radius.
         stage: parameters, in the guidance's dtype and on its device.
-        implementation: a name in `kernels.dispatch.IMPLEMENTATIONS`; None picks the first that can.
+        implementation: "cpu", "triton" or "reference"; None picks the first that can (`kernels.dispatch`).
 
     Returns:
         [B, n*n, H, W], n = 2*stage.radius + 1, dtype of guidance; may be negative, need not sum to 1.
@@ -108,7 +109,7 @@ def learned_kernel(guidance: Tensor, stage: JBUStage, *, implementation: str | N
         ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
     """
     parameters = checked_parameters(guidance, stage)
-    chosen = choose(implementation, parameters.radius, guidance)
+    chosen = _chosen(implementation, parameters.radius, guidance)
     if chosen == "reference":
         return jbu_reference.learned_kernel(guidance, parameters)
     if _needs_gradient(guidance, *parameters):
@@ -136,7 +137,7 @@ def bilateral_stage(
         sigma_spatial: as `bilateral_kernel`.
         sigma_range: as `bilateral_kernel`.
         radius: as `bilateral_kernel`.
-        implementation: a name in `kernels.dispatch.IMPLEMENTATIONS`; None picks the first that can.
+        implementation: "cpu", "triton" or "reference"; None picks the first that can (`kernels.dispatch`).
 
     Returns:
         [B, C, 2h, 2w], dtype of source, in channels_last memory format.
@@ -146,7 +147,7 @@ def bilateral_stage(
     """
     check_bilateral(guidance, sigma_spatial, sigma_range, radius)
     check_stage(source, guidance)
-    chosen = choose(implementation, radius, source, guidance)
+    chosen = _chosen(implementation, radius, source, guidance)
     if chosen == "reference" or _needs_gradient(source, guidance):
         kernel = bilateral_kernel(guidance, sigma_spatial, sigma_range, radius, implementation=implementation)
         return adaptive_conv_upsample2x(source, kernel.to(source.dtype), implementation=implementation)
@@ -161,7 +162,7 @@ def learned_stage(source: Tensor, guidance: Tensor, stage: JBUStage, *, implemen
         source: [B, C, h, w], floating, not empty.
         guidance: [B, stage.guidance_dim, 2h, 2w], ImageNet-normalised; on the source's device, in its dtype or float32.
         stage: parameters, in the guidance's dtype and on its device.
-        implementation: a name in `kernels.dispatch.IMPLEMENTATIONS`; None picks the first that can.
+        implementation: "cpu", "triton" or "reference"; None picks the first that can (`kernels.dispatch`).
 
     Returns:
         [B, C, 2h, 2w], dtype of source, in channels_last memory format.
@@ -171,7 +172,7 @@ def learned_stage(source: Tensor, guidance: Tensor, stage: JBUStage, *, implemen
     """
     parameters = checked_parameters(guidance, stage)
     check_stage(source, guidance)
-    chosen = choose(implementation, parameters.radius, source, guidance)
+    chosen = _chosen(implementation, parameters.radius, source, guidance)
     if chosen == "reference" or _needs_gradient(source, guidance, *parameters):
         kernel = learned_kernel(guidance, stage, implementation=implementation)
         return adaptive_conv_upsample2x(source, kernel.to(source.dtype), implementation=implementation)
@@ -210,7 +211,7 @@ def bilateral_codes(
     check_bilateral(guidance, sigma_spatial, sigma_range, radius)
     check_stage(source, guidance)
     check_quantization(quantization, source)
-    chosen = choose(implementation, radius, source, guidance)
+    chosen = _chosen(implementation, radius, source, guidance)
     with torch.no_grad():
         if chosen == "reference":
             output = jbu_reference.bilateral_stage(source, guidance, sigma_spatial, sigma_range, radius)
@@ -242,13 +243,30 @@ def learned_codes(
     parameters = checked_parameters(guidance, stage)
     check_stage(source, guidance)
     check_quantization(quantization, source)
-    chosen = choose(implementation, parameters.radius, source, guidance)
+    chosen = _chosen(implementation, parameters.radius, source, guidance)
     with torch.no_grad():
         if chosen == "reference":
             output = jbu_reference.learned_stage(source, guidance, parameters)
             return quantized(output, quantization)
         scale = quantization.step, quantization.offset
         return Codes(*jbu_operators.learned_codes(source, guidance, list(parameters), *scale, chosen))
+
+
+def explain(*kinds: Kind, radius: int = 3) -> Choice:
+    """Tell which implementation runs on inputs of these kinds, and why the others don't.
+
+    Args:
+        kinds: of an operation's tensors (`kernels.dispatch.kind`): source and kernel; source and guidance; …
+        radius: of the kernel.
+
+    Raises:
+        ValueError: ``DENSEFEAT_KERNELS`` asks for an implementation that there is not, or that cannot take such inputs.
+    """
+    return dispatch.explain("jbu", *kinds, radius=radius)
+
+
+def _chosen(implementation: str | None, radius: int, *tensors: Tensor) -> str:
+    return dispatch.choose("jbu", implementation, *tensors, radius=radius)
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dispatch import implementation as module
+from kernels import dispatch
 from kernels.jbu.parameters import StageParameters
 from kernels.quantization import Codes, Quantization
 
@@ -24,6 +24,11 @@ __all__ = [
     "learned_stage",
     "range_products",
 ]
+
+
+def module(name: str) -> Any:
+    """The module of an implementation."""
+    return dispatch.implementation("jbu", name)
 
 
 def _operator(function: Callable[..., Any]) -> Any:

@@ -4,7 +4,7 @@ A few channels of an image at a time: all vectors of their conjugate gradient, a
 a view, then stay in a core's cache. The layout is [H, channels, W], so that rows are mixed by one product.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from kernels.compilation import compiled
+from kernels.dispatch import Kind, not_of_dtypes, not_on_cpu
 from kernels.multiview.reference import edge_weights
 from kernels.multiview.views import Solution, ViewMatrices
 
-__all__ = ["solve"]
+__all__ = ["reasons_not", "solve"]
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -25,6 +26,11 @@ Doubles = npt.NDArray[np.float64]
 _CHANNELS = 8  # solved for together
 # Sums may be reordered (so that they vectorise), the same way in each run; NaN and infinities keep their meaning.
 _compiled = compiled(fastmath={"contract", "reassoc", "nsz", "arcp"})
+
+
+def reasons_not(kinds: Sequence[Kind]) -> list[str]:
+    """Every reason why this implementation cannot take targets of these kinds; none if it can."""
+    return [*not_on_cpu(kinds), *not_of_dtypes(kinds, (torch.float32,))]
 
 
 def solve(

@@ -8,10 +8,11 @@ problem, and conjugate gradient on it is made of matrix products. `kernels.multi
 import torch
 from torch import Tensor
 
-from kernels.multiview import reference as multiview_reference
+from kernels import dispatch
+from kernels.dispatch import Choice, Kind
 from kernels.multiview.views import Solution, ViewMatrices
 
-__all__ = ["Solution", "ViewMatrices", "solve"]
+__all__ = ["Choice", "Solution", "ViewMatrices", "explain", "solve"]
 
 
 @torch.no_grad()
@@ -44,13 +45,14 @@ def solve(
         iterations: most steps, at least 1.
         colour_sigma: distance of colours (RGB, 0 … 1) beyond which neighbours no longer hold each other; positive.
         tolerance: a channel stops when the norm of its gradient has fallen to this share of what it was.
-        implementation: "cpu" (float32 on a CPU) or "reference" (any); None picks the first that can.
+        implementation: "cpu" (float32 on a CPU) or "reference" (any); None picks the first that can
+            (`kernels.dispatch`).
 
     Returns:
         The solution; what is not finite in one image stays in that image (and channel).
 
     Raises:
-        ValueError: an argument is not as above.
+        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
     """
     _check(targets, views, guidance, start)
     if not 0 <= regularisation < float("inf"):
@@ -59,19 +61,20 @@ def solve(
         raise ValueError(f"iterations: got {iterations}, need at least 1")
     if not colour_sigma > 0:
         raise ValueError(f"colour_sigma: got {colour_sigma}, need a positive number")
-    fast = targets.device.type == "cpu" and targets.dtype == torch.float32
-    chosen = implementation or ("cpu" if fast else "reference")
-    if chosen not in ("cpu", "reference") or (chosen == "cpu" and not fast):
-        raise ValueError(
-            f"implementation: got {implementation!r} for {targets.dtype} on {targets.device}, need 'reference', or "
-            "'cpu' for float32 on a CPU"
-        )
-    arguments = targets, views, guidance, start, regularisation, iterations, colour_sigma, tolerance
-    if chosen == "reference":
-        return multiview_reference.solve(*arguments)
-    from kernels.multiview import cpu as multiview_cpu  # numba takes a second to import
+    solver = dispatch.implementation("multiview", dispatch.choose("multiview", implementation, targets))
+    solution: Solution = solver.solve(
+        targets, views, guidance, start, regularisation, iterations, colour_sigma, tolerance
+    )
+    return solution
 
-    return multiview_cpu.solve(*arguments)
+
+def explain(*kinds: Kind) -> Choice:
+    """Tell which implementation solves for targets of this kind (`kernels.dispatch.kind`), and why the others don't.
+
+    Raises:
+        ValueError: ``DENSEFEAT_KERNELS`` asks for an implementation that there is not, or that cannot take them.
+    """
+    return dispatch.explain("multiview", *kinds)
 
 
 def _check(targets: Tensor, views: ViewMatrices, guidance: Tensor, start: Tensor) -> None:

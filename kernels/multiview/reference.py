@@ -3,19 +3,25 @@
 Image by image, so that nothing depends on the batch: at 224 px one image's products fill a GPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from kernels.dispatch import Kind
 from kernels.multiview.views import Solution, ViewMatrices
 
-__all__ = ["edge_weights", "solve"]
+__all__ = ["edge_weights", "reasons_not", "solve"]
 
 # Below this a neighbour is let go: float32 denormals in the Laplacian would cost many times its arithmetic.
 _LEAST_EDGE = 1e-6
 # From a pixel to the half of its neighbours that come after it; each edge is counted once.
 _OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1))
+
+
+def reasons_not(kinds: Sequence[Kind]) -> list[str]:
+    """Reasons why inputs of these kinds cannot be taken: none, the reference takes what the public op lets through."""
+    return []
 
 
 def solve(

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped, unused-ignore]
-from numba.core import cgutils
 from numpy.polynomial import Chebyshev, Polynomial
 
+from kernels.internals.numba import declared
 from kernels.simd.tiles import constant, elementwise, larger, llvm
 
 __all__ = ["TINY", "exp2", "gelu", "without_denormals"]
@@ -77,7 +77,7 @@ def _gelu(builder: Any, x: Any) -> Any:
 
 def _erf(builder: Any, x: Any) -> Any:
     element = x.type.element
-    erf = cgutils.get_or_insert_function(builder.module, ir.FunctionType(element, [element]), "erf")
+    erf = declared(builder, ir.FunctionType(element, [element]), "erf")
     for lane in (ir.Constant(ir.IntType(32), k) for k in range(x.type.count)):
         x = builder.insert_element(x, builder.call(erf, [builder.extract_element(x, lane)]), lane)
     return x

@@ -10,12 +10,11 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped, unused-ignore]
 from numba import types
-from numba.core import cgutils
 
+from kernels.internals.numba import copy_elements, element_address, nothing, on_stack
 from kernels.simd.tiles import VECTOR_BYTES, Tile, inlined, lane_numbers, packed, rows_of, spread, tile_intrinsic
 
 __all__ = [
-    "address",
     "index_type",
     "lanes",
     "load",
@@ -35,12 +34,6 @@ __all__ = [
 def index_type(index: Any) -> Any:
     """To which numba converts an index, whatever integers it is made of."""
     return types.UniTuple(types.intp, len(index))
-
-
-def address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    """Writes LLVM's code for the address of an element."""
-    array = context.make_array(array_type)(context, builder, array)
-    return cgutils.get_item_pointer(context, builder, array_type, array, cgutils.unpack_tuple(builder, index))
 
 
 def _addresses(builder: Any, first: Any, tile: Tile, row_step: Any, column_step: Any) -> list[Any]:
@@ -83,7 +76,7 @@ def load_tile(_: Any, array: Any, index: Any, rows: Any, columns: Any, row_step:
     tile = Tile(array.dtype, rows.literal_value, columns.literal_value)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        first = address(context, builder, array, arguments[0], arguments[1])
+        first = element_address(context, builder, array, arguments[0], arguments[1])
         return packed(builder, _loaded(builder, _addresses(builder, first, tile, *arguments[4:]), array))
 
     return tile(array, index_type(index), rows, columns, types.intp, types.intp), emit
@@ -95,7 +88,7 @@ def load_rows(_: Any, array: Any, index: Any, like: Any, step: Any) -> Any:
     tile = Tile(array.dtype, like.rows, like.columns)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        first = address(context, builder, array, arguments[0], arguments[1])
+        first = element_address(context, builder, array, arguments[0], arguments[1])
         places = _addresses(builder, first, tile, arguments[3], ir.IntType(64)(tile.vector.count))
         return packed(builder, _loaded(builder, places, array))
 
@@ -109,7 +102,7 @@ def load_window(_: Any, array: Any, index: Any, like: Any) -> Any:
     count = tile.vector.count
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        first, i64 = address(context, builder, array, arguments[0], arguments[1]), ir.IntType(64)
+        first, i64 = element_address(context, builder, array, arguments[0], arguments[1]), ir.IntType(64)
         if VECTOR_BYTES < 64:
             return packed(builder, _loaded(builder, _addresses(builder, first, tile, i64(1), i64(0)), array))
         # Vectors of 64 bytes that begin anywhere cross cache lines. Two that do not, and shifts, take 3/4 of the time.
@@ -127,7 +120,7 @@ def splats(_: Any, array: Any, index: Any, like: Any) -> Any:
     tile = Tile(array.dtype, like.rows, 1)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        first = address(context, builder, array, arguments[0], arguments[1])
+        first = element_address(context, builder, array, arguments[0], arguments[1])
         scalars = [builder.load(builder.gep(first, [ir.IntType(64)(row)])) for row in range(tile.rows)]
         return packed(builder, [spread(builder, scalar, tile.vector) for scalar in scalars])
 
@@ -139,10 +132,10 @@ def store_tile(_: Any, array: Any, index: Any, tile: Any, row_step: Any, column_
     """The reverse of `load_tile`."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        first = address(context, builder, array, arguments[0], arguments[1])
+        first = element_address(context, builder, array, arguments[0], arguments[1])
         for number, place in enumerate(_addresses(builder, first, tile, *arguments[3:])):
             builder.store(builder.extract_value(arguments[2], number), place, align=array.dtype.bitwidth // 8)
-        return context.get_dummy_value()
+        return nothing(context)
 
     return types.void(array, index_type(index), tile, types.intp, types.intp), emit
 
@@ -152,10 +145,10 @@ def store_part(_: Any, array: Any, index: Any, tile: Any, count: Any) -> Any:
     """The first elements of a tile, to consecutive places."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        whole = cgutils.alloca_once_value(builder, arguments[2])
-        to = address(context, builder, array, arguments[0], arguments[1])
-        cgutils.raw_memcpy(builder, to, builder.bitcast(whole, to.type), arguments[3], array.dtype.bitwidth // 8)
-        return context.get_dummy_value()
+        whole = on_stack(builder, arguments[2])
+        to = element_address(context, builder, array, arguments[0], arguments[1])
+        copy_elements(builder, to, whole, arguments[3], array.dtype.bitwidth // 8)
+        return nothing(context)
 
     return types.void(array, index_type(index), tile, types.intp), emit
 

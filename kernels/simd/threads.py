@@ -63,4 +63,4 @@ def in_threads(jobs: Iterable[Job], worker: Callable[[], Callable[[Job], None]],
 @functools.cache
 def _pool(process: int) -> ThreadPoolExecutor:
     """Kept, as to start threads takes longer than a small stage; by process, as a fork has none of its parent's."""
-    return ThreadPoolExecutor(max(os.cpu_count() or 1, torch.get_num_threads()), thread_name_prefix="jbu_cpu")
+    return ThreadPoolExecutor(max(os.cpu_count() or 1, torch.get_num_threads()), thread_name_prefix="kernels")

@@ -16,9 +16,9 @@ from typing import Any
 import numpy.typing as npt
 from llvmlite import ir  # type: ignore[import-untyped, unused-ignore]
 from numba import config, njit, types
-from numba.core import cgutils
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, overload, register_model
+
+from kernels.internals.numba import declared, processor_features
 
 __all__ = [
     "VECTOR_BYTES",
@@ -46,7 +46,7 @@ Array = npt.NDArray[Any]
 if config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
-_FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]  # of the machine numba compiles for
+_FEATURES = processor_features()
 VECTOR_BYTES = 64 if "+avx512f" in _FEATURES else 32 if "+avx" in _FEATURES else 16
 
 
@@ -125,7 +125,7 @@ def llvm(name: str, builder: Any, *vectors: Any) -> Any:
     bits = 32 if type_.element == ir.FloatType() else 64
     function_type = ir.FunctionType(type_, [type_] * len(vectors))
     name = f"llvm.{name}.v{type_.count}f{bits}"
-    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), vectors)
+    return builder.call(declared(builder, function_type, name), vectors)
 
 
 def larger(builder: Any, a: Any, b: Any) -> Any:

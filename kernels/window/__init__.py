@@ -1,1 +1,1 @@
-"""Attention within windows, and sums over them."""
+"""What looks at windows of feature maps: `attention` within them, and `sum` over them."""

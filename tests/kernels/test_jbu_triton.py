@@ -64,11 +64,6 @@ def wide(stage):
     return StageParameters(*(tensor.detach().double() for tensor in StageParameters.of(stage)))
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 # --- Tiles ---
 
 

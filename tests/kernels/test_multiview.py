@@ -13,11 +13,6 @@ from tests.helpers.rounding import assert_close
 OPTIONS = {"regularisation": 0.5, "iterations": 6}
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def problem(size=(40, 56), low=(5, 7), stride=2, views=5, B=2, k=11, dtype=torch.float32):
     grid = solver_grid(size, stride)
     operators = view_operators(solver_views(size, views), low, grid, 3.0).to(dtype=dtype)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.window import attention as window_attention
-from kernels.window.attention import windowed_attention
-from kernels.window.attention_reference import full_attention, window_bounds
+from kernels.window.attention import tiled, windowed_attention
+from kernels.window.attention.reference import window_bounds
+from kernels.window.attention.reference import windowed_attention as full_attention
 from tests.helpers.rounding import assert_close
 
 
@@ -127,13 +127,13 @@ def test_values_may_have_another_dtype():
 def test_tiles_of_any_size(tile_bytes, monkeypatch):
     inputs = random_inputs(high=(31, 44), low=(6, 9))
     whole = windowed_attention(*inputs, 0.1)
-    monkeypatch.setitem(window_attention._TILE_BYTES, "cpu", tile_bytes)
+    monkeypatch.setitem(tiled._TILE_BYTES, "cpu", tile_bytes)
     assert_close(windowed_attention(*inputs, 0.1), whole, 1e-14)
 
 
 @pytest.mark.parametrize(("high", "low"), SIZES)
 def test_gradients(high, low, monkeypatch):
-    monkeypatch.setitem(window_attention._TILE_BYTES, "cpu", 5000)
+    monkeypatch.setitem(tiled._TILE_BYTES, "cpu", 5000)
     inputs = [t.requires_grad_() for t in random_inputs(high=high, low=low)]
     output, expected = (attention(*inputs, 0.2) for attention in (windowed_attention, full_attention))
     assert_close(output, expected, 1e-14, inputs[2].detach().abs().max())
@@ -177,7 +177,7 @@ def test_strided_inputs():
 @pytest.mark.parametrize("high", [(64, 64), (200, 150)])
 def test_memory_does_not_grow_with_the_output(high, monkeypatch):
     tile = 1 << 18
-    monkeypatch.setitem(window_attention._TILE_BYTES, "cpu", tile)
+    monkeypatch.setitem(tiled._TILE_BYTES, "cpu", tile)
     queries, keys, values = random_inputs(B=1, high=high, low=(16, 16), heads=4, d=8, k=8, dtype=torch.float32)
     with torch.no_grad(), Allocations(queries, keys, values) as allocations:
         output = windowed_attention(queries, keys, values, 0.1)
@@ -227,7 +227,7 @@ def test_errors(changed, message):
 def test_every_pixel_is_written_once():
     for (high, low), ratio in itertools.product(SIZES, (0.05, 0.5)):
         seen = torch.zeros(high)
-        for rows, columns, tile in window_attention._tiles(*random_inputs(high=high, low=low), ratio):
+        for rows, columns, tile in tiled._tiles(*random_inputs(high=high, low=low), ratio):
             seen[rows, columns] += 1
             assert tile.shape[2:] == seen[rows, columns].shape
         assert (seen == 1).all()

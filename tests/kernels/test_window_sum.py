@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from kernels.window.sum import reference_window_sum, window_sum
+from kernels.window.sum import window_sum
+from kernels.window.sum.reference import window_sum as reference_window_sum
 from tests.helpers.rounding import assert_close
 
 

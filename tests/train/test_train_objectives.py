@@ -31,7 +31,7 @@ from pipeline.train.objectives.losses import (
 from pipeline.train.plan import make_train_plan
 from pipeline.upsamplers import jbu as upsample_jbu
 from pipeline.upsamplers.build import Bilinear
-from pipeline.upsamplers.interface import imagenet_normalised
+from pipeline.upsamplers.images import imagenet_normalised
 from pipeline.views.downsample import AttentionDownsampler
 from pipeline.views.jitter import apply_matrices
 from tests.helpers.rounding import assert_close, term_sizes

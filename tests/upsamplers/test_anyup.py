@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels.window import attention as window_attention
-from kernels.window.attention_reference import full_attention
+from kernels.window.attention import tiled
+from kernels.window.attention.reference import windowed_attention as full_attention
 from pipeline.errors import JobError
 from pipeline.upsamplers.anyup import blocks as anyup_blocks
 from pipeline.upsamplers.anyup import stream as anyup_stream
@@ -35,7 +35,7 @@ def _seed():
 def small_tiles(monkeypatch):
     """So small that even the images of these tests take many."""
     monkeypatch.setitem(anyup_stream._TILE_PIXELS, "cpu", 50)
-    monkeypatch.setitem(window_attention._TILE_BYTES, "cpu", 5000)
+    monkeypatch.setitem(tiled._TILE_BYTES, "cpu", 5000)
     monkeypatch.setattr(anyup_blocks, "_EMBEDDED_BYTES", 5000)
 
 
@@ -228,7 +228,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("scale", [1, 2])
 def test_only_buffers_grow_with_the_image(scale, monkeypatch):
     monkeypatch.setitem(anyup_stream._TILE_PIXELS, "cpu", 256)
-    monkeypatch.setitem(window_attention._TILE_BYTES, "cpu", 1 << 17)
+    monkeypatch.setitem(tiled._TILE_BYTES, "cpu", 1 << 17)
     anyup = random_anyup(dtype=torch.float32)
     H, W = 100 * scale, 120 * scale
     features, image = random_inputs(B=1, grid=(10, 12), image=(H, W), dtype=torch.float32)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Kind
+from kernels.dispatch import Kind, not_of_dtypes, not_on_cpu
+from kernels.dtypes import FLOATING, HALF
 from kernels.jbu.cpu import backward, fillers
 from kernels.jbu.cpu.codes import quantize
 from kernels.jbu.cpu.conv import convolve, fold_scratch, folding
@@ -26,6 +27,7 @@ from kernels.quantization import Codes, Quantization, quantized
 from kernels.simd.tiles import Array
 
 __all__ = [
+    "FORWARD_MODE",
     "adaptive_conv_upsample2x",
     "adaptive_conv_upsample2x_backward",
     "bilateral_kernel",
@@ -37,19 +39,12 @@ __all__ = [
     "reasons_not",
 ]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FORWARD_MODE = False
 
 
 def reasons_not(kinds: Sequence[Kind]) -> list[str]:
     """Every reason why this implementation cannot take inputs of these kinds; none if it can."""
-    devices = sorted({str(kind.device) for kind in kinds if kind.device.type != "cpu"})
-    dtypes = sorted({str(kind.dtype) for kind in kinds if kind.dtype not in _DTYPES})
-    reasons = []
-    if devices:
-        reasons.append(f"it runs on the CPU, inputs are on {', '.join(devices)}")
-    if dtypes:
-        reasons.append(f"it takes {', '.join(map(str, _DTYPES))}, inputs are {', '.join(dtypes)}")
-    return reasons
+    return [*not_on_cpu(kinds), *not_of_dtypes(kinds, FLOATING)]
 
 
 def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor) -> Tensor:
@@ -198,7 +193,7 @@ def _convolved(source: Tensor, kernels: Fillers) -> Tensor:
 
 def _quantized(source: Tensor, kernels: Fillers, quantization: Quantization) -> Codes:
     """The source upsampled, as codes."""
-    if source.dtype in (torch.float16, torch.bfloat16):  # codes are of the rounded features
+    if source.dtype in HALF:  # codes are of the rounded features
         return quantized(_convolved(source, kernels), quantization)
     B, C, h, w = source.shape
     low, fold = channel_vectors(source, kernels.dtype), folding(h, w, kernels.radius, kernels.dtype)

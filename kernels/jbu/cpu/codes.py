@@ -7,8 +7,9 @@ from llvmlite import ir  # type: ignore[import-untyped, unused-ignore]
 from numba import types
 
 from kernels.compilation import compiled
+from kernels.internals.numba import element_address, nothing
 from kernels.quantization import INT8_MAX
-from kernels.simd.memory import address, index_type, lanes, load
+from kernels.simd.memory import index_type, lanes, load
 from kernels.simd.tiles import Array, elementwise, inlined, lane_numbers, llvm, tile_intrinsic
 
 __all__ = ["SQUARE", "quantize"]
@@ -57,9 +58,9 @@ def _store_codes(_: Any, array: Any, index: Any, vector: Any) -> Any:
         x = builder.select(builder.fcmp_ordered(">", x, splat(-_MAX)), x, splat(-_MAX))
         whole = builder.fptosi(x, ir.VectorType(ir.IntType(32), x.type.count))
         codes = builder.trunc(whole, ir.VectorType(ir.IntType(8), x.type.count))
-        to = address(context, builder, array, arguments[0], arguments[1])
+        to = element_address(context, builder, array, arguments[0], arguments[1])
         builder.store(codes, builder.bitcast(to, codes.type.as_pointer()), align=1)
-        return context.get_dummy_value()
+        return nothing(context)
 
     return types.void(array, index_type(index), vector), emit
 
@@ -71,7 +72,7 @@ def _transpose(_: Any, array: Any, index: Any, step: Any, to: Any, to_index: Any
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         def places(type_: Any, value: Any, at: Any, step: Any) -> list[Any]:
-            first = address(context, builder, type_, value, at)
+            first = element_address(context, builder, type_, value, at)
             places = [builder.gep(first, [builder.mul(step, step.type(k))]) for k in range(SQUARE)]
             return [builder.bitcast(place, row.as_pointer()) for place in places]
 
@@ -85,7 +86,7 @@ def _transpose(_: Any, array: Any, index: Any, step: Any, to: Any, to_index: Any
             rows = [builder.shuffle_vector(a, b, lane_numbers(part)) for a, b in pairs for part in parts]
         for transposed, place in zip(rows, places(to, *arguments[3:]), strict=True):
             builder.store(transposed, place, align=1)
-        return context.get_dummy_value()
+        return nothing(context)
 
     return types.void(array, index_type(index), types.intp, to, index_type(to_index), types.intp), emit
 

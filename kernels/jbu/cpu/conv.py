@@ -17,18 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kernels.compilation import compiled
+from kernels.jbu.bicubic import WEIGHTS, first_source_pixel, margin
 from kernels.jbu.cpu.layout import STRIP, DType, aligned_zeros, in_strips, vector_lanes
 from kernels.simd.memory import lanes, load, load_row, load_tile, splat, splats, store_part, store_tile, zeros
 from kernels.simd.tiles import VECTOR_BYTES, Array, fma, inlined, rows_of, swapped_pairs, width
 
-__all__ = ["VECTORS", "Fold", "convolve", "fold_block", "fold_scratch", "folding", "margin"]
+__all__ = ["VECTORS", "Fold", "convolve", "fold_block", "fold_scratch", "folding"]
 
 VECTORS = 4 if VECTOR_BYTES == 64 else 2  # of the source at once: four times as many sums must fit the registers
-
-
-def margin(radius: int) -> int:
-    """How far, in low-res pixels, an output pixel's n × n high-res window reaches, bicubic taps included."""
-    return radius // 2 + 2
 
 
 class Fold(NamedTuple):
@@ -76,22 +72,16 @@ def _ends(matrices: Array) -> Array:
 
 def _axis_matrices(size: int, radius: int) -> Array:
     """Bicubic ×2 and reflection along one axis: [2*size, N, n], as `Fold.rows`."""
-    a = -0.75  # Keys 1981, equation 4, with PyTorch's constant
-    near = lambda x: (a + 2) * x**3 - (a + 3) * x**2 + 1  # noqa: E731
-    far = lambda x: a * (x**3 - 5 * x**2 + 8 * x - 4)  # noqa: E731
-    odd = np.array([far(1.25), near(0.25), near(0.75), far(1.75)])  # high-res pixel 2i + 1 lies at i + 1/4
-    coefficients = np.stack([odd[::-1], odd])
-
     reach = margin(radius)
     centre = np.arange(2 * size)[:, None]
     high = np.abs(centre + np.arange(-radius, radius + 1))  # [2*size, n], reflected at 0
     high = (2 * size - 1) - np.abs(2 * size - 1 - high)
-    first = high // 2 - 2 + high % 2
+    first = first_source_pixel(high)
     matrices = np.zeros((2 * size, 2 * reach + 1, 2 * radius + 1))
     taps = np.arange(2 * radius + 1)
     for k in range(4):
         low = np.clip(first + k, 0, size - 1)  # bicubic repeats the edge
-        np.add.at(matrices, (centre, low - centre // 2 + reach, taps), coefficients[high % 2, k])
+        np.add.at(matrices, (centre, low - centre // 2 + reach, taps), WEIGHTS[high % 2, k])
     return matrices
 
 

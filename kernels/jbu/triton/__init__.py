@@ -17,8 +17,10 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.dispatch import Kind
+from kernels.dispatch import Kind, not_of_dtypes
+from kernels.dtypes import HALF
 from kernels.jbu.parameters import StageParameters
+from kernels.jbu.reference import FIXUP_WEIGHT
 from kernels.jbu.triton.backward import adaptive_conv_upsample2x_backward, range_products_backward
 from kernels.jbu.triton.forward import run_tiles
 from kernels.jbu.triton.geometry import MAX_RADIUS, Geometry, axis_tables, slide_tables, squared_distances
@@ -27,7 +29,8 @@ from kernels.jbu.triton.learned import guidance_rows, prepare
 from kernels.quantization import Codes, Quantization
 
 __all__ = [
-    "MAX_RADIUS",
+    "FORWARD_MODE",
+    "LIMITS",
     "adaptive_conv_upsample2x",
     "adaptive_conv_upsample2x_backward",
     "bilateral_kernel",
@@ -39,8 +42,11 @@ __all__ = [
     "reasons_not",
 ]
 
+LIMITS = {"radius": MAX_RADIUS}
+FORWARD_MODE = False
+
 _INTERPRETED = not isinstance(run_tiles, triton.JITFunction)  # TRITON_INTERPRET was set when Triton was imported
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (*HALF, torch.float32)
 _CAPABILITY = (8, 0)
 _TRITON = (3, 4)  # the oldest that was tried and compiles every kernel
 
@@ -55,9 +61,7 @@ def reasons_not(kinds: Sequence[Kind]) -> list[str]:
     if tuple(map(int, triton.__version__.split(".")[:2])) < _TRITON:
         need = ".".join(map(str, _TRITON))
         reasons.append(f"it needs Triton {need} or newer, {triton.__version__} is installed: upgrade PyTorch")
-    others = sorted({str(kind.dtype) for kind in kinds if kind.dtype not in _DTYPES})
-    if others:
-        reasons.append(f"it computes in {', '.join(map(str, _DTYPES))}, inputs are {', '.join(others)}")
+    reasons += not_of_dtypes(kinds, _DTYPES)
     for device in sorted({kind.device for kind in kinds}, key=str):
         if device.type == "cpu" and _INTERPRETED:
             continue
@@ -152,6 +156,7 @@ def _learned(geometry: Geometry, guidance: Tensor, stage: StageParameters, resul
         "GUIDANCE_DIM": guidance.shape[1],
         "GUIDANCE_ROWS": guidance_rows(guidance.shape[1]),
         "HIDDEN": geometry.hidden,
+        "FIXUP_WEIGHT": FIXUP_WEIGHT,
         "KERNEL_PRECISION": precision(guidance.dtype, result),
         **_slides(geometry, guidance.dtype, guidance.device),
         **prepared._asdict(),

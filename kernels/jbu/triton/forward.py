@@ -30,8 +30,8 @@ def run_tiles(
     output, step, offset, not_finite, clipped,  # [B, H, W, C]; or codes [B, C, H, W], scale [C] and counts [B]
     H, W, C,
     KERNEL: tl.constexpr, OUTPUT: tl.constexpr, KEY_DIM: tl.constexpr, GUIDANCE_DIM: tl.constexpr,
-    GUIDANCE_ROWS: tl.constexpr, HIDDEN: tl.constexpr, C_BLOCK: tl.constexpr, EXACT: tl.constexpr,
-    KERNEL_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+    GUIDANCE_ROWS: tl.constexpr, HIDDEN: tl.constexpr, FIXUP_WEIGHT: tl.constexpr, C_BLOCK: tl.constexpr,
+    EXACT: tl.constexpr, KERNEL_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
     RADIUS: tl.constexpr, AXIS: tl.constexpr, ACROSS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
     WINDOW_ROWS: tl.constexpr, WINDOW_COLUMNS: tl.constexpr, MARGIN: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,7 @@ def run_tiles(
         if KERNEL == "learned":
             taps = corrected(
                 taps, guidance + image * guidance_b, guidance_c, guidance_y, guidance_x, y0, x0, H, W, weights, bias,
-                GUIDANCE_DIM, GUIDANCE_ROWS, HIDDEN, AXIS, ACROSS, EXACT, KERNEL_PRECISION,
+                GUIDANCE_DIM, GUIDANCE_ROWS, HIDDEN, FIXUP_WEIGHT, AXIS, ACROSS, EXACT, KERNEL_PRECISION,
             )  # fmt: skip
 
     if OUTPUT == "kernel":

@@ -12,13 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kernels.jbu.bicubic import WEIGHTS, first_source_pixel, margin
+
 __all__ = ["MAX_RADIUS", "Geometry", "axis_tables", "power_of_two", "slide_tables", "squared_distances"]
 
 MAX_RADIUS = 7  # 15 × 15 taps are 256 on the chip; at 8 they would be 1024, which no register file holds
 
 _TILE_ROWS = 4
 _PATCH_ROWS, _PATCH_COLUMNS = 2, 8
-_BICUBIC = -0.75  # Keys 1981, equation 4, with PyTorch's constant
 _MAX_GRID = 65535  # programs along the second and third axis of a launch
 _MATRIX_DEPTH = 16  # the least number of products that a matrix instruction sums, for half operands
 
@@ -75,8 +76,8 @@ class Geometry:
 
     @property
     def margin(self) -> int:
-        """How far, in low-res pixels, an output pixel's window reaches, bicubic taps included."""
-        return self.radius // 2 + 2
+        """As `kernels.jbu.bicubic.margin`."""
+        return margin(self.radius)
 
     @property
     def window(self) -> tuple[int, int]:
@@ -164,25 +165,12 @@ def _axis_matrices(size: int, geometry: Geometry, tile: int, window: int) -> npt
     pixel = number[:, None] * tile + np.arange(tile)  # [kinds, tile]
     tap = np.abs(pixel[..., None] + np.arange(-radius, radius + 1))
     tap = high - 1 - np.abs(high - 1 - tap)  # reflected at both ends
-    first = tap // 2 - 2 + tap % 2 - (number * tile // 2 - geometry.margin)[:, None, None]
+    first = first_source_pixel(tap) - (number * tile // 2 - geometry.margin)[:, None, None]
     inside = np.broadcast_to((pixel < high)[..., None], tap.shape)
     matrices = np.zeros((kinds, tile, geometry.axis, window))
-    for k, weight in enumerate(_bicubic_weights()):
+    for k, weight in enumerate(WEIGHTS.T):
         matrices[(*np.nonzero(inside), first[inside] + k)] = weight[tap[inside] % 2]
     return matrices
-
-
-def _bicubic_weights() -> npt.NDArray[np.float64]:
-    """[4, 2]: of the four low-res pixels around an even and an odd high-res pixel."""
-
-    def near(x: float) -> float:
-        return (_BICUBIC + 2) * x**3 - (_BICUBIC + 3) * x**2 + 1
-
-    def far(x: float) -> float:
-        return _BICUBIC * (x**3 - 5 * x**2 + 8 * x - 4)
-
-    odd = [far(1.25), near(0.25), near(0.75), far(1.75)]  # high-res pixel 2i + 1 lies at i + 1/4
-    return np.array([odd[::-1], odd]).T
 
 
 @functools.lru_cache(maxsize=64)

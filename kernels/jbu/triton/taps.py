@@ -32,7 +32,6 @@ __all__ = [
     "window_products",
 ]
 
-_FIXUP_WEIGHT = tl.constexpr(0.1)  # as kernels.jbu.reference.FIXUP_WEIGHT
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -222,10 +221,13 @@ def taps_of(
 @triton.jit
 def corrected(
     kernel, guidance, stride_c, stride_y, stride_x, y0, x0, H, W, weights, bias,
-    GUIDANCE_DIM: tl.constexpr, GUIDANCE_ROWS: tl.constexpr, HIDDEN: tl.constexpr, AXIS: tl.constexpr,
-    ACROSS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    GUIDANCE_DIM: tl.constexpr, GUIDANCE_ROWS: tl.constexpr, HIDDEN: tl.constexpr, FIXUP_WEIGHT: tl.constexpr,
+    AXIS: tl.constexpr, ACROSS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add FeatUp's learned correction to kernels [P, A·A] float32; `weights` and `bias` of a stage's `Prepared`."""
+    """Add FeatUp's learned correction, times a number, to kernels [P, A·A] float32.
+
+    `weights` and `bias` are of a stage's `Prepared`.
+    """
     TAPS: tl.constexpr = AXIS * AXIS
     y, x = _patch_pixels(y0, x0, ACROSS)
     channel, tap = tl.arange(0, GUIDANCE_ROWS), tl.arange(0, TAPS)
@@ -243,7 +245,7 @@ def corrected(
         second = tl.load(weights + (GUIDANCE_ROWS + TAPS) * HIDDEN + hidden[:, None] * TAPS + tap[None, :])
         sums = deep_dot(taps, of_taps, PRECISION, not EXACT) + dot(colour, of_colour, PRECISION, BY_WARP=not EXACT)
         correction = dot(gelu(sums, EXACT).to(second.dtype), second, PRECISION, correction, BY_WARP=not EXACT)
-    return kernel + _FIXUP_WEIGHT * (correction + tl.load(bias + tap)[None, :])
+    return kernel + FIXUP_WEIGHT * (correction + tl.load(bias + tap)[None, :])
 
 
 @triton.jit

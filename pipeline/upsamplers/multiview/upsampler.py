@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.multiview import Solution, ViewMatrices, solve
+from kernels.dispatch import Kind
+from kernels.multiview import Solution, ViewMatrices, explain, solve
 from kernels.quantization import Encoding
 from pipeline.errors import ImageError, JobError
 from pipeline.features.backbone import Backbone
@@ -83,7 +84,8 @@ class MultiviewUpsampler(Upsampler):
 
     def explain(self, device: torch.device) -> str:
         """As `Upsampler.explain`."""
-        solver = "numba and matrix products" if device.type == "cpu" else "torch"
+        cpu = explain(Kind(device, torch.float32)).chosen == "cpu"
+        solver = "numba and matrix products" if cpu else "torch"
         return f"{solver}; then {self.finish.explain(device)}"
 
     def with_basis(self, mean: Tensor, components: Tensor) -> Projected:

@@ -1,13 +1,22 @@
-"""Windowed cross-attention with the whole attention matrix: the definition that `kernels.window.attention` agrees with.
+"""Windowed cross-attention with the whole attention matrix: the definition.
 
 Everything here is differentiable and runs in any floating dtype on any device. One matrix has heads × H·W × h·w
 numbers: in float32 with 4 heads 3.3 GB an image at 448 px over 32×32 cells, 53 GB at 896 px over 64×64.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["full_attention", "window_bounds"]
+from kernels.dispatch import Kind
+
+__all__ = ["reasons_not", "window_bounds", "windowed_attention"]
+
+
+def reasons_not(kinds: Sequence[Kind]) -> list[str]:
+    """Reasons why inputs of these kinds cannot be taken: none, the reference takes what the public op lets through."""
+    return []
 
 
 def window_bounds(low: int, high: int, ratio: float) -> tuple[Tensor, Tensor]:
@@ -32,7 +41,7 @@ def window_bounds(low: int, high: int, ratio: float) -> tuple[Tensor, Tensor]:
     return starts, stops
 
 
-def full_attention(queries: Tensor, keys: Tensor, values: Tensor, window_ratio: float) -> Tensor:
+def windowed_attention(queries: Tensor, keys: Tensor, values: Tensor, window_ratio: float) -> Tensor:
     """As `kernels.window.attention.windowed_attention`, with a mask over the whole attention matrix.
 
     Args:

@@ -1,4 +1,4 @@
-"""Windowed cross-attention: every output pixel is a weighted mean of the low-res values near it, in bounded memory.
+"""Windowed cross-attention tile by tile, in bounded memory, in plain torch: what runs on every device.
 
 Windows follow the pixel but begin and end on whole low-res cells, so about 2h distinct row windows serve all H rows.
 Columns are cut into runs as wide as a cell; a run sees the union of its columns' windows, a cell or so more than each
@@ -7,28 +7,30 @@ softmax, on views of what was gathered once for these runs.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.window.attention_reference import window_bounds
+from kernels.dispatch import Kind
+from kernels.window.attention.reference import window_bounds
 
-__all__ = ["windowed_attention"]
+__all__ = ["reasons_not", "windowed_attention"]
 
 # The largest tensor of a tile, over all its images. A CPU wants them in its cache (on one core, at 224 … 896 px, 1 MiB
 # takes 1.15 times and 16 MiB 0.95 times as long as 4 MiB), a GPU wants few, large kernels.
 _TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 
 
-def windowed_attention(queries: Tensor, keys: Tensor, values: Tensor, window_ratio: float) -> Tensor:
-    """Average values with attention weights, each query attending only to the keys in its window.
+def reasons_not(kinds: Sequence[Kind]) -> list[str]:
+    """Reasons why inputs of these kinds cannot be taken: none, this takes what the public op lets through."""
+    return []
 
-    AnyUp (arXiv 2510.12764, section 4). Per head: softmax(query · key / √d) over the window; the weights are then
-    averaged over the heads and applied to the values once. Defined by
-    `kernels.window.attention_reference.full_attention`; windows by its `window_bounds`.
+
+def windowed_attention(queries: Tensor, keys: Tensor, values: Tensor, window_ratio: float) -> Tensor:
+    """As `kernels.window.attention.windowed_attention`, whose arguments it has checked.
 
     Besides the output, memory is about ten times `_TILE_BYTES`, whatever the sizes: four tensors of a tile,
     and the keys and values gathered for a strip of columns. Measured on a CPU: 12 to 53 MB for k = 64 … 384 at
@@ -36,19 +38,14 @@ def windowed_attention(queries: Tensor, keys: Tensor, values: Tensor, window_rat
     are recorded, autograd keeps every tile.
 
     Args:
-        queries: [B, H, W, heads, d], floating, not empty.
-        keys: [B, h, w, heads, d], dtype and device of queries.
-        values: [B, k, h, w], floating; its dtype may differ. Not projected: what comes out are means of them.
-        window_ratio: how far a window reaches to each side, as a share of the axis: 0.1 covers about a fifth of each
-            axis, 1 or more everything. Finite, greater than 0.
+        queries: [B, H, W, heads, d], floating.
+        keys: [B, h, w, heads, d].
+        values: [B, k, h, w].
+        window_ratio: greater than 0.
 
     Returns:
         [B, k, H, W], dtype of values.
-
-    Raises:
-        ValueError: an argument is not as above.
     """
-    _check(queries, keys, values, window_ratio)
     # One image at a time on a CPU: the cache is small, and results must not depend on the batch.
     step = 1 if queries.device.type == "cpu" else len(queries)
     parts = list(zip(torch.split(queries, step), torch.split(keys, step), torch.split(values, step), strict=True))
@@ -173,25 +170,3 @@ def _row_groups(low: int, high: int, ratio: float) -> list[tuple[slice, slice]]:
     bounds = list(zip(*(bound.tolist() for bound in window_bounds(low, high, ratio)), strict=True))
     first = [y for y in range(high) if y == 0 or bounds[y] != bounds[y - 1]]
     return [(slice(y, end), slice(*bounds[y])) for y, end in zip(first, [*first[1:], high], strict=True)]
-
-
-def _check(queries: Tensor, keys: Tensor, values: Tensor, window_ratio: float) -> None:
-    if queries.ndim != 5 or not queries.is_floating_point() or queries.numel() == 0:
-        raise ValueError(
-            f"queries: got shape {tuple(queries.shape)} and dtype {queries.dtype}, need [B, H, W, heads, d], floating, "
-            "not empty"
-        )
-    B, _, _, heads, d = queries.shape
-    if keys.ndim != 5 or (keys.shape[0], *keys.shape[3:]) != (B, heads, d) or keys.numel() == 0:
-        raise ValueError(f"keys: got shape {tuple(keys.shape)}, need [{B}, h, w, {heads}, {d}] as queries, not empty")
-    if (keys.dtype, keys.device) != (queries.dtype, queries.device):
-        raise ValueError(f"keys: got {keys.dtype} on {keys.device}, need queries' {queries.dtype} on {queries.device}")
-    if values.ndim != 4 or (values.shape[0], *values.shape[2:]) != tuple(keys.shape[:3]) or values.numel() == 0:
-        raise ValueError(
-            f"values: got shape {tuple(values.shape)}, need [{B}, k, {keys.shape[1]}, {keys.shape[2]}] for keys "
-            f"{tuple(keys.shape)}, not empty"
-        )
-    if not values.is_floating_point() or values.device != queries.device:
-        raise ValueError(f"values: got {values.dtype} on {values.device}, need a floating dtype on {queries.device}")
-    if not (math.isfinite(window_ratio) and window_ratio > 0):
-        raise ValueError(f"window_ratio: got {window_ratio}, need a finite number greater than 0")
