@@ -318,7 +318,7 @@ def _convert(model: nn.Module, state: dict[str, Tensor], size: tuple[int, int], 
 def _quiet_resampling() -> Iterator[None]:
     with warnings.catch_warnings():
         # timm resizes tables of relative positions (BEiT) by code from which torch warns of a copy, and of an index
-        # that is a list: still read as a tuple, as timm means it. tests/features/test_backbone.py checks the result.
+        # that is a list: still read as a tuple, as timm means it. See tests/pipeline/features/test_backbone.py.
         warnings.filterwarnings("ignore", message=r"torch\.searchsorted\(\): input value tensor is non-contiguous")
         warnings.filterwarnings("ignore", message="Using a non-tuple sequence for multidimensional indexing")
         yield

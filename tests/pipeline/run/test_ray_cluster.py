@@ -8,7 +8,7 @@ import jsonschema
 import ray
 import yaml
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CLUSTER = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
 
 

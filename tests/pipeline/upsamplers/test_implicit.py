@@ -28,7 +28,7 @@ from schemas.options import UpsampleConfig
 from schemas.upsamplers import ImplicitOptions
 from tests.helpers.rounding import assert_close, term_sizes
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "reference" / "featup_implicit.npz"
+GOLDEN = Path(__file__).parents[4] / "shared" / "reference" / "featup_implicit.npz"
 SHORT = Schedule(
     views=12, held_out=3, steps=12, views_per_step=3, check_every=4, cell_px=9, max_pad_px=6, learning_rate=0.01
 )

@@ -23,7 +23,7 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)  # for tests.helpers
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[3]), prepend=os.pathsep)  # for tests.helpers
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
         ray.init(address=cluster.address, logging_level="ERROR")
         yield cluster

@@ -204,7 +204,7 @@ print(pyarrow.__version__, zarr.__version__, np.__version__)
 @pytest.mark.slow  # installs packages
 def test_the_oldest_dependencies_read_a_store(known: KnownStore, tmp_path: Path) -> None:
     """A store that today's libraries wrote, read with the lower bounds that the package declares, and nothing else."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
     oldest = [requirement.replace(">=", "==") for requirement in declared]
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "oldest"], check=True)

@@ -25,7 +25,7 @@ from schemas.options import UpsampleConfig
 from schemas.upsamplers import UPSAMPLER_OPTIONS, LiFTOptions
 from tests.helpers.rounding import assert_close
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "reference" / "featup_jbu_stack.npz"
+GOLDEN = Path(__file__).parents[4] / "shared" / "reference" / "featup_jbu_stack.npz"
 
 
 @pytest.fixture(autouse=True)

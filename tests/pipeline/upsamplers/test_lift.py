@@ -11,7 +11,7 @@ from pipeline.errors import JobError
 from pipeline.upsamplers.lift.network import LiFT
 from tests.helpers.rounding import assert_close
 
-REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
+REFERENCE = Path(__file__).parents[4] / "shared" / "reference"
 
 
 @pytest.fixture(autouse=True)

@@ -141,6 +141,6 @@ class TestQuiet:
             "    try:\n        decode(path.read_bytes(), Geometry((32, 32), 'crop', (32, 32)))\n"
             "    except ImageError:\n        pass\n"
         )
-        root = Path(__file__).parents[3]
+        root = Path(__file__).parents[4]
         done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=root, capture_output=True, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")

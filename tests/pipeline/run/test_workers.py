@@ -31,7 +31,7 @@ def ray_here() -> Iterator[None]:
     from pipeline.run.ray.cluster import connected
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)  # for tests.helpers
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[3]), prepend=os.pathsep)  # for tests.helpers
         with connected():
             yield
 

@@ -19,7 +19,7 @@ from pipeline.upsamplers.anyup.network import AnyUp
 from pipeline.upsamplers.anyup.stream import encode
 from tests.helpers.rounding import assert_close
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "reference" / "anyup.npz"
+GOLDEN = Path(__file__).parents[4] / "shared" / "reference" / "anyup.npz"
 
 
 @pytest.fixture(autouse=True)
