@@ -27,7 +27,7 @@ from kernels.window.attention import windowed_attention
 from pipeline.upsamplers.anyup import network as anyup_network
 from pipeline.upsamplers.anyup.network import AnyUp
 from pipeline.upsamplers.build import AnyUpUpsampler, LiFTUpsampler, Upsampler, build_upsampler
-from pipeline.upsamplers.interface import imagenet_normalised
+from pipeline.upsamplers.images import imagenet_normalised
 from pipeline.upsamplers.lift.network import LiFT
 
 C, K, PATCH = 384, 64, 14

@@ -8,9 +8,10 @@ from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.provenance import check_pairing
 from pipeline.upsamplers.anyup.upsampler import AnyUpUpsampler
+from pipeline.upsamplers.images import check_images, resize
 from pipeline.upsamplers.implicit.schedule import Schedule
 from pipeline.upsamplers.implicit.upsampler import ImplicitUpsampler
-from pipeline.upsamplers.interface import Facts, LinearUpsampler, Projected, Upsampler, check_images, resize
+from pipeline.upsamplers.interface import Facts, LinearUpsampler, Projected, Upsampler
 from pipeline.upsamplers.jbu import JBU, UNIVERSAL
 from pipeline.upsamplers.lift.upsampler import LiFTUpsampler
 from pipeline.upsamplers.multiview.upsampler import MultiviewUpsampler

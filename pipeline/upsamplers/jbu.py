@@ -20,14 +20,12 @@ from kernels.jbu import (
 )
 from pipeline.errors import JobError
 from pipeline.features.checkpoints import load_strict, read_metadata, read_state_dict, state_digest
+from pipeline.upsamplers.images import check_images, imagenet_normalised, resize
 from pipeline.upsamplers.interface import (
     Facts,
     Folding,
     LinearUpsampler,
-    check_images,
     checked_basis,
-    imagenet_normalised,
-    resize,
 )
 
 __all__ = ["JBU", "UNIVERSAL"]

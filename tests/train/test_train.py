@@ -40,7 +40,7 @@ from pipeline.train.plan import make_train_plan
 from pipeline.train.world import World
 from pipeline.upsamplers import jbu as upsample_jbu
 from pipeline.upsamplers.build import Bilinear
-from pipeline.upsamplers.interface import imagenet_normalised, resize
+from pipeline.upsamplers.images import imagenet_normalised, resize
 from pipeline.upsamplers.lift.network import LiFT
 from pipeline.views.downsample import AttentionDownsampler
 from pipeline.views.jitter import apply_matrices

@@ -15,7 +15,7 @@ from pipeline.train.objectives.base import LOSS, FeatureSample
 from pipeline.train.objectives.feature_cache import FeatureCache
 from pipeline.train.objectives.lift import AT_SIZE, LiFTTraining, lift_scales
 from pipeline.train.objectives.lift_initial import begin_as_interpolation
-from pipeline.upsamplers.interface import imagenet_normalised
+from pipeline.upsamplers.images import imagenet_normalised
 from pipeline.upsamplers.lift.network import LiFT
 from tests.helpers.trainings import train_config
 

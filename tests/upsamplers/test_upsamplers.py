@@ -16,7 +16,7 @@ from pipeline.features.checkpoints import read_metadata
 from pipeline.upsamplers import jbu as upsample_jbu
 from pipeline.upsamplers.anyup.network import AnyUp
 from pipeline.upsamplers.build import JBU, Bilinear, build_upsampler, describe_upsamplers
-from pipeline.upsamplers.interface import imagenet_normalised
+from pipeline.upsamplers.images import imagenet_normalised
 from pipeline.upsamplers.lift.network import LiFT
 from tests.helpers.rounding import assert_close
 

@@ -25,7 +25,7 @@ from pipeline.train.held_out import rendered_size
 from pipeline.train.objectives.base import LOSS, FeatureStatistics, Trainee
 from pipeline.train.objectives.losses import Uncertainty, random_projection, sampled_crf, uncertain_error
 from pipeline.upsamplers.build import JBU
-from pipeline.upsamplers.interface import imagenet_normalised
+from pipeline.upsamplers.images import imagenet_normalised
 from pipeline.views.downsample import AttentionDownsampler, SimpleDownsampler, blur_matrix
 from pipeline.views.jitter import apply_matrices, sample_jitter, view_images, view_matrices
 from schemas.train_options import TrainConfig

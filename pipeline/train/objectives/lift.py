@@ -21,7 +21,7 @@ from pipeline.train.objectives.base import LOSS, FeatureSample, Trainee
 from pipeline.train.objectives.feature_cache import FeatureCache
 from pipeline.train.objectives.lift_initial import begin_as_interpolation
 from pipeline.train.objectives.losses import cosine_distance
-from pipeline.upsamplers.interface import imagenet_normalised, resize
+from pipeline.upsamplers.images import imagenet_normalised, resize
 from pipeline.upsamplers.lift.network import LiFT
 from schemas.train_options import TrainConfig
 

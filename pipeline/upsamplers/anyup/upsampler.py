@@ -6,7 +6,8 @@ from torch import Tensor
 from pipeline.errors import JobError
 from pipeline.features.checkpoints import read_state_dict, state_digest
 from pipeline.upsamplers.anyup.network import AnyUp
-from pipeline.upsamplers.interface import Facts, Projected, Upsampler, check_images, checked_basis, imagenet_normalised
+from pipeline.upsamplers.images import check_images, imagenet_normalised
+from pipeline.upsamplers.interface import Facts, Projected, Upsampler, checked_basis
 
 __all__ = ["AnyUpUpsampler"]
 

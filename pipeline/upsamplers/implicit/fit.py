@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ImageError
+from pipeline.upsamplers.images import one_colour_failures
 from pipeline.upsamplers.implicit.downsample import AttentionDownsamplers, DownsamplerDropout, Windows
 from pipeline.upsamplers.implicit.folded import Dropout, Waves, render_folded
 from pipeline.upsamplers.implicit.loss import Uncertainty, loss_of_images, magnitude
 from pipeline.upsamplers.implicit.network import CHANNELS, ImplicitNetworks
 from pipeline.upsamplers.implicit.schedule import DEFAULT, Schedule, sample_views
 
-__all__ = ["Fit", "fit_networks", "one_colour"]
+__all__ = ["Fit", "fit_networks"]
 
 _DROPPED = 0.2  # published: share of channels, and of cells whose saliency is not looked at
 _ROUNDING = 1e-6  # a relative improvement of the held-out error that counts
@@ -210,12 +211,6 @@ class _Keep:
             parameter.copy_(self.best[name])
 
 
-def one_colour(images: Tensor) -> Tensor:
-    """[N, 3, H, W] -> [N] bool: whether all pixels of an image are alike."""
-    flat = images.flatten(2)
-    return (flat.amax(2) == flat.amin(2)).all(1)
-
-
 @functools.lru_cache(2)  # the same for all images of a job, and seconds to make
 def _windows(
     schedule: Schedule, size: tuple[int, int], grid: tuple[int, int], cell_px: int, device: torch.device
@@ -227,15 +222,9 @@ def _windows(
 
 def _unusable(images: Tensor, *targets: Tensor) -> dict[int, ImageError]:
     """Images that no network can be fitted to, and why."""
-    failures: dict[int, ImageError] = {}
-    constant = one_colour(images)
     finite = torch.stack([t.flatten(1).isfinite().all(1) for t in targets]).all(0)
-    for image in range(len(images)):
-        if constant[image]:
-            failures[image] = ImageError("constant", "all of it has one colour: there is nothing to fit")
-        elif not finite[image]:
-            failures[image] = ImageError("nonfinite", "the features of its views contain NaN or infinity")
-    return failures
+    error = ImageError("nonfinite", "the features of its views contain NaN or infinity")
+    return dict.fromkeys((~finite).nonzero().flatten().tolist(), error) | one_colour_failures(images)
 
 
 def _parts(count: int, most: int) -> Iterator[slice]:

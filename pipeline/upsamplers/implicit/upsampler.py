@@ -9,7 +9,8 @@ from kernels.quantization import Codes, Quantization
 from kernels.quantize import quantize, to_float16
 from pipeline.errors import ImageError
 from pipeline.features.backbone import Backbone
-from pipeline.upsamplers.implicit.fit import Fit, fit_networks, one_colour
+from pipeline.upsamplers.images import check_images, one_colour, resize
+from pipeline.upsamplers.implicit.fit import Fit, fit_networks
 from pipeline.upsamplers.implicit.network import FittedNetwork
 from pipeline.upsamplers.implicit.schedule import DEFAULT, Schedule, sample_views
 from pipeline.upsamplers.interface import (
@@ -17,9 +18,7 @@ from pipeline.upsamplers.interface import (
     Projected,
     Stored,
     Upsampler,
-    check_images,
     checked_basis,
-    resize,
     with_nonfinite,
 )
 from pipeline.views.features import JitterMatrices, view_features

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from pipeline.errors import JobError
 from pipeline.features.checkpoints import read_state_dict, state_digest
-from pipeline.upsamplers.interface import Facts, Projected, Upsampler, check_images, imagenet_normalised, resize
+from pipeline.upsamplers.images import check_images, imagenet_normalised, resize
+from pipeline.upsamplers.interface import Facts, Projected, Upsampler
 from pipeline.upsamplers.lift.network import LiFT
 
 __all__ = ["LiFTUpsampler"]

@@ -12,12 +12,12 @@ from kernels.quantization import Codes, Quantization
 from kernels.quantize import quantize, to_float16
 from pipeline.errors import ImageError, JobError
 from pipeline.features.backbone import Backbone
+from pipeline.upsamplers.images import check_images, one_colour_failures
 from pipeline.upsamplers.interface import (
     Facts,
     Projected,
     Stored,
     Upsampler,
-    check_images,
     checked_basis,
     with_nonfinite,
 )
@@ -167,7 +167,7 @@ class _MultiviewProjected(Projected):
         backbone, settings = self.upsampler.backbone, self.upsampler.settings
         if tuple(images.shape[2:]) != backbone.size:
             raise ValueError(f"images: got {tuple(images.shape[2:])} pixels, need the backbone's {backbone.size}")
-        failures, grid = _one_colour(images), self.upsampler.views.grid
+        failures, grid = one_colour_failures(images), self.upsampler.views.grid
         if len(failures) == len(images):  # as where a plan is checked: no need to wait for the backbone
             return features.new_full((len(images), len(self.get_buffer("components")), *grid), torch.nan), failures
         jitters, operators = self.upsampler.views.on(features.device)
@@ -190,13 +190,6 @@ class _MultiviewProjected(Projected):
             solution.features[image] = torch.nan
         # On a GPU in float16, as other upsamplers: as precise as what is stored, and half the bytes.
         return solution.features.half() if solution.features.is_cuda else solution.features, failures
-
-
-def _one_colour(images: Tensor) -> dict[int, ImageError]:
-    """Images with nothing in them; their features still vary by position, so that a fit would not notice."""
-    pixels = images.flatten(2)
-    same = (pixels.amax(2) == pixels.amin(2)).all(1)
-    return _errors(same, "constant", "all of it has one colour: there is nothing to fit")
 
 
 def _unfit(targets: Tensor) -> dict[int, ImageError]:
