@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +11,7 @@ import pyarrow as pa
 from densefeat.index import stored_index
 from densefeat.layout import ZSTD_LEVEL, FeatureLayout
 from densefeat.storage.objects import Objects
-from densefeat.storage.places import absolute_place, encloses, is_local, split_place
+from densefeat.storage.places import absolute_place, split_place
 from densefeat.store import FeatureStore
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone, build_backbone
@@ -21,11 +20,11 @@ from pipeline.images.decoding.decode import Geometry
 from pipeline.images.listing.files import Scan, ScanMap
 from pipeline.images.listing.findings import Finding, describe_findings, refuse_losses
 from pipeline.images.listing.source import Source, keys_digest, list_images
-from pipeline.io.storage import check_writable, storage_explained
+from pipeline.io.storage import check_writable
 from pipeline.run.feature_worker import WorkerSpec
+from pipeline.run.places import check_apart, check_same, stored_attributes_at
 from pipeline.run.recipe import FeatureRecipe, ImageRecipe, Stages, UpsampleRecipe
 from pipeline.run.resources import available_cores
-from pipeline.store.layout import existing_store, foreign_keys, remains
 from pipeline.upsamplers.build import build_upsampler
 from pipeline.upsamplers.interface import Upsampler
 from schemas.attributes import StoreAttributes
@@ -36,7 +35,6 @@ from schemas.configuration import (
     StorageConfiguration,
     StoreConfiguration,
     differences,
-    incompatibilities,
 )
 from schemas.index import REFERENCES
 from schemas.options import DEFAULT_COMPONENTS, FeatureConfig, UpsampleConfig
@@ -112,7 +110,7 @@ def make_plan(config: UpsampleConfig) -> Plan:
         JobError: they do not; the message says why and what to do.
     """
     check_apart(config.images, "--store", config.store)
-    stored = _stored_attributes(config)
+    stored = stored_attributes_at(config)
     resumed = stored if config.resume else None
     backbone = _checked_backbone(config)
     upsampler = build_upsampler(config.upsampler, config.upsampler_weights, backbone, config.upsampler_options)
@@ -166,9 +164,9 @@ def make_plan(config: UpsampleConfig) -> Plan:
     if not plan.shards:
         raise JobError(f"--shards {config.shards} holds none of the {plan.features.shards} shards of this dataset")
     if resumed:
-        _check_same(resumed, plan.configuration, config.store)
+        check_same(resumed, plan.configuration, config.store)
     if not config.dry_run:
-        _check_writable(config)
+        check_writable(Objects(config.store), f"--store {config.store}")  # the last check, because it writes
     return plan
 
 
@@ -215,51 +213,6 @@ def read_basis(uri: str, backbone: Backbone) -> Basis:
             + ". Fit a basis on this backbone, or leave --pca out"
         )
     return basis
-
-
-def _stored_attributes(config: UpsampleConfig) -> StoreAttributes | None:
-    """What is at ``--store``, if it may be gone on with or deleted."""
-    with storage_explained(f"--store {config.store}"):
-        objects = Objects(config.store)
-        stored = existing_store(objects)
-        if stored is None and (others := foreign_keys(objects)):
-            raise JobError(
-                f"--store {config.store!r} holds other things ({_few(others)}): choose an empty place for the store"
-            )
-        if stored is None and not config.overwrite and (parts := remains(objects)):
-            stored = existing_store(objects)  # another job may set it up this very moment
-            if stored is None:
-                raise JobError(
-                    f"--store {config.store} holds parts of a store ({_few(parts)}), but no zarr.json: a deletion or a "
-                    "copy was interrupted; --overwrite deletes them and begins anew"
-                )
-        if stored and not (config.resume or config.overwrite):
-            raise JobError(
-                f"--store {config.store} exists: --resume goes on with it, --overwrite deletes it and begins anew"
-            )
-    return stored
-
-
-def _check_writable(config: UpsampleConfig) -> None:
-    """The last check, because it writes."""
-    check_writable(Objects(config.store), f"--store {config.store}")
-
-
-def check_apart(images: str, option: str, place: str) -> None:
-    """Refuse a result among the images, or images in the result: the next listing would take one for the other.
-
-    Args:
-        images: folder or URI of images.
-        option: of the command line that names the place.
-        place: folder or URI that the result goes to.
-
-    Raises:
-        JobError: they lie in each other.
-    """
-    if is_local(images) and not Path(absolute_place(images)).is_dir():
-        return  # files or a pattern: the place is refused if it holds them
-    if encloses(images, place) or encloses(place, images):
-        raise JobError(f"{option} {place} and the images {images} lie in each other: give {option} a folder of its own")
 
 
 def _checked_backbone(config: FeatureConfig) -> Backbone:
@@ -342,20 +295,6 @@ def _pca_configuration(config: UpsampleConfig, k: int, basis: Basis | None, rows
 def _storage_configuration(config: UpsampleConfig) -> StorageConfiguration:
     floor = config.error_floor if config.dtype == "int8" else None
     return StorageConfiguration(config.dtype, config.shard_rows, ZSTD_LEVEL, floor)
-
-
-def _check_same(stored: StoreAttributes, configuration: StoreConfiguration, store: str) -> None:
-    """Refuse to mix two configurations in one store."""
-    if different := incompatibilities(stored.configuration, configuration):
-        raise JobError(
-            f"--resume: the store {store} was made with another configuration:\n  "
-            + "\n  ".join(different)
-            + "\nGive the options it was begun with, or another --store, or --overwrite to begin anew"
-        )
-
-
-def _few(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (" …" if keys[3:] else "")
 
 
 def _short(value: Any) -> str:

@@ -21,7 +21,8 @@ from pipeline.images.listing.source import Source, keys_digest, list_images
 from pipeline.io.outputs import check_output_file
 from pipeline.io.storage import check_writable, storage_explained
 from pipeline.reporting.software import software_versions
-from pipeline.run.plan import check_apart, cluster_scan_map
+from pipeline.run.places import check_apart
+from pipeline.run.plan import cluster_scan_map
 from pipeline.train.checkpoints import has_checkpoints
 from pipeline.train.data import ImageTable, key_hash
 from pipeline.train.objectives.lift import lift_scales

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["AttentionDownsampler", "SimpleDownsampler", "blur_matrix", "mean_matrix"]
+from pipeline.views.published import ATTENTION_NOISE, BLUR_SIGMA_PX, BLUR_TAPS
 
-_NOISE = 0.01  # published: deviation of the attention's initial weights and biases
+__all__ = ["AttentionDownsampler", "SimpleDownsampler", "blur_matrix", "mean_matrix"]
 
 
 class SimpleDownsampler(nn.Module):
@@ -62,8 +62,8 @@ class AttentionDownsampler(nn.Module):
     def __init__(self, num_chs: int, cell_px: int) -> None:
         super().__init__()
         self.saliency = nn.Linear(num_chs, 1)
-        self.weight = nn.Parameter(1 + _NOISE * torch.randn(cell_px, cell_px))
-        self.bias = nn.Parameter(_NOISE * torch.randn(cell_px, cell_px))
+        self.weight = nn.Parameter(1 + ATTENTION_NOISE * torch.randn(cell_px, cell_px))
+        self.bias = nn.Parameter(ATTENTION_NOISE * torch.randn(cell_px, cell_px))
 
     def direction(self, kept: Tensor) -> Tensor:
         """What to project features on for their saliency.
@@ -93,7 +93,7 @@ class AttentionDownsampler(nn.Module):
 
 
 @functools.lru_cache(8)
-def blur_matrix(length: int, *, taps: int = 5, sigma_px: float = 1.0) -> Tensor:
+def blur_matrix(length: int, *, taps: int = BLUR_TAPS, sigma_px: float = BLUR_SIGMA_PX) -> Tensor:
     """Gaussian blur along an axis, reflected at its ends: [length, length] float64, rows sum to 1.
 
     Args:

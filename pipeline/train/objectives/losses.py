@@ -4,15 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.views.published import DEVIATION_INITIAL, LEAST_DEVIATION
+
 __all__ = ["Uncertainty", "cosine_distance", "random_projection", "sampled_crf", "uncertain_error"]
 
 # Published values. Squared distances are of positions as shares of height and width, and of colours of images
 # normalised with ImageNet's mean and deviation.
 _CRF_NEAR_AND_ALIKE, _CRF_NEAR = 10.0, 3.0
 _CRF_POSITION, _CRF_COLOUR, _CRF_NEAR_POSITION = 0.1, 0.15, 0.005
-
-_LEAST_DEVIATION = 1e-4
-_INITIAL = 0.1  # published: the initial logarithm of the deviation, and the factor on the initial weights
 
 
 class Uncertainty(nn.Module):
@@ -27,12 +26,12 @@ class Uncertainty(nn.Module):
         self.net = nn.Conv2d(num_chs, 1, 1)
         with torch.no_grad():
             for parameter in self.net.parameters():
-                parameter.mul_(_INITIAL)
+                parameter.mul_(DEVIATION_INITIAL)
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, C, h, w] centred features of unit variance -> [B, 1, h, w], at least 1e-4."""
-        logarithm: Tensor = self.net(features) + _INITIAL
-        return logarithm.exp().clamp_min(_LEAST_DEVIATION)
+        logarithm: Tensor = self.net(features) + DEVIATION_INITIAL
+        return logarithm.exp().clamp_min(LEAST_DEVIATION)
 
 
 def uncertain_error(predicted: Tensor, target: Tensor, deviation: Tensor) -> Tensor:

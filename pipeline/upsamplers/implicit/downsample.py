@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from kernels.window.sum import window_sum
 from pipeline.views.downsample import blur_matrix
 from pipeline.views.jitter import Jitter, view_matrices
+from pipeline.views.published import ATTENTION_NOISE, BLUR_TAPS
 
 __all__ = ["AttentionDownsamplers", "DownsamplerDropout", "Windows"]
 
-_BLUR_TAPS = 5  # published; a deviation of 1 pixel, `blur_matrix`
-_NOISE = 0.01  # published: deviation of the attention's initial weights and biases
 _VIEWS_AT_ONCE = 64  # whose matrices are made: 50 MB in float64
 
 
@@ -115,8 +114,8 @@ class AttentionDownsamplers(nn.Module):
         bound = num_chs**-0.5  # PyTorch's initial values of a linear layer
         self.saliency_weight = stacked((2 * torch.rand(num_chs, generator=generator) - 1) * bound)
         self.saliency_bias = stacked((2 * torch.rand((), generator=generator) - 1) * bound)
-        self.weight = stacked(1 + _NOISE * torch.randn(cell_px, cell_px, generator=generator))
-        self.bias = stacked(_NOISE * torch.randn(cell_px, cell_px, generator=generator))
+        self.weight = stacked(1 + ATTENTION_NOISE * torch.randn(cell_px, cell_px, generator=generator))
+        self.bias = stacked(ATTENTION_NOISE * torch.randn(cell_px, cell_px, generator=generator))
 
     def forward(self, maps: Tensor, windows: Windows, dropout: DownsamplerDropout | None = None) -> Tensor:
         """Downsample V views of each image's features.
@@ -166,8 +165,8 @@ def _windows(view: Tensor, cells: int, cell_px: int, stride: int) -> tuple[Tenso
     """[V, length, length] -> [V, cells, cell, S] float32 and where they begin [V, cells]."""
     length = view.shape[1]
     # A cell, what its blur reaches, and the second pixel of an interpolation; zooming and reflection make it smaller.
-    window = min(length, cell_px + _BLUR_TAPS)
-    blurred = blur_matrix(length, taps=_BLUR_TAPS) @ view
+    window = min(length, cell_px + BLUR_TAPS)
+    blurred = blur_matrix(length, taps=BLUR_TAPS) @ view
     starts = stride * torch.arange(cells)
     pieces = blurred[:, starts[:, None] + torch.arange(cell_px)]  # [V, cells, cell, length]
     first = (pieces != 0).any(2).int().argmax(2).clamp(max=length - window)  # [V, cells]

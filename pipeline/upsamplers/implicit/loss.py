@@ -7,13 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.views.downsample import blur_matrix
+from pipeline.views.published import BLUR_TAPS, DEVIATION_INITIAL, LEAST_DEVIATION
 
 __all__ = ["PUBLISHED_WEIGHTS", "LossWeights", "Uncertainty", "loss_of_images", "magnitude"]
 
-_SMALLEST_SCALE = 1e-4  # published
-_SCALE_OFFSET = 0.1  # published: added to the logarithm of the scale
 _SMALLEST_SQUARE = 1e-12
-_BLUR_TAPS = 5
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Uncertainty(nn.Module):
     def __init__(self, images: int, num_chs: int, *, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        bound = 0.1 * num_chs**-0.5  # published: a tenth of PyTorch's initial values
+        bound = DEVIATION_INITIAL * num_chs**-0.5  # a tenth of PyTorch's initial values
         weight = (2 * torch.rand(num_chs, generator=generator) - 1) * bound
         bias = (2 * torch.rand((), generator=generator) - 1) * bound
         self.weight, self.bias = nn.Parameter(weight.repeat(images, 1)), nn.Parameter(bias.repeat(images))
@@ -56,7 +54,7 @@ class Uncertainty(nn.Module):
     def forward(self, targets: Tensor) -> Tensor:
         """[N, V, h, w, k] -> scales [N, V, h, w], positive."""
         logarithms = torch.einsum("nvijc,nc->nvij", targets, self.weight) + self.bias[:, None, None, None]
-        return (logarithms + _SCALE_OFFSET).exp().clamp_min(_SMALLEST_SCALE)
+        return (logarithms + DEVIATION_INITIAL).exp().clamp_min(LEAST_DEVIATION)
 
 
 def loss_of_images(
@@ -102,11 +100,11 @@ def _total_variation(maps: Tensor) -> Tensor:
 def _difference_from_blur(maps: Tensor) -> Tensor:
     """[N, H, W, k] -> [N]: mean square of the features less their Gaussian blur, reflected at the border."""
     channels = maps.shape[3]
-    length = 2 * _BLUR_TAPS  # long enough for its middle row to be the kernel, whole
-    taps = blur_matrix(length, taps=_BLUR_TAPS)[_BLUR_TAPS]
+    length = 2 * BLUR_TAPS  # long enough for its middle row to be the kernel, whole
+    taps = blur_matrix(length, taps=BLUR_TAPS)[BLUR_TAPS]
     taps = taps[taps > 0].to(maps.device, maps.dtype)
     kernel = -torch.outer(taps, taps)
-    kernel[_BLUR_TAPS // 2, _BLUR_TAPS // 2] += 1
-    padded = F.pad(maps.permute(0, 3, 1, 2), [_BLUR_TAPS // 2] * 4, mode="reflect")
+    kernel[BLUR_TAPS // 2, BLUR_TAPS // 2] += 1
+    padded = F.pad(maps.permute(0, 3, 1, 2), [BLUR_TAPS // 2] * 4, mode="reflect")
     rest = F.conv2d(padded, kernel.expand(channels, 1, -1, -1), groups=channels)
     return rest.square().flatten(1).mean(1)

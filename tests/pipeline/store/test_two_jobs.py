@@ -16,7 +16,8 @@ from jobs.verify_store import VerifyConfig, verify
 from pipeline.errors import JobError
 from pipeline.features.pca import Basis
 from pipeline.run.job import carry_out
-from pipeline.run.plan import Plan, check_apart, make_plan
+from pipeline.run.places import check_apart
+from pipeline.run.plan import Plan, make_plan
 from pipeline.run.prepare import prepare
 from pipeline.run.shard_worker import ShardWorker, StoreEncoding
 from pipeline.run.workers import InlineWorkers

@@ -26,7 +26,7 @@ from kernels.quantization import Quantization, quantized
 from tests.helpers.jbu import ALL, COMPILED, device_of, random_copy, random_kernel, random_stage
 from tests.helpers.rounding import assert_close
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "reference" / "featup_jbu_stack.npz"
+GOLDEN = Path(__file__).parents[4] / "shared" / "reference" / "featup_jbu_stack.npz"
 
 
 # --- Against FeatUp's own results ---

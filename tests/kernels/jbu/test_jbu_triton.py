@@ -41,7 +41,7 @@ if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
 if CUDA:
     pytestmark = pytest.mark.gpu
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "reference" / "featup_jbu_stack.npz"
+GOLDEN = Path(__file__).parents[4] / "shared" / "reference" / "featup_jbu_stack.npz"
 TRITON = {"implementation": "triton"}
 # Three roundings on the way to the output, each half a unit in the last place.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}

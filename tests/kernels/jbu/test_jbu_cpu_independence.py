@@ -17,7 +17,7 @@ from kernels.jbu import cpu as jbu_cpu
 from kernels.quantization import Quantization
 from tests.helpers.jbu import random_stage
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CPU = {"implementation": "cpu"}
 
 

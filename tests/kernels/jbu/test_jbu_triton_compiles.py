@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # that a program can have, in bytes
 MATRIX_UNITS = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
 OPERATIONS = (

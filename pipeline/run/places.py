@@ -1,0 +1,76 @@
+"""The places that a job names: the store that may be there already, and images that must not lie in it."""
+
+from pathlib import Path
+
+from densefeat.storage.objects import Objects
+from densefeat.storage.places import absolute_place, encloses, is_local
+from pipeline.errors import JobError
+from pipeline.io.storage import storage_explained
+from pipeline.store.layout import existing_store, foreign_keys, remains
+from schemas.attributes import StoreAttributes
+from schemas.configuration import StoreConfiguration, incompatibilities
+from schemas.options import UpsampleConfig
+
+__all__ = ["check_apart", "check_same", "stored_attributes_at"]
+
+
+def stored_attributes_at(config: UpsampleConfig) -> StoreAttributes | None:
+    """Attributes of the store at ``--store``, None if nothing is there.
+
+    Raises:
+        JobError: something else is there, or a store that the options neither resume nor overwrite.
+    """
+    with storage_explained(f"--store {config.store}"):
+        objects = Objects(config.store)
+        stored = existing_store(objects)
+        if stored is None and (others := foreign_keys(objects)):
+            raise JobError(
+                f"--store {config.store!r} holds other things ({_few(others)}): choose an empty place for the store"
+            )
+        if stored is None and not config.overwrite and (parts := remains(objects)):
+            stored = existing_store(objects)  # another job may set it up this very moment
+            if stored is None:
+                raise JobError(
+                    f"--store {config.store} holds parts of a store ({_few(parts)}), but no zarr.json: a deletion or a "
+                    "copy was interrupted; --overwrite deletes them and begins anew"
+                )
+        if stored and not (config.resume or config.overwrite):
+            raise JobError(
+                f"--store {config.store} exists: --resume goes on with it, --overwrite deletes it and begins anew"
+            )
+    return stored
+
+
+def check_same(stored: StoreAttributes, configuration: StoreConfiguration, store: str) -> None:
+    """Refuse to mix two configurations in one store.
+
+    Raises:
+        JobError: they are not compatible; names each difference.
+    """
+    if different := incompatibilities(stored.configuration, configuration):
+        raise JobError(
+            f"--resume: the store {store} was made with another configuration:\n  "
+            + "\n  ".join(different)
+            + "\nGive the options it was begun with, or another --store, or --overwrite to begin anew"
+        )
+
+
+def check_apart(images: str, option: str, place: str) -> None:
+    """Refuse a result among the images, or images in the result: the next listing would take one for the other.
+
+    Args:
+        images: folder or URI of images.
+        option: of the command line that names the place.
+        place: folder or URI that the result goes to.
+
+    Raises:
+        JobError: they lie in each other.
+    """
+    if is_local(images) and not Path(absolute_place(images)).is_dir():
+        return  # files or a pattern: the place is refused if it holds them
+    if encloses(images, place) or encloses(place, images):
+        raise JobError(f"{option} {place} and the images {images} lie in each other: give {option} a folder of its own")
+
+
+def _few(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (" …" if keys[3:] else "")
