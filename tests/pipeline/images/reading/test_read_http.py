@@ -9,14 +9,17 @@ import pytest
 
 from densefeat.errors import StorageUnavailable
 from pipeline.errors import ImageError
-from tests.helpers.web import Request, Web, body, status
-from tests.helpers.web_reading import (
+from tests.helpers.web import (
+    Request,
+    Web,
+    body,
     endless,
     read,
     read_one,
     redirect,
     references,
     silent,
+    status,
 )
 
 pytestmark = pytest.mark.usefixtures("unknown_hosts")

@@ -12,8 +12,10 @@ import pytest
 from densefeat.errors import StorageUnavailable
 from pipeline.errors import ImageError, JobError
 from pipeline.images.reading.read import read_images
-from tests.helpers.web import Answer, Web, body, serving, status
-from tests.helpers.web_reading import (
+from tests.helpers.web import (
+    Answer,
+    Web,
+    body,
     cut,
     cut_chunk,
     dripping,
@@ -22,8 +24,10 @@ from tests.helpers.web_reading import (
     read_one,
     references,
     reset,
+    serving,
     silent,
     silent_after_its_head,
+    status,
 )
 
 pytestmark = pytest.mark.usefixtures("unknown_hosts")
