@@ -58,7 +58,7 @@ def run(
         logger.error("interrupted: %s", error if error.args else interrupted)
         _leave(INTERRUPTED)
     except Exception:
-        logger.exception("this is a fault in densefeat, or of the machine; please report it with what stands here")
+        logger.exception("internal error; please report it with the traceback below")
         code = FAULT
     sys.exit(code)
 

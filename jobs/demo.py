@@ -56,7 +56,7 @@ def demo(config: DemoConfig) -> int:
         )
     )
     if code != DONE or verify(VerifyConfig(store=str(store))) != DONE:
-        raise JobError(f"the store {store} did not come out whole; what went wrong is said above")
+        raise JobError(f"the store {store} is incomplete; see the errors above")
     return show(
         ShowConfig(
             store=str(store),

@@ -77,7 +77,7 @@ def _repair(objects: Objects, damaged: list[int], *, tables: bool) -> None:
     elif damaged:
         take_out(objects, damaged)
     if damaged:
-        logger.info("taken out of the ledger: run the main job with --resume to make them anew")
+        logger.info("removed from the ledger: run the main job with --resume to remake them")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The rooms of the code: what each may import, how large a file and a folder may be."""
 
 import ast
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,3 +90,22 @@ def test_every_room_says_what_it_is_for() -> None:
     rooms = [file for package in PACKAGES[:-1] for file in modules(package).values() if file.name == "__init__.py"]
     silent = [file for file in rooms if len(ast.get_docstring(ast.parse(file.read_text())) or "") < 20]
     assert not silent
+
+
+def test_the_readmes_tree_is_the_tree() -> None:
+    text = (ROOT / "README.md").read_text().partition("## The tree")[2]
+    shown: dict[str, set[str]] = {}
+    package = ""
+    for line in re.search(r"```\n(.*?)```", text, re.DOTALL)[1].splitlines():  # type: ignore[index]
+        names = re.match(r" *((?:\w+/ ?)+)", line)[1].split()  # type: ignore[index]
+        if line.startswith(" "):
+            shown[package] |= set(names)
+        else:
+            (package,) = names
+            shown[package] = set()
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    folders: dict[str, set[str]] = {}
+    for parts in (Path(file).parts for file in tracked):
+        if len(parts) > 1 and not parts[0].startswith("."):
+            folders.setdefault(f"{parts[0]}/", set()).update({f"{parts[1]}/"} if len(parts) > 2 else ())
+    assert shown == folders

@@ -173,7 +173,7 @@ def build_backbone(name: str, *, size: tuple[int, int], weights: str = "pretrain
     _check_patches(name, model, size)
     backbone = Backbone(name, model, layer=index, size=size, norm=_has_norm(model, index))
     if weights == "random":
-        _logger.warning("Backbone %s has random weights: its features mean nothing.", name)
+        _logger.warning("Backbone %s has random weights: its features are meaningless.", name)
         return backbone
     if weights == "pretrained":
         state = _pretrained_state(name, size)

@@ -117,7 +117,7 @@ class Report:
         )
         return [
             *(f"made on     {device}" for device in made_on),
-            f"rate        {self.images_per_second:.1f} images/s, after {start:.1f} s of start and PCA",
+            f"rate        {self.images_per_second:.1f} images/s, excluding {start:.1f} s of startup and PCA",
             f"seconds     {stages} (busy, summed over threads and workers)",
         ]
 

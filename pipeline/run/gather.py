@@ -55,7 +55,7 @@ def gather(
     if total is None or total.images == 0:
         error = total.first_error if total else None
         raise JobError(
-            f"{what}: none of {tried:,} sampled images is usable; the first error is: {error or 'none was recorded'}. "
+            f"{what}: none of the {tried:,} sampled images is usable; first error: {error or 'none was recorded'}. "
             "Check --images, and --min-side and --max-pixels if they leave images out"
         )
     return total

@@ -137,14 +137,14 @@ def what_is_kept(plan: Plan, objects: Objects, *, set_up: bool) -> str:
         stored = existing_store(objects)
         finished = len(objects.list(layout.LEDGER)) if stored else 0
     except (DensefeatError, OSError) as error:
-        return f"what is stored cannot be seen now ({error}): go on with --resume"
+        return f"the store cannot be read now ({error}): continue with --resume"
     if stored is None:
         return "nothing was stored: run the same command again"
     if not set_up and stored == plan.stored:
-        return "the store is what it was before: run the same command again"
+        return "the store is unchanged: run the same command again"
     if not finished:
-        return "no shard is finished, but the store was begun: --resume goes on with it"
-    return f"{finished:,} of {plan.features.shards:,} shards are finished and kept; --resume goes on from them"
+        return "the store was started, but no shard is finished: continue with --resume"
+    return f"{finished:,} of {plan.features.shards:,} shards are finished and kept; continue with --resume"
 
 
 @contextmanager

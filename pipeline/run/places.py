@@ -24,20 +24,16 @@ def stored_attributes_at(config: UpsampleConfig) -> StoreAttributes | None:
         objects = Objects(config.store)
         stored = existing_store(objects)
         if stored is None and (others := foreign_keys(objects)):
-            raise JobError(
-                f"--store {config.store!r} holds other things ({_few(others)}): choose an empty place for the store"
-            )
+            raise JobError(f"--store {config.store!r} is not empty ({_few(others)}): choose an empty location")
         if stored is None and not config.overwrite and (parts := remains(objects)):
             stored = existing_store(objects)  # another job may set it up this very moment
             if stored is None:
                 raise JobError(
                     f"--store {config.store} holds parts of a store ({_few(parts)}), but no zarr.json: a deletion or a "
-                    "copy was interrupted; --overwrite deletes them and begins anew"
+                    "copy was interrupted; pass --overwrite to delete them and start over"
                 )
         if stored and not (config.resume or config.overwrite):
-            raise JobError(
-                f"--store {config.store} exists: --resume goes on with it, --overwrite deletes it and begins anew"
-            )
+            raise JobError(f"--store {config.store} exists: pass --resume to continue it or --overwrite to replace it")
     return stored
 
 
@@ -49,9 +45,9 @@ def check_same(stored: StoreAttributes, configuration: StoreConfiguration, store
     """
     if different := incompatibilities(stored.configuration, configuration):
         raise JobError(
-            f"--resume: the store {store} was made with another configuration:\n  "
+            f"--resume: the store {store} was made with a different configuration:\n  "
             + "\n  ".join(different)
-            + "\nGive the options it was begun with, or another --store, or --overwrite to begin anew"
+            + "\nUse the original options, choose another --store, or pass --overwrite to start over"
         )
 
 
@@ -64,12 +60,12 @@ def check_apart(images: str, option: str, place: str) -> None:
         place: folder or URI that the result goes to.
 
     Raises:
-        JobError: they lie in each other.
+        JobError: they overlap.
     """
     if is_local(images) and not Path(absolute_place(images)).is_dir():
         return  # files or a pattern: the place is refused if it holds them
     if encloses(images, place) or encloses(place, images):
-        raise JobError(f"{option} {place} and the images {images} lie in each other: give {option} a folder of its own")
+        raise JobError(f"{option} {place} and the images {images} overlap: use a separate folder for {option}")
 
 
 def _few(keys: list[str]) -> str:

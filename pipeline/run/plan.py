@@ -194,7 +194,7 @@ def read_basis(uri: str, backbone: Backbone) -> Basis:
     """A basis from ``jobs/fit_pca.py`` (.npz) or from another store, checked against the backbone.
 
     Raises:
-        JobError: it cannot be read, or was fitted on other features.
+        JobError: it cannot be read, or was fitted to other features.
     """
     if uri.endswith(".npz"):
         try:
@@ -208,9 +208,9 @@ def read_basis(uri: str, backbone: Backbone) -> Basis:
     other, own = provenance["backbone"], backbone.identity()
     if other != own:
         raise JobError(
-            f"--pca {uri} was fitted on other features: "
+            f"--pca {uri} was fitted to other features: "
             + "; ".join(differences(other, own))
-            + ". Fit a basis on this backbone, or leave --pca out"
+            + ". Fit a basis to this backbone, or omit --pca"
         )
     return basis
 

@@ -145,9 +145,9 @@ def _stored_encoding(plan: Plan, objects: Objects) -> StoreEncoding:
     store = FeatureStore(objects.uri)
     basis, attributes = Basis.of_store(store), stored_attributes(objects.uri, store.attributes)
     if basis.digest != attributes.configuration.pca.basis:
-        raise JobError(f"the PCA basis in {objects.uri} is not the one that its attributes name: use --overwrite")
+        raise JobError(f"the PCA basis in {objects.uri} does not match its attributes: use --overwrite")
     if step_sha256(store.step) != attributes.step_sha256:
-        raise JobError(f"the steps in {objects.uri} are not those that its attributes name: use --overwrite")
+        raise JobError(f"the steps in {objects.uri} do not match its attributes: use --overwrite")
     if store.layout != plan.features:
         raise JobError(f"the array in {objects.uri} is {store.layout}, expected {plan.features}: use --overwrite")
     return StoreEncoding(basis, store.step, attributes.hash)

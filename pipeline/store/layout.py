@@ -169,7 +169,7 @@ def complete_setup(objects: Objects, features: FeatureLayout, index: pa.Table) -
         objects.put(layout.ATTRIBUTES, root)
     stored = existing_store(objects)
     if stored is None or stored != attributes.completed():
-        raise FileExistsError(f"another job has begun the store {objects.uri} anew")
+        raise FileExistsError(f"another job replaced the store {objects.uri}")
     return stored
 
 

@@ -174,7 +174,7 @@ def _check_same_store(objects: Objects, configuration_hash: str) -> None:
     except StoreError as error:
         raise JobError(f"{error}: another job has deleted the store that this one writes") from error
     if stored != configuration_hash:
-        raise JobError(f"{objects.uri} is another store by now: another job has begun it anew (--overwrite)")
+        raise JobError(f"{objects.uri} is now another store: another job replaced it (--overwrite)")
 
 
 def _recorded(objects: Objects, shard: int, configuration_hash: str) -> LedgerRecord | None:

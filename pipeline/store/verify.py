@@ -100,7 +100,7 @@ class StoreCheck:
         except ValueError as error:
             return [f"the attributes are damaged: {error}"]
         if attributes.hash != self._store.attributes["configuration_hash"]:
-            return ["the configuration is not the one that its hash was made of"]
+            return ["the configuration does not match its hash"]
         return []
 
     def arrays(self) -> list[str]:
@@ -109,9 +109,9 @@ class StoreCheck:
         try:
             attributes = stored_attributes(self._store.uri, self._store.attributes)
             if Basis.of_store(self._store).digest != attributes.configuration.pca.basis:
-                problems.append("the PCA basis is not the one that the attributes name")
+                problems.append("the PCA basis does not match the attributes")
             if step_sha256(self._store.step) != attributes.step_sha256:
-                problems.append("the quantization steps are not those that the attributes name")
+                problems.append("the quantization steps do not match the attributes")
         except StoreError as error:
             problems.append(str(error))
         return problems
@@ -132,7 +132,7 @@ class StoreCheck:
         except StoreError:
             return []  # `attributes` tells
         if keys_digest(index) != attributes.configuration.source.keys_sha256:
-            return ["the keys in the index are not those that the attributes name"]
+            return ["the keys in the index do not match the attributes"]
         if not self._objects.exists(layout.MANIFEST):
             return []  # what the ledger says was merged as it was read
         for shard, record in self._sound_records.items():

@@ -120,10 +120,12 @@ def training_batches(
             for place, image in enumerate(batch.decoded):
                 while not isinstance(image, Decoded):
                     if names[place] not in told:
-                        logger.warning("%s cannot be used, another image takes its place: %s", names[place], image)
+                        logger.warning("%s cannot be used and is replaced: %s", names[place], image)
                         told.add(names[place])
                     if attempt == _SUBSTITUTES:
-                        raise JobError(f"{attempt} images in a row cannot be used; the last is {names[place]}: {image}")
+                        raise JobError(
+                            f"{attempt} images in a row cannot be used; the last one is {names[place]}: {image}"
+                        )
                     other = references.take([order.substitute(step, rank, attempt)])
                     attempt += 1
                     (found,) = loader.batches(other, StageSeconds())
@@ -154,7 +156,7 @@ def first_usable(
             elif len(kept) < count:
                 reason = f"; {key} cannot: {image}"
                 if tell:
-                    logger.warning("%s cannot be used, and is not measured on: %s", key, image)
+                    logger.warning("%s cannot be used and is left out of the measurements: %s", key, image)
         if len(kept) >= count:
             names, pixels = zip(*kept[:count], strict=True)
             return list(names), torch.stack(pixels)

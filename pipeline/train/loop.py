@@ -35,7 +35,7 @@ _STEP = ("data", "backbone", "forward", "backward", "optimizer")  # the stages o
 
 
 def train(plan: TrainPlan, world: World, *, threads: int, built: list[Backbone] | None = None) -> None:
-    """Be one of the processes of a training, from its newest checkpoint to its result.
+    """Run one process of a training, from its newest checkpoint to its result.
 
     Args:
         plan: of the job.

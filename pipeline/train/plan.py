@@ -116,9 +116,9 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
     )
     if stored is not None and (different := differences(stored, plan.configuration)):
         raise JobError(
-            f"--resume: {config.output} was begun with another configuration:\n  "
+            f"--resume: {config.output} was started with a different configuration:\n  "
             + "\n  ".join(different)
-            + "\nGive the options it was begun with, or another --output"
+            + "\nUse the original options, or choose another --output"
         )
     if not config.dry_run:
         _check_writable(config)
@@ -194,7 +194,9 @@ def _stored_configuration(config: TrainConfig) -> dict[str, Any] | None:
                 "begin anew with another"
             ) from error
     if not config.resume:
-        raise JobError(f"--output {config.output} has a training already: --resume goes on with it, or choose another")
+        raise JobError(
+            f"--output {config.output} already holds a training: pass --resume to continue it, or choose another"
+        )
     return stored
 
 

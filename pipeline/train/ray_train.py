@@ -117,7 +117,7 @@ def _persistently(fit: Callable[[], None], attempts: int, failure: type[Exceptio
                     f"workers died {deaths} times, the last one of this: {last_line(error)}. --resume goes on from "
                     "the newest checkpoint"
                 ) from error
-            logger.warning("a worker died, training goes on from the newest checkpoint: %s", last_line(error))
+            logger.warning("a worker died; training continues from the newest checkpoint: %s", last_line(error))
 
 
 def _interruptible(fit: Callable[[], Any]) -> None:

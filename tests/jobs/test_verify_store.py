@@ -144,7 +144,7 @@ def test_other_keys_are_found(known: KnownStore, caplog: pytest.LogCaptureFixtur
     keys = index["key"].to_pylist()[::-1]
     path.write_bytes(parquet_bytes(index.set_column(index.column_names.index("key"), "key", pa.array(keys))))
     assert verify(VerifyConfig(store=known.uri, repair=True)) == 1
-    assert "the keys in the index are not those that the attributes name" in caplog.text
+    assert "the keys in the index do not match the attributes" in caplog.text
     assert verify(VerifyConfig(store=known.uri)) == 0
     assert FeatureStore(known.uri).keys == references()["key"].to_pylist()
 

@@ -37,7 +37,7 @@ def test_sizes(text: str, size: tuple[int, int]) -> None:
         ({"error_floor": float("nan")}, "--error-floor must be a finite number: got nan"),
         ({"stall_timeout_s": float("inf")}, "--stall-timeout-s must be a finite number: got inf"),
         ({"max_failed_share": 2}, "--max-failed-share is a share"),
-        ({"resume": True, "overwrite": True}, "give one of them"),
+        ({"resume": True, "overwrite": True}, "pass only one"),
         ({"shards": "1-3"}, "--shards is a range"),
         ({"shards": "3:3"}, "is empty"),
     ],

@@ -36,9 +36,7 @@ def ray_workers(
     if device == "auto":
         device = "cuda" if gpus else "cpu"
         if not gpus and may_grow:
-            logger.warning(
-                "the cluster has no GPU at present: running on CPUs; --device cuda --workers N asks for GPUs"
-            )
+            logger.warning("the cluster has no GPU now: running on CPUs. To request GPUs: --device cuda --workers N")
     # A cluster can add nodes when they are asked for; Ray in this process has what the machine has.
     if device == "cuda" and not gpus and not (count and may_grow):
         raise JobError(

@@ -99,7 +99,7 @@ class WorkerStarts:
         if self._hopeless(now):
             count = sum(other.failed_in_row for other in self._slots)
             raise JobError(
-                f"no worker can be started: {count} set-ups in a row failed, the last one of this: {reason}. See the "
+                f"no worker can be started: {count} setups failed in a row, the last with: {reason}. See the "
                 "warnings above, and Ray's log files of the workers (by default in /tmp/ray/session_latest/logs)"
             )
 

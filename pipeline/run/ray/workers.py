@@ -150,7 +150,7 @@ class RayWorkers:
         if self._asked_for_at is not None and time.monotonic() - self._asked_for_at > _WAITING_S:
             self._asked_for_at = None
             logger.warning(
-                "no worker has started yet: each asks for %s, the cluster has %s free",
+                "no worker has started yet: each needs %s; the cluster has %s free",
                 " or ".join(sorted({f"{slot.cpus} CPUs and {slot.gpus} GPUs" for slot in self._slots})),
                 ray.available_resources(),
             )
@@ -222,7 +222,7 @@ class RayWorkers:
         now = time.monotonic()
         lost = is_lost_node(error, actor.node)
         logger.warning(
-            "a worker died and is replaced: %s", f"its node {actor.node} is gone" if lost else last_line(error)
+            "replacing a worker that died: %s", f"its node {actor.node} is gone" if lost else last_line(error)
         )
         self._dead.append(_Dead(actor, tasks, error, now if lost else now + _NODE_DEATH_S))
         self._refill(actor, lost)
@@ -288,7 +288,7 @@ class RayWorkers:
             self._queue.progressed(actor, now)
         if actor.unreachable_since is not None:
             actor.unreachable_since = None
-            logger.warning("a worker can be reached again")
+            logger.warning("a worker is reachable again")
         if answer.running <= len(actor.tasks):  # what it still does of calls that were lost is nobody's
             self._queue.pause(actor, False)
         return done
@@ -297,14 +297,14 @@ class RayWorkers:
         """An actor that does not answer is not dead: it is asked again for a while."""
         if actor.unreachable_since is None:
             actor.unreachable_since = time.monotonic()
-            logger.warning("a worker cannot be reached, it is asked again: %s", last_line(error))
+            logger.warning("a worker is unreachable, trying again: %s", last_line(error))
         self._queue.pause(actor)
 
     def _end_those_that_hang(self) -> Iterator[tuple[int, TaskFailed]]:
         now = time.monotonic()
         slots = {actor.slot: actor for actor in self._actors}
         for slot in self._starts.overdue(now):
-            logger.warning("a worker is not set up yet after its time: it is killed")
+            logger.warning("killing a worker that was not ready in time")
             self._remove(slots[slot])
             self._starts.failed(slot, "it took too long", now)
         stalled = self._queue.stalled(self._stall_timeout_s, now)
@@ -313,13 +313,13 @@ class RayWorkers:
             if reachable and actor.in_doubt:  # it came back, but the answers to these calls are lost
                 tasks, actor.in_doubt = actor.in_doubt, []
             elif not reachable and now - (actor.unreachable_since or now) > _UNREACHABLE_S:
-                logger.warning("a worker cannot be reached for %.0f s: it is replaced", _UNREACHABLE_S)
+                logger.warning("replacing a worker that was unreachable for %.0f s", _UNREACHABLE_S)
                 tasks = self._remove(actor)
                 self._refill(actor, lost=True)
             else:
                 silent = actor.room and actor.images is None and now - actor.asked_at > self._stall_timeout_s
                 if actor in stalled or silent:
-                    logger.warning("a worker showed no progress for %.0f s: it is killed", self._stall_timeout_s)
+                    logger.warning("killing a worker: no progress for %.0f s", self._stall_timeout_s)
                     self._starts.gone(actor.slot)
                     for task in self._remove(actor):
                         reason = f"its worker showed no progress for {self._stall_timeout_s:.0f} s"

@@ -28,7 +28,7 @@ def test_where_no_set_up_succeeds_the_job_ends() -> None:
             fail(policy, slot, now)
         now += 300
     fail(policy, *policy.due(now)[:1], now)
-    with pytest.raises(JobError, match=r"6 set-ups in a row failed, .*no such weights"):
+    with pytest.raises(JobError, match=r"6 setups failed in a row, .*no such weights"):
         fail(policy, 1, now)
 
 
@@ -86,7 +86,7 @@ def test_nodes_may_still_come_but_not_for_ever() -> None:
     for now in (0, 100, 200, 300, 599):
         fail(policy, 1, now)
         policy.due(now + 300)
-    with pytest.raises(JobError, match="6 set-ups in a row"):
+    with pytest.raises(JobError, match="6 setups failed in a row"):
         fail(policy, 1, 600)
 
 

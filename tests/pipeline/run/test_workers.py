@@ -198,7 +198,7 @@ def test_a_task_that_kills_its_worker(tmp_path: Path, caplog: pytest.LogCaptureF
     assert isinstance(found[0], TaskFailed)
     assert found[0].attempts == 2
     assert "its worker died" in found[0].reason
-    assert caplog.text.count("a worker died and is replaced") == 2
+    assert caplog.text.count("replacing a worker that died") == 2
 
 
 @pytest.mark.usefixtures("ray_here")
@@ -244,8 +244,8 @@ def test_a_set_up_that_fails_is_tried_again(tmp_path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("raises", "no worker can be started: 2 set-ups in a row failed, the last one of this: OSError: no weights"),
-        ("dies", "no worker can be started: 2 set-ups in a row failed"),
+        ("raises", "no worker can be started: 2 setups failed in a row, the last with: OSError: no weights"),
+        ("dies", "no worker can be started: 2 setups failed in a row"),
         ("refuses", "the backbone is not the driver's"),
     ],
 )

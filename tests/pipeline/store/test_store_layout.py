@@ -169,8 +169,8 @@ def test_verifying_finds_another_basis_and_other_steps(known: KnownStore) -> Non
     group["step"][0] = 7
     group["pca/mean"][0] = 7
     assert StoreCheck(known.uri).store() == [
-        "the PCA basis is not the one that the attributes name",
-        "the quantization steps are not those that the attributes name",
+        "the PCA basis does not match the attributes",
+        "the quantization steps do not match the attributes",
     ]
 
 

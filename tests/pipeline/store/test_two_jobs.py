@@ -194,5 +194,5 @@ def test_images_and_results_are_kept_apart(tmp_path: Path, images: str, store: s
     if apart:
         check_apart(images, "--store", store)
     else:
-        with pytest.raises(JobError, match="lie in each other"):
+        with pytest.raises(JobError, match="overlap"):
             check_apart(images, "--store", store)

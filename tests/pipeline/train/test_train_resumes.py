@@ -97,7 +97,7 @@ def test_backbones_take_turns_in_the_order_that_they_began_in(photographs: Path,
 
 def test_another_training_is_not_gone_on_with(undisturbed: Path, photographs: Path) -> None:
     config = train_config(photographs, undisturbed, steps=8)
-    with pytest.raises(JobError, match=r"has a training already: --resume goes on with it"):
+    with pytest.raises(JobError, match=r"already holds a training: pass --resume to continue it"):
         train_upsampler(config)
     changed = {"seed": 1, "jitters": 3, "backbones": ("resnet18@2=random",), "max_pixels": 10**6, "min_side": 9}
     with pytest.raises(JobError) as caught:
