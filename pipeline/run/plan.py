@@ -32,6 +32,7 @@ from schemas.configuration import (
     GeometryConfiguration,
     PcaConfiguration,
     SourceConfiguration,
+    SourceKind,
     StorageConfiguration,
     StoreConfiguration,
     differences,
@@ -118,43 +119,13 @@ def make_plan(config: UpsampleConfig) -> Plan:
     basis = None if config.pca is None else read_basis(config.pca, backbone)
     k = _components(config, backbone, basis)
     source, references, class_names, findings = _source(config, resumed)
-    images = ImageRecipe(
-        source.kind,
-        source.image_column,
-        Geometry(config.size_px, config.fit, config.output_size_px),
-        config.max_pixels,
-        config.min_side,
-    )
-    recipe = UpsampleRecipe(
-        images=images,
-        backbone=config.backbone,
-        layer=backbone.layer,
-        weights=config.weights,
-        backbone_identity=backbone.identity(),
-        upsampler=config.upsampler,
-        upsampler_weights=config.upsampler_weights,
-        upsampler_options=config.upsampler_options,
-        upsampler_identity=upsampler.identity(),
-        components=k,
-        dtype=config.dtype,
-        error_floor=config.error_floor,
-        shard_rows=config.shard_rows,
-    )
+    recipe = _upsample_recipe(config, source, k, backbone, upsampler)
     plan = Plan(
         config=config,
         references=references,
         class_names=class_names,
         features=FeatureLayout(references.num_rows, k, *config.output_size_px, config.dtype, config.shard_rows),
-        configuration=StoreConfiguration(
-            source=source,
-            backbone=recipe.backbone_identity,
-            geometry=GeometryConfiguration(
-                config.size_px, config.fit, config.output_size_px, config.max_pixels, config.min_side
-            ),
-            pca=_pca_configuration(config, k, basis, references.num_rows),
-            upsampler=recipe.upsampler_identity,
-            storage=_storage_configuration(config),
-        ),
+        configuration=_configuration(config, source, recipe, basis),
         basis=None if basis is None else basis.truncated(k),
         stored=stored,
         spec=_spec(config, recipe),
@@ -180,10 +151,50 @@ def feature_spec(config: FeatureConfig) -> tuple[WorkerSpec, pa.Table, Stages]:
     source = _listed(config)
     for line in describe_findings(source.findings):
         logger.info("%s", line)
-    geometry = Geometry(config.size_px, config.fit, config.output_size_px)
-    images = ImageRecipe(source.kind, source.image_column, geometry, config.max_pixels, config.min_side)
+    images = _image_recipe(config, source.kind, source.image_column)
     recipe = FeatureRecipe(images, config.backbone, backbone.layer, config.weights, backbone.identity())
     return _spec(config, recipe), source.references, Stages(backbone)
+
+
+def _image_recipe(config: FeatureConfig, kind: SourceKind, image_column: str | None) -> ImageRecipe:
+    geometry = Geometry(config.size_px, config.fit, config.output_size_px)
+    return ImageRecipe(kind, image_column, geometry, config.max_pixels, config.min_side)
+
+
+def _upsample_recipe(
+    config: UpsampleConfig, source: SourceConfiguration, k: int, backbone: Backbone, upsampler: Upsampler
+) -> UpsampleRecipe:
+    return UpsampleRecipe(
+        images=_image_recipe(config, source.kind, source.image_column),
+        backbone=config.backbone,
+        layer=backbone.layer,
+        weights=config.weights,
+        backbone_identity=backbone.identity(),
+        upsampler=config.upsampler,
+        upsampler_weights=config.upsampler_weights,
+        upsampler_options=config.upsampler_options,
+        upsampler_identity=upsampler.identity(),
+        components=k,
+        dtype=config.dtype,
+        error_floor=config.error_floor,
+        shard_rows=config.shard_rows,
+    )
+
+
+def _configuration(
+    config: UpsampleConfig, source: SourceConfiguration, recipe: UpsampleRecipe, basis: Basis | None
+) -> StoreConfiguration:
+    floor = config.error_floor if config.dtype == "int8" else None
+    return StoreConfiguration(
+        source=source,
+        backbone=recipe.backbone_identity,
+        geometry=GeometryConfiguration(
+            config.size_px, config.fit, config.output_size_px, config.max_pixels, config.min_side
+        ),
+        pca=_pca_configuration(config, recipe.components, basis, source.rows),
+        upsampler=recipe.upsampler_identity,
+        storage=StorageConfiguration(config.dtype, config.shard_rows, ZSTD_LEVEL, floor),
+    )
 
 
 def _spec(config: FeatureConfig, recipe: FeatureRecipe) -> WorkerSpec:
@@ -290,11 +301,6 @@ def _pca_configuration(config: UpsampleConfig, k: int, basis: Basis | None, rows
     if basis is not None:
         return PcaConfiguration(k, basis=basis.truncated(k).digest)
     return PcaConfiguration(k, fitted_on_images=min(config.pca_images or rows, rows))
-
-
-def _storage_configuration(config: UpsampleConfig) -> StorageConfiguration:
-    floor = config.error_floor if config.dtype == "int8" else None
-    return StorageConfiguration(config.dtype, config.shard_rows, ZSTD_LEVEL, floor)
 
 
 def _short(value: Any) -> str:

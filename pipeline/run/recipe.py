@@ -99,10 +99,6 @@ class FeatureRecipe:
         _check_identity("backbone", backbone.identity(), self.backbone_identity)
         return Stages(backbone)
 
-    def identity(self) -> dict[str, Any]:
-        """What the features depend on besides the pixels, JSON types."""
-        return {"backbone": dict(self.backbone_identity)}
-
 
 @dataclass(frozen=True)
 class UpsampleRecipe(FeatureRecipe):
@@ -134,10 +130,6 @@ class UpsampleRecipe(FeatureRecipe):
         upsampler = build_upsampler(self.upsampler, self.upsampler_weights, backbone, self.upsampler_options)
         _check_identity("upsampler", upsampler.identity(), self.upsampler_identity)
         return Stages(backbone, upsampler)
-
-    def identity(self) -> dict[str, Any]:
-        """As `FeatureRecipe.identity`, with the upsampler's."""
-        return {**super().identity(), "upsampler": dict(self.upsampler_identity)}
 
 
 def _check_identity(stage: str, got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
