@@ -1,4 +1,4 @@
-"""Make the README's figures from the rows in ``results/``: python -m benchmarks.figures (extra ``benchmarks``)."""
+"""Make the README's figures from the rows in ``results/``: python -m benchmarks.figures."""
 
 import statistics
 from typing import Any
