@@ -226,7 +226,7 @@ def test_a_basis_can_be_shared(photographs: Path, tmp_path: Path) -> None:
         store = FeatureStore(str(tmp_path / name))
         assert np.array_equal(store.components, FeatureStore(job.store).components)
         assert shard_bytes(tmp_path / name) == shard_bytes(tmp_path / "train")
-    with pytest.raises(JobError, match=r"fitted on other features.*layer: stored 2, asked 1"):
+    with pytest.raises(JobError, match=r"fitted to other features.*layer: stored 2, asked 1"):
         upsample(replace(job, store=str(tmp_path / "other"), layer=1, pca=str(tmp_path / "basis.npz")))
     with pytest.raises(JobError, match="only 8"):
         upsample(replace(job, store=str(tmp_path / "other"), components=9, pca=str(tmp_path / "basis.npz")))

@@ -110,12 +110,12 @@ def test_a_dataset_with_nothing_usable_is_refused(photographs: Path, tmp_path: P
     images.mkdir()
     for i in range(3):
         Image.new("RGB", (4, 4)).save(images / f"{i}.png")
-    with pytest.raises(JobError, match=r"PCA: none of 3 sampled images is usable.*4x4 pixels"):
+    with pytest.raises(JobError, match=r"PCA: none of the 3 sampled images is usable.*4x4 pixels"):
         upsample(config(images, tmp_path / "store"))
     basis = tmp_path / "basis.npz"
     job = config(photographs, tmp_path / "store")
     features = {name: getattr(job, name) for name in FitPcaConfig.__dataclass_fields__ if hasattr(job, name)}
     assert fit_pca(FitPcaConfig(**features, output=str(basis))) == 0
-    with pytest.raises(JobError, match=r"calibration: none of 3 sampled images is usable.*4x4 pixels"):
+    with pytest.raises(JobError, match=r"calibration: none of the 3 sampled images is usable.*4x4 pixels"):
         upsample(config(images, tmp_path / "store", pca=str(basis)))
     assert not (tmp_path / "store").exists()

@@ -227,7 +227,7 @@ def test_a_worker_that_cannot_be_reached_for_a_moment_is_not_dead(caplog: pytest
         assert dict(workers.map(ScriptedWorker.slow, [(3, 0), (3, 1)], on_progress)) == {0: 0, 1: 1}
         assert results(workers, ScriptedWorker.where, ())[0][0] == before
     assert cut
-    assert "a worker cannot be reached, it is asked again" in caplog.text
+    assert "a worker is unreachable, trying again" in caplog.text
     assert "died" not in caplog.text
 
 
