@@ -99,7 +99,7 @@ def test_other_options_do_not_touch_a_claim(photographs: Path, tmp_path: Path, o
     with pytest.raises(JobError, match=rf"with other options: .*(stored|{name})"):
         prepared(late)
     assert {key: objects.get(key) for key in objects.list()} == claimed
-    with pytest.raises(JobError, match="another configuration"):
+    with pytest.raises(JobError, match="a different configuration"):
         make_plan(config(photographs, tmp_path / "store", resume=True, **options))
     carry_out(first, 0.0)
     made = {key: objects.get(key) for key in objects.list()}
