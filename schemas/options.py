@@ -116,7 +116,7 @@ class UpsampleConfig(UpsamplerOptions, FeatureConfig):
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"--max-failed-share is a share: got {self.max_failed_share}, expected 0 … 1")
         if self.resume and self.overwrite:
-            raise ValueError("--resume continues the store, --overwrite replaces it: give one of them")
+            raise ValueError("--resume continues the store, --overwrite replaces it: pass only one")
         if self.output_size is not None:
             parse_size("--output-size", self.output_size)
         self.shard_range(1)

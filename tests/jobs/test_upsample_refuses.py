@@ -56,7 +56,7 @@ def test_store_and_images_are_kept_apart(photographs: Path, tmp_path: Path) -> N
 def test_an_existing_store_is_safe(photographs: Path, tmp_path: Path) -> None:
     job = config(photographs, tmp_path / "store", limit=4)
     assert upsample(job) == 0
-    with pytest.raises(JobError, match=r"exists: --resume .* --overwrite"):
+    with pytest.raises(JobError, match=r"exists: pass --resume .* --overwrite"):
         upsample(job)
     with pytest.raises(JobError) as caught:
         upsample(replace(job, resume=True, layer=1, dtype="float16"))

@@ -189,7 +189,7 @@ def test_nothing_is_repaired_by_damaged_attributes(known: KnownStore, name: str)
     (Path(known.uri) / layout.INDEX).write_bytes(b"")
     before = bytes_of(known.uri)
     damage = "the attributes are damaged: the configuration has unknown parts seed"
-    words = damage if name == "configuration" else "the configuration is not the one"
+    words = damage if name == "configuration" else "the configuration does not match its hash"
     with pytest.raises(JobError, match=f"nothing was repaired: {words}"):
         verify(VerifyConfig(store=known.uri, repair=True))
     assert bytes_of(known.uri) == before

@@ -158,7 +158,7 @@ def test_gathering_goes_on_until_enough_images_are_usable() -> None:
 
 def test_a_sample_with_nothing_usable_is_an_error() -> None:
     workers = CountingWorkers(lambda row: False)
-    with pytest.raises(JobError, match=r"calibration: none of 512 sampled images is usable.*row 2 is corrupt"):
+    with pytest.raises(JobError, match=r"calibration: none of the 512 sampled images is usable.*row 2 is corrupt"):
         gather(workers, FeatureWorker.moments, references(900), 32, images_in_task=4, what="calibration")
     with pytest.raises(JobError, match="failed 3 times: the disk is gone"):
         gather(

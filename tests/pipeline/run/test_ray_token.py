@@ -44,7 +44,7 @@ def test_none_where_ray_can_write_it(environment, tmp_path):
 @pytest.mark.timeout(300)
 def test_ray_starts_without_a_home(environment):
     """Through the job's own connection, in a process of its own: Ray keeps what it read of a token."""
-    code = "import ray\nfrom pipeline import cluster\nwith cluster.connected(): print(ray.is_initialized())"
+    code = "import ray\nfrom pipeline.run.ray import cluster\nwith cluster.connected(): print(ray.is_initialized())"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"HOME": "/proc/none"}, capture_output=True, text=True
     )

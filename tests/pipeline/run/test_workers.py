@@ -209,7 +209,7 @@ def test_a_worker_that_ends_between_two_maps(number: signal.Signals, caplog: pyt
         os.kill(first, number)
         second = results(workers, ScriptedWorker.where, ())[0][0]  # at the first attempt
     assert second != first
-    assert ("a worker died" if number == signal.SIGKILL else "no progress for 2 s") in caplog.text
+    assert ("replacing a worker that died" if number == signal.SIGKILL else "no progress for 2 s") in caplog.text
 
 
 @pytest.mark.usefixtures("ray_here")

@@ -235,7 +235,7 @@ def test_an_object_that_nobody_announced_is_left_alone(known: KnownStore) -> Non
 def test_a_job_whose_store_was_replaced_writes_nothing(known: KnownStore) -> None:
     objects = Objects(known.uri)
     before = objects.list()
-    with pytest.raises(JobError, match="is another store by now"):
+    with pytest.raises(JobError, match="is now another store"):
         write_known_shard(replace(known, configuration_hash="f" * 64), 0)
     objects.delete(layout.ATTRIBUTES)
     with pytest.raises(JobError, match="has deleted the store"):

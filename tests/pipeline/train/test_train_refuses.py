@@ -104,7 +104,7 @@ def test_lift_needs_enough_to_begin_as_interpolation(photographs: Path, tmp_path
         ({"upsampler": "lift", "size": "80", "lift_octaves": 2}, "expected multiples of 32"),
         ({"output": "/proc/training"}, "--output /proc/training"),
         ({"featup_checkpoint": "/proc/here/jbu.pth"}, "--featup-checkpoint /proc/here/jbu.pth"),
-        ({"output": "{images}"}, "overlap: give --output a folder of its own"),
+        ({"output": "{images}"}, "overlap: use a separate folder for --output"),
         ({"device": "cuda"}, "CUDA"),
     ],
 )

@@ -144,6 +144,6 @@ def test_two_workers_one_of_which_dies(photographs: Path, tmp_path: Path) -> Non
     job.send_signal(signal.SIGINT)
     _, said = job.communicate(timeout=60)
     assert job.returncode == 130, said
-    assert "a worker died, training goes on" in said
+    assert "a worker died; training continues" in said
     records = [record(tmp_path / name)["losses.csv"].splitlines() for name in ("undisturbed", "killed")]
     assert records[0] == records[1][: len(records[0])]
