@@ -132,7 +132,7 @@ def test_what_a_worker_cannot_do_is_said_once(photographs: Path, tmp_path: Path)
     job = start(asked)
     _, said = job.communicate(timeout=300)
     assert job.returncode == 2, said
-    assert "none of 3 can be used" in said
+    assert "none of the sampled images is usable" in said
     assert "Traceback" not in said
     environment = {**os.environ, "RAY_ADDRESS": ""}
     many = subprocess.run(
