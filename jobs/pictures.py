@@ -14,6 +14,7 @@ from pipeline.features.backbone import Backbone
 from pipeline.images.decoding.decode import Geometry, decode
 from pipeline.images.reading.read import read_images
 from pipeline.store.layout import stored_attributes
+from schemas.configuration import StoreConfiguration
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -40,7 +41,11 @@ def feature_colours(features: Sequence[npt.NDArray[np.float32]]) -> list[Pixels]
 
 def stored_geometry(store: FeatureStore) -> Geometry:
     """The geometry that a store was made with."""
-    geometry = stored_attributes(store.uri, store.attributes).configuration.geometry
+    return _geometry(stored_attributes(store.uri, store.attributes).configuration)
+
+
+def _geometry(configuration: StoreConfiguration) -> Geometry:
+    geometry = configuration.geometry
     return Geometry(geometry.size, geometry.fit, geometry.output_size)
 
 
@@ -52,14 +57,15 @@ def read_photo(store: FeatureStore, row: int) -> npt.NDArray[np.uint8]:
     """
     image = store.index.slice(row % len(store), 1)
     uri = image["uri"][0].as_py()
-    if stored_attributes(store.uri, store.attributes).configuration.source.kind != "folder":
+    configuration = stored_attributes(store.uri, store.attributes).configuration
+    if configuration.source.kind != "folder":
         raise JobError(f"row {row} lies inside {uri}: pictures can be made of images that are files of their own")
     try:
         with ThreadPoolExecutor(1) as pool:
             (data,) = read_images(image, image_column=None, kind="folder", pool=pool)
         if isinstance(data, ImageError):
             raise data
-        return decode(data, stored_geometry(store)).pixels
+        return decode(data, _geometry(configuration)).pixels
     except ImageError as error:
         raise JobError(f"the image of row {row} cannot be read from {uri}: {error}") from error
 

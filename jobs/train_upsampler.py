@@ -44,9 +44,9 @@ def train_upsampler(config: TrainConfig) -> int:
     try:
         with claimed_output(plan):
             if device is None:
-                from pipeline.train import ray_train as runner  # ray takes a second to import
+                from pipeline.train import ray_train  # ray takes a second to import
 
-                runner.train_on_ray(plan)
+                ray_train.train_on_ray(plan)
             else:
                 with all_cores():
                     train(plan, World(device), threads=available_cores(), built=backbones)

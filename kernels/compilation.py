@@ -34,7 +34,7 @@ def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     dispatcher: Any = njit(nogil=True, **options)(function)
     if is_compiled(dispatcher):
         try:
-            keep_on_disk(dispatcher, KeptOnDisk(function, _sources(_folder(function)), _say_that_it_failed))
+            keep_on_disk(dispatcher, KeptOnDisk(function, _sources(_package(_folder(function))), _say_that_it_failed))
         except (RuntimeError, OSError):  # no folder that can be written, or one that could a moment ago
             _say_that_nothing_is_kept(f"neither {_folder(function)} nor a folder for caches can be written to")
     return dispatcher
@@ -44,12 +44,17 @@ def _folder(function: Callable[..., Any]) -> Path:
     return Path(function.__code__.co_filename).parent
 
 
-@functools.cache
-def _sources(folder: Path) -> str:
-    """Digest of the whole package that a folder is in: compiled functions may be made of any file of it."""
+def _package(folder: Path) -> Path:
+    """The outermost package that a folder is in; the folder itself, if it is no package."""
     while (folder / "__init__.py").exists() and (folder.parent / "__init__.py").exists():
         folder = folder.parent
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))).hexdigest()
+    return folder
+
+
+@functools.cache
+def _sources(package: Path) -> str:
+    """Digest of a whole package: compiled functions may be made of any file of it."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(package.rglob("*.py")))).hexdigest()
 
 
 def _say_that_it_failed(folder: str, error: Exception) -> None:

@@ -1,11 +1,7 @@
 """Joint bilateral upsampling: the public operations. They check arguments and run the implementation that fits."""
 
+from kernels.dispatch import Choice
 from kernels.jbu.operations import (
-    Choice,
-    Codes,
-    JBUStack,
-    JBUStage,
-    Quantization,
     adaptive_conv_upsample2x,
     bilateral_codes,
     bilateral_kernel,
@@ -15,6 +11,8 @@ from kernels.jbu.operations import (
     learned_kernel,
     learned_stage,
 )
+from kernels.jbu.parameters import JBUStack, JBUStage
+from kernels.quantization import Codes, Quantization
 
 __all__ = [
     "Choice",

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.dispatch import Choice, Kind
-from kernels.jbu import operators as jbu_operators
-from kernels.jbu import reference as jbu_reference
+from kernels.jbu import operators, reference
 from kernels.jbu.checks import (
     check_adaptive_conv,
     check_bilateral,
@@ -22,15 +21,10 @@ from kernels.jbu.checks import (
     check_stage,
     checked_parameters,
 )
-from kernels.jbu.parameters import JBUStack, JBUStage
+from kernels.jbu.parameters import JBUStage
 from kernels.quantization import Codes, Quantization, quantized
 
 __all__ = [
-    "Choice",
-    "Codes",
-    "JBUStack",
-    "JBUStage",
-    "Quantization",
     "adaptive_conv_upsample2x",
     "bilateral_codes",
     "bilateral_kernel",
@@ -61,8 +55,8 @@ def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor, *, implementation: 
     check_adaptive_conv(source, kernel)
     chosen = _chosen(implementation, math.isqrt(kernel.shape[1]) // 2, source, kernel)
     if chosen == "reference":
-        return jbu_reference.adaptive_conv_upsample2x(source, kernel)
-    output: Tensor = jbu_operators.adaptive_conv_upsample2x(source, kernel, chosen)
+        return reference.adaptive_conv_upsample2x(source, kernel)
+    output: Tensor = operators.adaptive_conv_upsample2x(source, kernel, chosen)
     return output
 
 
@@ -89,8 +83,8 @@ def bilateral_kernel(
     check_bilateral(guidance, sigma_spatial, sigma_range, radius)
     chosen = _chosen(implementation, radius, guidance)
     if chosen == "reference" or _needs_gradient(guidance):
-        return jbu_reference.bilateral_kernel(guidance, sigma_spatial, sigma_range, radius)
-    kernel: Tensor = jbu_operators.bilateral_kernel(guidance, sigma_spatial, sigma_range, radius, chosen)
+        return reference.bilateral_kernel(guidance, sigma_spatial, sigma_range, radius)
+    kernel: Tensor = operators.bilateral_kernel(guidance, sigma_spatial, sigma_range, radius, chosen)
     return kernel
 
 
@@ -111,12 +105,12 @@ def learned_kernel(guidance: Tensor, stage: JBUStage, *, implementation: str | N
     parameters = checked_parameters(guidance, stage)
     chosen = _chosen(implementation, parameters.radius, guidance)
     if chosen == "reference":
-        return jbu_reference.learned_kernel(guidance, parameters)
+        return reference.learned_kernel(guidance, parameters)
     if _needs_gradient(guidance, *parameters):
         # All but the products are 1×1 convolutions and pointwise: torch's own, with their gradients.
-        products = jbu_operators.range_products(parameters.keys(guidance), parameters.radius, chosen)
-        return jbu_reference.kernel_from_range_products(products, guidance, parameters)
-    kernel: Tensor = jbu_operators.learned_kernel(guidance, list(parameters), chosen)
+        products = operators.range_products(parameters.keys(guidance), parameters.radius, chosen)
+        return reference.kernel_from_range_products(products, guidance, parameters)
+    kernel: Tensor = operators.learned_kernel(guidance, list(parameters), chosen)
     return kernel
 
 
@@ -151,7 +145,7 @@ def bilateral_stage(
     if chosen == "reference" or _needs_gradient(source, guidance):
         kernel = bilateral_kernel(guidance, sigma_spatial, sigma_range, radius, implementation=implementation)
         return adaptive_conv_upsample2x(source, kernel.to(source.dtype), implementation=implementation)
-    output: Tensor = jbu_operators.bilateral_stage(source, guidance, sigma_spatial, sigma_range, radius, chosen)
+    output: Tensor = operators.bilateral_stage(source, guidance, sigma_spatial, sigma_range, radius, chosen)
     return output
 
 
@@ -176,7 +170,7 @@ def learned_stage(source: Tensor, guidance: Tensor, stage: JBUStage, *, implemen
     if chosen == "reference" or _needs_gradient(source, guidance, *parameters):
         kernel = learned_kernel(guidance, stage, implementation=implementation)
         return adaptive_conv_upsample2x(source, kernel.to(source.dtype), implementation=implementation)
-    output: Tensor = jbu_operators.learned_stage(source, guidance, list(parameters), chosen)
+    output: Tensor = operators.learned_stage(source, guidance, list(parameters), chosen)
     return output
 
 
@@ -214,12 +208,10 @@ def bilateral_codes(
     chosen = _chosen(implementation, radius, source, guidance)
     with torch.no_grad():
         if chosen == "reference":
-            output = jbu_reference.bilateral_stage(source, guidance, sigma_spatial, sigma_range, radius)
+            output = reference.bilateral_stage(source, guidance, sigma_spatial, sigma_range, radius)
             return quantized(output, quantization)
         scale = quantization.step, quantization.offset
-        return Codes(
-            *jbu_operators.bilateral_codes(source, guidance, sigma_spatial, sigma_range, radius, *scale, chosen)
-        )
+        return Codes(*operators.bilateral_codes(source, guidance, sigma_spatial, sigma_range, radius, *scale, chosen))
 
 
 def learned_codes(
@@ -246,10 +238,10 @@ def learned_codes(
     chosen = _chosen(implementation, parameters.radius, source, guidance)
     with torch.no_grad():
         if chosen == "reference":
-            output = jbu_reference.learned_stage(source, guidance, parameters)
+            output = reference.learned_stage(source, guidance, parameters)
             return quantized(output, quantization)
         scale = quantization.step, quantization.offset
-        return Codes(*jbu_operators.learned_codes(source, guidance, list(parameters), *scale, chosen))
+        return Codes(*operators.learned_codes(source, guidance, list(parameters), *scale, chosen))
 
 
 def explain(*kinds: Kind, radius: int = 3) -> Choice:

@@ -1,12 +1,8 @@
 """High-res features from many views of an image: the public operation. It checks arguments and runs what fits."""
 
-from kernels.multiview.operations import (
-    Choice,
-    Solution,
-    ViewMatrices,
-    explain,
-    solve,
-)
+from kernels.dispatch import Choice
+from kernels.multiview.operations import explain, solve
+from kernels.multiview.views import Solution, ViewMatrices
 
 __all__ = [
     "Choice",

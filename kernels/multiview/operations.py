@@ -12,7 +12,7 @@ from kernels import dispatch
 from kernels.dispatch import Choice, Kind
 from kernels.multiview.views import Solution, ViewMatrices
 
-__all__ = ["Choice", "Solution", "ViewMatrices", "explain", "solve"]
+__all__ = ["explain", "solve"]
 
 
 @torch.no_grad()

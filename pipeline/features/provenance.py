@@ -106,7 +106,7 @@ def check_pairing(uri: str, upsampler: str, backbone: Backbone) -> None:
         )
     if known.details.get("final") == "off" or not known.backbones:
         return
-    asked = json.loads(json.dumps(backbone.identity()))
+    asked = backbone.identity()
     different = [] if asked in known.backbones else differences(known.backbones[0], asked)
     if (patch := known.details.get("patch", str(backbone.reduction))) != str(backbone.reduction):
         different.append(f"pixels of a cell: stored {patch}, asked {backbone.reduction}")

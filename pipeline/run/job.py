@@ -149,13 +149,13 @@ def what_is_kept(plan: Plan, objects: Objects, *, set_up: bool) -> str:
 
 @contextmanager
 def open_workers(
-    spec: WorkerSpec, stages: Stages, config: FeatureConfig, *, attempts: int, stall_timeout_s: float
+    spec: WorkerSpec, stages: Stages | None, config: FeatureConfig, *, attempts: int, stall_timeout_s: float
 ) -> Iterator[Workers]:
     """Workers on the Ray cluster, or with ``--workers 0`` in this process; gone at the end.
 
     Args:
         spec: of each worker.
-        stages: of the spec's recipe, as they were built here; a worker in this process takes them over.
+        stages: of the spec's recipe, if they are built here; a worker in this process takes them over.
         config: of the job: how many workers, and the places that they must see.
         attempts: times that a task may fail.
         stall_timeout_s: a worker without progress for so long is replaced.

@@ -56,7 +56,7 @@ class Plan:
         basis: given by ``--pca``; None: to be fitted.
         stored: attributes of the store that is to be resumed or overwritten.
         spec: for the workers.
-        stages: of the spec's recipe, as the driver built them.
+        stages: of the spec's recipe, as built here for a worker in this process; None with workers elsewhere.
         findings: what of the source is not used; nothing if the store is resumed, as its source is not listed.
     """
 
@@ -68,7 +68,7 @@ class Plan:
     basis: Basis | None
     stored: StoreAttributes | None
     spec: WorkerSpec
-    stages: Stages
+    stages: Stages | None
     findings: tuple[Finding, ...]
 
     @property
@@ -129,7 +129,7 @@ def make_plan(config: UpsampleConfig) -> Plan:
         basis=None if basis is None else basis.truncated(k),
         stored=stored,
         spec=_spec(config, recipe),
-        stages=Stages(backbone, upsampler),
+        stages=Stages(backbone, upsampler) if config.workers == 0 else None,
         findings=findings,
     )
     if not plan.shards:
@@ -184,16 +184,17 @@ def _upsample_recipe(
 def _configuration(
     config: UpsampleConfig, source: SourceConfiguration, recipe: UpsampleRecipe, basis: Basis | None
 ) -> StoreConfiguration:
-    floor = config.error_floor if config.dtype == "int8" else None
+    placed = recipe.images.geometry
+    floor = recipe.error_floor if recipe.dtype == "int8" else None
     return StoreConfiguration(
         source=source,
         backbone=recipe.backbone_identity,
         geometry=GeometryConfiguration(
-            config.size_px, config.fit, config.output_size_px, config.max_pixels, config.min_side
+            placed.size, placed.fit, placed.output_size, recipe.images.max_pixels, recipe.images.min_side
         ),
         pca=_pca_configuration(config, recipe.components, basis, source.rows),
         upsampler=recipe.upsampler_identity,
-        storage=StorageConfiguration(config.dtype, config.shard_rows, ZSTD_LEVEL, floor),
+        storage=StorageConfiguration(recipe.dtype, recipe.shard_rows, ZSTD_LEVEL, floor),
     )
 
 

@@ -15,7 +15,7 @@ from densefeat.storage.objects import Objects
 from densefeat.store import FeatureStore
 from pipeline.features.pca import Basis
 from pipeline.images.listing.source import keys_digest
-from pipeline.store.layout import step_sha256, stored_attributes
+from pipeline.store.layout import step_sha256
 from pipeline.store.shard import read_record
 from schemas.attributes import StoreAttributes
 from schemas.index import OK, OUTCOMES
@@ -95,22 +95,30 @@ class StoreCheck:
 
     def attributes(self) -> list[str]:
         """What is wrong with the attributes: are they whole, and the ones that the hash was made of?"""
-        try:
-            attributes = StoreAttributes.from_dict(self._store.attributes)
-        except ValueError as error:
-            return [f"the attributes are damaged: {error}"]
-        if attributes.hash != self._store.attributes["configuration_hash"]:
+        if isinstance(self._attributes, ValueError):
+            return [f"the attributes are damaged: {self._attributes}"]
+        if self._attributes.hash != self._store.attributes["configuration_hash"]:
             return ["the configuration does not match its hash"]
         return []
+
+    @cached_property
+    def _attributes(self) -> StoreAttributes | ValueError:
+        """The attributes, typed; or the damage to them, of which `attributes` tells alone."""
+        try:
+            return StoreAttributes.from_dict(self._store.attributes)
+        except ValueError as error:
+            return error
 
     def arrays(self) -> list[str]:
         """What is wrong with the basis and the steps."""
         problems = []
+        named = None if isinstance(self._attributes, ValueError) else self._attributes
         try:
-            attributes = stored_attributes(self._store.uri, self._store.attributes)
-            if Basis.of_store(self._store).digest != attributes.configuration.pca.basis:
+            basis = Basis.of_store(self._store).digest
+            if named and basis != named.configuration.pca.basis:
                 problems.append("the PCA basis does not match the attributes")
-            if step_sha256(self._store.step) != attributes.step_sha256:
+            step = step_sha256(self._store.step)
+            if named and step != named.step_sha256:
                 problems.append("the quantization steps do not match the attributes")
         except StoreError as error:
             problems.append(str(error))
@@ -127,11 +135,8 @@ class StoreCheck:
         return problems + self._manifest_problems()
 
     def _index_problems(self, index: pa.Table) -> list[str]:
-        try:
-            attributes = stored_attributes(self._store.uri, self._store.attributes)
-        except StoreError:
-            return []  # `attributes` tells
-        if keys_digest(index) != attributes.configuration.source.keys_sha256:
+        named = None if isinstance(self._attributes, ValueError) else self._attributes
+        if named and keys_digest(index) != named.configuration.source.keys_sha256:
             return ["the keys in the index do not match the attributes"]
         if not self._objects.exists(layout.MANIFEST):
             return []  # what the ledger says was merged as it was read

@@ -195,6 +195,22 @@ def test_nothing_is_repaired_by_damaged_attributes(known: KnownStore, name: str)
     assert bytes_of(known.uri) == before
 
 
+def test_damaged_attributes_are_told_once_and_hide_nothing_else(
+    known: KnownStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    attributes, path = Path(known.uri) / "zarr.json", Path(known.uri) / layout.INDEX
+    document = json.loads(attributes.read_text())
+    document["attributes"]["densefeat"]["configuration"]["seed"] = 1
+    attributes.write_text(json.dumps(document))
+    index = read_parquet(path.read_bytes())
+    path.write_bytes(
+        parquet_bytes(index.set_column(index.column_names.index("status"), "status", pa.array(["ok"] * ROWS)))
+    )
+    assert verify(VerifyConfig(store=known.uri)) == 1
+    assert caplog.text.count("attributes") == caplog.text.count("the attributes are damaged") == 1
+    assert "the index does not say of rows 0 … 3 what the ledger recorded" in caplog.text
+
+
 def test_a_store_whose_images_are_gone(tmp_path: Path) -> None:
     known = make_store(str(tmp_path / "store"), source={"images": str(tmp_path / "gone")})
     (Path(known.uri) / layout.INDEX).unlink()
