@@ -16,26 +16,31 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def main_job() -> str:
-    """The main job on a CPU: the latest row of each backbone and number of images."""
-    latest = {(row["backbone"], row["upsampler"], row["images"]): row for row in rows.read("main_job")}
+    """The main job on a CPU and on a GPU: the latest row of each backbone and number of images."""
+    latest = {(_on_gpu(row), row["backbone"], row["upsampler"], row["images"]): row for row in rows.read("main_job")}
     table = [
-        "| backbone, layer | upsampler | images | images/s "
+        "| on | backbone, layer | upsampler | images | images/s "
         "| ms an image: backbone / upsample and quantize / encode / decode | MB an image | peak memory |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in latest.values():
         stages = row["stage_ms_per_image"]
-        times = " / ".join(f"{stages[stage]:.0f}" for stage in ("backbone", "upsample", "encode", "decode"))
+        times = " / ".join(
+            f"{stages[stage]:.0f}" if stages[stage] >= 1 else f"{stages[stage]:.1g}"
+            for stage in ("backbone", "upsample", "encode", "decode")
+        )
         table.append(
-            f"| `{row['backbone']}`, {row['layer']} | {row['upsampler']} | {row['images']:,} "
+            f"| {'a GPU' if _on_gpu(row) else 'a CPU'} | `{row['backbone']}`, {row['layer']} | {row['upsampler']} "
+            f"| {row['images']:,} "
             f"| {row['images_per_s']:.1f} | {times} "
             f"| {row['store_bytes_per_image'] / 1e6:.2f} | {row['peak_bytes'] / 1e9:.2f} GB |"
         )
     sample = next(iter(latest.values()))
+    machines = " and ".join({_on_gpu(row): _machine(row) for row in latest.values()}.values())
     return (
-        f"The main job on {_machine(sample)}: k = {sample['k']}, {sample['size']} px, int8, 200 COCO "
-        "photographs, and the same five times (`python -m benchmarks.jobs.main_job`). Stages overlap on the cores; "
-        "memory is that of all processes, Ray's included.\n\n"
+        f"The main job on {machines}: k = {sample['k']}, {sample['size']} px, int8, 200 COCO photographs, and the same "
+        "five or ten times (`python -m benchmarks.jobs.main_job`). Stages overlap on the cores; memory is that of all "
+        "processes, Ray's included.\n\n"
     ) + "\n".join(table)
 
 
@@ -118,7 +123,8 @@ def upsampler_costs() -> str:
 
 def fits() -> str:
     """Error on held-out views over time, for upsamplers that fit each image, beside bilinear and JBU."""
-    latest = {(row["backbone"], row["method"]): row for row in rows.read("implicit")}
+    latest = {(row["backbone"], row["method"]): row for row in rows.read("implicit") if not _on_gpu(row)}
+    on_gpu = {row["method"]: row for row in rows.read("implicit") if _on_gpu(row)}
     few = min(row["photos"] for row in latest.values())
     table = [
         f"| backbone | upsampler | error (share of bilinear's) | the same on {few} | s an image: fit | passes |",
@@ -143,7 +149,16 @@ def fits() -> str:
         "fitted with them, if that is better; a step takes "
         f"{step['plain_step_s']:.2g} s done FeatUp's way, {step['step_s']:.2g} s done ours, and "
         f"{step['step_of_four_s']:.2g} s for four images together.\n\n"
-    ) + "\n".join(table)
+    ) + "\n".join([*table, "", _fits_on_gpu(on_gpu)])
+
+
+def _fits_on_gpu(latest: dict[str, dict[str, Any]]) -> str:
+    fits = {method: row for method, row in latest.items() if row["extraction_s"]}
+    times = ", ".join(
+        f"{method} {_ms(1000 * row['fit_s'])} and {_ms(1000 * row['extraction_s'])}" for method, row in fits.items()
+    )
+    sample = next(iter(fits.values()))
+    return f"On one {sample['device']}, one image at a time, fit and passes with {sample['backbone']}: {times}."
 
 
 def probe() -> str:
@@ -216,6 +231,10 @@ def _time_and_memory(measured: dict[str, Any] | None, batch: int) -> str:
 
 def _ms(value: float) -> str:
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def _on_gpu(row: dict[str, Any]) -> bool:
+    return str(row["device"]).startswith("NVIDIA")
 
 
 def _machine(row: dict[str, Any]) -> str:
