@@ -79,10 +79,10 @@ def training() -> None:
     figure.savefig(rows.RESULTS / "training.svg", metadata={"Date": None})
 
 
-def _held_out(panel: Axes, row: dict[str, Any], trainee: str) -> None:
+def _held_out(panel: Axes, row: dict[str, Any], trained: str) -> None:
     for backbone, own in rows.by_backbone(row["held_out"]).items():
         shares = [
-            float(measured[f"{trainee}_relative_error"]) / float(measured["bilinear_relative_error"])
+            float(measured[f"{trained}_relative_error"]) / float(measured["bilinear_relative_error"])
             for measured in own
         ]
         label = backbone + ("" if own[0]["trained_on"] == "1" else ", never seen")

@@ -58,7 +58,7 @@ def cases(folder: Path) -> list[Case]:
         "jbu-universal": ("--upsampler-weights", "universal"),
         "lift": ("--upsampler", "lift", "--upsampler-weights", f"{folder}/lift.pth"),
         "anyup": ("--upsampler", "anyup", "--upsampler-weights", f"{folder}/anyup.pth"),
-        "multiview": ("--upsampler", "multiview", "--upsampler-weights", f"{folder}/downsampler.safetensors"),
+        "multiview": ("--upsampler", "multiview", "--upsampler-weights", f"{folder}/pooling.safetensors"),
         "implicit": ("--upsampler", "implicit", "--views", "4", "--fit-steps", "3"),
     }
     every = [
@@ -123,7 +123,8 @@ def compare(other: Path, folder: Path, basis: bool) -> int:
     subprocess.run([sys.executable, "-c", MAKE_WEIGHTS, folder], cwd=other, check=True)
     source = ["--images", str(images)]
     fit = ["--fit-images", "6", "--views", "5", "--held-out-views", "3"]
-    run(other, "jobs.fit_downsampler", *source, "--output", f"{folder}/downsampler.safetensors", *fit)
+    job = "jobs.fit_pooling" if (other / "jobs" / "fit_pooling.py").exists() else "jobs.fit_downsampler"
+    run(other, job, *source, "--output", f"{folder}/pooling.safetensors", *fit)
     shared: list[str] = []
     if basis:
         run(other, "jobs.fit_pca", *source, "--output", f"{folder}/basis.npz", "--components", "6", "--workers", "0")

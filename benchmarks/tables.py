@@ -190,9 +190,9 @@ def training() -> str:
         seconds = sum(row["step_s"].values())
         share = row["step_s"]["backbone"] / seconds
         for backbone, own in rows.by_backbone(row["held_out"]).items():
-            trainee = recipe.split()[0]
+            trained = recipe.split()[0]
             seen = "" if own[0]["trained_on"] == "1" else ", never seen"
-            errors = [own[0][f"{trainee}_relative_error"], own[-1][f"{trainee}_relative_error"]]
+            errors = [own[0][f"{trained}_relative_error"], own[-1][f"{trained}_relative_error"]]
             errors += [own[0][f"{other}_relative_error"] for other in ("bilinear", "training_free")]
             cells = " | ".join(f"{float(error):.3f}" for error in errors)
             table.append(

@@ -159,7 +159,7 @@ class FitPcaConfig(FeatureConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitDownsamplerConfig(FeatureConfig):
+class FitPoolingConfig(FeatureConfig):
     """Images in, weights for --upsampler multiview out."""
 
     # The .safetensors file or URI to write.

@@ -89,7 +89,7 @@ class _ChosenUpsampler:
     # Upsampler: "bilinear", "jbu", "lift", "anyup", "multiview" or "implicit". An unknown name lists all of them and
     # what each needs.
     upsampler: str = "jbu"
-    # Checkpoint of the upsampler. Required for lift, anyup and multiview (made by jobs/fit_downsampler.py). jbu takes
+    # Checkpoint of the upsampler. Required for lift, anyup and multiview (made by jobs/fit_pooling.py). jbu takes
     # FeatUp's weights, or "universal", bundled weights that work with any backbone; without weights it needs no
     # training.
     upsampler_weights: str | None = None

@@ -1,9 +1,9 @@
 """Claim: what the main job costs on a small machine, and that its memory does not grow with the number of images.
 
     python -m benchmarks.jobs.main_job --images PHOTOS --lite0 FILE --vit FILE
-    python -m benchmarks.jobs.main_job --images PHOTOS --vit FILE --vit-downsampler FILE --picture fits.png
+    python -m benchmarks.jobs.main_job --images PHOTOS --vit FILE --vit-pooling FILE --picture fits.png
 
-With what jobs/fit_downsampler.py made of a backbone, the store is made with ``--upsampler multiview`` instead. Each run
+With what jobs/fit_pooling.py made of a backbone, the store is made with ``--upsampler multiview`` instead. Each run
 is the job as a person starts it (a process of its own, on Ray), over 200 photographs and over the same ones five times;
 memory is the sum over all its processes of what each has for itself (PSS).
 """
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder with photographs")
     parser.add_argument("--lite0", type=Path, help="weights of timm's tf_efficientnet_lite0")
     parser.add_argument("--vit", type=Path, help="weights of timm's vit_small_patch14_dinov2.lvd142m")
-    parser.add_argument("--vit-downsampler", type=Path, help="for --upsampler multiview")
+    parser.add_argument("--vit-pooling", type=Path, help="for --upsampler multiview")
     parser.add_argument("--picture", type=Path, help="where to draw what is in that store")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -40,8 +40,8 @@ def main() -> None:
         return
     lite0 = {"backbone": "tf_efficientnet_lite0", "weights": str(arguments.lite0), "layer": -2}
     vit = {"backbone": "vit_small_patch14_dinov2.lvd142m", "weights": str(arguments.vit), "layer": 10}
-    if arguments.vit_downsampler:
-        fit = {"upsampler": "multiview", "upsampler_weights": str(arguments.vit_downsampler)}
+    if arguments.vit_pooling:
+        fit = {"upsampler": "multiview", "upsampler_weights": str(arguments.vit_pooling)}
         runs = [(vit | fit, 1)]
     else:
         runs = [(backbone, repeats) for backbone in (lite0, vit) for repeats in (1, 5)]

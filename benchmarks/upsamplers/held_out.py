@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.fit_downsampler import fit as fit_downsampler
+from jobs.fit_pooling import fit as fit_pooling
 from kernels.multiview import ViewMatrices
 from pipeline.features.backbone import Backbone, build_backbone
 from pipeline.features.pca import Moments, fit
 from pipeline.images.decoding.decode import Geometry, decode
-from pipeline.upsamplers.multiview.downsampler import Downsampler
+from pipeline.upsamplers.multiview.pooling import PoolingModel
 from pipeline.upsamplers.multiview.views import held_out_views, view_operators
 from pipeline.views.features import JitterMatrices, view_features
-from schemas.options import FitDownsamplerConfig
+from schemas.options import FitPoolingConfig
 
 SHARED = Path(__file__).parents[2] / "shared"
 COCO = SHARED / "data" / "coco200" / "images"
@@ -59,32 +59,32 @@ def fitted_basis(backbone: Backbone, device: torch.device) -> tuple[Tensor, Tens
     return mean.to(device), components.to(device)
 
 
-def downsampler_file(folder: Path, name: str, device: str) -> str:
+def pooling_file(folder: Path, name: str, device: str) -> str:
     """Fitted now if it is not there."""
     path = folder / f"{name}.safetensors"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         images = str(COCO / "train")
-        fit_downsampler(FitDownsamplerConfig(images=images, output=str(path), device=device, **BACKBONES[name]))  # type: ignore[arg-type]
+        fit_pooling(FitPoolingConfig(images=images, output=str(path), device=device, **BACKBONES[name]))  # type: ignore[arg-type]
     return str(path)
 
 
 class Judge:
-    """Held-out views of one backbone's photographs, pooled as its downsampler says.
+    """Held-out views of one backbone's photographs, pooled by its pooling model.
 
     Attributes:
         jitters: the views.
         basis: mean and components that features are projected on.
     """
 
-    def __init__(self, backbone: Backbone, downsampler: Downsampler, basis: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, backbone: Backbone, pooling: PoolingModel, basis: tuple[Tensor, Tensor]) -> None:
         device = basis[0].device
         self.jitters = held_out_views(SIZE, HELD_OUT)
         self.backbone, self.basis = backbone, basis
         self.matrices = JitterMatrices.of(self.jitters, device)
-        sigma_px = downsampler.settings.sigma_px
+        sigma_px = pooling.settings.sigma_px
         self.operators: ViewMatrices = view_operators(self.jitters, backbone.grid, SIZE, sigma_px).to(device)
-        self.bias = torch.einsum("chw,kc->khw", downsampler.bias.to(device), basis[1])
+        self.bias = torch.einsum("chw,kc->khw", pooling.bias.to(device), basis[1])
 
     def seen(self, photo: Tensor) -> Tensor:
         """What the backbone sees of the views of [1, 3, H, W]: [V, k, h, w]."""

@@ -4,10 +4,10 @@
 
 Photographs of coco200's validation part, both real backbones, 224 pixels, k = 64 components of a basis fitted on
 training photographs. Held-out error: ``|A Y + b - F|² / |F - mean F|²`` over 20 views that no fit used, Y being the
-upsampled features at 224 pixels, F the backbone's of the view, A the downsampler's pooling of the jittered view, and b
+upsampled features at 224 pixels, F the backbone's of the view, A the pooling model's view of them, and b
 its bias, for those that take it out. Seconds beside the backbone's passes, and the share of these passes in the whole.
 
-What is fitted once per backbone (jobs/fit_downsampler.py, on training photographs) is kept in --folder.
+What is fitted once per backbone (jobs/fit_pooling.py, on training photographs) is kept in --folder.
 """
 
 import json
@@ -24,13 +24,13 @@ from torch import Tensor
 
 from benchmarks import rows
 from benchmarks.timing import peak_bytes
-from benchmarks.upsamplers.held_out import BACKBONES, SIZE, Judge, K, build, downsampler_file, fitted_basis, photos
+from benchmarks.upsamplers.held_out import BACKBONES, SIZE, Judge, K, build, fitted_basis, photos, pooling_file
 from pipeline.features.backbone import Backbone
 from pipeline.run.feature_worker import pick_device
 from pipeline.upsamplers.build import build_upsampler
 from pipeline.upsamplers.interface import Projected
 from pipeline.upsamplers.multiview import upsampler as upsample_multiview
-from pipeline.upsamplers.multiview.downsampler import Downsampler
+from pipeline.upsamplers.multiview.pooling import PoolingModel
 from pipeline.views.features import view_features
 from schemas.upsamplers import MultiviewOptions
 
@@ -76,10 +76,10 @@ def methods(backbone: Backbone, weights: str, basis: tuple[Tensor, Tensor]) -> d
 
 def measure(name: str, count: int, folder: Path, device: torch.device) -> list[dict[str, Any]]:
     backbone = build(name, device)
-    weights = downsampler_file(folder, name, device.type)
-    downsampler = Downsampler.read(weights)
+    weights = pooling_file(folder, name, device.type)
+    pooling = PoolingModel.read(weights)
     basis = fitted_basis(backbone, device)
-    judge, images = Judge(backbone, downsampler, basis), photos("val", count, device)
+    judge, images = Judge(backbone, pooling, basis), photos("val", count, device)
     seen = [judge.seen(photo) for photo in images]
     clock = Clock(device)
     upsample_multiview.view_features = clock.view_features
@@ -89,7 +89,7 @@ def measure(name: str, count: int, folder: Path, device: torch.device) -> list[d
         for photo, target in zip(images, seen, strict=True):
             features = backbone(photo)
             if views == 1 and with_bias:
-                features = features - downsampler.bias.to(device)
+                features = features - pooling.bias.to(device)
             clock.passes = 0.0
             high, total = clock.timed(stage, features, photo, SIZE)
             judged.append(judge.error(high, target, with_bias))
@@ -107,7 +107,7 @@ def measure(name: str, count: int, folder: Path, device: torch.device) -> list[d
                 "fit_s": round(statistics.median(seconds), 4),
                 "extraction_s": round(statistics.median(passes), 4),
                 "peak_bytes": peak_bytes(partial(stage, features, photo, SIZE), device.type),
-                "settings": vars(downsampler.settings) | {"views": views} if views > 1 else {},
+                "settings": vars(pooling.settings) | {"views": views} if views > 1 else {},
             }
         )
     return results
@@ -116,7 +116,7 @@ def measure(name: str, count: int, folder: Path, device: torch.device) -> list[d
 def main(
     photos_each: int = 30,
     backbones: tuple[str, ...] = tuple(BACKBONES),
-    folder: Path = Path("downsamplers"),
+    folder: Path = Path("pooling_models"),
     device: str = "auto",
 ) -> None:
     """Measure.

@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor
 
 from benchmarks import rows
-from benchmarks.upsamplers.held_out import SIZE, Judge, K, build, downsampler_file, fitted_basis, photos, relative_error
+from benchmarks.upsamplers.held_out import SIZE, Judge, K, build, fitted_basis, photos, pooling_file, relative_error
 from pipeline.features.backbone import Backbone
 from pipeline.run.feature_worker import pick_device
 from pipeline.upsamplers.implicit.downsample import AttentionDownsamplers, Windows
@@ -29,7 +29,7 @@ from pipeline.upsamplers.implicit.fit import fit_networks
 from pipeline.upsamplers.implicit.loss import LossWeights, Uncertainty, loss_of_images, magnitude
 from pipeline.upsamplers.implicit.network import ImplicitNetworks
 from pipeline.upsamplers.implicit.schedule import DEFAULT, FAITHFUL, Schedule, sample_views
-from pipeline.upsamplers.multiview.downsampler import Downsampler
+from pipeline.upsamplers.multiview.pooling import PoolingModel
 from pipeline.views.downsample import blur_matrix
 from pipeline.views.features import JitterMatrices, view_features
 from pipeline.views.jitter import Jitter
@@ -84,7 +84,7 @@ def main(
     photos_each: int = 3,
     backbone: str = "vit",
     schedules: tuple[str, ...] = tuple(SCHEDULES),
-    folder: Path = Path("downsamplers"),
+    folder: Path = Path("pooling_models"),
     device: str = "auto",
 ) -> None:
     """Measure, a row for each schedule.
@@ -100,7 +100,7 @@ def main(
     chosen = torch.device(pick_device(device))
     with torch.inference_mode():
         network = build(backbone, chosen)
-        downsampler = Downsampler.read(downsampler_file(folder, backbone, chosen.type))
+        downsampler = PoolingModel.read(pooling_file(folder, backbone, chosen.type))
         judge = Judge(network, downsampler, fitted_basis(network, chosen))
         images = photos("val", photos_each, chosen)
         for method in schedules:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import rows
-from benchmarks.upsamplers.held_out import BACKBONES, COCO, SIZE, K, build, downsampler_file, fitted_basis
+from benchmarks.upsamplers.held_out import BACKBONES, COCO, SIZE, K, build, fitted_basis, pooling_file
 from pipeline.images.decoding.decode import Geometry, decode
 from pipeline.run.feature_worker import pick_device
 from pipeline.upsamplers.build import build_upsampler
@@ -123,7 +123,7 @@ def methods(name: str, folder: Path, device: torch.device) -> dict[str, Callable
         "bilinear": build_upsampler("bilinear", None, backbone),
         "jbu, universal": build_upsampler("jbu", "universal", backbone),
         "jbu": build_upsampler("jbu", None, backbone),
-        "multiview": build_upsampler("multiview", downsampler_file(folder, name, device.type), backbone),
+        "multiview": build_upsampler("multiview", pooling_file(folder, name, device.type), backbone),
     }
 
     def high(stage: Projected) -> Callable[[Tensor], Tensor]:
@@ -135,7 +135,7 @@ def methods(name: str, folder: Path, device: torch.device) -> dict[str, Callable
 def main(
     photos_each: int = 50,
     backbones: tuple[str, ...] = tuple(BACKBONES),
-    folder: Path = Path("downsamplers"),
+    folder: Path = Path("pooling_models"),
     device: str = "auto",
 ) -> None:
     """Measure.

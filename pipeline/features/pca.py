@@ -129,17 +129,24 @@ class Basis:
             raise ValueError(f"not a basis made by jobs/fit_pca.py: {error}") from error
 
 
-def fit(moments: Moments, k: int) -> Basis:
+def fit(moments: Moments, k: int, *, at_most: bool = False) -> Basis:
     """The ``k`` components of greatest variance.
 
+    Args:
+        moments: of the feature vectors.
+        k: number of components.
+        at_most: take fewer where the vectors span fewer dimensions, as those of a small sample may.
+
     Raises:
-        JobError: the vectors do not span k dimensions.
+        JobError: the vectors do not span k dimensions; with ``at_most``, they do not vary.
     """
     # Divided by count, not count − 1: one or a million vectors alike, and variances are only compared.
     covariance = moments.scatter / max(moments.count, 1)
     values, vectors = np.linalg.eigh(covariance)  # ascending
     values, components = values[::-1].clip(min=0), vectors[:, ::-1].T
     rank = int((values > values[0] * 1e-10).sum()) if values[0] > 0 else 0
+    if at_most:
+        k = max(1, min(k, rank))
     if rank < k:
         raise JobError(
             f"PCA found {rank} independent components in {moments.count:,} feature vectors, fewer than the {k} asked "

@@ -16,8 +16,8 @@ from schemas.configuration import differences
 __all__ = ["Provenance", "backbone_name", "check_pairing"]
 
 _FORMAT = "densefeat-upsampler-1"
-# Earlier files of jobs/fit_downsampler.py have one JSON document under this key.
-_DOWNSAMPLER_KEY, _DOWNSAMPLER_FORMAT = "densefeat", 1
+# Earlier files of jobs/fit_pooling.py have one JSON document under this key.
+_POOLING_KEY, _POOLING_FORMAT = "densefeat", 1
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Provenance:
         Raises:
             JobError: the metadata is damaged, or of a later version.
         """
-        if _DOWNSAMPLER_KEY in metadata:
-            metadata = _downsampler_metadata(metadata[_DOWNSAMPLER_KEY], uri)
+        if _POOLING_KEY in metadata:
+            metadata = _pooling_metadata(metadata[_POOLING_KEY], uri)
         if metadata.get("format") != _FORMAT:
             return None
         details = {name: text for name, text in metadata.items() if name not in ("format", "upsampler", "backbones")}
@@ -134,12 +134,12 @@ def _identities(text: str, uri: str) -> tuple[dict[str, Any], ...]:
         ) from error
 
 
-def _downsampler_metadata(text: str, uri: str) -> dict[str, str]:
-    """The metadata of today from the document in an earlier file of jobs/fit_downsampler.py."""
+def _pooling_metadata(text: str, uri: str) -> dict[str, str]:
+    """The metadata of today from the document in an earlier file of jobs/fit_pooling.py."""
     try:
         document = json.loads(text)
-        if document["format"] != _DOWNSAMPLER_FORMAT:
-            raise ValueError(f"its format is {document['format']}, this version reads {_DOWNSAMPLER_FORMAT}")
+        if document["format"] != _POOLING_FORMAT:
+            raise ValueError(f"its format is {document['format']}, this version reads {_POOLING_FORMAT}")
         origin = document["origin"]
         details = {"settings": document["settings"], **{name: origin[name] for name in ("size", "grid", "account")}}
         named = {"format": _FORMAT, "upsampler": "multiview", "backbones": json.dumps([origin["backbone"]])}

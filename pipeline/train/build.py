@@ -15,10 +15,10 @@ from pipeline.images.sample import usable_images
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.train.data import first_usable
 from pipeline.train.held_out import HeldOutViews
-from pipeline.train.objectives.base import FeatureSample, Trainee
+from pipeline.train.objectives.base import FeatureSample, Objective
 from pipeline.train.objectives.feature_cache import FeatureCache
-from pipeline.train.objectives.jbu import JBUTraining
-from pipeline.train.objectives.lift import AT_SIZE, LiFTTraining, lift_scales
+from pipeline.train.objectives.jbu import JBUObjective
+from pipeline.train.objectives.lift import AT_SIZE, LiFTObjective, lift_scales
 from pipeline.train.objectives.lift_initial import PLACES_PER_CHANNEL
 from pipeline.train.plan import TrainPlan, backbone_at, build_backbones
 from pipeline.train.world import World
@@ -36,14 +36,14 @@ class TrainStages:
     """What a process computes with.
 
     Attributes:
-        trainee: on the device.
+        objective: on the device.
         loader: of training batches.
         backbones: trained on, at --size, on the device.
         measured: those, and the one that is held out.
         views: to measure on.
     """
 
-    trainee: Trainee
+    objective: Objective
     loader: BatchLoader
     backbones: list[Backbone]
     measured: list[Backbone]
@@ -77,16 +77,16 @@ def build_stages(plan: TrainPlan, world: World, threads: int, built: list[Backbo
     samples = _samples(plan, world, threads, backbones)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        trainee: Trainee = (
-            LiFTTraining(config, by_scale[0], samples[0], _feature_cache(plan, world, by_scale[0]))
+        objective: Objective = (
+            LiFTObjective(config, by_scale[0], samples[0], _feature_cache(plan, world, by_scale[0]))
             if config.upsampler == "lift"
-            else JBUTraining(config, backbones, [sample.statistics for sample in samples])
+            else JBUObjective(config, backbones, [sample.statistics for sample in samples])
         )
     _, held_out = first_usable(
         plan.val.references, plan.val.loader(config, 8, threads), config.val_count, tell=world.leads
     )
     return TrainStages(
-        trainee.to(world.device),
+        objective.to(world.device),
         plan.train.loader(config, config.batch_images, threads, lift_scales(1)[0] if config.upsampler == "lift" else 1),
         backbones,
         measured,

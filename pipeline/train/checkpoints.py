@@ -73,7 +73,7 @@ class TrainState:
 
     Attributes:
         step: done.
-        model: state of the trainee.
+        model: state of the objective.
         optimizer: its state.
         losses: of every step done.
         held_out: every measurement made.

@@ -19,7 +19,7 @@ from pipeline.train.build import TrainStages, build_stages
 from pipeline.train.checkpoints import HeldOutRow, LossRow, load_newest, save
 from pipeline.train.data import Draw, TrainingOrder, training_batches
 from pipeline.train.held_out import Upsample, ViewError
-from pipeline.train.objectives.base import LOSS, Trainee
+from pipeline.train.objectives.base import LOSS, Objective
 from pipeline.train.plan import TrainPlan
 from pipeline.train.result import write_record, write_result
 from pipeline.train.world import World
@@ -60,13 +60,13 @@ def train(plan: TrainPlan, world: World, *, threads: int, built: list[Backbone] 
         write_result(plan, stages, training.state)
 
 
-def autocast(device: torch.device, trainee: Trainee) -> torch.autocast:
-    """Mixed precision for a trainee's ``forward``: bfloat16 on a GPU where the trainee allows it, else float32.
+def autocast(device: torch.device, objective: Objective) -> torch.autocast:
+    """Mixed precision for an objective's ``forward``: bfloat16 on a GPU where the objective allows it, else float32.
 
     Parameters, their gradients and the optimizer are float32 always; bfloat16 has float32's range, so that losses need
     no scaling.
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and trainee.mixed_precision)
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and objective.mixed_precision)
 
 
 class Training:
@@ -88,7 +88,7 @@ class Training:
     def __init__(self, plan: TrainPlan, stages: TrainStages, world: World) -> None:
         self._plan, self._stages, self._world = plan, stages, world
         self._objects = Objects(plan.config.output)
-        self._optimizer = stages.trainee.optimizer(plan.config.effective_learning_rate)
+        self._optimizer = stages.objective.optimizer(plan.config.effective_learning_rate)
         self.seconds = StageSeconds()
         self.state = load_newest(self._objects)
         self._check_shared()
@@ -98,7 +98,7 @@ class Training:
 
     def _restore(self) -> None:
         try:
-            self._stages.trainee.load_state_dict(self.state.model)
+            self._stages.objective.load_state_dict(self.state.model)
             self._optimizer.load_state_dict(self.state.optimizer)
         except (RuntimeError, ValueError, LookupError) as error:
             raise JobError(
@@ -165,9 +165,9 @@ class Training:
     def _distributed(self) -> nn.Module:
         """What makes the losses, with gradients averaged over the processes."""
         if self._world.size == 1:
-            return self._stages.trainee
+            return self._stages.objective
         # A step leaves out what belongs to the other backbones alone.
-        return DistributedDataParallel(self._stages.trainee, find_unused_parameters=len(self._stages.backbones) > 1)
+        return DistributedDataParallel(self._stages.objective, find_unused_parameters=len(self._stages.backbones) > 1)
 
     def _batches(self, steps: range) -> Iterator[tuple[list[str], Tensor]]:
         config, references = self._plan.config, self._plan.train.references
@@ -184,13 +184,13 @@ class Training:
         """One step; its losses, averaged over the processes."""
         with self._timed("backbone"):
             draw = Draw(self._plan.config.seed, self.state.step, self._world.rank)
-            prepared = self._stages.trainee.prepare(self._turn, images.to(self._world.device), draw)
-        with self._timed("forward"), autocast(self._world.device, self._stages.trainee):
+            prepared = self._stages.objective.prepare(self._turn, images.to(self._world.device), draw)
+        with self._timed("forward"), autocast(self._world.device, self._stages.objective):
             losses: dict[str, Tensor] = model(prepared)
         with self._timed("backward"):
             self._optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(losses[LOSS])
-            gradients = [p.grad for p in self._stages.trainee.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self._stages.objective.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients).item()
         own = torch.stack([loss.detach() for loss in losses.values()])
         averages = (self._world.total(own.clone()) / self._world.size).tolist()
@@ -198,7 +198,7 @@ class Training:
             self._diverged(keys, bool(own.isfinite().all()), averages[0], norm)
         with self._timed("optimizer"):
             self._optimizer.step()
-            self._stages.trainee.after_step()
+            self._stages.objective.after_step()
         return dict(zip(losses, averages, strict=True))
 
     def _diverged(self, keys: list[str], finite: bool, loss: float, norm: float) -> None:
@@ -217,13 +217,13 @@ class Training:
 
     def _measure(self) -> None:
         """Measure the upsampler as it is; and the first time, those that learn nothing."""
-        self._world.follow_lead(self._stages.trainee.buffers())  # BatchNorm's: what is measured is what is saved
+        self._world.follow_lead(self._stages.objective.buffers())  # BatchNorm's: what is measured is what is saved
         with self._timed("held-out views"):
             for backbone in self._stages.measured:
                 label, rows = _label(backbone), self.state.held_out
                 known = next((row.errors for row in rows if row.backbone == label), None)
-                trainee = self._stages.trainee
-                upsamplers: dict[str, Upsample] = {trainee.name: trainee.upsample}
+                objective = self._stages.objective
+                upsamplers: dict[str, Upsample] = {objective.name: objective.upsample}
                 if known is None:
                     upsamplers |= {"bilinear": Bilinear(), "training_free": JBU().to(self._world.device)}
                 new = self._stages.views.errors(backbone, upsamplers, self._world)
@@ -233,8 +233,8 @@ class Training:
                 self._say("step %d: error on held-out views of %s: %s", self.state.step, label, said)
 
     def _checkpoint(self) -> None:
-        self._world.follow_lead(self._stages.trainee.buffers())
-        state = self._stages.trainee.state_dict()
+        self._world.follow_lead(self._stages.objective.buffers())
+        state = self._stages.objective.state_dict()
         if not all(tensor.isfinite().all() for tensor in state.values()):
             raise TrainingDiverged(
                 f"step {self.state.step}: a weight is not finite: training stops. {self._what_is_kept()}"

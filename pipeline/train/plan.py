@@ -108,7 +108,7 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
         config=config,
         train=train,
         val=val,
-        configuration=json.loads(json.dumps(_configuration(config, train, val, identities, held_out))),
+        configuration=_configuration(config, train, val, identities, held_out),
         identities=identities,
         held_out=held_out,
         begun=stored is not None,

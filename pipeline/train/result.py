@@ -14,7 +14,7 @@ from pipeline.reporting.software import commit, software_versions
 from pipeline.train.build import TrainStages
 from pipeline.train.checkpoints import TrainState, tables
 from pipeline.train.curves import curves
-from pipeline.train.objectives.base import Trainee
+from pipeline.train.objectives.base import Objective
 from pipeline.train.plan import TrainPlan
 
 __all__ = ["CURVES", "WEIGHTS", "provenance", "write_record", "write_result"]
@@ -28,10 +28,10 @@ def write_result(plan: TrainPlan, stages: TrainStages, state: TrainState) -> Non
     Raises:
         JobError: a place cannot be written to.
     """
-    weights = {name: tensor.contiguous() for name, tensor in stages.trainee.weights().items()}
+    weights = {name: tensor.contiguous() for name, tensor in stages.objective.weights().items()}
     with storage_explained(f"--output {plan.config.output}"):
         objects = Objects(plan.config.output)
-        objects.put(WEIGHTS, provenance(plan, stages.trainee, state).safetensors(weights))
+        objects.put(WEIGHTS, provenance(plan, stages.objective, state).safetensors(weights))
     write_record(plan, state)
     if plan.config.featup_checkpoint is not None:
         checkpoint = _featup_checkpoint(weights, num_chs=stages.backbones[0].num_chs)
@@ -52,7 +52,7 @@ def write_record(plan: TrainPlan, state: TrainState) -> None:
         objects.sweep()
 
 
-def provenance(plan: TrainPlan, trainee: Trainee, state: TrainState) -> Provenance:
+def provenance(plan: TrainPlan, objective: Objective, state: TrainState) -> Provenance:
     """The provenance of the weights, for the metadata of their file.
 
     ``upsampler``, ``backbones``, and ``final`` or ``patch`` are read when the weights are used; the rest is for people.
@@ -63,7 +63,7 @@ def provenance(plan: TrainPlan, trainee: Trainee, state: TrainState) -> Provenan
         for label, row in newest.items()
     }
     details = {
-        **trainee.metadata(),
+        **objective.metadata(),
         "steps": str(state.step),
         "images": str(plan.train.references.num_rows),
         "seed": str(plan.config.seed),
@@ -72,7 +72,7 @@ def provenance(plan: TrainPlan, trainee: Trainee, state: TrainState) -> Provenan
         "versions": json.dumps(software_versions()),
         "commit": commit(),
     }
-    return Provenance(trainee.name, tuple(plan.identities), details)
+    return Provenance(objective.name, tuple(plan.identities), details)
 
 
 def _featup_checkpoint(weights: dict[str, torch.Tensor], num_chs: int) -> bytes:

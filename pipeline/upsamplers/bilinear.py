@@ -1,6 +1,7 @@
 """Bilinear interpolation as an upsampler: the baseline."""
 
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.features.backbone import Backbone
 from pipeline.upsamplers.images import resize
@@ -17,11 +18,11 @@ class Bilinear(LinearUpsampler):
     facts = Facts(weights="none", channels="any", scale="any", guidance="nothing", pca="exact: in front")
 
     @classmethod
+    @override
     def from_options(cls, options: NoOptions, weights: str | None, backbone: Backbone) -> "Bilinear":
-        """As `Upsampler.from_options`."""
         return cls()
 
+    @override
     def forward(self, low: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """As `LinearUpsampler.forward`."""
         check_images(low, images, size)
         return resize(low, size)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from kernels.quantization import Codes, Encoding, Quantization
 from pipeline.errors import ImageError
@@ -194,8 +195,8 @@ class LinearUpsampler(Upsampler):
         mean, components = checked_basis(mean, components)
         return Folding(components.T.contiguous().float(), -(components @ mean).float())
 
+    @override
     def with_basis(self, mean: Tensor, components: Tensor) -> Projected:
-        """As `Upsampler.with_basis`."""
         return _LinearProjected(self, self.fold(mean, components))
 
     @abstractmethod
@@ -251,13 +252,14 @@ class _LinearProjected(Projected):
         self.register_buffer("projection", folding.projection)
         self.register_buffer("offset", folding.offset)
 
+    @override
     def forward(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """As `Projected.forward`."""
         high: Tensor = self.upsampler(self._projected(features), images, size)
         return high.float() + self.offset[:, None, None]
 
+    @override
     def encode(self, features: Tensor, images: Tensor, size: tuple[int, int], encoding: Encoding) -> Stored:
-        """As `Projected.encode`; the offset takes no pass over the features of its own."""
+        """The offset takes no pass over the features of its own."""
         codes = self.upsampler.encode(self._projected(features), images, size, encoding, self.offset)
         return with_nonfinite(codes, {})
 

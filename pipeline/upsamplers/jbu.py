@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from kernels.dispatch import Kind
 from kernels.jbu import (
@@ -71,8 +72,9 @@ class JBU(LinearUpsampler):
         self.stack = None if stack is None else stack.requires_grad_(False)
 
     @classmethod
+    @override
     def from_options(cls, options: NoOptions, weights: str | None, backbone: Backbone) -> "JBU":
-        """As `Upsampler.from_options`; ``weights`` may be `UNIVERSAL`."""
+        """``weights`` may be `UNIVERSAL`."""
         if weights is None:
             return cls()
         if weights == UNIVERSAL:
@@ -113,15 +115,17 @@ class JBU(LinearUpsampler):
         load_strict(stack, state, what=f"JBU weights {uri}")
         return cls(stack)
 
+    @override
     def identity(self) -> dict[str, object]:
-        """As `Upsampler.identity`: the weights' digest, or the training-free parameters."""
+        """The weights' digest, or the training-free parameters."""
         if self.stack is not None:
             return {"name": self.name, "weights": state_digest(self.stack.state_dict())}
         parameters = {"radius": self.radius, "sigma_spatial": self.sigma_spatial, "sigma_range": self.sigma_range}
         return {"name": self.name, **parameters}
 
+    @override
     def fold(self, mean: Tensor, components: Tensor) -> Folding:
-        """As `LinearUpsampler.fold`, with the final convolution Y = U + 0.1·(W·U + b), if any, folded in as well."""
+        """With the final convolution Y = U + 0.1·(W·U + b), if any, folded in as well."""
         mean, components = checked_basis(mean, components)
         with torch.no_grad():
             projection, offset = self.through_final(components.T)
@@ -148,26 +152,29 @@ class JBU(LinearUpsampler):
         weight, bias = (_FINAL_WEIGHT * parameter.to(projection) for parameter in (final.weight, final.bias))
         return projection + weight[:, :, 0, 0].T @ projection, bias @ projection  # (I + 0.1 W)ᵀ P
 
+    @override
     def forward(self, low: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """As `LinearUpsampler.forward`; without the final convolution, which is in the projection."""
+        """Without the final convolution, which is in the projection."""
         check_images(low, images, size)
         high, pixels = low, self._pixels(images)
         for number in range(self._stage_count(_grid(low), size)):
             high = self._stage(number, high, pixels)
         return resize(high, size)
 
+    @override
     def explain(self, device: torch.device) -> str:
-        """As `Upsampler.explain`."""
         source = torch.float16 if device.type == "cuda" else torch.float32
         return str(explain(Kind(device, source), Kind(device, torch.float32)))  # the guidance is float32
 
+    @override
     def can_quantize(self, low: tuple[int, int], size: tuple[int, int]) -> bool:
-        """As `LinearUpsampler.can_quantize`: where the last stage ends at ``size``, and no interpolation follows."""
+        """Where the last stage ends at ``size``, and no interpolation follows."""
         stages = self._stage_count(low, size)
         return stages > 0 and (low[0] << stages, low[1] << stages) == size
 
+    @override
     def forward_codes(self, low: Tensor, images: Tensor, size: tuple[int, int], quantization: Quantization) -> Codes:
-        """As `LinearUpsampler.forward_codes`: the last stage's kernel writes codes."""
+        """The last stage's kernel writes codes."""
         check_images(low, images, size)
         if not self.can_quantize(_grid(low), size):
             raise NotImplementedError(f"jbu quantizes where its last stage ends at the output's size {size}")

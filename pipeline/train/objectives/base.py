@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.train.data import Draw
 
-__all__ = ["LOSS", "FeatureSample", "FeatureStatistics", "Trainee"]
+__all__ = ["LOSS", "FeatureSample", "FeatureStatistics", "Objective"]
 
 LOSS = "loss"
 
@@ -53,7 +53,7 @@ class FeatureSample:
         return FeatureStatistics.of(self.features)
 
 
-class Trainee(nn.Module):
+class Objective(nn.Module):
     """An upsampler and whatever else is trained with it. Its ``forward`` makes the losses, so that DDP can wrap it.
 
     Attributes:

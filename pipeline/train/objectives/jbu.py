@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from kernels.jbu import JBUStack
 from pipeline.features.backbone import Backbone
 from pipeline.train.data import Draw
 from pipeline.train.held_out import rendered_size
-from pipeline.train.objectives.base import LOSS, FeatureStatistics, Trainee
+from pipeline.train.objectives.base import LOSS, FeatureStatistics, Objective
 from pipeline.train.objectives.losses import Uncertainty, random_projection, sampled_crf, uncertain_error
 from pipeline.upsamplers.images import imagenet_normalised
 from pipeline.upsamplers.jbu import JBU
@@ -30,7 +31,7 @@ from pipeline.views.downsample import AttentionDownsampler, SimpleDownsampler, b
 from pipeline.views.jitter import apply_matrices, sample_jitter, view_images, view_matrices
 from schemas.train_options import TrainConfig
 
-__all__ = ["JBUTraining"]
+__all__ = ["JBUObjective"]
 
 _CRF_POINTS = 1000  # published
 _DROPOUT = 0.2  # published, of the saliency
@@ -94,7 +95,7 @@ class _Head(nn.Module):
         return uncertain_error(self.downsample(seen, view.kept_cells), target, deviation)
 
 
-class JBUTraining(Trainee):
+class JBUObjective(Objective):
     """A JBU stack, and for each backbone a downsampler and an uncertainty.
 
     Args:
@@ -119,8 +120,9 @@ class JBUTraining(Trainee):
         self.upsampler.requires_grad_(True)
         self.heads = nn.ModuleList(_Head(*both, config.downsampler) for both in zip(backbones, statistics, strict=True))
 
+    @override
     def prepare(self, turn: int, images: Tensor, draw: Draw) -> _Prepared:
-        """As `Trainee.prepare`: features of the images and of their views, and everything random."""
+        """Features of the images and of their views, and everything random."""
         backbone, config = self._backbones[turn], self._config
         size, (H, W) = (images.shape[2], images.shape[3]), rendered_size(backbone)
         projection = random_projection(len(images), backbone.num_chs, config.projection_chs, draw.torch)
@@ -144,8 +146,8 @@ class JBUTraining(Trainee):
             torch.stack([torch.from_numpy(axis) for axis in points], 1).to(low.device), views,
         )  # fmt: skip
 
+    @override
     def forward(self, prepared: _Prepared) -> dict[str, Tensor]:
-        """As `Trainee.forward`."""
         head = self.heads[prepared.turn]
         assert isinstance(head, _Head)
         projection, offset = self.upsampler.through_final(head.directions(prepared))
@@ -163,17 +165,18 @@ class JBUTraining(Trainee):
         """NAdam, as published."""
         return torch.optim.NAdam(self.parameters(), lr=learning_rate)
 
+    @override
     def upsample(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """As `Trainee.upsample`."""
         return self.upsampler.forward_full(features, images, size)
 
+    @override
     def weights(self) -> dict[str, Tensor]:
-        """As `Trainee.weights`."""
         assert self.upsampler.stack is not None
         return {name: tensor.detach().cpu().clone() for name, tensor in self.upsampler.stack.state_dict().items()}
 
+    @override
     def metadata(self) -> dict[str, str]:
-        """As `Trainee.metadata`: whether the final convolution, which is for one backbone, is there."""
+        """Whether the final convolution, which is for one backbone, is there."""
         return {"final": "on" if self._config.final else "off"}
 
 

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
+from typing_extensions import override
 
 from pipeline.features.backbone import Backbone
 from pipeline.train.data import Draw
-from pipeline.train.objectives.base import LOSS, FeatureSample, Trainee
+from pipeline.train.objectives.base import LOSS, FeatureSample, Objective
 from pipeline.train.objectives.feature_cache import FeatureCache
 from pipeline.train.objectives.lift_initial import begin_as_interpolation
 from pipeline.train.objectives.losses import cosine_distance
@@ -25,7 +26,7 @@ from pipeline.upsamplers.images import imagenet_normalised, resize
 from pipeline.upsamplers.lift.network import LiFT
 from schemas.train_options import TrainConfig
 
-__all__ = ["AT_SIZE", "LiFTTraining", "lift_scales"]
+__all__ = ["AT_SIZE", "LiFTObjective", "lift_scales"]
 
 AT_SIZE = 1  # place of --size in `lift_scales`
 _MEMORY = 0.98  # of averages over steps, per step
@@ -46,7 +47,7 @@ class _Octave:
     target: Tensor  # [B, C, 2h, 2w], features of the same image at twice the size
 
 
-class LiFTTraining(Trainee):
+class LiFTObjective(Objective):
     """LiFT, for one backbone and layer.
 
     The cosine distance leaves the length of the output free. Lengths matter where features are centred and projected
@@ -79,8 +80,9 @@ class LiFTTraining(Trainee):
         for name in ("predicted_on_target", "predicted_squared"):
             self.register_buffer(name, torch.zeros(()))
 
+    @override
     def prepare(self, turn: int, images: Tensor, draw: Draw) -> list[_Octave]:
-        """As `Trainee.prepare`; images of twice the size that LiFT will be used on. Nothing is random."""
+        """Images of twice the size that LiFT will be used on. Nothing is random."""
         scales = [images, *(_halved(images, 2**octave) for octave in range(1, len(self._backbones)))]
         features = self._cache.features(
             images, lambda: [backbone(scale) for backbone, scale in zip(self._backbones, scales, strict=True)]
@@ -90,8 +92,8 @@ class LiFTTraining(Trainee):
             for octave in range(self._config.lift_octaves)
         ]
 
+    @override
     def forward(self, prepared: list[_Octave]) -> dict[str, Tensor]:
-        """As `Trainee.forward`."""
         octaves, coarse = [], []
         for octave in prepared:
             predicted = self.lift(octave.low, octave.image).float()  # of autocast, where that is on
@@ -107,24 +109,26 @@ class LiFTTraining(Trainee):
         """Adam, as published."""
         return torch.optim.Adam(self.lift.parameters(), lr=learning_rate)
 
+    @override
     def after_step(self) -> None:
-        """As `Trainee.after_step`."""
         self.averaged.update_parameters(self.lift)
 
+    @override
     def upsample(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """As `Trainee.upsample`: ×2, then bilinear."""
+        """×2, then bilinear."""
         return resize(self._scale() * self.averaged(features, imagenet_normalised(images)), size)
 
+    @override
     def weights(self) -> dict[str, Tensor]:
-        """As `Trainee.weights`."""
         scaled = ("outc.weight", "outc.bias")
         return {
             name: tensor.detach().cpu() * (self._scale().cpu() if name in scaled else 1)
             for name, tensor in self.averaged.module.state_dict().items()
         }
 
+    @override
     def metadata(self) -> dict[str, str]:
-        """As `Trainee.metadata`: the pixels of a cell, which no tensor tells."""
+        """The pixels of a cell, which no tensor tells."""
         return {"patch": str(self.lift.patch)}
 
     def _error(self, predicted: Tensor, target: Tensor) -> Tensor:

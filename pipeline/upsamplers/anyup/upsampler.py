@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
@@ -37,8 +38,8 @@ class AnyUpUpsampler(Upsampler):
         self.anyup = anyup.requires_grad_(False)
 
     @classmethod
+    @override
     def from_options(cls, options: NoOptions, weights: str | None, backbone: Backbone) -> "AnyUpUpsampler":
-        """As `Upsampler.from_options`."""
         assert weights is not None
         check_pairing(weights, cls.name, backbone)
         return cls.from_weights(weights)
@@ -55,12 +56,12 @@ class AnyUpUpsampler(Upsampler):
         except JobError as error:
             raise JobError(f"{uri}: {error}") from error
 
+    @override
     def identity(self) -> dict[str, object]:
-        """As `Upsampler.identity`."""
         return {"name": self.name, "weights": state_digest(self.anyup.state_dict())}
 
+    @override
     def with_basis(self, mean: Tensor, components: Tensor) -> Projected:
-        """As `Upsampler.with_basis`."""
         mean, components = checked_basis(mean, components)
         return _AnyUpProjected(self.anyup, components.float(), (components @ mean).float())
 
@@ -75,8 +76,9 @@ class _AnyUpProjected(Projected):
         self.register_buffer("components", components)
         self.register_buffer("projected_mean", projected_mean)
 
+    @override
     def forward(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """As `Projected.forward`. Weights sum to 1, so the values may be centred first."""
+        """Weights sum to 1, so the values may be centred first."""
         check_images(features, images, size)
         values = torch.einsum("bchw,kc->bkhw", features, self.components) - self.projected_mean[:, None, None]
         high: Tensor = self.anyup(features, values, imagenet_normalised(images), size)

@@ -106,22 +106,22 @@ class _Fitter:
 
     def run(self, on_check: Callable[[int, Tensor], None] | None) -> Fit:
         """Take the steps."""
-        keep = _Keep(self.model, self.schedule, self.failures)
+        best = _BestWeights(self.model, self.schedule, self.failures)
         optimizer = torch.optim.NAdam(self.model.parameters(), lr=self.schedule.learning_rate)
         for step in range(1, self.schedule.steps + 1):
-            if keep.finished:
+            if best.finished:
                 break
             optimizer.zero_grad()
             torch.autograd.backward(self._loss().sum())  # each image's gradients are its own
             optimizer.step()
             if step % self.schedule.check_every == 0 or step == self.schedule.steps:
                 errors = self._held_out_errors()
-                keep.look(step, errors)
+                best.update(step, errors)
                 if on_check is not None:
                     on_check(step, errors)
-        keep.restore()
-        self._find_divergence(keep)
-        return Fit(self.model.networks, self.model.downsamplers, keep.error, keep.step, self.failures)
+        best.restore()
+        self._find_divergence(best)
+        return Fit(self.model.networks, self.model.downsamplers, best.error, best.step, self.failures)
 
     def _loss(self) -> Tensor:
         """[N], on random views."""
@@ -156,10 +156,10 @@ class _Fitter:
         kept = (torch.rand(*shape, generator=self.generator) > _DROPPED).float() / (1 - _DROPPED)
         return kept.to(self.waves.once.device)
 
-    def _find_divergence(self, keep: "_Keep") -> None:
+    def _find_divergence(self, best: "_BestWeights") -> None:
         """A network that explains held-out views no better than nothing does has diverged, or has not got there."""
         nothing = self.held_targets.square().flatten(1).mean(1)
-        found = zip(keep.error.tolist(), nothing.tolist(), keep.looked.tolist(), strict=True)
+        found = zip(best.error.tolist(), nothing.tolist(), best.checked.tolist(), strict=True)
         for image, (error, most, steps) in enumerate(found):
             if not error < most:
                 why = (
@@ -169,8 +169,14 @@ class _Fitter:
                 self.failures.setdefault(image, ImageError("diverged", why))
 
 
-class _Keep:
-    """Which parameters are kept of each image: the best on held-out views, or the last."""
+class _BestWeights:
+    """The parameters to keep of each image's network: the best on held-out views, or the last.
+
+    Attributes:
+        error: [N] their held-out error.
+        step: [N] the step they were taken at.
+        checked: [N] the step of the last check of an image that was still improving.
+    """
 
     def __init__(self, model: nn.Module, schedule: Schedule, failures: dict[int, ImageError]) -> None:
         parameters = dict(model.named_parameters())
@@ -179,21 +185,21 @@ class _Keep:
         self.best = {name: p.detach().clone() for name, p in parameters.items()}
         self.error = torch.full((len(first),), torch.inf, device=first.device)
         self.step = torch.zeros(len(first), dtype=torch.int64, device=first.device)
-        self.looked = torch.zeros_like(self.step)  # after how many steps an image was last looked at
+        self.checked = torch.zeros_like(self.step)
         self.waited = torch.zeros_like(self.step)
         self.going = torch.ones(len(first), dtype=torch.bool, device=first.device)
         self.going[list(failures)] = False
 
     @property
     def finished(self) -> bool:
-        """Whether no image's network can become better."""
+        """Whether no network is still improving."""
         return not self.going.any()
 
     @torch.no_grad()
-    def look(self, step: int, errors: Tensor) -> None:
-        """Take parameters of images whose held-out error has become smaller, unless they are done."""
+    def update(self, step: int, errors: Tensor) -> None:
+        """Store the parameters of images whose held-out error has fallen, unless their fit has ended."""
         better = self.going.clone()
-        self.looked = torch.where(self.going, step, self.looked)
+        self.checked = torch.where(self.going, step, self.checked)
         if self.patience is not None:
             better &= errors < (1 - _ROUNDING) * self.error
             self.waited = torch.where(better, 0, self.waited + 1)
@@ -206,7 +212,7 @@ class _Keep:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put what was kept into the model."""
+        """Copy the kept parameters into the model."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self.best[name])
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from kernels.quantization import Encoding
 from pipeline.errors import ImageError
@@ -58,20 +59,20 @@ class ImplicitUpsampler(Upsampler):
         self.backbone, self.schedule = backbone, schedule
 
     @classmethod
+    @override
     def from_options(cls, options: ImplicitOptions, weights: str | None, backbone: Backbone) -> "ImplicitUpsampler":
-        """As `Upsampler.from_options`."""
         return cls(backbone, Schedule.asked_for(views=options.views, steps=options.fit_steps))
 
+    @override
     def identity(self) -> dict[str, object]:
-        """As `Upsampler.identity`."""
         return {"name": self.name, **self.schedule.identity()}
 
+    @override
     def explain(self, device: torch.device) -> str:
-        """As `Upsampler.explain`."""
         return "plain torch and numba" if device.type == "cpu" else "plain torch, bfloat16"
 
+    @override
     def with_basis(self, mean: Tensor, components: Tensor) -> "ImplicitProjected":
-        """As `Upsampler.with_basis`."""
         mean, components = checked_basis(mean, components)
         return ImplicitProjected(self.backbone, self.schedule, mean.float(), components.float())
 
@@ -95,12 +96,12 @@ class ImplicitProjected(Projected):
         self.register_buffer("mean", mean)
         self.register_buffer("components", components)
 
+    @override
     def forward(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """As `Projected.forward`."""
         return self._rendered(features, images, size)[0]
 
+    @override
     def encode(self, features: Tensor, images: Tensor, size: tuple[int, int], encoding: Encoding) -> Stored:
-        """As `Projected.encode`."""
         high, failures = self._rendered(features, images, size)
         return with_nonfinite(encoding.encode(high), failures)
 

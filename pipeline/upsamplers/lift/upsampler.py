@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
@@ -36,8 +37,8 @@ class LiFTUpsampler(Upsampler):
         self.lift = lift.requires_grad_(False)
 
     @classmethod
+    @override
     def from_options(cls, options: LiFTOptions, weights: str | None, backbone: Backbone) -> "LiFTUpsampler":
-        """As `Upsampler.from_options`."""
         assert weights is not None
         check_pairing(weights, cls.name, backbone)
         iterations = options.lift_iterations
@@ -61,8 +62,8 @@ class LiFTUpsampler(Upsampler):
         except JobError as error:
             raise JobError(f"{uri}: {error}") from error
 
+    @override
     def identity(self) -> dict[str, object]:
-        """As `Upsampler.identity`."""
         return {
             "name": self.name,
             "weights": state_digest(self.lift.state_dict()),
@@ -70,8 +71,8 @@ class LiFTUpsampler(Upsampler):
             "iterations": self.lift.iterations,
         }
 
+    @override
     def with_basis(self, mean: Tensor, components: Tensor) -> Projected:
-        """As `Upsampler.with_basis`."""
         return _LiFTProjected(self.lift.folded(mean, components))
 
 
@@ -80,8 +81,9 @@ class _LiFTProjected(Projected):
         super().__init__()
         self.folded = folded
 
+    @override
     def forward(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """As `Projected.forward`; in bfloat16 autocast on a GPU, like the backbone."""
+        """In bfloat16 autocast on a GPU, like the backbone."""
         check_images(features, images, size)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=features.is_cuda):
             high = self.folded(features, imagenet_normalised(images))

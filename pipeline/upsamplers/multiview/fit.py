@@ -15,12 +15,12 @@ from torch import Tensor
 
 from kernels.multiview import ViewMatrices, solve
 from pipeline.reporting.progress import ProgressLine
-from pipeline.upsamplers.multiview.downsampler import FitSettings
+from pipeline.upsamplers.multiview.pooling import FitSettings
 from pipeline.upsamplers.multiview.sample import ViewSample
 from pipeline.upsamplers.multiview.upsampler import start_at
 from pipeline.upsamplers.multiview.views import held_out_views, solver_grid, solver_views, view_operators
 
-__all__ = ["Fit", "choose", "fit_downsampler"]
+__all__ = ["Fit", "choose", "fit_pooling"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Fit:
     account: dict[str, Any]
 
 
-def fit_downsampler(sample: ViewSample, cell_px: int, stride_px: int, device: torch.device) -> Fit:
+def fit_pooling(sample: ViewSample, cell_px: int, stride_px: int, device: torch.device) -> Fit:
     """Fit the pooling's width, the bias, then regularisation and iterations.
 
     Args:

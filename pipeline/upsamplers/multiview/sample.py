@@ -1,4 +1,4 @@
-"""The backbone's features of many views of some images: what a downsampler is fitted on.
+"""The backbone's features of many views of some images: the data that a pooling model is fitted on.
 
 All channels of all views are many gigabytes for a large backbone. They are written to a temporary file, from which the
 bias is fitted a few channels at a time; what settings are chosen on are k components, in memory.
@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -87,7 +86,7 @@ def sampled_views(
                 moments = moments.merged(Moments.of(seen, torch.ones_like(seen[:, 0], dtype=torch.bool)))
                 kept.append(n)
             line.advance()
-        basis = _basis(moments, components)
+        basis = fit(moments, components, at_most=True)
         low = [project(torch.from_numpy(np.array(spool[n])), *basis.tensors) for n in range(len(kept))]
         yield ViewSample(images[kept], spool[: len(kept)], torch.stack(low), views, basis)
 
@@ -113,10 +112,3 @@ def _take_space(file: Path, needed: int) -> None:
             f"{free / 1e9:,.1f} GB are free: set TMPDIR to a folder with more room, or take fewer --fit-images or "
             f"--views ({error.strerror})"
         ) from error
-
-
-def _basis(moments: Moments, components: int) -> Basis:
-    """Of at most so many components: a small sample may span fewer."""
-    values: npt.NDArray[Any] = np.linalg.eigvalsh(moments.scatter)
-    rank = int((values > values[-1] * 1e-9).sum())
-    return fit(moments, max(1, min(components, rank)))

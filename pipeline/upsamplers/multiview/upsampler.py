@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from kernels.dispatch import Kind
 from kernels.multiview import Solution, ViewMatrices, explain, solve
@@ -22,7 +23,7 @@ from pipeline.upsamplers.interface import (
     with_nonfinite,
 )
 from pipeline.upsamplers.jbu import JBU
-from pipeline.upsamplers.multiview.downsampler import Downsampler, FitSettings
+from pipeline.upsamplers.multiview.pooling import FitSettings, PoolingModel
 from pipeline.upsamplers.multiview.views import MOST_VIEWS, solver_grid, solver_views, view_operators
 from pipeline.views.features import JitterMatrices, project, view_features
 from schemas.upsamplers import MultiviewOptions
@@ -45,8 +46,8 @@ class MultiviewUpsampler(Upsampler):
 
     Args:
         backbone: whose features these are; it is shared, not copied.
-        downsampler: fitted on that backbone.
-        settings: those of the downsampler, or others.
+        pooling: fitted on that backbone.
+        settings: those of the pooling model, or others.
     """
 
     name = "multiview"
@@ -56,40 +57,41 @@ class MultiviewUpsampler(Upsampler):
         scale="any",
         guidance="the image, and the backbone's features of jittered views of it",
         pca="exact: the views' features are projected as they are made",
-        weights_from="make them with jobs/fit_downsampler.py",
+        weights_from="make them with jobs/fit_pooling.py",
     )
 
-    def __init__(self, backbone: Backbone, downsampler: Downsampler, settings: FitSettings) -> None:
+    def __init__(self, backbone: Backbone, pooling: PoolingModel, settings: FitSettings) -> None:
         super().__init__()
         self.backbone, self.settings = backbone, settings
-        self.register_buffer("bias", downsampler.bias.float(), persistent=False)
-        self._digest = downsampler.digest
+        self.register_buffer("bias", pooling.bias.float(), persistent=False)
+        self._digest = pooling.digest
         self.finish = JBU()
         self.views = SolverViews(backbone, settings)
 
     @classmethod
+    @override
     def from_options(cls, options: MultiviewOptions, weights: str | None, backbone: Backbone) -> "MultiviewUpsampler":
-        """As `Upsampler.from_options`: the weights are a file of ``jobs/fit_downsampler.py``."""
+        """The weights are a file of ``jobs/fit_pooling.py``."""
         assert weights is not None
         if options.views is not None and options.views > MOST_VIEWS:
             raise JobError(f"--views: got {options.views}, expected at most {MOST_VIEWS}: later views are held out")
-        downsampler = Downsampler.read(weights)
-        downsampler.check(backbone, weights)
+        pooling = PoolingModel.read(weights)
+        pooling.check(backbone, weights)
         given = {name: value for name, value in vars(options).items() if value is not None}
-        return cls(backbone, downsampler, replace(downsampler.settings, **given))
+        return cls(backbone, pooling, replace(pooling.settings, **given))
 
+    @override
     def identity(self) -> dict[str, object]:
-        """As `Upsampler.identity`."""
         return {"name": self.name, "weights": self._digest, **vars(self.settings), "finish": self.finish.identity()}
 
+    @override
     def explain(self, device: torch.device) -> str:
-        """As `Upsampler.explain`."""
         cpu = explain(Kind(device, torch.float32)).chosen == "cpu"
         solver = "numba and matrix products" if cpu else "torch"
         return f"{solver}; then {self.finish.explain(device)}"
 
+    @override
     def with_basis(self, mean: Tensor, components: Tensor) -> Projected:
-        """As `Upsampler.with_basis`."""
         mean, components = checked_basis(mean, components)
         bias = self.get_buffer("bias")
         if len(mean) != len(bias):
@@ -129,14 +131,14 @@ class _MultiviewProjected(Projected):
         self.register_buffer("components", components)
         self.register_buffer("bias", torch.einsum("chw,kc->khw", upsampler.get_buffer("bias"), components))
 
+    @override
     def forward(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """As `Projected.forward`."""
         solved, _ = self._solved(features, images, size)
         high: Tensor = self.upsampler.finish(solved, images, size)
         return high.float()
 
+    @override
     def encode(self, features: Tensor, images: Tensor, size: tuple[int, int], encoding: Encoding) -> Stored:
-        """As `Projected.encode`."""
         solved, failures = self._solved(features, images, size)
         return with_nonfinite(self.upsampler.finish.encode(solved, images, size, encoding), failures)
 

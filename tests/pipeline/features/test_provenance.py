@@ -64,6 +64,6 @@ def test_weights_for_every_backbone_and_those_of_others_pass(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("document", ["{}", "no JSON", "[]", '{"format": 2}', '{"format": 1, "origin": {}}'])
-def test_damaged_downsamplers_of_before_are_named(document: str) -> None:
+def test_damaged_pooling_models_of_before_are_named(document: str) -> None:
     with pytest.raises(JobError, match=r"weights there: cannot read the metadata .* damaged or of another version"):
         Provenance.from_metadata({"densefeat": document}, "there")

@@ -13,14 +13,14 @@ from pipeline.features.backbone import build_backbone
 from pipeline.train.data import Draw
 from pipeline.train.objectives.base import LOSS, FeatureSample
 from pipeline.train.objectives.feature_cache import FeatureCache
-from pipeline.train.objectives.lift import AT_SIZE, LiFTTraining, lift_scales
+from pipeline.train.objectives.lift import AT_SIZE, LiFTObjective, lift_scales
 from pipeline.train.objectives.lift_initial import begin_as_interpolation
 from pipeline.upsamplers.images import imagenet_normalised
 from pipeline.upsamplers.lift.network import LiFT
 from tests.helpers.trainings import train_config
 
 
-def lift_training(size: tuple[int, int], max_bytes: float = 1e9, **options: Any) -> LiFTTraining:
+def lift_objective(size: tuple[int, int], max_bytes: float = 1e9, **options: Any) -> LiFTObjective:
     """Of a small network, on images of twice ``size``."""
     config = train_config(Path("photographs"), "nowhere", upsampler="lift", **options)
     backbones = [
@@ -29,7 +29,7 @@ def lift_training(size: tuple[int, int], max_bytes: float = 1e9, **options: Any)
     ]
     images = blocks(8, size)
     sample = FeatureSample(images, backbones[AT_SIZE](images))
-    return LiFTTraining(config, backbones, sample, FeatureCache(2, backbones, max_bytes))
+    return LiFTObjective(config, backbones, sample, FeatureCache(2, backbones, max_bytes))
 
 
 def blocks(count: int, size: tuple[int, int]) -> torch.Tensor:
@@ -41,37 +41,37 @@ def blocks(count: int, size: tuple[int, int]) -> torch.Tensor:
 PUBLISHED = {"lift_loss": "cosine", "lift_initial": "random", "lift_octaves": 2, "lift_consistency": 0.0}
 
 
-@pytest.mark.parametrize("objective", [{}, PUBLISHED], ids=["default", "published"])
-def test_lift_learns_directions_and_lengths(objective: dict[str, Any]) -> None:
-    trainee = lift_training((64, 32), **objective)
-    optimizer = trainee.optimizer(3e-3)
+@pytest.mark.parametrize("options", [{}, PUBLISHED], ids=["default", "published"])
+def test_lift_learns_directions_and_lengths(options: dict[str, Any]) -> None:
+    objective = lift_objective((64, 32), **options)
+    optimizer = objective.optimizer(3e-3)
     images = blocks(2, (128, 64))
     losses = []
     for step in range(40):
-        parts = trainee(trainee.prepare(0, images, Draw(0, step, 0)))
+        parts = objective(objective.prepare(0, images, Draw(0, step, 0)))
         optimizer.zero_grad()
         parts[LOSS].backward()
         optimizer.step()
-        trainee.after_step()
+        objective.after_step()
         losses.append(float(parts[LOSS].detach()))
     assert losses[-1] < 0.5 * losses[0]
-    octave = trainee.prepare(0, images, Draw(0, 0, 0))[0]
+    octave = objective.prepare(0, images, Draw(0, 0, 0))[0]
     small = F.avg_pool2d(images.float(), 2).round().to(torch.uint8)
     with torch.no_grad():
-        high = trainee.upsample(octave.low, small, (16, 8))
+        high = objective.upsample(octave.low, small, (16, 8))
     assert high.shape == octave.target.shape
     assert 0.5 < float(high.norm() / octave.target.norm()) < 1.5
     # The weights that are published do by themselves what was measured.
-    loaded = LiFT.from_state(trainee.weights(), patch=int(trainee.metadata()["patch"]), num_chs=128)
+    loaded = LiFT.from_state(objective.weights(), patch=int(objective.metadata()["patch"]), num_chs=128)
     with torch.no_grad():
         torch.testing.assert_close(loaded(octave.low, imagenet_normalised(small)), high, rtol=1e-4, atol=1e-5)
 
 
 def test_lift_is_trained_to_be_what_it_was_made_from() -> None:
-    trainee = lift_training((64, 32), lift_octaves=2, lift_consistency=2.0)
-    (parts, octaves) = (trainee(prepared := trainee.prepare(0, blocks(2, (128, 64)), Draw(0, 0, 0))), prepared)
-    predicted = [trainee.lift(octave.low, octave.image) for octave in octaves]
-    variance = trainee._variance
+    objective = lift_objective((64, 32), lift_octaves=2, lift_consistency=2.0)
+    (parts, octaves) = (objective(prepared := objective.prepare(0, blocks(2, (128, 64)), Draw(0, 0, 0))), prepared)
+    predicted = [objective.lift(octave.low, octave.image) for octave in octaves]
+    variance = objective._variance
     coarse = [(F.avg_pool2d(p, 2) - o.low).square().mean() / variance for p, o in zip(predicted, octaves, strict=True)]
     fine = [(p - o.target).square().mean() / variance for p, o in zip(predicted, octaves, strict=True)]
     torch.testing.assert_close(parts["consistency"], sum(coarse), rtol=1e-4, atol=0)
@@ -96,11 +96,11 @@ def test_lift_begins_as_interpolation(num_chs: int, rank: int) -> None:
 
 
 def test_lift_keeps_the_average_over_steps() -> None:
-    trainee = lift_training((64, 32))
+    objective = lift_objective((64, 32))
     for value in (1.0, 3.0):  # the newest counts for 9/10 at first, for 1/50 later
-        trainee.lift.outc.bias.data.fill_(value)
-        trainee.after_step()
-    torch.testing.assert_close(trainee.weights()["outc.bias"], torch.full((128,), 1 + 0.9 * (3 - 1)))
+        objective.lift.outc.bias.data.fill_(value)
+        objective.after_step()
+    torch.testing.assert_close(objective.weights()["outc.bias"], torch.full((128,), 1 + 0.9 * (3 - 1)))
 
 
 def test_features_that_all_fit_are_made_once() -> None:
@@ -119,23 +119,23 @@ def test_features_that_all_fit_are_made_once() -> None:
 
 def test_mixed_precision_leaves_losses_and_gradients_float32() -> None:
     """What a GPU does, as well as a CPU can."""
-    trainee = lift_training((64, 64), max_bytes=0)
+    objective = lift_objective((64, 64), max_bytes=0)
     images = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
-    prepared = trainee.prepare(0, images, Draw(0, 0, 0))
-    expected = trainee(prepared)
+    prepared = objective.prepare(0, images, Draw(0, 0, 0))
+    expected = objective(prepared)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = trainee(prepared)
+        losses = objective(prepared)
     assert all(loss.dtype == torch.float32 for loss in losses.values())
     torch.testing.assert_close(losses, expected, rtol=0.02, atol=0.02)
     torch.autograd.backward(losses[LOSS])
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trainee.lift.parameters())
-    assert trainee.predicted_squared.dtype == torch.float32
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in objective.lift.parameters())
+    assert objective.predicted_squared.dtype == torch.float32
 
 
 def test_a_scale_never_turns_features_round() -> None:
-    trainee = lift_training((64, 64), lift_loss="cosine")
-    trainee.predicted_squared.fill_(2.0)
+    objective = lift_objective((64, 64), lift_loss="cosine")
+    objective.predicted_squared.fill_(2.0)
     for projection, scale in ((-1.0, 1), (0.0, 1), (1.0, 0.5)):
-        trainee.predicted_on_target.fill_(projection)
-        before = trainee.lift.state_dict()["outc.bias"]
-        torch.testing.assert_close(trainee.weights()["outc.bias"], scale * before)
+        objective.predicted_on_target.fill_(projection)
+        before = objective.lift.state_dict()["outc.bias"]
+        torch.testing.assert_close(objective.weights()["outc.bias"], scale * before)

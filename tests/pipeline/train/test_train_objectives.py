@@ -19,8 +19,8 @@ from pipeline.train.data import Draw
 from pipeline.train.held_out import HeldOutViews, rendered_size
 from pipeline.train.loop import autocast
 from pipeline.train.objectives.base import LOSS, FeatureStatistics
-from pipeline.train.objectives.jbu import JBUTraining
-from pipeline.train.objectives.lift import LiFTTraining
+from pipeline.train.objectives.jbu import JBUObjective
+from pipeline.train.objectives.lift import LiFTObjective
 from pipeline.train.objectives.losses import (
     Uncertainty,
     cosine_distance,
@@ -77,7 +77,7 @@ def test_small_losses() -> None:
     assert Uncertainty(6)(1000 * features).min() >= 1e-4
 
 
-# --- Trainees ---
+# --- Objectives ---
 
 
 @pytest.mark.parametrize("final", [False, True])
@@ -90,12 +90,12 @@ def test_losses_on_few_directions_are_those_on_all_channels(
         photographs, "unused", final=final, downsampler=downsampler, backbones=("resnet18@3",), crf_weight=0.1
     )
     images = torch.randint(0, 256, (2, 3, 12, 16), dtype=torch.uint8).repeat_interleave(4, 2).repeat_interleave(4, 3)
-    trainee = JBUTraining(config, [backbone], [FeatureStatistics.of(backbone(images))])
-    prepared = trainee.prepare(0, images, Draw(0, 0, 0))
-    losses = trainee(prepared)
+    objective = JBUObjective(config, [backbone], [FeatureStatistics.of(backbone(images))])
+    prepared = objective.prepare(0, images, Draw(0, 0, 0))
+    losses = objective(prepared)
 
-    head = trainee.heads[0]
-    high = trainee.upsample(prepared.low, images, rendered_size(backbone)) / head.deviation
+    head = objective.heads[0]
+    high = objective.upsample(prepared.low, images, rendered_size(backbone)) / head.deviation
     terms = []
     for view in prepared.views:
         seen = apply_matrices(high, view.rows, view.columns)
@@ -114,8 +114,8 @@ def test_losses_on_few_directions_are_those_on_all_channels(
     torch.testing.assert_close(losses["likelihood"], torch.stack(terms).mean(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(losses[LOSS], losses["likelihood"] + 0.1 * losses["crf"])
     losses[LOSS].backward()
-    assert all(parameter.grad is not None for parameter in trainee.parameters())
-    assert not any(name.startswith("model.") for name in trainee.state_dict())
+    assert all(parameter.grad is not None for parameter in objective.parameters())
+    assert not any(name.startswith("model.") for name in objective.state_dict())
 
 
 def test_compiled_stages_train_as_their_definition_does(
@@ -123,19 +123,19 @@ def test_compiled_stages_train_as_their_definition_does(
 ) -> None:
     config = train_config(photographs, "unused", backbones=("resnet18@3",), jitters=2)
     images = torch.randint(0, 256, (2, 3, 12, 16), dtype=torch.uint8).repeat_interleave(4, 2).repeat_interleave(4, 3)
-    trainee = JBUTraining(config, [backbone], [FeatureStatistics.of(backbone(images))])
-    prepared = trainee.prepare(0, images, Draw(0, 0, 0))
+    objective = JBUObjective(config, [backbone], [FeatureStatistics.of(backbone(images))])
+    prepared = objective.prepare(0, images, Draw(0, 0, 0))
 
     def loss_and_gradients(*parameters: torch.Tensor) -> list[torch.Tensor]:
-        for parameter, value in zip(trainee.parameters(), parameters, strict=True):
+        for parameter, value in zip(objective.parameters(), parameters, strict=True):
             parameter.data = value
-        trainee.zero_grad()
-        loss = trainee(prepared)[LOSS]
+        objective.zero_grad()
+        loss = objective(prepared)[LOSS]
         loss.backward()
-        return [loss.detach(), *(p.grad.clone() for p in trainee.parameters() if p.grad is not None)]
+        return [loss.detach(), *(p.grad.clone() for p in objective.parameters() if p.grad is not None)]
 
-    parameters = [parameter.detach().clone() for parameter in trainee.parameters()]
-    assert trainee.upsampler.explain(torch.device("cpu")).startswith("cpu")
+    parameters = [parameter.detach().clone() for parameter in objective.parameters()]
+    assert objective.upsampler.explain(torch.device("cpu")).startswith("cpu")
     compiled = loss_and_gradients(*parameters)
     monkeypatch.setattr(upsample_jbu, "learned_stage", partial(upsample_jbu.learned_stage, implementation="reference"))
     defined, sizes = loss_and_gradients(*parameters), term_sizes(loss_and_gradients, *parameters)
@@ -146,7 +146,7 @@ def test_compiled_stages_train_as_their_definition_does(
 def test_mixed_precision_is_for_lift_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda device, dtype, *, enabled: enabled and (device, dtype))
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
-    asked = [autocast(device, cast(Any, kind)) for kind in (LiFTTraining, JBUTraining) for device in (cpu, cuda)]
+    asked = [autocast(device, cast(Any, kind)) for kind in (LiFTObjective, JBUObjective) for device in (cpu, cuda)]
     assert asked == [False, ("cuda", torch.bfloat16), False, False]
 
 

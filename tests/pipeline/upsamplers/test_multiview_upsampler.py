@@ -12,7 +12,7 @@ from kernels.quantization import Encoding
 from pipeline.errors import JobError
 from pipeline.features.backbone import build_backbone
 from pipeline.upsamplers.build import build_upsampler
-from pipeline.upsamplers.multiview.downsampler import Downsampler, FitSettings, Origin
+from pipeline.upsamplers.multiview.pooling import FitSettings, Origin, PoolingModel
 from pipeline.upsamplers.multiview.upsampler import _unsolved
 from pipeline.upsamplers.multiview.views import solver_views
 from pipeline.views.features import JitterMatrices, view_features
@@ -29,16 +29,16 @@ def backbone():
 
 
 @pytest.fixture
-def downsampler(backbone):
+def pooling(backbone):
     torch.manual_seed(0)
     origin = Origin(backbone.identity(), backbone.size, backbone.grid, {"images": "s3://somewhere"})
-    return Downsampler(torch.randn(backbone.num_chs, *backbone.grid) / 10, FitSettings(2.0, 4, 2, 0.5, 3), origin)
+    return PoolingModel(torch.randn(backbone.num_chs, *backbone.grid) / 10, FitSettings(2.0, 4, 2, 0.5, 3), origin)
 
 
 @pytest.fixture
-def weights(downsampler, tmp_path):
-    path = tmp_path / "downsampler.safetensors"
-    path.write_bytes(downsampler.to_bytes())
+def weights(pooling, tmp_path):
+    path = tmp_path / "pooling.safetensors"
+    path.write_bytes(pooling.to_bytes())
     return str(path)
 
 
@@ -51,35 +51,35 @@ def projected(upsampler, num_chs):
     return upsampler.with_basis(torch.randn(num_chs) / 10, torch.linalg.qr(torch.randn(num_chs, K))[0].T)
 
 
-def test_a_file_reads_back(downsampler, weights, backbone):
-    read = Downsampler.read(weights)
-    assert (read.settings, read.digest) == (downsampler.settings, downsampler.digest)
+def test_a_file_reads_back(pooling, weights, backbone):
+    read = PoolingModel.read(weights)
+    assert (read.settings, read.digest) == (pooling.settings, pooling.digest)
     assert read.origin.account == {"images": "s3://somewhere"}
     read.check(backbone, weights)
-    assert downsampler.to_bytes() == read.to_bytes()
+    assert pooling.to_bytes() == read.to_bytes()
 
 
-def as_before(downsampler, **changed):
-    """A file as jobs/fit_downsampler.py wrote it before it shared the metadata of trained weights."""
-    document = {"format": 1, "settings": asdict(downsampler.settings), "origin": asdict(downsampler.origin)}
-    return save({"bias": downsampler.bias}, {"densefeat": json.dumps({**document, **changed})})
+def as_before(pooling, **changed):
+    """A file as jobs/fit_pooling.py wrote it before it shared the metadata of trained weights."""
+    document = {"format": 1, "settings": asdict(pooling.settings), "origin": asdict(pooling.origin)}
+    return save({"bias": pooling.bias}, {"densefeat": json.dumps({**document, **changed})})
 
 
-def test_a_file_written_before_reads_the_same(downsampler, weights, backbone, tmp_path):
+def test_a_file_written_before_reads_the_same(pooling, weights, backbone, tmp_path):
     path = tmp_path / "before.safetensors"
-    path.write_bytes(as_before(downsampler))
-    read = Downsampler.read(str(path))
-    assert (read.settings, read.digest) == (downsampler.settings, downsampler.digest)
-    assert read.origin == Downsampler.read(weights).origin
+    path.write_bytes(as_before(pooling))
+    read = PoolingModel.read(str(path))
+    assert (read.settings, read.digest) == (pooling.settings, pooling.digest)
+    assert read.origin == PoolingModel.read(weights).origin
     before, now = (build_upsampler("multiview", file, backbone).identity() for file in (str(path), weights))
     assert before == now
     for file in (str(path), weights):
         with pytest.raises(JobError, match="of the upsampler multiview, asked is lift: give --upsampler multiview"):
             build_upsampler("lift", file, backbone)
     for changed in ({"format": 2}, {"origin": {}}, {"settings": {"views": 3}}):
-        path.write_bytes(as_before(downsampler, **changed))
-        with pytest.raises(JobError, match=r"before.*jobs/fit_downsampler"):
-            Downsampler.read(str(path))
+        path.write_bytes(as_before(pooling, **changed))
+        with pytest.raises(JobError, match=r"before.*jobs/fit_pooling"):
+            PoolingModel.read(str(path))
 
 
 def test_a_file_for_another_backbone_or_size_names_both(weights):
@@ -92,20 +92,20 @@ def test_a_file_for_another_backbone_or_size_names_both(weights):
 
 
 def test_what_is_no_such_file_is_refused(tmp_path, backbone, weights):
-    with pytest.raises(JobError, match=r"multiview needs its weights.*jobs/fit_downsampler"):
+    with pytest.raises(JobError, match=r"multiview needs its weights.*jobs/fit_pooling"):
         build_upsampler("multiview", None, backbone)
     damaged = tmp_path / "damaged.safetensors"
     for data in (b"", b"nonsense" * 9, Path(weights).read_bytes()[:-50]):
         damaged.write_bytes(data)
-        with pytest.raises(JobError, match=r"damaged.*jobs/fit_downsampler"):
+        with pytest.raises(JobError, match=r"damaged.*jobs/fit_pooling"):
             build_upsampler("multiview", str(damaged), backbone)
     save_file({"bias": torch.zeros(1)}, damaged, {"upsampler": "lift"})
     torch.save({"bias": torch.zeros(1)}, tmp_path / "damaged.pth")
     for name, words in (
-        (damaged.name, "are no downsampler, they are of the upsampler lift"),
+        (damaged.name, "are not a pooling model, they belong to the upsampler lift"),
         ("damaged.pth", "are no"),
     ):
-        with pytest.raises(JobError, match=rf"{words}.*jobs/fit_downsampler"):
+        with pytest.raises(JobError, match=rf"{words}.*jobs/fit_pooling"):
             build_upsampler("multiview", str(tmp_path / name), backbone)
     with pytest.raises(JobError, match=r"none\.safetensors"):
         build_upsampler("multiview", str(tmp_path / "none.safetensors"), backbone)

@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 
 from densefeat import FeatureStore
-from jobs.fit_downsampler import fit
 from jobs.fit_pca import fit_pca
+from jobs.fit_pooling import fit
 from jobs.upsample_imagenet import upsample
 from pipeline.errors import JobError
 from pipeline.features.backbone import build_backbone
-from pipeline.upsamplers.multiview.downsampler import Downsampler
 from pipeline.upsamplers.multiview.fit import choose
+from pipeline.upsamplers.multiview.pooling import PoolingModel
 from pipeline.upsamplers.multiview.sample import sampled_views
-from schemas.options import FitDownsamplerConfig, FitPcaConfig, UpsampleConfig
+from schemas.options import FitPcaConfig, FitPoolingConfig, UpsampleConfig
 from tests.helpers.photographs import photo
 from tests.helpers.stores import SHARED
 
@@ -40,9 +40,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def fit_config(images: Path, output: Path, **options: Any) -> FitDownsamplerConfig:
+def fit_config(images: Path, output: Path, **options: Any) -> FitPoolingConfig:
     defaults = {"fit_images": 6, "limit": 6, "views": 3, "held_out_views": 2, "components": 6, "solver_stride": 4}
-    return FitDownsamplerConfig(images=str(images), output=str(output), **{**SMALL, **defaults, **options})
+    return FitPoolingConfig(images=str(images), output=str(output), **{**SMALL, **defaults, **options})
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +53,17 @@ def fitted(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_fitted(fitted: Path, pictures: Path) -> None:
-    downsampler = Downsampler.read(str(fitted))
-    assert downsampler.bias.shape == (128, *downsampler.origin.grid)
-    assert downsampler.bias.mean((1, 2)).abs().max() < 1e-4 * downsampler.bias.abs().max().clamp(min=1)
-    account = downsampler.origin.account
+    pooling = PoolingModel.read(str(fitted))
+    assert pooling.bias.shape == (128, *pooling.origin.grid)
+    assert pooling.bias.mean((1, 2)).abs().max() < 1e-4 * pooling.bias.abs().max().clamp(min=1)
+    account = pooling.origin.account
     assert account["images"] == str(pictures)
     assert (account["bias_images"], account["judging_images"]) == (5, 1)
     errors = account["held_out_error"]
     assert len(errors["by_sigma_px"]) == 6
     curve = [tuple(entry) for entry in errors["by_regularisation_and_iterations"]]
     chosen = choose(curve)
-    assert chosen.items() <= vars(downsampler.settings).items()
+    assert chosen.items() <= vars(pooling.settings).items()
     assert errors["by_alternation"] == sorted(errors["by_alternation"], reverse=True)
 
 
@@ -100,7 +100,7 @@ def test_passes_of_the_backbone_and_the_fit_use_all_cores(
         threads.append(torch.get_num_threads())
         raise ReachedError
 
-    monkeypatch.setattr("jobs.fit_downsampler.fit_downsampler", fitted)
+    monkeypatch.setattr("jobs.fit_pooling.fit_pooling", fitted)
     monkeypatch.setattr("pipeline.run.resources.available_cores", lambda: 3)
     before = torch.get_num_threads()
     try:
@@ -117,7 +117,7 @@ def test_passes_of_the_backbone_and_the_fit_use_all_cores(
 def test_an_output_that_cannot_be_written_to_is_found_out_first(
     pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("jobs.fit_downsampler.sample_images")
+    monkeypatch.delattr("jobs.fit_pooling.sample_images")
     with pytest.raises(JobError, match=r"--output /proc/none/x\.safetensors"):
         fit(fit_config(pictures, Path("/proc/none/x.safetensors")))
     monkeypatch.delattr("jobs.fit_pca.open_workers")
@@ -176,10 +176,10 @@ def test_options_are_checked(pictures: Path, tmp_path: Path) -> None:
         UpsampleConfig(images="a", store="b", views=9)
 
 
-def job_config(images: Path, store: Path, downsampler: Path, **options: Any) -> UpsampleConfig:
+def job_config(images: Path, store: Path, pooling: Path, **options: Any) -> UpsampleConfig:
     defaults = {"components": 6, "shard_images": 4, "batch_size": 3, "workers": 0, "max_failed_share": 0.5}
     return UpsampleConfig(
-        images=str(images), store=str(store), upsampler="multiview", upsampler_weights=str(downsampler),
+        images=str(images), store=str(store), upsampler="multiview", upsampler_weights=str(pooling),
         **{**SMALL, **defaults, **options},
     )  # fmt: skip
 
@@ -210,8 +210,8 @@ def test_photographs_are_fitted_better_than_interpolated(tmp_path: Path, caplog:
     options = {"fit_images": 4, "views": 9, "held_out_views": 6, "components": 32}
     assert fit(fit_config(COCO / "train", output, **{**lite0, **options})) == 0
     assert "multiview (0." in caplog.text
-    downsampler = Downsampler.read(str(output))
-    settings, errors = downsampler.settings, downsampler.origin.account["held_out_error"]
+    pooling = PoolingModel.read(str(output))
+    settings, errors = pooling.settings, pooling.origin.account["held_out_error"]
     curve = {(r, n): error for r, n, error in errors["by_regularisation_and_iterations"]}
     assert curve[settings.regularisation, settings.iterations] < 0.8 * errors["bilinear"]
     job = job_config(COCO / "val", tmp_path / "store", output, **{**lite0, "components": 16, "limit": 3})

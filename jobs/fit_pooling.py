@@ -1,6 +1,6 @@
 """Fit what --upsampler multiview needs to know of a backbone: how it pools, its positional bias, how hard to fit.
 
-python -m jobs.fit_downsampler --images photos/ --output downsampler.safetensors
+python -m jobs.fit_pooling --images photos/ --output pooling.safetensors
 python -m jobs.upsample_imagenet --images photos/ --store features/ --upsampler multiview --upsampler-weights …
 """
 
@@ -19,18 +19,18 @@ from pipeline.reporting.seconds import StageSeconds
 from pipeline.run.feature_worker import FeatureWorker
 from pipeline.run.plan import feature_spec
 from pipeline.run.resources import all_cores
-from pipeline.upsamplers.multiview.downsampler import Downsampler, Origin
-from pipeline.upsamplers.multiview.fit import Fit, fit_downsampler
+from pipeline.upsamplers.multiview.fit import Fit, fit_pooling
+from pipeline.upsamplers.multiview.pooling import Origin, PoolingModel
 from pipeline.upsamplers.multiview.sample import sampled_views
 from pipeline.upsamplers.multiview.views import MOST_VIEWS
-from schemas.options import FitDownsamplerConfig
+from schemas.options import FitPoolingConfig
 
 logger = logging.getLogger(__name__)
 
 _COMPONENTS = 64  # that settings are chosen on
 
 
-def fit(config: FitDownsamplerConfig) -> int:
+def fit(config: FitPoolingConfig) -> int:
     """Run the job; returns its exit code.
 
     Raises:
@@ -52,10 +52,10 @@ def fit(config: FitDownsamplerConfig) -> int:
     ):
         if len(sample.images) < config.fit_images:
             raise JobError(_too_few(len(sample.images), config.fit_images, "have features that can be used"))
-        found = fit_downsampler(sample, backbone.reduction, config.solver_stride, worker.device)
+        found = fit_pooling(sample, backbone.reduction, config.solver_stride, worker.device)
     account = {"images": config.images, "fit": config.fit, "densefeat": __version__, "torch": torch.__version__}
     origin = Origin(backbone.identity(), backbone.size, backbone.grid, {**account, **found.account})
-    write_output_file("--output", config.output, Downsampler(found.bias, found.settings, origin).to_bytes())
+    write_output_file("--output", config.output, PoolingModel(found.bias, found.settings, origin).to_bytes())
     logger.info("%s\nwrote %s", describe(found), config.output)
     return DONE
 
@@ -96,4 +96,4 @@ def _too_few(got: int, asked: int, what: str) -> str:
 
 
 if __name__ == "__main__":
-    run(FitDownsamplerConfig, fit, __doc__ or "")
+    run(FitPoolingConfig, fit, __doc__ or "")

@@ -1,6 +1,7 @@
-"""The weights of the multiview upsampler: the pooling of a backbone, its positional bias, and settings of the fit.
+"""The weights of the multiview upsampler: a model of how a backbone pools pixels into features.
 
-One .safetensors file of ``jobs/fit_downsampler.py``: the bias, and everything else in its metadata, as JSON texts.
+One .safetensors file of ``jobs/fit_pooling.py``: the positional bias as its tensor, everything else as JSON in its
+metadata.
 """
 
 import json
@@ -15,10 +16,10 @@ from pipeline.features.checkpoints import read_metadata, read_state_dict, state_
 from pipeline.features.provenance import Provenance
 from schemas.configuration import differences
 
-__all__ = ["Downsampler", "FitSettings", "Origin"]
+__all__ = ["FitSettings", "Origin", "PoolingModel"]
 
 _UPSAMPLER = "multiview"
-_MAKE_ONE = "Make one for this backbone and size with jobs/fit_downsampler.py."
+_MAKE_ONE = "Make one for this backbone and size with jobs/fit_pooling.py."
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class Origin:
-    """The backbone and images that a downsampler was fitted on.
+    """The backbone and images that a pooling model was fitted on.
 
     Attributes:
         backbone: `Backbone.identity`.
@@ -61,8 +62,8 @@ class Origin:
 
 
 @dataclass(frozen=True, eq=False)
-class Downsampler:
-    """A backbone as a linear downsampler of a view, plus a bias.
+class PoolingModel:
+    """A backbone as a linear operator: Gaussian pooling of the view, plus a positional bias.
 
     Attributes:
         bias: [C, h, w] float32: what the backbone adds to the features at each position whatever the image shows, the
@@ -87,15 +88,15 @@ class Downsampler:
             JobError: naming both.
         """
         origin = self.origin
-        own = json.loads(json.dumps({**backbone.identity(), "size": backbone.size, "grid": backbone.grid}))
-        other = json.loads(json.dumps({**origin.backbone, "size": origin.size, "grid": origin.grid}))
+        own = {**backbone.identity(), "size": list(backbone.size), "grid": list(backbone.grid)}
+        other = {**origin.backbone, "size": list(origin.size), "grid": list(origin.grid)}
         if own == other:
             return
         size, others = "×".join(map(str, backbone.size)), "×".join(map(str, origin.size))
         raise JobError(
             f"Weights {uri!r} were fitted on {origin.backbone.get('name')} at layer {origin.backbone.get('layer')} and "
             f"{others} pixels, this job has {backbone.name} at layer {backbone.layer} and {size} pixels: "
-            f"{'; '.join(differences(other, own))}. Fit these with jobs/fit_downsampler.py."
+            f"{'; '.join(differences(other, own))}. Fit a pooling model for this job with jobs/fit_pooling.py."
         )
 
     def to_bytes(self) -> bytes:
@@ -110,11 +111,11 @@ class Downsampler:
         return provenance.safetensors({"bias": self.bias.contiguous().cpu().float()})
 
     @classmethod
-    def read(cls, uri: str) -> "Downsampler":
+    def read(cls, uri: str) -> "PoolingModel":
         """Read a file, local or remote.
 
         Raises:
-            JobError: the file is missing, damaged, or not a downsampler.
+            JobError: the file is missing, damaged, or not a pooling model.
         """
         try:
             metadata = read_metadata(uri)
@@ -124,18 +125,18 @@ class Downsampler:
             raise JobError(f"{str(error).rstrip('.')}. {_MAKE_ONE}") from error
         if provenance is None or provenance.upsampler != _UPSAMPLER:
             named = metadata.get("upsampler")
-            trained = "" if named is None else f", they are of the upsampler {named}"
-            raise JobError(f"Weights {uri!r} are no downsampler{trained}. {_MAKE_ONE}")
+            trained = "" if named is None else f", they belong to the upsampler {named}"
+            raise JobError(f"Weights {uri!r} are not a pooling model{trained}. {_MAKE_ONE}")
         try:
             return cls._from_parts(state["bias"], provenance)
         except (KeyError, TypeError, ValueError) as error:
             raise JobError(
-                f"Weights {uri!r}: got {type(error).__name__}: {error}, expected a file that jobs/fit_downsampler.py "
+                f"Weights {uri!r}: got {type(error).__name__}: {error}, expected a file that jobs/fit_pooling.py "
                 f"made. {_MAKE_ONE}"
             ) from error
 
     @classmethod
-    def _from_parts(cls, bias: Tensor, provenance: Provenance) -> "Downsampler":
+    def _from_parts(cls, bias: Tensor, provenance: Provenance) -> "PoolingModel":
         names = ("settings", "size", "grid", "account")
         details = {name: json.loads(provenance.details[name]) for name in names}
         (backbone,) = provenance.backbones
