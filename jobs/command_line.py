@@ -45,11 +45,11 @@ def run(
     stop = _Stop()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)  # a cluster's way to ask: it ends as on Ctrl-C, saying how to go on
-    warn_of_name_collisions()
     try:
         config = tyro.cli(config_class, description=description)
     except ValueError as error:  # from the configuration's own checks
         _refuse(error)
+    warn_of_name_collisions()
     try:
         code = job(config)
     except DensefeatError as error:

@@ -7,10 +7,6 @@ python -m jobs.upsample_imagenet --images others/ --store features/ --pca basis.
 import logging
 
 from jobs.command_line import DONE, run
-from pipeline.io.outputs import check_output_file, write_output_file
-from pipeline.run.job import open_workers
-from pipeline.run.plan import feature_spec
-from pipeline.run.prepare import fit_basis
 from schemas.options import DEFAULT_COMPONENTS, FitPcaConfig
 
 logger = logging.getLogger(__name__)
@@ -22,11 +18,18 @@ def fit_pca(config: FitPcaConfig) -> int:
     Raises:
         JobError: it cannot be done as asked.
     """
+    from pipeline.io.outputs import check_output_file, write_output_file
+    from pipeline.run.job import open_workers
+    from pipeline.run.plan import feature_spec
+    from pipeline.run.prepare import fit_basis
+    from pipeline.run.resources import fits_this_process
+
     spec, references, stages = feature_spec(config)
     backbone = stages.backbone
     check_output_file("--output", config.output)  # before the work, not after it
     k = config.components or min(DEFAULT_COMPONENTS, backbone.num_chs)
-    with open_workers(spec, stages, config, attempts=3, stall_timeout_s=1800) as workers:
+    inline = stages if fits_this_process(config.workers, config.device, references.num_rows) else None
+    with open_workers(spec, inline, config, attempts=3, stall_timeout_s=1800) as workers:
         basis = fit_basis(references, k, config.pca_images, workers)
     provenance = {
         "backbone": backbone.identity(),

@@ -1,33 +1,11 @@
-"""Fit what --upsampler multiview needs to know of a backbone: how it pools, its positional bias, how hard to fit.
+"""Fit the pooling model of a backbone for --upsampler multiview: how it pools, its positional bias, how hard to fit.
 
 python -m jobs.fit_pooling --images photos/ --output pooling.safetensors
 python -m jobs.upsample_imagenet --images photos/ --store features/ --upsampler multiview --upsampler-weights …
 """
 
-import logging
-
-import pyarrow as pa
-import torch
-from torch import Tensor
-
-from densefeat._version import __version__
 from jobs.command_line import DONE, run
-from pipeline.errors import JobError
-from pipeline.images.sample import usable_images
-from pipeline.io.outputs import check_output_file, write_output_file
-from pipeline.reporting.seconds import StageSeconds
-from pipeline.run.feature_worker import FeatureWorker
-from pipeline.run.plan import feature_spec
-from pipeline.run.resources import all_cores
-from pipeline.upsamplers.multiview.fit import Fit, fit_pooling
-from pipeline.upsamplers.multiview.pooling import Origin, PoolingModel
-from pipeline.upsamplers.multiview.sample import sampled_views
-from pipeline.upsamplers.multiview.views import MOST_VIEWS
 from schemas.options import FitPoolingConfig
-
-logger = logging.getLogger(__name__)
-
-_COMPONENTS = 64  # that settings are chosen on
 
 
 def fit(config: FitPoolingConfig) -> int:
@@ -36,63 +14,10 @@ def fit(config: FitPoolingConfig) -> int:
     Raises:
         JobError: it cannot be done as asked.
     """
-    if config.views > MOST_VIEWS:
-        raise JobError(f"--views: got {config.views}, expected at most {MOST_VIEWS}: those after are held out")
-    spec, references, stages = feature_spec(config)
-    backbone = stages.backbone
-    check_output_file("--output", config.output)  # before the work, not after it
-    worker = FeatureWorker(spec, stages)
-    images = sample_images(worker, references, config.fit_images)
-    components = config.components or min(_COMPONENTS, backbone.num_chs)
-    with (
-        all_cores(),
-        sampled_views(
-            backbone, images, views=config.views, held_out=config.held_out_views, components=components
-        ) as sample,
-    ):
-        if len(sample.images) < config.fit_images:
-            raise JobError(_too_few(len(sample.images), config.fit_images, "have features that can be used"))
-        found = fit_pooling(sample, backbone.reduction, config.solver_stride, worker.device)
-    account = {"images": config.images, "fit": config.fit, "densefeat": __version__, "torch": torch.__version__}
-    origin = Origin(backbone.identity(), backbone.size, backbone.grid, {**account, **found.account})
-    write_output_file("--output", config.output, PoolingModel(found.bias, found.settings, origin).to_bytes())
-    logger.info("%s\nwrote %s", describe(found), config.output)
+    from pipeline.train.pooling import make_pooling_model
+
+    make_pooling_model(config)
     return DONE
-
-
-def sample_images(worker: FeatureWorker, references: pa.Table, count: int) -> Tensor:
-    """``count`` usable images spread over the dataset, decoded: [count, 3, H, W] uint8.
-
-    Raises:
-        JobError: the dataset has not so many.
-    """
-    if references.num_rows < count:
-        raise JobError(_too_few(references.num_rows, count, "are there"))
-    images, error = usable_images(references, count, lambda sample: worker.loader.batches(sample, StageSeconds()))
-    if len(images) < count:
-        raise JobError(_too_few(len(images), count, f"can be used{f' (the first says: {error})' if error else ''}"))
-    return images
-
-
-def describe(found: Fit) -> str:
-    """What was fitted, for a person."""
-    settings, errors = found.settings, found.account["held_out_error"]
-    curve = {(r, n): error for r, n, error in errors["by_regularisation_and_iterations"]}
-    error = curve[settings.regularisation, settings.iterations]
-    return (
-        f"error on held-out views of the {found.account['judging_images']} images that settings were chosen on: "
-        f"{errors['bilinear']:.4f} bilinear, {errors['bilinear_and_bias']:.4f} with the bias, "
-        f"{error:.4f} multiview ({error / errors['bilinear']:.2f} of bilinear)\n"
-        f"a Gaussian of {settings.sigma_px:.2f} pixels, {settings.views} views, regularisation "
-        f"{settings.regularisation:g}, {settings.iterations} iterations"
-    )
-
-
-def _too_few(got: int, asked: int, what: str) -> str:
-    return (
-        f"--fit-images {asked}, but only {got} of the sample {what}: give more images, or a smaller --fit-images; from "
-        "fewer than 18 the bias is worse"
-    )
 
 
 if __name__ == "__main__":

@@ -9,15 +9,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import TYPE_CHECKING
 
-from densefeat.store import FeatureStore
 from jobs.command_line import DONE, run
-from jobs.pictures import comparison
 from pipeline.errors import JobError
-from pipeline.features.backbone import Backbone, build_backbone
-from pipeline.io.outputs import check_output_file, write_output_file
-from pipeline.store.layout import stored_attributes
-from schemas.index import OK
+
+if TYPE_CHECKING:
+    from densefeat.store import FeatureStore
+    from pipeline.features.backbone import Backbone
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -49,6 +48,10 @@ def show(config: ShowConfig) -> int:
         JobError: the picture cannot be written there, the weights are not those that made the store, or no row can
             be shown.
     """
+    from densefeat.store import FeatureStore
+    from jobs.pictures import comparison
+    from pipeline.io.outputs import check_output_file, write_output_file
+
     store = FeatureStore(config.store)
     check_output_file("--output", config.output)  # before the work, not after it
     rows = _rows(store, config)
@@ -59,7 +62,9 @@ def show(config: ShowConfig) -> int:
     return DONE
 
 
-def _rows(store: FeatureStore, config: ShowConfig) -> Sequence[int]:
+def _rows(store: "FeatureStore", config: ShowConfig) -> Sequence[int]:
+    from schemas.index import OK
+
     statuses = store.index["status"].to_pylist()
     rows = config.rows or [row for row, status in enumerate(statuses) if status == OK][:4]
     if unknown := [row for row in rows if not -len(store) <= row < len(store)]:
@@ -72,10 +77,13 @@ def _rows(store: FeatureStore, config: ShowConfig) -> Sequence[int]:
     return rows
 
 
-def _backbone(store: FeatureStore, weights: str) -> Backbone | None:
+def _backbone(store: "FeatureStore", weights: str) -> "Backbone | None":
     """The one that made the store, or none if no weights are given."""
     if weights == "none":
         return None
+    from pipeline.features.backbone import build_backbone
+    from pipeline.store.layout import stored_attributes
+
     stored = stored_attributes(store.uri, store.attributes).configuration
     made_by = stored.backbone
     backbone = build_backbone(made_by["name"], size=stored.geometry.size, weights=weights, layer=made_by["layer"])

@@ -15,16 +15,8 @@ LiFT, for one backbone and layer::
 
 import logging
 
-import torch
-
 from jobs.command_line import DONE, FAILED, run
 from pipeline.errors import TrainingDiverged
-from pipeline.run.feature_worker import pick_device
-from pipeline.run.resources import all_cores, available_cores
-from pipeline.train.loop import train
-from pipeline.train.plan import claimed_output, make_train_plan
-from pipeline.train.result import WEIGHTS
-from pipeline.train.world import World
 from schemas.train_options import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -36,6 +28,15 @@ def train_upsampler(config: TrainConfig) -> int:
     Raises:
         JobError: it cannot be done as asked.
     """
+    import torch
+
+    from pipeline.run.feature_worker import pick_device
+    from pipeline.run.resources import all_cores, available_cores
+    from pipeline.train.loop import train
+    from pipeline.train.plan import claimed_output, make_train_plan
+    from pipeline.train.result import WEIGHTS
+    from pipeline.train.world import World
+
     device = torch.device(pick_device(config.device)) if config.workers == 1 else None
     plan, backbones = make_train_plan(config)
     logger.info("%s", plan.describe())

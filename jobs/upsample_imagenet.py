@@ -13,8 +13,6 @@ import logging
 import time
 
 from jobs.command_line import DONE, FAILED, run
-from pipeline.run.job import carry_out
-from pipeline.run.plan import make_plan
 from schemas.options import UpsampleConfig
 
 logger = logging.getLogger(__name__)
@@ -27,6 +25,9 @@ def upsample(config: UpsampleConfig) -> int:
         JobError: it cannot be done as asked.
     """
     started = time.monotonic()
+    from pipeline.run.job import carry_out
+    from pipeline.run.plan import make_plan
+
     plan = make_plan(config)
     logger.info("%s", plan.describe())
     if config.dry_run:

@@ -11,11 +11,8 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from densefeat.storage.objects import Objects
 from jobs.command_line import DONE, FAILED, run
 from pipeline.errors import JobError
-from pipeline.store.repair import rebuild_tables, take_out
-from pipeline.store.verify import StoreCheck
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +41,8 @@ def verify(config: VerifyConfig) -> int:
         StoreError: there is no store, or its metadata is damaged.
         JobError: the index is to be rebuilt, and the images that the store was made of are not there.
     """
+    from pipeline.store.verify import StoreCheck
+
     check = StoreCheck(config.store)
     damaged: dict[int, list[str]] = {}
     with ThreadPoolExecutor(config.threads) as pool:
@@ -66,11 +65,15 @@ def verify(config: VerifyConfig) -> int:
                 f"{config.store}: nothing was repaired: {attributes[0]}. Without them, sound shards cannot be told "
                 "from others: copy zarr.json from a copy of the store first"
             )
-        _repair(Objects(config.store), list(damaged), tables=bool(tables))
+        _repair(config.store, list(damaged), tables=bool(tables))
     return FAILED if damaged or general or missing else DONE
 
 
-def _repair(objects: Objects, damaged: list[int], *, tables: bool) -> None:
+def _repair(store: str, damaged: list[int], *, tables: bool) -> None:
+    from densefeat.storage.objects import Objects
+    from pipeline.store.repair import rebuild_tables, take_out
+
+    objects = Objects(store)
     if tables:
         finished = rebuild_tables(objects, damaged)
         logger.info("rebuilt %s", "index and manifest" if finished else "the index; its shards are not all done")

@@ -44,7 +44,8 @@ class FeatureConfig:
     batch_size: int | None = None
     # "auto", "cpu" or "cuda".
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Ray actors; if omitted, one per GPU of the cluster, or one per node that has CPUs. 0: this process, no Ray.
+    # Ray actors, 0 for none: the job runs in this process. If omitted, a small job on a machine without a cluster and
+    # with at most one GPU runs in this process, any other one has an actor for each GPU, or each node that has CPUs.
     workers: int | None = None
     # Images with more pixels than this are not opened (decompression bombs).
     max_pixels: int = MAX_PIXELS

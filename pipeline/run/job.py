@@ -151,16 +151,16 @@ def what_is_kept(plan: Plan, objects: Objects, *, set_up: bool) -> str:
 def open_workers(
     spec: WorkerSpec, stages: Stages | None, config: FeatureConfig, *, attempts: int, stall_timeout_s: float
 ) -> Iterator[Workers]:
-    """Workers on the Ray cluster, or with ``--workers 0`` in this process; gone at the end.
+    """Workers on the Ray cluster, or one in this process; gone at the end.
 
     Args:
         spec: of each worker.
-        stages: of the spec's recipe, if they are built here; a worker in this process takes them over.
+        stages: of the spec's recipe, for a worker in this process; None: on Ray.
         config: of the job: how many workers, and the places that they must see.
         attempts: times that a task may fail.
         stall_timeout_s: a worker without progress for so long is replaced.
     """
-    if config.workers == 0:
+    if stages is not None:
         with InlineWorkers(spec, attempts=attempts, make=partial(make_worker, stages=stages)) as inline:
             yield inline
         return

@@ -24,7 +24,7 @@ from pipeline.io.storage import check_writable
 from pipeline.run.feature_worker import WorkerSpec
 from pipeline.run.places import check_apart, check_same, stored_attributes_at
 from pipeline.run.recipe import FeatureRecipe, ImageRecipe, Stages, UpsampleRecipe
-from pipeline.run.resources import available_cores
+from pipeline.run.resources import available_cores, fits_this_process
 from pipeline.upsamplers.build import build_upsampler
 from pipeline.upsamplers.interface import Upsampler
 from schemas.attributes import StoreAttributes
@@ -97,6 +97,7 @@ class Plan:
             f"shards      {layout.shards:,} of {layout.shard_rows} images"
             + (f", {len(self.shards):,} of them by this job ({config.shards})" if config.shards else ""),
             f"bytes       at most {readable_size(nbytes)} (what it is before compression)",
+            "workers     " + ("on Ray" if self.stages is None else "this process, without Ray (--workers 1 to use it)"),
         ]
         for stage, settings in self.configuration.to_dict().items():
             text = ", ".join(f"{name} {_short(value)}" for name, value in settings.items() if name != "name")
@@ -120,20 +121,23 @@ def make_plan(config: UpsampleConfig) -> Plan:
     k = _components(config, backbone, basis)
     source, references, class_names, findings = _source(config, resumed)
     recipe = _upsample_recipe(config, source, k, backbone, upsampler)
+    features = FeatureLayout(references.num_rows, k, *config.output_size_px, config.dtype, config.shard_rows)
+    own = config.shard_range(features.shards)
+    if not own:
+        raise JobError(f"--shards {config.shards} holds none of the {features.shards} shards of this dataset")
+    inline = fits_this_process(config.workers, config.device, len(own) * config.shard_rows)
     plan = Plan(
         config=config,
         references=references,
         class_names=class_names,
-        features=FeatureLayout(references.num_rows, k, *config.output_size_px, config.dtype, config.shard_rows),
+        features=features,
         configuration=_configuration(config, source, recipe, basis),
         basis=None if basis is None else basis.truncated(k),
         stored=stored,
         spec=_spec(config, recipe),
-        stages=Stages(backbone, upsampler) if config.workers == 0 else None,
+        stages=Stages(backbone, upsampler) if inline else None,
         findings=findings,
     )
-    if not plan.shards:
-        raise JobError(f"--shards {config.shards} holds none of the {plan.features.shards} shards of this dataset")
     if resumed:
         check_same(resumed, plan.configuration, config.store)
     if not config.dry_run:

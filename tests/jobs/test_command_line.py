@@ -88,3 +88,25 @@ def test_one_press_that_comes_twice_is_one(script: Path) -> None:
     _, stderr = job.communicate(timeout=60)
     assert job.returncode == 130
     assert "interrupted: nothing was kept" in stderr
+
+
+JOBS = [path for path in (ROOT / "jobs").glob("*.py") if "__main__" in path.read_text()]
+_HEAVY = ("torch", "numpy", "zarr", "pyarrow", "numba", "ray", "timm", "PIL", "matplotlib")
+
+
+@pytest.mark.parametrize(
+    "job", sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if "__main__" in path.read_text())
+)
+def test_help_imports_nothing_that_takes_seconds(job: str) -> None:
+    program = f"""
+import runpy, sys
+sys.argv = [{job!r}, "--help"]
+try:
+    runpy.run_module("jobs.{job}", run_name="__main__")
+except SystemExit as end:
+    assert end.code in (0, None)
+print("imported:", *(name for name in {_HEAVY!r} if name in sys.modules))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("usage:")
+    assert ran.stdout.splitlines()[-1] == "imported:"

@@ -100,7 +100,7 @@ def test_passes_of_the_backbone_and_the_fit_use_all_cores(
         threads.append(torch.get_num_threads())
         raise ReachedError
 
-    monkeypatch.setattr("jobs.fit_pooling.fit_pooling", fitted)
+    monkeypatch.setattr("pipeline.train.pooling.fit_pooling", fitted)
     monkeypatch.setattr("pipeline.run.resources.available_cores", lambda: 3)
     before = torch.get_num_threads()
     try:
@@ -117,10 +117,13 @@ def test_passes_of_the_backbone_and_the_fit_use_all_cores(
 def test_an_output_that_cannot_be_written_to_is_found_out_first(
     pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("jobs.fit_pooling.sample_images")
+    def work(*arguments: Any, **options: Any) -> None:
+        pytest.fail("work began")
+
+    monkeypatch.setattr("pipeline.train.pooling._sample_images", work)
     with pytest.raises(JobError, match=r"--output /proc/none/x\.safetensors"):
         fit(fit_config(pictures, Path("/proc/none/x.safetensors")))
-    monkeypatch.delattr("jobs.fit_pca.open_workers")
+    monkeypatch.setattr("pipeline.run.job.open_workers", work)
     with pytest.raises(JobError, match=r"--output /proc/none/x\.npz"):
         fit_pca(FitPcaConfig(images=str(pictures), output="/proc/none/x.npz", **SMALL))
 

@@ -37,7 +37,8 @@ def command(images: Path | str, store: Path, *more: str) -> list[str]:
         "components": 32, "shard-images": SHARD_IMAGES, "batch-size": 2, "device": "cpu",
     }  # fmt: skip
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "jobs.upsample_imagenet", *arguments, *more]
+    on_ray = [] if "--workers" in more else ["--workers", "1"]  # which a job as small as this would do without
+    return [sys.executable, "-m", "jobs.upsample_imagenet", *arguments, *on_ray, *more]
 
 
 def run(arguments: list[str]) -> "subprocess.CompletedProcess[str]":

@@ -12,6 +12,7 @@ from pipeline.run.resources import (
     available_cores,
     available_memory,
     cpus_of_each,
+    fits_this_process,
     places_for_workers,
     shards_computing,
     threads_in_training,
@@ -242,3 +243,27 @@ def test_torch_threads_are_given_back() -> None:
     with torch_threads(before + 1):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("workers", "images", "address", "gpus", "expected"),
+    [
+        (None, 60, None, 0, True),
+        (None, 60, None, 1, True),
+        (None, 60, None, 2, False),  # a worker each
+        (None, 1001, None, 0, False),  # hours: a worker that crashes is worth replacing
+        (None, 60, "auto", 0, False),  # a cluster was named
+        (0, 10**6, "auto", 8, True),
+        (1, 1, None, 0, False),
+    ],
+)
+def test_small_jobs_run_in_this_process(
+    monkeypatch: pytest.MonkeyPatch, workers: int | None, images: int, address: str | None, gpus: int, expected: bool
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert fits_this_process(workers, "auto", images) == expected
+    if gpus > 1 and workers is None:
+        assert fits_this_process(workers, "cpu", images)  # GPUs that are not asked for count for nothing
