@@ -29,7 +29,7 @@ MAX_PIXELS = 178_956_970  # of an image, by default: where Pillow refuses it as 
 MIN_SIDE = 8  # of an image in pixels, by default
 
 Fit = Literal["crop", "pad", "squash"]  # crop to the aspect ratio, pad to it, or leave it
-SourceKind = Literal["folder", "tar", "parquet"]
+SourceKind = Literal["folder", "list", "tar", "parquet"]
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ DEFAULT_COMPONENTS = 128
 class FeatureConfig:
     """Which images, and which low-resolution features of them: what all jobs share."""
 
-    # Folder, WebDataset tars or Parquet, or a pattern (*.tar, {000..099}); local, s3://, gs:// or http(s)://. The
-    # plan lists unused files by reason.
+    # Folder, list (.txt, .csv, .tsv), WebDataset tars or Parquet, or a pattern (*.tar, {000..099}); local, s3://,
+    # gs:// or http(s)://. The plan lists unused files by reason.
     images: str
-    # Parquet: the column with image bytes, URIs or base64; tars: the extension, such as "left.png". Detected if
+    # Parquet, CSV: the column with image bytes, URIs or base64; tars: the extension, such as "left.png". Detected if
     # omitted.
     image_column: str | None = None
     # Only the first N images.

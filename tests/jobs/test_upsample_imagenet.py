@@ -183,13 +183,15 @@ def test_all_kinds_of_sources_give_the_same_features(photographs: Path, tmp_path
             tar.addfile(member, io.BytesIO(path.read_bytes()))
     table = pa.table({"image": [{"bytes": path.read_bytes(), "path": path.name} for path in files]})
     pq.write_table(table, tmp_path / "images.parquet", row_group_size=5)
+    (tmp_path / "images.txt").write_text("".join(f"{path}\n" for path in files))
     stores = {}
-    for images in (photographs, tmp_path / "images-{000..000}.tar", tmp_path / "images.parquet"):
+    sources = photographs, tmp_path / "images.txt", tmp_path / "images-{000..000}.tar", tmp_path / "images.parquet"
+    for images in sources:
         job = config(images, tmp_path / f"store{len(stores)}")
         assert upsample(job) == 0
         stores[str(images)] = shard_bytes(Path(job.store))
-    folder, tar_shards, parquet_shards = stores.values()
-    assert folder == tar_shards == parquet_shards
+    folder, list_shards, tar_shards, parquet_shards = stores.values()
+    assert folder == list_shards == tar_shards == parquet_shards
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "squash"])

@@ -19,12 +19,12 @@ from pipeline.images.listing.labels import LABEL_COLUMNS, Labels, column_labels,
 from pipeline.images.listing.names import escaped
 from schemas.index import REFERENCES
 
-__all__ = ["image_column_of", "scan_parquet"]
+__all__ = ["IMAGE_COLUMNS", "KEY_COLUMNS", "image_column_of", "scan_parquet"]
 
-_IMAGE_COLUMNS = (
+IMAGE_COLUMNS = (
     "image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes", "uri", "url", "path", "file_name",
 )  # fmt: skip
-_KEY_COLUMNS = ("__key__", "key", "id", "image_id")
+KEY_COLUMNS = ("__key__", "key", "id", "image_id")
 _LONGEST_KEY = 1024  # bytes, as in S3
 
 
@@ -46,7 +46,7 @@ def image_column_of(filesystem: AbstractFileSystem, path: str, image_column: str
         JobError: there is no such column (it lists those there are), several have its name, or it is not Parquet.
     """
     uri = uri_of(filesystem, path)
-    names = _IMAGE_COLUMNS if image_column is None else (image_column,)
+    names = IMAGE_COLUMNS if image_column is None else (image_column,)
 
     def read() -> str:
         with _opened(filesystem, path) as file:
@@ -128,7 +128,7 @@ def _columns_of(schema: pa.Schema, image: str, uri: str) -> _Columns:
     label = label or _first(schema, LABEL_COLUMNS, lambda kind: True, uri)
     if label is None and len(declared) == 1:
         label = _first(schema, tuple(declared), pa.types.is_integer, uri)
-    key = _first(schema, tuple(name for name in _KEY_COLUMNS if name != image), _is_key_type, uri)
+    key = _first(schema, tuple(name for name in KEY_COLUMNS if name != image), _is_key_type, uri)
     return _Columns(image, label, key, declared.get(label or "", ()))
 
 

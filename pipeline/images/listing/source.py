@@ -14,6 +14,7 @@ from pipeline.errors import JobError
 from pipeline.images.listing.files import File, Found, Scan, ScanMap, explained, find_files, scan_in_order, uri_of
 from pipeline.images.listing.findings import Finding, Tally, add_unused
 from pipeline.images.listing.labels import Labels, folder_label, text_labels, unify_labels
+from pipeline.images.listing.lists import is_list, scan_list
 from pipeline.images.listing.names import IMAGE_SUFFIXES, KIND_OF, escaped, suffix_of
 from pipeline.images.listing.parquet import image_column_of, scan_parquet
 from pipeline.images.listing.tar import scan_tar
@@ -36,7 +37,7 @@ class Source:
             not known), ``label`` (int64, null if none). Keys of a folder are unique, others need not be. In keys and
             local paths, bytes that are not UTF-8 are written as ``pipeline.images.listing.names.escaped`` says.
         class_names: name of each label; empty if there are no names.
-        image_column: Parquet: the column that holds the images; tar: the extension asked for; else None.
+        image_column: Parquet, CSV: the column that holds the images; tar: the extension asked for; else None.
         findings: what was not used of what was looked at, by reason: nothing is left out without being in here.
         candidates: images that were looked at, with those beyond a limit and those that findings call an "image".
     """
@@ -57,7 +58,7 @@ def list_images(
     storage_options: Mapping[str, Any] | None = None,
     scan_map: ScanMap | None = None,
 ) -> Source:
-    """List a dataset: a folder of images, WebDataset tars, or Parquet files.
+    """List a dataset: a folder of images, a list of their paths, WebDataset tars, or Parquet files.
 
     ``images`` is a folder (searched to any depth, linked folders too), a file, a glob, or a pattern with
     ``{000..099}`` or ``{a,b}``; local, or ``s3://``, ``gs://``, ``http(s)://`` and whatever else fsspec has. A folder
@@ -67,6 +68,7 @@ def list_images(
 
     * Images: sorted by path relative to the root, which is also the key. If all lie exactly one folder deep, as in
       ImageNet, the sorted names of the folders are the classes.
+    * A list (``.txt``, ``.csv``, ``.tsv``): in the order given; see ``scan_list``.
     * Tars: in the order given; see ``scan_tar``.
     * Parquet: in the order given; see ``scan_parquet``.
 
@@ -76,8 +78,8 @@ def list_images(
     Args:
         images: what to list.
         limit: take the first so many images; no further tar or Parquet file is opened than that needs.
-        image_column: Parquet: the column with the images; tar: the extension (``jpg``, ``left.png``). By default the
-            first usual one.
+        image_column: Parquet, CSV: the column with the images; tar: the extension (``jpg``, ``left.png``). By default
+            the first usual one.
         storage_options: keyword arguments for the filesystem, as fsspec takes them.
         scan_map: where tars and Parquet files are scanned, if there are several and they are remote; None: in threads
             of this process.
@@ -94,6 +96,8 @@ def list_images(
     if limit is not None and limit < 1:
         raise ValueError(f"list_images: got limit={limit}, expected at least 1, or None for all images.")
     tally = Tally()
+    if is_list(images):
+        return _from_list(images, limit, image_column, storage_options, tally)
     with explained(images):
         found = find_files(images, suffixes=frozenset(KIND_OF), tally=tally, storage_options=storage_options)
         kind = _kind_of(images, found.files)
@@ -116,6 +120,24 @@ def list_images(
     return source
 
 
+def _from_list(
+    images: str,
+    limit: int | None,
+    image_column: str | None,
+    storage_options: Mapping[str, Any] | None,
+    tally: Tally,
+) -> Source:
+    with explained(images):
+        scan, column = scan_list(images, image_column=image_column, storage_options=storage_options)
+    for finding in scan.findings:
+        tally.add(finding.about, finding.reason, finding.example, finding.count)
+    labels, class_names = unify_labels([scan.labels], tally)
+    references = scan.references.set_column(REFERENCES.get_field_index("label"), REFERENCES.field("label"), labels)
+    if not references.num_rows:
+        raise JobError(f"Images {images!r}: the list has no images. Expected a path or URI per row.")
+    return _source("list", references.slice(0, limit), class_names, column, tally, references.num_rows)
+
+
 def keys_digest(references: pa.Table) -> str:
     """SHA-256 (hex) of the keys in their order: names a list of images in a configuration."""
     return hashlib.sha256("\n".join(references["key"].to_pylist()).encode()).hexdigest()
@@ -133,7 +155,8 @@ def _kind_of(images: str, files: Sequence[File]) -> SourceKind:
         seen = ", ".join(f"{suffix or 'no suffix'} ({n})" for suffix, n in suffixes.most_common(_LISTED_SUFFIXES))
         raise JobError(
             f"Images {images!r}: no images found. Got {len(files)} visible file(s){f': {seen}' if seen else ''}; "
-            f"expected images ({', '.join(IMAGE_SUFFIXES)}), .tar or .parquet. Check the path."
+            f"expected images ({', '.join(IMAGE_SUFFIXES)}), .tar or .parquet; or name a list of images (.txt, .csv, "
+            ".tsv). Check the path."
         )
     counts = ", ".join(f"{count} of kind {kind}" for kind, count in sorted(kinds.items()))
     raise JobError(
