@@ -1,4 +1,4 @@
-"""Fit a PCA basis on a dataset's low-resolution features, for several stores to share (train and validation, say).
+"""Fit a PCA basis on a dataset's low-resolution features, to be shared by several stores (e.g. train and validation).
 
 python -m jobs.fit_pca --images photos/ --output basis.npz
 python -m jobs.upsample_imagenet --images others/ --store features/ --pca basis.npz
@@ -20,11 +20,11 @@ def fit_pca(config: FitPcaConfig) -> int:
     """Run the job; returns its exit code.
 
     Raises:
-        JobError: it cannot be done as asked.
+        JobError: the job cannot be done as requested.
     """
     spec, references, stages = feature_spec(config)
     backbone = stages.backbone
-    check_output_file("--output", config.output)  # before the work, not after it
+    check_output_file("--output", config.output)  # before the work
     k = config.components or min(DEFAULT_COMPONENTS, backbone.num_chs)
     with open_workers(spec, stages, config, attempts=3, stall_timeout_s=1800) as workers:
         basis = fit_basis(references, k, config.pca_images, workers)
