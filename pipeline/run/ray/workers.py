@@ -169,7 +169,7 @@ class RayWorkers:
             ready, _ = ray.wait(waited_for, num_returns=1, timeout=_POLL_S)
         ended = [(calls[call], call, result_of(call)) for call in ready if call in calls]
         # Results first: a result that arrived must not be lost because its actor died afterwards.
-        return sorted(ended, key=lambda actor_call_result: isinstance(actor_call_result[2], RayError))
+        return sorted(ended, key=lambda entry: isinstance(entry[2], RayError))
 
     def _settle(self, actor: RemoteWorker, call: Any, result: Any) -> Iterator[tuple[int, Any]]:
         """Handle a call that has ended; yields tasks that are done or given up."""
