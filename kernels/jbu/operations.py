@@ -50,7 +50,7 @@ def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor, *, implementation: 
         [B, C, 2h, 2w], dtype of source, in channels_last memory format.
 
     Raises:
-        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+        ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
     """
     check_adaptive_conv(source, kernel)
     chosen = _chosen(implementation, math.isqrt(kernel.shape[1]) // 2, source, kernel)
@@ -79,7 +79,7 @@ def bilateral_kernel(
         [B, n*n, H, W], n = 2*radius + 1, dtype of guidance; non-negative, sums to 1 over taps.
 
     Raises:
-        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+        ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
     """
     check_bilateral(guidance, sigma_spatial, sigma_range, radius)
     chosen = _chosen(implementation, radius, guidance)
@@ -101,7 +101,7 @@ def learned_kernel(guidance: Tensor, stage: JBUStage, *, implementation: str | N
         [B, n*n, H, W], n = 2*stage.radius + 1, dtype of guidance; may be negative, need not sum to 1.
 
     Raises:
-        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+        ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
     """
     parameters = checked_parameters(guidance, stage)
     chosen = _chosen(implementation, parameters.radius, guidance)
@@ -138,7 +138,7 @@ def bilateral_stage(
         [B, C, 2h, 2w], dtype of source, in channels_last memory format.
 
     Raises:
-        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+        ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
     """
     check_bilateral(guidance, sigma_spatial, sigma_range, radius)
     check_stage(source, guidance)
@@ -163,7 +163,7 @@ def learned_stage(source: Tensor, guidance: Tensor, stage: JBUStage, *, implemen
         [B, C, 2h, 2w], dtype of source, in channels_last memory format.
 
     Raises:
-        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+        ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
     """
     parameters = checked_parameters(guidance, stage)
     check_stage(source, guidance)
@@ -201,7 +201,7 @@ def bilateral_codes(
         "triton", which quantizes the float32 sums: its codes may differ by one.
 
     Raises:
-        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+        ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
     """
     check_bilateral(guidance, sigma_spatial, sigma_range, radius)
     check_stage(source, guidance)
@@ -231,7 +231,7 @@ def learned_codes(
         As for `bilateral_codes`.
 
     Raises:
-        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+        ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
     """
     parameters = checked_parameters(guidance, stage)
     check_stage(source, guidance)

@@ -15,7 +15,7 @@ __all__ = ["window_sum"]
 def window_sum(
     maps: Tensor, weights: Tensor, rows: Tensor, columns: Tensor, *, implementation: str | None = None
 ) -> Tensor:
-    """Sum the pixels of windows; differentiable in maps and weights.
+    """Compute weighted sums of the pixels of windows; differentiable in maps and weights.
 
     Args:
         maps: [N, H, W, c], floating.

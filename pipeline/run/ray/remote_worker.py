@@ -29,8 +29,8 @@ class RemoteWorker:
         images: images done in total at its last answer; None: not known yet in the current map.
         start: reference of the call that waits for its placement, then of its setup; None once it is ready.
         tasks: call reference -> task.
-        asked: reference of the pending progress request.
-        asked_at: time of that request.
+        progress_call: reference of the pending progress request.
+        requested_at: time of that request.
         unreachable_since: when it became unreachable; None: it is reachable.
         in_doubt: tasks whose calls were lost while it was unreachable, or when it died.
     """
@@ -41,8 +41,8 @@ class RemoteWorker:
     room: int = 0
     images: int | None = None
     tasks: dict[Any, int] = field(default_factory=dict)
-    asked: Any = None
-    asked_at: float = 0.0
+    progress_call: Any = None
+    requested_at: float = 0.0
     unreachable_since: float | None = None
     in_doubt: list[int] = field(default_factory=list)
 
@@ -64,9 +64,9 @@ class RemoteWorker:
         """Start a task on the worker."""
         self.tasks[self._handle.call.remote(method, *arguments)] = task
 
-    def ask(self) -> None:
+    def request_progress(self) -> None:
         """Request the worker's progress."""
-        self.asked, self.asked_at = self._handle.progress.remote(), time.monotonic()
+        self.progress_call, self.requested_at = self._handle.progress.remote(), time.monotonic()
 
     def kill(self) -> None:
         """Kill the actor, even while it runs tasks."""

@@ -114,7 +114,7 @@ class RayWorkers:
             # tasks only when it answers.
             actor.images, actor.tasks, actor.in_doubt = None, {}, []
             if actor.room:
-                actor.ask()
+                actor.request_progress()
         while self._queue.left:
             self._start_due()
             for actor, task in self._queue.hand_out(time.monotonic()):
@@ -144,7 +144,7 @@ class RayWorkers:
             actor.start, actor.room, actor.images = None, result, 0
             self._starts.ready(actor.slot)
             self._queue.join(actor, actor.node, actor.room, now)
-            actor.ask()
+            actor.request_progress()
 
     def _warn_if_none_is_placed(self) -> None:
         if self._requested_at is not None and time.monotonic() - self._requested_at > _WAITING_S:
@@ -160,7 +160,7 @@ class RayWorkers:
     def _ended(self) -> list[tuple[RemoteWorker, Any, Any]]:
         """Actor, call, and result or error of each call that ended; waits up to ``_POLL_S`` for the first one."""
         calls = {call: actor for actor in self._actors for call in [actor.start, *actor.tasks] if call is not None}
-        waited_for = [*calls, *(actor.asked for actor in self._actors if actor.room and actor.images is None)]
+        waited_for = [*calls, *(actor.progress_call for actor in self._actors if actor.room and actor.images is None)]
         if not waited_for:
             time.sleep(_POLL_S)
             return []
@@ -264,9 +264,9 @@ class RayWorkers:
         """Images done since the last call."""
         done = 0
         for actor in [actor for actor in self._actors if actor.room]:
-            if not ray.wait([actor.asked], timeout=0)[0]:
+            if not ray.wait([actor.progress_call], timeout=0)[0]:
                 continue
-            answer = result_of(actor.asked)
+            answer = result_of(actor.progress_call)
             if isinstance(answer, ActorUnavailableError):
                 self._unreachable(actor, answer)
             elif isinstance(answer, RayError) and is_death(answer):
@@ -274,7 +274,7 @@ class RayWorkers:
                 continue
             elif not isinstance(answer, RayError):
                 done += self._answered(actor, answer)
-            actor.ask()
+            actor.request_progress()
         return done
 
     def _answered(self, actor: RemoteWorker, answer: WorkerProgress) -> int:
@@ -319,7 +319,7 @@ class RayWorkers:
                 tasks = self._remove(actor)
                 self._refill(actor, lost=True)
             else:
-                silent = actor.room and actor.images is None and now - actor.asked_at > self._stall_timeout_s
+                silent = actor.room and actor.images is None and now - actor.requested_at > self._stall_timeout_s
                 if actor in stalled or silent:
                     logger.warning("killing a worker: no progress for %.0f s", self._stall_timeout_s)
                     self._starts.gone(actor.slot)
