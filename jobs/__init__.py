@@ -1,1 +1,1 @@
-"""What a person runs: ``python -m jobs.NAME``."""
+"""Command-line programs: ``python -m jobs.NAME``."""

@@ -1,7 +1,7 @@
-"""What all jobs do around their work: read options, set up logging, turn errors into messages and exit codes.
+"""Shared entry point of all jobs: parse options, set up logging, turn errors into messages and exit codes.
 
-Exit codes: 0 done; 1 done, but too much failed, or a training diverged; 2 it cannot be done as asked; 70 a fault in
-densefeat; 130 interrupted.
+Exit codes: 0: done; 1: done, but too many rows failed, or a training diverged; 2: cannot be done as requested; 70:
+internal error in densefeat; 130: interrupted.
 """
 
 import importlib.metadata
@@ -30,24 +30,23 @@ Config = TypeVar("Config")
 def run(
     config_class: type[Config], job: Callable[[Config], int], description: str, *, interrupted: str = "stopped"
 ) -> None:
-    """Read the command line into ``config_class``, run ``job`` on it, exit with its code.
+    """Parse the command line into a ``config_class``, run ``job`` with it, and exit with the job's code.
 
     Args:
-        config_class: its fields are the options.
+        config_class: dataclass whose fields are the options.
         job: returns an exit code.
-        description: for ``--help``.
-        interrupted: what to say to somebody who interrupts it, unless the ``KeyboardInterrupt`` that the job raises
-            says what it has kept.
+        description: text for ``--help``.
+        interrupted: message for an interrupted job, unless the ``KeyboardInterrupt`` that the job raises has a message.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("timm").setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+    logging.getLogger("huggingface_hub").propagate = False  # it has its own handler
     stop = _Stop()
     signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)  # a cluster's way to ask: it ends as on Ctrl-C, saying how to go on
+    signal.signal(signal.SIGTERM, stop)  # clusters send it; the job ends as on Ctrl-C, and says how to continue
     try:
         config = tyro.cli(config_class, description=description)
-    except ValueError as error:  # from the configuration's own checks
+    except ValueError as error:  # from the configuration's checks
         _refuse(error)
     warn_of_name_collisions()
     try:
@@ -56,7 +55,7 @@ def run(
         _refuse(error)
     except KeyboardInterrupt as error:
         logger.error("interrupted: %s", error if error.args else interrupted)
-        _leave(INTERRUPTED)
+        _exit_at_once(INTERRUPTED)
     except Exception:
         logger.exception("internal error; please report it with the traceback below")
         code = FAULT
@@ -64,9 +63,10 @@ def run(
 
 
 def warn_of_name_collisions() -> None:
-    """Say which installed distributions own one of the application's top-level names.
+    """Warn of installed distributions that have a top-level package with the name of one of the application's.
 
-    Ours come first on the path as long as the job runs from the checkout; somebody else's import of theirs gets ours.
+    The application's packages come first on the path when a job runs from the checkout. Other code that imports the
+    distribution's package then gets the application's.
     """
     owners: dict[str, Any] = dict(importlib.metadata.packages_distributions())
     for name in _APPLICATION:
@@ -81,26 +81,26 @@ def _checkout() -> Path:
 
 
 class _Stop:
-    """What a signal to stop does: the first interrupts the job, the second ends the process."""
+    """Signal handler: the first signal interrupts the job, the second ends the process."""
 
-    _SAME_S = 0.5  # one Ctrl-C may come twice: from the terminal, and from a parent that passes it on
+    _SAME_S = 0.5  # one Ctrl-C may arrive twice: from the terminal, and from a parent process that forwards it
 
     def __init__(self) -> None:
-        self._asked_at: float | None = None
+        self._first_at: float | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._asked_at is None:
-            self._asked_at = now
-            # Not by logging: the signal may have come amid a line of it.
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"\nstopping; once more to exit at once\n")
+        if self._first_at is None:
+            self._first_at = now
+            # Not with logging: the signal may have arrived while a log message was being written.
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"\nstopping; interrupt again to exit at once\n")
             raise KeyboardInterrupt
-        if now - self._asked_at > self._SAME_S:
+        if now - self._first_at > self._SAME_S:
             os._exit(INTERRUPTED)
 
 
-def _leave(code: int) -> NoReturn:
-    """End without waiting for threads: what one of them is at may take minutes, and is not going to be used."""
+def _exit_at_once(code: int) -> NoReturn:
+    """Exit without waiting for threads: their work may take minutes, and its results are not needed."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

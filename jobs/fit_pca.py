@@ -1,4 +1,4 @@
-"""Fit a PCA basis on a dataset's low-resolution features, for several stores to share (train and validation, say).
+"""Fit a PCA basis on a dataset's low-resolution features, to be shared by several stores (e.g. train and validation).
 
 python -m jobs.fit_pca --images photos/ --output basis.npz
 python -m jobs.upsample_imagenet --images others/ --store features/ --pca basis.npz
@@ -16,7 +16,7 @@ def fit_pca(config: FitPcaConfig) -> int:
     """Run the job; returns its exit code.
 
     Raises:
-        JobError: it cannot be done as asked.
+        JobError: the job cannot be done as requested.
     """
     from pipeline.io.outputs import check_output_file, write_output_file
     from pipeline.run.job import open_workers
@@ -26,7 +26,7 @@ def fit_pca(config: FitPcaConfig) -> int:
 
     spec, references, stages = feature_spec(config)
     backbone = stages.backbone
-    check_output_file("--output", config.output)  # before the work, not after it
+    check_output_file("--output", config.output)  # before the work
     k = config.components or min(DEFAULT_COMPONENTS, backbone.num_chs)
     inline = stages if fits_this_process(config.workers, config.device, references.num_rows) else None
     with open_workers(spec, inline, config, attempts=3, stall_timeout_s=1800) as workers:

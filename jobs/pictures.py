@@ -1,4 +1,4 @@
-"""Pictures of features beside their images: photo | low-resolution features | high-resolution features."""
+"""Pictures of features next to their images: photo | low-resolution features | high-resolution features."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +19,15 @@ from schemas.configuration import StoreConfiguration
 Pixels = npt.NDArray[np.uint8]
 
 _GAP_PX = 8
-# Number of components, at most three -> which of them are red, green and blue.
+# Number of components, at most three -> indices of the red, green and blue component.
 _CHANNELS = {1: [0, 0, 0], 2: [0, 1, 1], 3: [0, 1, 2]}
-_PERCENTILES = (1, 99)  # a few extreme values must not make everything else grey
+_PERCENTILES = (1, 99)  # so that a few extreme values do not make everything else grey
 
 
 def feature_colours(features: Sequence[npt.NDArray[np.float32]]) -> list[Pixels]:
-    """Components as colours, uint8 [H, W, 3], on one scale for all of ``features`` ([k, H, W] each).
+    """Components as colours, uint8 [H, W, 3], on a common scale for all of ``features`` ([k, H, W] each).
 
-    The first three are red, green and blue; of two, the second is green and blue alike; one alone is grey.
+    The first three components are red, green and blue. The second of two is both green and blue; a single one is grey.
     """
     shown = [image[_CHANNELS[min(len(image), 3)]] for image in features]
     values = np.concatenate([image.reshape(3, -1) for image in shown], axis=1)
@@ -40,7 +40,7 @@ def feature_colours(features: Sequence[npt.NDArray[np.float32]]) -> list[Pixels]
 
 
 def stored_geometry(store: FeatureStore) -> Geometry:
-    """The geometry that a store was made with."""
+    """Geometry with which a store was made."""
     return _geometry(stored_attributes(store.uri, store.attributes).configuration)
 
 
@@ -50,16 +50,16 @@ def _geometry(configuration: StoreConfiguration) -> Geometry:
 
 
 def read_photo(store: FeatureStore, row: int) -> npt.NDArray[np.uint8]:
-    """The image of a row as the backbone saw it, uint8 [3, H, W], read again from where the index says it is.
+    """Read the image of a row from its URI in the index, as the backbone saw it: uint8 [3, H, W].
 
     Raises:
-        JobError: it cannot be read from there (only images that are files of their own can).
+        JobError: the image cannot be read, or is not in a file of its own (only folders of images are supported).
     """
     image = store.index.slice(row % len(store), 1)
     uri = image["uri"][0].as_py()
     configuration = stored_attributes(store.uri, store.attributes).configuration
     if configuration.source.kind != "folder":
-        raise JobError(f"row {row} lies inside {uri}: pictures can be made of images that are files of their own")
+        raise JobError(f"row {row} lies inside {uri}: pictures need images that are files of their own")
     try:
         with ThreadPoolExecutor(1) as pool:
             (data,) = read_images(image, image_column=None, kind="folder", pool=pool)
@@ -71,9 +71,9 @@ def read_photo(store: FeatureStore, row: int) -> npt.NDArray[np.uint8]:
 
 
 def comparison(store: FeatureStore, rows: Sequence[int], backbone: Backbone | None) -> Image.Image:
-    """A picture with a line for each row: photo | low-resolution features (with a backbone) | stored features.
+    """Picture with one line per row: photo | low-resolution features (if there is a backbone) | stored features.
 
-    Both kinds of features are coloured by the store's first three components, each kind on one scale for all rows.
+    Both kinds of features are coloured by the store's first three components, each kind on a common scale for all rows.
     """
     photos = [read_photo(store, row) for row in rows]
     high = feature_colours([store.read(row) for row in rows])
@@ -88,7 +88,7 @@ def comparison(store: FeatureStore, rows: Sequence[int], backbone: Backbone | No
 
 
 def _grid(columns: Sequence[Sequence[Pixels]], size: tuple[int, ...]) -> Image.Image:
-    """Tiles of ``size`` (height, width) on white. Pixels are enlarged as they are: resolution is what is shown."""
+    """Tiles of ``size`` (height, width) on white, enlarged without interpolation so that the resolution is visible."""
     height, width = size
     picture = Image.new(
         "RGB",

@@ -1,8 +1,8 @@
-"""Make a picture of what is in a store: photo | low-resolution features | high-resolution features.
+"""Draw the features in a store: photo | low-resolution features | high-resolution features.
 
     python -m jobs.show_features --store features/ --output features.png
 
-Low-resolution features are computed again, with the backbone that the store names; its weights must be the same.
+Low-resolution features are recomputed with the store's backbone; its weights must be those that made the store.
 """
 
 import io
@@ -23,37 +23,37 @@ _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 @dataclass(frozen=True, kw_only=True)
 class ShowConfig:
-    """Which rows of which store."""
+    """Options: a store, and which of its rows to draw."""
 
-    # The store.
+    # Folder or URI of the store.
     store: str
-    # The picture to write, a file or URI.
+    # File or URI of the picture to write.
     output: str = "features.png"
-    # Rows to show, counted from the end if negative; not given: the first four that have features.
+    # Rows to show, counted from the end if negative; by default, the first four that have features.
     rows: tuple[int, ...] = ()
-    # Weights of the backbone as given to the main job; "none" leaves the low-resolution features out.
+    # Weights of the backbone as passed to the main job; "none" omits the low-resolution features.
     weights: str = "pretrained"
 
     def __post_init__(self) -> None:
-        """Check what can be checked without looking at anything."""
+        """Check the options that need no access to files."""
         if _suffix(self.output) not in _FORMATS:
-            raise ValueError(f"--output is a picture, .png, .jpg or .webp: got {self.output}")
+            raise ValueError(f"--output must be a picture, .png, .jpg or .webp: got {self.output}")
 
 
 def show(config: ShowConfig) -> int:
     """Run the job; returns its exit code.
 
     Raises:
-        StoreError: there is no store.
-        JobError: the picture cannot be written there, the weights are not those that made the store, or no row can
-            be shown.
+        StoreError: there is no store, or it is damaged.
+        JobError: the picture cannot be written, the weights are not those that made the store, an image cannot be
+            read, or a row has no features.
     """
     from densefeat.store import FeatureStore
     from jobs.pictures import comparison
     from pipeline.io.outputs import check_output_file, write_output_file
 
     store = FeatureStore(config.store)
-    check_output_file("--output", config.output)  # before the work, not after it
+    check_output_file("--output", config.output)  # before the work
     rows = _rows(store, config)
     picture = io.BytesIO()
     comparison(store, rows, _backbone(store, config.weights)).save(picture, _FORMATS[_suffix(config.output)])
@@ -78,7 +78,11 @@ def _rows(store: "FeatureStore", config: ShowConfig) -> Sequence[int]:
 
 
 def _backbone(store: "FeatureStore", weights: str) -> "Backbone | None":
-    """The one that made the store, or none if no weights are given."""
+    """The backbone that made the store; None if ``weights`` is "none".
+
+    Raises:
+        JobError: the weights are not those that made the store.
+    """
     if weights == "none":
         return None
     from pipeline.features.backbone import build_backbone
@@ -88,7 +92,7 @@ def _backbone(store: "FeatureStore", weights: str) -> "Backbone | None":
     made_by = stored.backbone
     backbone = build_backbone(made_by["name"], size=stored.geometry.size, weights=weights, layer=made_by["layer"])
     if backbone.identity()["weights"] != made_by["weights"]:
-        raise JobError(f"--weights {weights} are not those that made {store.uri}: give those, or none")
+        raise JobError(f"--weights {weights} are not those that made {store.uri}: pass those, or --weights none")
     return backbone
 
 

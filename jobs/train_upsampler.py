@@ -1,6 +1,6 @@
-"""Train an upsampler for any backbone, or one for all of them: images in, weights for --upsampler-weights out.
+"""Train an upsampler for one backbone, or one that serves all backbones; writes weights for --upsampler-weights.
 
-A joint bilateral upsampler that depends on the image alone, and so serves every backbone, trained on two::
+A joint bilateral upsampler, which depends only on the image and so serves every backbone, trained on two backbones::
 
     python -m jobs.train_upsampler --images photos/ --output jbu/ \\
         --backbones tf_efficientnet_lite0@-2 vit_small_patch14_dinov2.lvd142m@10 --held-out-backbone resnet18@2
@@ -10,7 +10,7 @@ LiFT, for one backbone and layer::
 
     python -m jobs.train_upsampler --upsampler lift --images photos/ --output lift/ --backbones vit_small_patch16_224
 
-``--output`` also gets losses.csv, held_out.csv, curves.png, and checkpoints, from which --resume goes on.
+``--output`` also receives losses.csv, held_out.csv, curves.png, and the checkpoints from which --resume continues.
 """
 
 import logging
@@ -26,7 +26,7 @@ def train_upsampler(config: TrainConfig) -> int:
     """Run the job; returns its exit code.
 
     Raises:
-        JobError: it cannot be done as asked.
+        JobError: the job cannot be done as requested.
     """
     import torch
 
@@ -45,7 +45,7 @@ def train_upsampler(config: TrainConfig) -> int:
     try:
         with claimed_output(plan):
             if device is None:
-                from pipeline.train import ray_train  # ray takes a second to import
+                from pipeline.train import ray_train  # deferred: importing ray takes a second
 
                 ray_train.train_on_ray(plan)
             else:
@@ -63,5 +63,5 @@ if __name__ == "__main__":
         TrainConfig,
         train_upsampler,
         __doc__ or "",
-        interrupted="--resume goes on from the last checkpoint, if there is one yet, to the same loss curve",
+        interrupted="--resume continues from the last checkpoint, if there is one yet, with the same loss curve",
     )

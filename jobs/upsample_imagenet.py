@@ -1,4 +1,4 @@
-"""The main job: images in, a store of dense, high-resolution features out.
+"""The main job: compute dense, high-resolution features of images and write them to a store.
 
 On this machine::
 
@@ -22,7 +22,7 @@ def upsample(config: UpsampleConfig) -> int:
     """Run the job; returns its exit code.
 
     Raises:
-        JobError: it cannot be done as asked.
+        JobError: the job cannot be done as requested.
     """
     started = time.monotonic()
     from pipeline.run.job import carry_out

@@ -1,10 +1,10 @@
-"""Read a store back, every byte, and compare it with what its ledger recorded.
+"""Read every byte of a store and compare it with the records in its ledger.
 
     python -m jobs.verify_store --store features/
 
-Exit code 0: whole; 1: damaged (repaired or not) or unfinished. ``--repair`` takes damaged shards out of the ledger, so
-that the main job with ``--resume`` makes them anew, and rebuilds a damaged index or manifest from the ledger and, if
-need be, from the list of images.
+Exit code 0: complete and undamaged; 1: damaged (repaired or not) or unfinished. ``--repair`` deletes damaged shards and
+their ledger records, so that the main job with ``--resume`` makes them again. It also rebuilds a damaged index or
+manifest from the ledger and, if necessary, from the list of images.
 """
 
 import logging
@@ -19,17 +19,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """Which store, and what to do about damage."""
+    """Options: the store to verify, and whether to repair it."""
 
-    # The store to verify.
+    # Folder or URI of the store to verify.
     store: str
-    # Take damaged shards out of the ledger, so that --resume makes them anew; rebuild a damaged index or manifest.
+    # Delete damaged shards, so that --resume makes them again; rebuild a damaged index or manifest.
     repair: bool = False
-    # Shards read at the same time; each is held in memory whole.
+    # Number of shards read at the same time; each is held in memory as a whole.
     threads: int = 4
 
     def __post_init__(self) -> None:
-        """Check what can be checked without looking at anything."""
+        """Check the options that need no access to files."""
         if self.threads < 1:
             raise ValueError(f"--threads must be at least 1: got {self.threads}")
 
@@ -39,7 +39,8 @@ def verify(config: VerifyConfig) -> int:
 
     Raises:
         StoreError: there is no store, or its metadata is damaged.
-        JobError: the index is to be rebuilt, and the images that the store was made of are not there.
+        JobError: the attributes are damaged, so nothing can be repaired; or the index cannot be rebuilt because the
+            images that the store was made of are gone.
     """
     from pipeline.store.verify import StoreCheck
 
@@ -62,8 +63,8 @@ def verify(config: VerifyConfig) -> int:
     if config.repair:
         if attributes:
             raise JobError(
-                f"{config.store}: nothing was repaired: {attributes[0]}. Without them, sound shards cannot be told "
-                "from others: copy zarr.json from a copy of the store first"
+                f"{config.store}: nothing was repaired: {attributes[0]}. Without them, damaged shards cannot be "
+                "identified: copy zarr.json from a copy of the store first"
             )
         _repair(config.store, list(damaged), tables=bool(tables))
     return FAILED if damaged or general or missing else DONE
@@ -76,11 +77,11 @@ def _repair(store: str, damaged: list[int], *, tables: bool) -> None:
     objects = Objects(store)
     if tables:
         finished = rebuild_tables(objects, damaged)
-        logger.info("rebuilt %s", "index and manifest" if finished else "the index; its shards are not all done")
+        logger.info("rebuilt %s", "index and manifest" if finished else "the index; not all shards are done")
     elif damaged:
         take_out(objects, damaged)
     if damaged:
-        logger.info("removed from the ledger: run the main job with --resume to remake them")
+        logger.info("damaged shards deleted: run the main job with --resume to make them again")
 
 
 if __name__ == "__main__":

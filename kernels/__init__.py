@@ -1,5 +1,5 @@
-"""Operations of upsamplers: each a public face that checks arguments, a plain-torch reference, and implementations.
+"""Operations of upsamplers: each has a public function that checks arguments, a plain-torch reference, and kernels.
 
-`kernels.dispatch` chooses among these. What all share: `dtypes`; `compilation` and `simd` of those for CPUs;
-`internals`, private parts of numba and torch. Imports nothing of the pipeline.
+`kernels.dispatch` chooses the implementation. Shared modules: `dtypes`; `compilation` and `simd` for CPU kernels;
+`internals`, the private parts of numba and torch that are used. Imports nothing from the pipeline.
 """

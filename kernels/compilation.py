@@ -1,9 +1,9 @@
-"""How every function for the CPU is compiled: by numba, and kept on disk where that is possible.
+"""Compile CPU functions with numba, and cache the compiled code on disk where possible.
 
-Compiled code is kept in the first of these that can be written: ``NUMBA_CACHE_DIR``, ``__pycache__`` beside the source,
-and the user's cache (``$XDG_CACHE_HOME/numba`` or ``~/.cache/numba``). If there is none, each process compiles again.
-Left to itself, numba refuses to define a function then, and it fails in the middle of a call if the disk is full, or a
-file there is damaged or somebody else's.
+The cache is the first of these folders that is writable: ``NUMBA_CACHE_DIR``, ``__pycache__`` next to the source, and
+the user's cache (``$XDG_CACHE_HOME/numba`` or ``~/.cache/numba``). If there is none, each process compiles again.
+Without this module, numba would then refuse to define a function. It would also fail in the middle of a call if the
+disk is full, or if a file in the cache is damaged or owned by another user.
 """
 
 import functools
@@ -23,20 +23,20 @@ logger = logging.getLogger(__name__)
 
 
 def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """A function compiled at its first call with some dtype, and kept on disk. It runs without Python's lock.
+    """Compile a function at its first call with each signature, and cache it on disk. It runs without Python's lock.
 
     Args:
-        function: what to compile; without it, a decorator is returned.
-        options: numba's, such as ``fastmath``.
+        function: function to compile; without it, a decorator is returned.
+        options: options of numba, such as ``fastmath``.
     """
     if function is None:
         return functools.partial(compiled, **options)
     dispatcher: Any = njit(nogil=True, **options)(function)
     if is_compiled(dispatcher):
         try:
-            keep_on_disk(dispatcher, KeptOnDisk(function, _sources(_package(_folder(function))), _say_that_it_failed))
-        except (RuntimeError, OSError):  # no folder that can be written, or one that could a moment ago
-            _say_that_nothing_is_kept(f"neither {_folder(function)} nor a folder for caches can be written to")
+            keep_on_disk(dispatcher, KeptOnDisk(function, _sources(_package(_folder(function))), _warn_of_failure))
+        except (RuntimeError, OSError):  # no folder is writable, or one has just ceased to be
+            _warn_once(f"neither {_folder(function)} nor a folder for caches is writable")
     return dispatcher
 
 
@@ -45,7 +45,7 @@ def _folder(function: Callable[..., Any]) -> Path:
 
 
 def _package(folder: Path) -> Path:
-    """The outermost package that a folder is in; the folder itself, if it is no package."""
+    """The outermost package that contains a folder; the folder itself if it is not in a package."""
     while (folder / "__init__.py").exists() and (folder.parent / "__init__.py").exists():
         folder = folder.parent
     return folder
@@ -53,19 +53,20 @@ def _package(folder: Path) -> Path:
 
 @functools.cache
 def _sources(package: Path) -> str:
-    """Digest of a whole package: compiled functions may be made of any file of it."""
+    """Digest of a whole package: compiled functions may include code from any of its files."""
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(package.rglob("*.py")))).hexdigest()
 
 
-def _say_that_it_failed(folder: str, error: Exception) -> None:
-    _say_that_nothing_is_kept(f"{folder} cannot be used ({type(error).__name__}: {error})")
+def _warn_of_failure(folder: str, error: Exception) -> None:
+    _warn_once(f"{folder} cannot be used ({type(error).__name__}: {error})")
 
 
-_said = False
+_warned = False
 
 
-def _say_that_nothing_is_kept(reason: str) -> None:
-    global _said
-    if not _said:
-        logger.warning("%s: each process compiles again. Set NUMBA_CACHE_DIR to a folder that can be written", reason)
-    _said = True
+def _warn_once(reason: str) -> None:
+    """Warn that compiled code is not cached."""
+    global _warned
+    if not _warned:
+        logger.warning("%s: each process compiles again. Set NUMBA_CACHE_DIR to a writable folder", reason)
+    _warned = True

@@ -1,21 +1,22 @@
-"""Which implementation of an operation runs, and why the others don't.
+"""Choose the implementation of an operation, and explain why the others were not chosen.
 
-Operations come in families, each with a table of implementations in `IMPLEMENTATIONS`. ``reference`` is the definition.
-An implementation is a module with
+Operations are grouped into families, each with a table of implementations in `IMPLEMENTATIONS`. ``reference`` is the
+definition. An implementation is a module with
 
 * the operations of its family, and their ``…_backward`` where they have one;
-* ``reasons_not(kinds)``: everything that keeps it from taking inputs of given kinds;
-* ``LIMITS``, if there are any: the largest sizes that it takes, by name, such as ``radius``;
-* ``FORWARD_MODE = False``, if it has no forward-mode derivatives. Torch would take them for zero.
+* ``reasons_not(kinds)``: all reasons why it cannot take inputs of the given kinds;
+* ``LIMITS``, optional: the largest sizes that it takes, by name, such as ``radius``;
+* ``FORWARD_MODE = False``, if it has no forward-mode derivatives. Otherwise, torch would treat them as zero.
 
-The first in the table with no reason not to runs, unless a caller asks for another (``implementation=…``), or a person
-does, by the environment variable ``DENSEFEAT_KERNELS``: the name of an implementation, which all families must have, or
-``family=name``, or several of these, separated by commas, of which later ones replace earlier ones::
+The first implementation in the table that can take the inputs runs. A caller can select another one with
+``implementation=…``, and the user can with the environment variable ``DENSEFEAT_KERNELS``. Its value is the name of an
+implementation that all families have, or ``family=name``, or several of these, separated by commas; later ones override
+earlier ones::
 
     DENSEFEAT_KERNELS=reference
     DENSEFEAT_KERNELS=jbu=triton,window_sum=reference
 
-It is read at each call, in the process that computes. A caller's choice goes before it.
+The variable is read at each call, in the process that computes. The caller's choice takes precedence over it.
 """
 
 import functools
@@ -44,7 +45,7 @@ __all__ = [
     "not_on_cpu",
 ]
 
-# Family -> name -> module, in order of preference. Imported at first use: it may need what is not installed.
+# Family -> name -> module, in order of preference. Imported at first use: it may need packages that are not installed.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "jbu": {"cpu": "kernels.jbu.cpu", "triton": "kernels.jbu.triton", "reference": "kernels.jbu.reference"},
     "multiview": {"cpu": "kernels.multiview.cpu", "reference": "kernels.multiview.reference"},
@@ -56,11 +57,11 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 }
 SWITCH = "DENSEFEAT_KERNELS"
 
-_Sizes = tuple[tuple[str, int], ...]  # by name; hashable, and plain enough for torch.compile
+_Sizes = tuple[tuple[str, int], ...]  # (name, size); hashable, and simple enough for torch.compile
 
 
 class Kind(NamedTuple):
-    """What of a tensor decides who can take it."""
+    """The properties of a tensor that decide which implementations can take it."""
 
     device: torch.device
     dtype: torch.dtype
@@ -68,12 +69,12 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """Which implementation takes given inputs, and why the others don't.
+    """The implementation for given inputs, and why the others cannot take them.
 
     Attributes:
         chosen: a name in the family's table of `IMPLEMENTATIONS`.
-        reasons_not: name -> every reason why it cannot take them; empty for those that could, chosen or not.
-        asked_by: the environment variable that asks for it, with its value; None if it is the first that can.
+        reasons_not: name -> every reason why it cannot take the inputs; empty if it can, whether chosen or not.
+        asked_by: the environment variable that selects it, with its value; None if it is the first that can.
     """
 
     chosen: str
@@ -82,7 +83,7 @@ class Choice:
 
     def __str__(self) -> str:
         """``triton (not cpu: it runs on the CPU, inputs are on cuda:0)``."""
-        notes = [] if self.asked_by is None else [f"asked for by {self.asked_by}"]
+        notes = [] if self.asked_by is None else [f"selected by {self.asked_by}"]
         notes += [f"not {name}: {'; '.join(reasons)}" for name, reasons in self.reasons_not.items() if reasons]
         return self.chosen + (f" ({'. '.join(notes)})" if notes else "")
 
@@ -97,14 +98,14 @@ def explain(family: str, *kinds: Kind, **sizes: int) -> Choice:
 
     Args:
         family: a name in `IMPLEMENTATIONS`.
-        kinds: of an operation's tensors: source and kernel; source and guidance; …
-        sizes: which implementations may limit, by name: of JBU the ``radius``.
+        kinds: kinds of an operation's tensors: source and kernel; source and guidance; …
+        sizes: sizes that implementations may limit, by name; for JBU, the ``radius``.
 
     Raises:
-        ValueError: `SWITCH` asks for an implementation that there is not, or that cannot take such inputs.
+        ValueError: `SWITCH` selects an implementation that does not exist, or that cannot take such inputs.
     """
     reasons_not = {name: _reasons_not(family, name, kinds, tuple(sizes.items())) for name in IMPLEMENTATIONS[family]}
-    asked, by = _asked_for(family, None)
+    asked, by = _selected(family, None)
     if asked is None:
         return Choice(next(name for name, reasons in reasons_not.items() if not reasons), reasons_not)
     _check(family, asked, by, reasons_not.get(asked, []))
@@ -112,16 +113,16 @@ def explain(family: str, *kinds: Kind, **sizes: int) -> Choice:
 
 
 def choose(family: str, asked: str | None, *tensors: Tensor, **sizes: int) -> str:
-    """The name of the implementation to run: the one asked for, else `SWITCH`'s, else the first that can.
+    """Name of the implementation to run: the caller's choice, else that of `SWITCH`, else the first that can.
 
     Args:
         family: a name in `IMPLEMENTATIONS`.
-        asked: the implementation that the caller asks for; None leaves it to the switch, or to the order of the table.
-        tensors: of the operation, all that decide.
-        sizes: as `explain`.
+        asked: the caller's choice; None leaves it to `SWITCH`, or to the order of the table.
+        tensors: all tensors of the operation that affect the choice.
+        sizes: as in `explain`.
 
     Raises:
-        ValueError: there is no implementation of the name asked for, or it cannot take such inputs.
+        ValueError: the selected implementation does not exist, or cannot take such inputs.
     """
     kinds = tuple((tensor.device, tensor.dtype) for tensor in tensors)
     return _choose(family, asked, kinds, tuple(sizes.items()), in_forward_mode())
@@ -136,7 +137,7 @@ def _choose(
     forward_mode: bool,
 ) -> str:
     named = tuple(Kind(*each) for each in kinds)
-    asked, by = _asked_for(family, asked)
+    asked, by = _selected(family, asked)
     if asked is not None:
         reasons = _reasons_not(family, asked, named, sizes, forward_mode) if asked in IMPLEMENTATIONS[family] else []
         _check(family, asked, by, reasons)
@@ -156,13 +157,13 @@ def implementation(family: str, name: str) -> Any:
 
 
 def not_on_cpu(kinds: Sequence[Kind]) -> list[str]:
-    """The reason why an implementation for CPUs cannot take these inputs, if their devices are one."""
+    """Reason why an implementation for CPUs cannot take inputs on these devices; empty if it can."""
     devices = sorted({str(kind.device) for kind in kinds if kind.device.type != "cpu"})
     return [f"it runs on the CPU, inputs are on {', '.join(devices)}"] if devices else []
 
 
 def not_of_dtypes(kinds: Sequence[Kind], dtypes: Sequence[torch.dtype]) -> list[str]:
-    """The reason why an implementation for these dtypes cannot take these inputs, if theirs are one."""
+    """Reason why an implementation for ``dtypes`` cannot take inputs of these dtypes; empty if it can."""
     others = sorted({str(kind.dtype) for kind in kinds if kind.dtype not in dtypes})
     return [f"it takes {', '.join(map(str, dtypes))}, inputs are {', '.join(others)}"] if others else []
 
@@ -192,35 +193,35 @@ def _reasons_not_to_run(path: str, kinds: tuple[Kind, ...], sizes: _Sizes, forwa
 def _load(path: str) -> ModuleType | Exception:
     try:
         return importlib.import_module(path)
-    except Exception as error:  # compilers fail in ways of their own: an old numba with a KeyError
+    except Exception as error:  # compilers raise any exception: an old numba, a KeyError
         return error
 
 
-# --- What is asked for ---
+# --- Selection by the caller or the user ---
 
 
-def _asked_for(family: str, asked: str | None) -> tuple[str | None, str]:
-    """The implementation asked for, None if none is; and where."""
+def _selected(family: str, asked: str | None) -> tuple[str | None, str]:
+    """The implementation that the caller or `SWITCH` selects, or None; and the argument or variable that does so."""
     if asked is not None:
         return asked, "implementation"
     value = os.environ.get(SWITCH, "")
-    return _switched(value).get(family), f"{SWITCH}={value}"
+    return _parse_switch(value).get(family), f"{SWITCH}={value}"
 
 
 @functools.lru_cache(8)
-def _switched(value: str) -> MappingProxyType[str, str]:
-    """Family -> implementation that a value of `SWITCH` asks for."""
-    asked: dict[str, str] = {}
+def _parse_switch(value: str) -> MappingProxyType[str, str]:
+    """Family -> implementation that a value of `SWITCH` selects."""
+    selected: dict[str, str] = {}
     for entry in filter(None, (part.strip() for part in value.split(","))):
-        family, equals, name = (part.strip() for part in entry.rpartition("="))
-        for one in [family] if equals else IMPLEMENTATIONS:
-            if name not in IMPLEMENTATIONS.get(one, {}):
-                tables = "; ".join(f"{family}: {', '.join(names)}" for family, names in IMPLEMENTATIONS.items())
+        prefix, equals, name = (part.strip() for part in entry.rpartition("="))
+        for family in [prefix] if equals else IMPLEMENTATIONS:
+            if name not in IMPLEMENTATIONS.get(family, {}):
+                tables = "; ".join(f"{other}: {', '.join(names)}" for other, names in IMPLEMENTATIONS.items())
                 raise ValueError(
                     f"{SWITCH}: got {entry!r}, need an implementation that all families have, or family=name. {tables}"
                 )
-            asked[one] = name
-    return MappingProxyType(asked)
+            selected[family] = name
+    return MappingProxyType(selected)
 
 
 def _check(family: str, asked: str, by: str, reasons: list[str]) -> None:

@@ -1,7 +1,7 @@
-"""How features are encoded: as int8 codes with one step a component, or as float16. The one place that knows both.
+"""Encode features as int8 codes with one step per component, or as float16. Both encodings are defined only here.
 
-`quantized` defines the codes in plain torch: every kernel that writes codes is tested against it. `Encoding.encode`
-computes the same in blocks that stay in the cache.
+`quantized` defines the codes in plain torch; every kernel that writes codes is tested against it. `Encoding.encode`
+computes the same in blocks that fit in the cache.
 """
 
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ from torch import Tensor
 __all__ = ["INT8_MAX", "Codes", "Encoding", "Quantization", "quantized"]
 
 INT8_MAX = 127  # codes are symmetric; -128 is the store's fill value, see densefeat.layout.INT8_NO_DATA
-_ROWS_IN_CACHE = 8  # of 128 components at 224 px: 0.9 MB of float32
+_ROWS_IN_CACHE = 8  # with 128 components at 224 px: 0.9 MB of float32
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How features become int8 codes: ``round((feature + offset) / step)``, halves to even, clipped to ±127.
+    """Parameters of int8 codes: ``round((feature + offset) / step)``, halves to even, clipped to ±127.
 
     Attributes:
         step: [C] float32, > 0.
-        offset: [C] float32, added before dividing.
+        offset: [C] float32, added before the division.
     """
 
     step: Tensor
@@ -36,10 +36,10 @@ class Codes(NamedTuple):
     """Encoded features.
 
     Attributes:
-        codes: [B, C, H, W], contiguous: int8, −127 … 127, and 0 where the feature was not finite; or float16.
-        not_finite: [B] int32, values that are NaN or infinite: of int8 after dividing by the step, of float16 after
-            rounding, so that values beyond its range count.
-        clipped: [B] int32, finite values beyond ±127 steps; 0 for float16.
+        codes: [B, C, H, W], contiguous: int8 in −127 … 127, and 0 where the scaled feature is not finite; or float16.
+        not_finite: [B] int32, number of values that are NaN or infinite: for int8 after the division by the step, for
+            float16 after rounding, so that values beyond its range are included.
+        clipped: [B] int32, number of finite values beyond ±127 steps; 0 for float16.
     """
 
     codes: Tensor
@@ -49,7 +49,7 @@ class Codes(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoding:
-    """How features become stored values: int8 codes, or float16.
+    """Encoding of features as stored values: int8 codes, or float16.
 
     Attributes:
         step: quantization steps [k] float32, > 0, on the device of the features; None for float16.
@@ -64,17 +64,17 @@ class Encoding:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored values: ``torch.int8`` or ``torch.float16``."""
+        """Dtype of the stored values: ``torch.int8`` or ``torch.float16``."""
         return torch.float16 if self.step is None else torch.int8
 
     def quantization(self, offset: Tensor | None = None) -> Quantization | None:
-        """The arguments of kernels that write codes.
+        """Parameters for kernels that write codes.
 
         Args:
-            offset: [k] float32, added to the features first; None for zeros.
+            offset: [k] float32, added to the features before the division; None for zeros.
 
         Returns:
-            None for float16, which no kernel writes.
+            Step and offset; None for float16, which no kernel writes.
         """
         if self.step is None:
             return None
@@ -84,8 +84,8 @@ class Encoding:
         """Encode features.
 
         Args:
-            features: [B, k, H, W], floating. NaN, infinities and clipped values are counted by image.
-            offset: [k] float32, added to the features first, in float32; None for nothing.
+            features: [B, k, H, W], floating. NaN, infinities and clipped values are counted per image.
+            offset: [k] float32, added to the features in float32 before they are encoded; None for none.
 
         Returns:
             The codes, on the device of the features.
@@ -95,7 +95,7 @@ class Encoding:
 
 
 def quantized(features: Tensor, quantization: Quantization) -> Codes:
-    """The definition: codes of features [B, C, H, W], computed in float32, or in float64 for float64 features."""
+    """Definition of the codes of features [B, C, H, W], computed in float32, or in float64 for float64 features."""
     wide = features.double() if features.dtype == torch.float64 else features.float()
     scaled = ((wide + quantization.offset[:, None, None]) / quantization.step[:, None, None]).round()
     finite = scaled.isfinite()
@@ -105,13 +105,13 @@ def quantized(features: Tensor, quantization: Quantization) -> Codes:
 
 
 def _as_int8(features: Tensor, quantization: Quantization) -> Codes:
-    """As `quantized`, in float32 whatever the dtype of the features, block by block."""
+    """As `quantized`, but block by block, and in float32 for every dtype of the features."""
     codes = torch.empty(features.shape, dtype=torch.int8, device=features.device)
     not_finite, clipped = (torch.zeros(len(features), dtype=torch.int32, device=features.device) for _ in range(2))
     step, offset = quantization.step[:, None, None], quantization.offset[:, None, None]
     for images, rows in _blocks(features):
         scaled = ((features[images, :, rows].float() + offset) / step).round_()
-        # A sum is finite only if every term is, and takes one pass; in float64 finite terms cannot overflow it.
+        # One pass: a sum is finite only if every term is, and in float64 finite terms cannot overflow it.
         whole = scaled.sum((1, 2, 3), dtype=torch.float64).isfinite()
         if not whole.all():
             not_finite[images] += (~scaled.isfinite()).sum((1, 2, 3), dtype=torch.int32)
@@ -122,7 +122,7 @@ def _as_int8(features: Tensor, quantization: Quantization) -> Codes:
 
 
 def _as_float16(features: Tensor, offset: Tensor | None) -> Codes:
-    """Features, with the offset added in float32, rounded to float16 block by block."""
+    """Features rounded to float16 block by block, after the offset is added in float32."""
     halves = torch.empty(features.shape, dtype=torch.float16, device=features.device)
     not_finite = torch.zeros(len(features), dtype=torch.int32, device=features.device)
     for images, rows in _blocks(features):
@@ -135,9 +135,9 @@ def _as_float16(features: Tensor, offset: Tensor | None) -> Codes:
 
 
 def _blocks(features: Tensor) -> Iterator[tuple[slice, slice]]:
-    """(images, rows) to work on at a time: everything on a GPU; on a CPU few enough rows to stay in its cache.
+    """(images, rows) to process at a time: everything on a GPU, a few rows that fit in the cache on a CPU.
 
-    Whole batches go through memory once an operation: 19 ms an image instead of 8 (k = 64, 224 px, two cores).
+    Whole batches would go through memory in each operation: 19 ms per image instead of 8 (k = 64, 224 px, two cores).
     """
     images, _, height, _ = features.shape
     if features.is_cuda:

@@ -1,5 +1,5 @@
-"""Numba's and torch's own parts that kernels use beside their public interface: `numba`, and `torch`.
+"""The private parts of numba and torch that kernels use: `numba` and `torch`.
 
-One function each, which says the public behaviour that it stands in for. No other module of kernels uses such parts.
-Where a new version breaks one, `tests/kernels/test_internals.py` says which.
+Each is wrapped in one function, whose docstring names the public behaviour that it replaces. No other module of
+`kernels` uses private parts. If a new version breaks one, `tests/kernels/test_internals.py` shows which.
 """

@@ -1,4 +1,4 @@
-"""Numba's own parts that kernels use, one function or class each."""
+"""Private parts of numba that kernels use, one function or class each."""
 
 import hashlib
 from collections.abc import Callable
@@ -23,9 +23,9 @@ __all__ = [
 
 
 def processor_features() -> str:
-    """Features of the processor that numba compiles for, as LLVM writes them: ``+avx,+avx2,-avx512f,…``.
+    """Features of the processor that numba compiles for, in LLVM's notation: ``+avx,+avx2,-avx512f,…``.
 
-    Stands in for ``numba -s``, which prints them; ``NUMBA_CPU_FEATURES`` sets them.
+    Replaces ``numba -s``, which prints them; ``NUMBA_CPU_FEATURES`` sets them.
     """
     features: str = cpu_target.target_context.codegen().magic_tuple()[2]
     return features
@@ -35,27 +35,27 @@ def processor_features() -> str:
 
 
 def is_compiled(function: Any) -> bool:
-    """Whether `numba.njit` returned something that compiles, not the function itself (``NUMBA_DISABLE_JIT``)."""
+    """Whether `numba.njit` returned a dispatcher, and not the function itself (``NUMBA_DISABLE_JIT``)."""
     return isinstance(function, Dispatcher)
 
 
 def keep_on_disk(dispatcher: Any, cache: "KeptOnDisk") -> None:
-    """Stands in for ``njit(cache=True)``, with another cache than numba's."""
+    """Set a dispatcher's cache; replaces ``njit(cache=True)``, which uses numba's own cache."""
     dispatcher._cache = cache
 
 
 class KeptOnDisk(FunctionCache):  # type: ignore[misc, unused-ignore]  # some versions of numba have no types
-    """What ``njit(cache=True)`` keeps, but a failure does not fail the call, and other files' sources count as well.
+    """The cache of ``njit(cache=True)``, but its failures do not fail the call, and it depends on other source files.
 
     Args:
-        function: whose code to keep.
-        sources: digest of all that its code is made of. Numba looks at the function's own file only; what is inlined is
-            in others.
-        failed: called with the folder and an error that keeps code from being read or written.
+        function: function whose compiled code is cached.
+        sources: digest of all sources of the compiled code. Numba checks only the function's own file, but inlined
+            functions are in others.
+        failed: called with the folder and the error when code cannot be read or written.
 
     Raises:
-        RuntimeError: no folder can be written.
-        OSError: likewise, but it could be a moment ago.
+        RuntimeError: no folder is writable.
+        OSError: the folder has just ceased to be writable.
     """
 
     def __init__(self, function: Callable[..., Any], sources: str, failed: Callable[[str, Exception], None]) -> None:
@@ -66,21 +66,21 @@ class KeptOnDisk(FunctionCache):  # type: ignore[misc, unused-ignore]  # some ve
         )
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """What is kept for a signature; None if nothing is, or if it cannot be read."""
+        """Cached code for a signature; None if there is none, or if it cannot be read."""
         try:
             return super().load_overload(sig, target_context)
-        except Exception as error:  # unpickling a damaged file fails in any way
+        except Exception as error:  # unpickling a damaged file may raise any exception
             try:
-                self.flush()  # so that what is compiled now replaces it
+                self.flush()  # so that newly compiled code replaces it
             except OSError:
                 self._failed(self.cache_path, error)
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep what was compiled, if the disk takes it."""
+        """Cache compiled code, if it can be written."""
         try:
             super().save_overload(sig, data)
-        except Exception as error:  # like the other
+        except Exception as error:  # a full disk, or a damaged index, which may raise any exception
             self._failed(self.cache_path, error)
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
@@ -88,10 +88,10 @@ class KeptOnDisk(FunctionCache):  # type: ignore[misc, unused-ignore]  # some ve
 
 
 class _NamedAfterContent(IndexDataCacheFile):  # type: ignore[misc, unused-ignore]
-    """Numba's files, but named after what is in them.
+    """Numba's cache files, but named by a hash of their key.
 
-    Numba counts. Two processes that save at once then give one name to two things, and the next one to start runs code
-    for another dtype, or on a shared disk for another processor.
+    Numba numbers its files. Two processes that save at once then use the same name for different code, and the next
+    process to start runs code for another dtype, or, on a shared disk, for another processor.
     """
 
     def save(self, key: Any, data: Any) -> None:
@@ -101,30 +101,30 @@ class _NamedAfterContent(IndexDataCacheFile):  # type: ignore[misc, unused-ignor
         self._save_index({**self._load_index(), key: name})
 
 
-# --- Writing LLVM's code, in what `numba.extending.intrinsic` decorates ---
+# --- Emitting LLVM code, in functions decorated with `numba.extending.intrinsic` ---
 
 
 def declared(builder: Any, function_type: Any, name: str) -> Any:
-    """A function that LLVM or libm has, declared once in a module; stands in for llvmlite's `ir.Function`."""
+    """A function of LLVM or libm, declared once per module; replaces llvmlite's `ir.Function`."""
     return cgutils.get_or_insert_function(builder.module, function_type, name)
 
 
 def element_address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    """Address of an array's element; stands in for ``array.ctypes.data`` and strides."""
+    """Address of an array element; replaces ``array.ctypes.data`` and strides."""
     structure = context.make_array(array_type)(context, builder, array)
     return cgutils.get_item_pointer(context, builder, array_type, structure, cgutils.unpack_tuple(builder, index))
 
 
 def on_stack(builder: Any, value: Any) -> Any:
-    """Address of a copy of a value on the stack; stands in for llvmlite's `alloca` in a function's first block."""
+    """Address of a copy of a value on the stack; replaces llvmlite's `alloca` in a function's first block."""
     return cgutils.alloca_once_value(builder, value)
 
 
 def copy_elements(builder: Any, to: Any, of: Any, count: Any, bytes_each: int) -> None:
-    """Copy elements that do not overlap; stands in for LLVM's ``memcpy``."""
+    """Copy elements that do not overlap; replaces LLVM's ``memcpy``."""
     cgutils.raw_memcpy(builder, to, builder.bitcast(of, to.type), count, bytes_each)
 
 
 def nothing(context: Any) -> Any:
-    """What a function of type `numba.types.void` returns."""
+    """The return value of a function of type `numba.types.void`."""
     return context.get_dummy_value()

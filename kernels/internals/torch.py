@@ -1,4 +1,4 @@
-"""Torch's own parts that kernels use, one function each."""
+"""Private parts of torch that kernels use, one function each."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,19 +11,18 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def in_forward_mode() -> bool:
-    """Whether a level of forward-mode differentiation is open: `torch.func.jvp` and the like.
+    """Whether a level of forward-mode differentiation is active (`torch.func.jvp` and the like).
 
-    Stands in for a question that torch does not answer: `torch.autograd.forward_ad` opens levels, and keeps their
-    number to itself.
+    Torch has no public function for this: `torch.autograd.forward_ad` enters levels, but does not expose their number.
     """
     return forward_ad._current_level >= 0
 
 
 def constant_for_compiler(function: Function) -> Function:
-    """A function whose result `torch.compile` takes for a constant, and so does not look into.
+    """Mark a function whose result `torch.compile` treats as a constant, so that it does not trace the function.
 
-    Stands in for `torch.compiler.assume_constant_result`, which does the same and imports the compiler: five seconds of
-    each start.
+    Replaces `torch.compiler.assume_constant_result`, which does the same but imports the compiler, which adds five
+    seconds to each start.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -1,4 +1,4 @@
-"""Joint bilateral upsampling: the public operations. They check arguments and run the implementation that fits."""
+"""Joint bilateral upsampling: the public operations, which check arguments and run an implementation."""
 
 from kernels.dispatch import Choice
 from kernels.jbu.operations import (

@@ -1,6 +1,6 @@
 """Bicubic ×2 along one axis, as `torch.nn.functional.interpolate` with ``align_corners=False``, on the host.
 
-A high-res pixel is a weighted sum of four low-res ones that follow each other; what lies beyond the edge repeats it.
+A high-res pixel is a weighted sum of four consecutive low-res pixels; pixels beyond the edge repeat the edge.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ _A = -0.75  # Keys 1981, equation 4, with PyTorch's constant
 
 
 def _near(x: float) -> float:
-    """The cubic at a distance of up to 1."""
+    """The cubic at a distance of 0 to 1."""
     return (_A + 2) * x**3 - (_A + 3) * x**2 + 1
 
 
@@ -22,16 +22,16 @@ def _far(x: float) -> float:
 
 
 _ODD = [_far(1.25), _near(0.25), _near(0.75), _far(1.75)]  # high-res pixel 2i + 1 lies at i + 1/4
-# [2, 4] float64: of the four low-res pixels around an even and an odd high-res pixel.
+# [2, 4] float64: weights of the four low-res pixels around an even and around an odd high-res pixel.
 WEIGHTS: npt.NDArray[np.float64] = np.array([_ODD[::-1], _ODD])
 
 
 def first_source_pixel(high: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The first of the four low-res pixels around a high-res one; may lie beyond the edge."""
+    """First of the four low-res pixels around a high-res pixel; it may lie beyond the edge."""
     first: npt.NDArray[np.int64] = high // 2 - 2 + high % 2
     return first
 
 
 def margin(radius: int) -> int:
-    """How far, in low-res pixels, an output pixel's n × n high-res window reaches, bicubic taps included."""
+    """Reach of an output pixel's n × n high-res window in low-res pixels, bicubic taps included."""
     return radius // 2 + 2

@@ -1,4 +1,4 @@
-"""What the operations of `kernels.jbu` ask of their arguments: a ValueError says which, what it got, what it needs."""
+"""Argument checks of the operations of `kernels.jbu`: a ValueError names the argument, what it got and needs."""
 
 import math
 
@@ -19,11 +19,11 @@ __all__ = [
 
 
 _DTYPES = " or ".join(", ".join(map(str, FLOATING)).replace("torch.", "").rsplit(", ", 1))
-_SIGMAS = 1e-30, 1e30  # beyond, float32 has no numbers for distances in them
+_SIGMAS = 1e-30, 1e30  # beyond, float32 cannot represent distances in units of sigma
 
 
 def check_adaptive_conv(source: Tensor, kernel: Tensor) -> None:
-    """Source [B, C, h, w] and kernel [B, n*n, 2h, 2w] of `adaptive_conv_upsample2x`."""
+    """Check source [B, C, h, w] and kernel [B, n*n, 2h, 2w] of `adaptive_conv_upsample2x`."""
     _check_image("source", source)
     _check_image("kernel", kernel)
     _check_same("kernel", kernel, "source", source)
@@ -41,7 +41,7 @@ def check_adaptive_conv(source: Tensor, kernel: Tensor) -> None:
 
 
 def checked_parameters(guidance: Tensor, stage: JBUStage) -> StageParameters:
-    """The parameters of a learned stage, if they take guidance [B, G, H, W]."""
+    """Check guidance [B, G, H, W] and parameters of a learned stage; returns the parameters."""
     _check_image("guidance", guidance)
     if not isinstance(stage, JBUStage):
         raise ValueError(f"stage: got {type(stage).__name__}, need a JBUStage")
@@ -54,7 +54,7 @@ def checked_parameters(guidance: Tensor, stage: JBUStage) -> StageParameters:
 
 
 def check_bilateral(guidance: Tensor, sigma_spatial: float, sigma_range: float, radius: int) -> None:
-    """Guidance [B, G, H, W] and parameters of a training-free kernel."""
+    """Check guidance [B, G, H, W] and parameters of a training-free kernel."""
     _check_image("guidance", guidance)
     for name, sigma in (("sigma_spatial", sigma_spatial), ("sigma_range", sigma_range)):
         if not (isinstance(sigma, float | int) and _SIGMAS[0] <= sigma <= _SIGMAS[1]):
@@ -65,7 +65,7 @@ def check_bilateral(guidance: Tensor, sigma_spatial: float, sigma_range: float, 
 
 
 def check_stage(source: Tensor, guidance: Tensor) -> None:
-    """Source [B, C, h, w] and guidance [B, G, 2h, 2w] of a whole stage."""
+    """Check source [B, C, h, w] and guidance [B, G, 2h, 2w] of a whole stage."""
     _check_image("source", source)
     B, _, h, w = source.shape
     if (guidance.shape[0], *guidance.shape[2:]) != (B, 2 * h, 2 * w):
@@ -81,7 +81,7 @@ def check_stage(source: Tensor, guidance: Tensor) -> None:
 
 
 def check_quantization(quantization: Quantization, source: Tensor) -> None:
-    """Steps and offsets for the channels of a source [B, C, h, w]."""
+    """Check steps and offsets for the channels of a source [B, C, h, w]."""
     channels = source.shape[1]
     if not isinstance(quantization, Quantization):
         raise ValueError(f"quantization: got {type(quantization).__name__}, need a Quantization")
@@ -89,7 +89,7 @@ def check_quantization(quantization: Quantization, source: Tensor) -> None:
         if tensor.shape != (channels,) or tensor.dtype != torch.float32 or tensor.device != source.device:
             raise ValueError(
                 f"quantization.{name}: got shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}, need "
-                f"[{channels}], one a channel of source, torch.float32 on {source.device}"
+                f"[{channels}], one per channel of source, torch.float32 on {source.device}"
             )
 
 

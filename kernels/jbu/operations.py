@@ -1,9 +1,9 @@
-"""Joint bilateral upsampling: the public operations. They check arguments and run the implementation that fits.
+"""Joint bilateral upsampling: the public operations, which check arguments and run an implementation.
 
 A stage doubles the resolution of its source. `bilateral_stage` and `learned_stage` are whole stages;
-`bilateral_kernel`, `learned_kernel` and `adaptive_conv_upsample2x` are their parts. ``…_codes`` write int8 instead of
-features. All but those are differentiable once, backwards, and under forward-mode differentiation their definition
-runs, which is `kernels.jbu.reference`.
+`bilateral_kernel`, `learned_kernel` and `adaptive_conv_upsample2x` are their parts. ``…_codes`` return int8 codes
+instead of features. All others are differentiable once in reverse mode. In forward mode, their definition
+`kernels.jbu.reference` runs.
 """
 
 import math
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor, *, implementation: str | None = None) -> Tensor:
-    """Upsample ×2 bicubically, then weigh each output pixel's n × n neighbourhood by its own kernel.
+    """Upsample ×2 bicubically, then weight each output pixel's n × n neighbourhood with its own kernel.
 
     FeatUp (arXiv 2403.10516, equation 4); differentiable in both arguments.
 
@@ -50,7 +50,7 @@ def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor, *, implementation: 
         [B, C, 2h, 2w], dtype of source, in channels_last memory format.
 
     Raises:
-        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+        ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
     """
     check_adaptive_conv(source, kernel)
     chosen = _chosen(implementation, math.isqrt(kernel.shape[1]) // 2, source, kernel)
@@ -63,22 +63,23 @@ def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor, *, implementation: 
 def bilateral_kernel(
     guidance: Tensor, sigma_spatial: float, sigma_range: float, radius: int = 3, *, implementation: str | None = None
 ) -> Tensor:
-    """Make the training-free kernel: spatial Gaussian × colour Gaussian, normalised over the taps.
+    """Compute the training-free kernel: spatial Gaussian × colour Gaussian, normalised over the taps.
 
-    Kopf et al. (SIGGRAPH 2007, equation 3). A gradient for the guidance comes from the reference.
+    Kopf et al. (SIGGRAPH 2007, equation 3). If the guidance needs a gradient, the reference runs.
 
     Args:
         guidance: [B, G, H, W], floating, finite, H and W > radius.
-        sigma_spatial: in pixels of the guidance; 1e-30 … 1e30.
-        sigma_range: in units of the guidance (Euclidean distance over its channels); 1e-30 … 1e30.
-        radius: of the kernel, in pixels of the guidance; at least 1.
+        sigma_spatial: spatial standard deviation, in pixels of the guidance; 1e-30 … 1e30.
+        sigma_range: standard deviation of the range kernel, in units of the guidance (Euclidean distance over its
+            channels); 1e-30 … 1e30.
+        radius: radius of the kernel, in pixels of the guidance; at least 1.
         implementation: "cpu", "triton" or "reference"; None picks the first that can (`kernels.dispatch`).
 
     Returns:
         [B, n*n, H, W], n = 2*radius + 1, dtype of guidance; non-negative, sums to 1 over taps.
 
     Raises:
-        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+        ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
     """
     check_bilateral(guidance, sigma_spatial, sigma_range, radius)
     chosen = _chosen(implementation, radius, guidance)
@@ -89,7 +90,7 @@ def bilateral_kernel(
 
 
 def learned_kernel(guidance: Tensor, stage: JBUStage, *, implementation: str | None = None) -> Tensor:
-    """Make FeatUp's learned kernel (arXiv 2403.10516, equations 5-7); differentiable in guidance and parameters.
+    """Compute FeatUp's learned kernel (arXiv 2403.10516, equations 5-7); differentiable in guidance and parameters.
 
     Args:
         guidance: [B, stage.guidance_dim, H, W], floating, ImageNet-normalised, H and W > stage.radius.
@@ -100,14 +101,14 @@ def learned_kernel(guidance: Tensor, stage: JBUStage, *, implementation: str | N
         [B, n*n, H, W], n = 2*stage.radius + 1, dtype of guidance; may be negative, need not sum to 1.
 
     Raises:
-        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+        ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
     """
     parameters = checked_parameters(guidance, stage)
     chosen = _chosen(implementation, parameters.radius, guidance)
     if chosen == "reference":
         return reference.learned_kernel(guidance, parameters)
     if _needs_gradient(guidance, *parameters):
-        # All but the products are 1×1 convolutions and pointwise: torch's own, with their gradients.
+        # Everything except the products consists of 1×1 convolutions and pointwise operations: torch has gradients.
         products = operators.range_products(parameters.keys(guidance), parameters.radius, chosen)
         return reference.kernel_from_range_products(products, guidance, parameters)
     kernel: Tensor = operators.learned_kernel(guidance, list(parameters), chosen)
@@ -123,21 +124,21 @@ def bilateral_stage(
     *,
     implementation: str | None = None,
 ) -> Tensor:
-    """Upsample ×2 by a training-free kernel: `adaptive_conv_upsample2x` with the guidance's `bilateral_kernel`.
+    """Upsample ×2 with a training-free kernel: `adaptive_conv_upsample2x` with the guidance's `bilateral_kernel`.
 
     Args:
         source: [B, C, h, w], floating, not empty.
         guidance: [B, G, 2h, 2w], floating, finite; on the source's device, in its dtype or float32.
-        sigma_spatial: as `bilateral_kernel`.
-        sigma_range: as `bilateral_kernel`.
-        radius: as `bilateral_kernel`.
+        sigma_spatial: as in `bilateral_kernel`.
+        sigma_range: as in `bilateral_kernel`.
+        radius: as in `bilateral_kernel`.
         implementation: "cpu", "triton" or "reference"; None picks the first that can (`kernels.dispatch`).
 
     Returns:
         [B, C, 2h, 2w], dtype of source, in channels_last memory format.
 
     Raises:
-        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+        ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
     """
     check_bilateral(guidance, sigma_spatial, sigma_range, radius)
     check_stage(source, guidance)
@@ -150,7 +151,7 @@ def bilateral_stage(
 
 
 def learned_stage(source: Tensor, guidance: Tensor, stage: JBUStage, *, implementation: str | None = None) -> Tensor:
-    """Upsample ×2 by FeatUp's learned kernel: `adaptive_conv_upsample2x` with the guidance's `learned_kernel`.
+    """Upsample ×2 with FeatUp's learned kernel: `adaptive_conv_upsample2x` with the guidance's `learned_kernel`.
 
     Args:
         source: [B, C, h, w], floating, not empty.
@@ -162,7 +163,7 @@ def learned_stage(source: Tensor, guidance: Tensor, stage: JBUStage, *, implemen
         [B, C, 2h, 2w], dtype of source, in channels_last memory format.
 
     Raises:
-        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+        ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
     """
     parameters = checked_parameters(guidance, stage)
     check_stage(source, guidance)
@@ -184,23 +185,23 @@ def bilateral_codes(
     *,
     implementation: str | None = None,
 ) -> Codes:
-    """`bilateral_stage`, quantized before it leaves the chip: float features are not written. No gradient.
+    """`bilateral_stage` with quantized output, which avoids writing float features to memory. Not differentiable.
 
     Args:
-        source: these as `bilateral_stage`.
-        guidance: likewise.
-        sigma_spatial: likewise.
-        sigma_range: likewise.
-        radius: likewise.
-        quantization: steps and offsets [C] float32, on the source's device; steps > 0 (not looked at).
-        implementation: as `bilateral_stage`.
+        source: as in `bilateral_stage`.
+        guidance: as in `bilateral_stage`.
+        sigma_spatial: as in `bilateral_stage`.
+        sigma_range: as in `bilateral_stage`.
+        radius: as in `bilateral_stage`.
+        quantization: steps and offsets [C] float32, on the source's device; steps > 0 (not checked).
+        implementation: as in `bilateral_stage`.
 
     Returns:
-        Codes of the features [B, C, 2h, 2w]. Those of half precision are rounded first, but by Triton, which has them
-        in float32: a code may then differ by one.
+        Codes of the features [B, C, 2h, 2w]. Half-precision features are rounded before they are quantized, except by
+        "triton", which quantizes the float32 sums: its codes may differ by one.
 
     Raises:
-        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+        ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
     """
     check_bilateral(guidance, sigma_spatial, sigma_range, radius)
     check_stage(source, guidance)
@@ -217,20 +218,20 @@ def bilateral_codes(
 def learned_codes(
     source: Tensor, guidance: Tensor, stage: JBUStage, quantization: Quantization, *, implementation: str | None = None
 ) -> Codes:
-    """`learned_stage`, quantized before it leaves the chip: float features are not written. No gradient.
+    """`learned_stage` with quantized output, which avoids writing float features to memory. Not differentiable.
 
     Args:
-        source: these as `learned_stage`.
-        guidance: likewise.
-        stage: likewise.
-        quantization: steps and offsets [C] float32, on the source's device; steps > 0 (not looked at).
-        implementation: as `learned_stage`.
+        source: as in `learned_stage`.
+        guidance: as in `learned_stage`.
+        stage: as in `learned_stage`.
+        quantization: steps and offsets [C] float32, on the source's device; steps > 0 (not checked).
+        implementation: as in `learned_stage`.
 
     Returns:
-        As `bilateral_codes`.
+        As for `bilateral_codes`.
 
     Raises:
-        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+        ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
     """
     parameters = checked_parameters(guidance, stage)
     check_stage(source, guidance)
@@ -248,11 +249,12 @@ def explain(*kinds: Kind, radius: int = 3) -> Choice:
     """Tell which implementation runs on inputs of these kinds, and why the others don't.
 
     Args:
-        kinds: of an operation's tensors (`kernels.dispatch.kind`): source and kernel; source and guidance; …
-        radius: of the kernel.
+        kinds: kinds of an operation's tensors (`kernels.dispatch.kind`): source and kernel; source and guidance; …
+        radius: radius of the kernel.
 
     Raises:
-        ValueError: ``DENSEFEAT_KERNELS`` asks for an implementation that there is not, or that cannot take such inputs.
+        ValueError: ``DENSEFEAT_KERNELS`` selects an implementation that does not exist, or that cannot take such
+            inputs.
     """
     return dispatch.explain("jbu", *kinds, radius=radius)
 

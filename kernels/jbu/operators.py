@@ -1,7 +1,7 @@
-"""Operators of the compiled implementations, as torch knows them: schemas, output shapes, gradients.
+"""Register the compiled implementations as torch operators: schemas, output shapes, gradients.
 
-Each takes the implementation's name last. To `torch.compile`, autograd and export an operator is a box of known output
-shape; the plain-torch reference needs none of this and is called directly (`kernels.jbu`).
+The last argument of each is the name of the implementation. For `torch.compile`, autograd and export, an operator is
+opaque with a known output shape. The plain-torch reference needs no operators and is called directly (`kernels.jbu`).
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def module(name: str) -> Any:
-    """The module of an implementation."""
+    """Module of an implementation."""
     return dispatch.implementation("jbu", name)
 
 
@@ -49,7 +49,7 @@ def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor, implementation: str
 def adaptive_conv_upsample2x_backward(
     gradient: Tensor, source: Tensor, kernel: Tensor, for_source: bool, for_kernel: bool, implementation: str
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of source and kernel, contiguous; of shape [0] where not asked for."""
+    """Gradients of source and kernel, contiguous; of shape [0] if not requested."""
     backward = module(implementation).adaptive_conv_upsample2x_backward
     for_source_, for_kernel_ = backward(gradient, source, kernel, for_source, for_kernel)
     return for_source_ if for_source else source.new_empty(0), for_kernel_ if for_kernel else kernel.new_empty(0)
@@ -125,7 +125,7 @@ def _range_products_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor, None,
 range_products.register_autograd(_range_products_gradients, setup_context=_save_keys)
 
 
-# --- Kernels and whole stages: no gradient; where one is needed, `kernels.jbu` puts them together from the above ---
+# --- Kernels and whole stages, without gradients: if one is needed, `kernels.jbu` composes them from the above ---
 
 
 @_operator

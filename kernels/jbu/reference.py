@@ -1,11 +1,11 @@
-"""Joint bilateral upsampling in plain torch: the definition every other implementation is tested against.
+"""Joint bilateral upsampling in plain torch: the definition that every other implementation is tested against.
 
-One stage doubles the resolution of its source: it makes an adaptive kernel per output pixel from the guidance image
+One stage doubles the resolution of its source: it computes an adaptive kernel per output pixel from the guidance image
 (`learned_kernel` or `bilateral_kernel`), and `adaptive_conv_upsample2x` applies it. Everything here is differentiable
 and runs in any floating dtype on any device. Arguments are checked by the public operations in `kernels.jbu`.
 
-Kernels are [B, n*n, H, W] with n = 2*radius + 1, taps row-major: tap ``a*n + b`` weighs pixel ``(y + a - radius,
-x + b - radius)``, reflected at the border without repeating the edge.
+Kernels are [B, n*n, H, W] with n = 2*radius + 1, taps row-major: tap ``a*n + b`` is the weight of pixel ``(y + a -
+radius, x + b - radius)``, reflected at the border without repeating the edge.
 """
 
 import math
@@ -29,20 +29,20 @@ __all__ = [
     "reasons_not",
 ]
 
-FIXUP_WEIGHT = 0.1  # published: how much of the learned correction is added to a normalised kernel
+FIXUP_WEIGHT = 0.1  # published factor of the learned correction, which is added to the normalised kernel
 
 
 def reasons_not(kinds: Sequence[Kind]) -> list[str]:
-    """Reasons why inputs of these kinds cannot be taken: none, the reference takes what the public ops let through."""
+    """Reasons why inputs of these kinds cannot be taken: none, the reference takes all that the public ops accept."""
     return []
 
 
 def range_products(keys: Tensor, radius: int) -> Tensor:
-    """Each pixel's key times its neighbours' keys: FeatUp (arXiv 2403.10516), the exponent of equation 6.
+    """Dot products of each pixel's key with its neighbours' keys: FeatUp (arXiv 2403.10516), exponent of equation 6.
 
     Args:
         keys: [B, D, H, W], floating; H and W > radius.
-        radius: of the neighbourhood.
+        radius: radius of the neighbourhood.
 
     Returns:
         [B, n*n, H, W], dtype of keys.
@@ -53,8 +53,8 @@ def range_products(keys: Tensor, radius: int) -> Tensor:
 def learned_kernel(guidance: Tensor, stage: StageParameters) -> Tensor:
     """FeatUp's kernel: softmax over key products × spatial Gaussian, normalised, plus a learned correction.
 
-    FeatUp (arXiv 2403.10516), equations 5-7, and the published weights' correction, which is added after
-    normalising: weights may be negative and need not sum to 1.
+    FeatUp (arXiv 2403.10516), equations 5-7, and the correction of the published weights, which is added after the
+    normalisation: weights may be negative and need not sum to 1.
 
     Args:
         guidance: [B, guidance_dim, H, W], floating, ImageNet-normalised, H and W > radius.
@@ -68,7 +68,7 @@ def learned_kernel(guidance: Tensor, stage: StageParameters) -> Tensor:
 
 
 def kernel_from_range_products(products: Tensor, guidance: Tensor, stage: StageParameters) -> Tensor:
-    """The rest of `learned_kernel`, once each pixel's key has been multiplied with its neighbours'.
+    """The second part of `learned_kernel`, after the products of each pixel's key with its neighbours' keys.
 
     Args:
         products: [B, n*n, H, W], `range_products` of the keys.
@@ -94,15 +94,16 @@ def bilateral_kernel(guidance: Tensor, sigma_spatial: float, sigma_range: float,
 
     Args:
         guidance: [B, G, H, W], floating and finite, H and W > radius.
-        sigma_spatial: in pixels of the guidance; > 0.
-        sigma_range: in units of the guidance (Euclidean distance over its channels); > 0.
-        radius: of the kernel, in pixels of the guidance.
+        sigma_spatial: spatial standard deviation, in pixels of the guidance; > 0.
+        sigma_range: standard deviation of the range kernel, in units of the guidance (Euclidean distance over its
+            channels); > 0.
+        radius: radius of the kernel, in pixels of the guidance.
 
     Returns:
         [B, n*n, H, W], dtype of guidance; non-negative, sums to 1 over taps.
     """
     offsets = torch.arange(-radius, radius + 1, dtype=guidance.dtype, device=guidance.device)
-    squares = (offsets / sigma_spatial).square()  # σ may have no square in this dtype
+    squares = (offsets / sigma_spatial).square()  # divided first: σ² may not be representable in this dtype
     spatial = (squares[:, None] + squares[None, :]).flatten()[:, None, None]
     taps = _shifted(guidance, radius)
     colour = torch.stack([((guidance - tap) / sigma_range).square().sum(1) for tap in taps], dim=1)
@@ -110,9 +111,9 @@ def bilateral_kernel(guidance: Tensor, sigma_spatial: float, sigma_range: float,
 
 
 def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor) -> Tensor:
-    """Upsample ×2 bicubically, then weigh each output pixel's n × n neighbourhood by its own kernel.
+    """Upsample ×2 bicubically, then weight each output pixel's n × n neighbourhood with its own kernel.
 
-    Bicubic with align_corners=False and a = −0.75 (Keys 1981, as PyTorch); reflect padding;
+    Bicubic with align_corners=False and a = −0.75 (Keys 1981, as in PyTorch); reflect padding;
     FeatUp's adaptive convolution (arXiv 2403.10516, equation 4).
 
     Args:
@@ -150,7 +151,7 @@ def learned_stage(source: Tensor, guidance: Tensor, stage: StageParameters) -> T
 
 
 def _shifted(image: Tensor, radius: int) -> Iterator[Tensor]:
-    """The image as each tap of an n × n window sees it, row-major: n*n views of [B, C, H, W]."""
+    """The image shifted for each tap of an n × n window, row-major: n*n views [B, C, H, W]."""
     H, W = image.shape[-2:]
     padded = F.pad(image, [radius] * 4, mode="reflect")
     for dy in range(2 * radius + 1):

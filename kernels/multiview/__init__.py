@@ -1,4 +1,4 @@
-"""High-res features from many views of an image: the public operation. It checks arguments and runs what fits."""
+"""High-res features from many views of an image: the public operation, which checks arguments and runs a solver."""
 
 from kernels.dispatch import Choice
 from kernels.multiview.operations import explain, solve

@@ -1,7 +1,8 @@
-"""The multiview solver on a CPU, float32: matrix products on bands, and what is between them in single passes.
+"""The multiview solver on a CPU in float32: matrix products on bands, and single passes between them.
 
-A few channels of an image at a time: all vectors of their conjugate gradient, and what is between the two products of
-a view, then stay in a core's cache. The layout is [H, channels, W], so that rows are mixed by one product.
+It solves for a few channels of an image at a time, so that all vectors of their conjugate gradient, and the values
+between the two products of a view, stay in a core's cache. The layout is [H, channels, W], so that one product mixes
+the rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,8 @@ __all__ = ["reasons_not", "solve"]
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
-_CHANNELS = 8  # solved for together
-# Sums may be reordered (so that they vectorise), the same way in each run; NaN and infinities keep their meaning.
+_CHANNELS = 8  # channels solved together
+# Sums may be reordered (so that they vectorise), in the same way in each run; NaN and infinities keep their meaning.
 _compiled = compiled(fastmath={"contract", "reassoc", "nsz", "arcp"})
 
 
@@ -43,7 +44,7 @@ def solve(
     colour_sigma: float,
     tolerance: float,
 ) -> Solution:
-    """As `kernels.multiview.solve`, whose arguments it has checked; float32 on a CPU."""
+    """As `kernels.multiview.solve`, which has checked the arguments; float32 on a CPU."""
     B, k = start.shape[:2]
     features = torch.empty_like(start, memory_format=torch.contiguous_format)
     objective, steps = np.zeros((B, k, 2)), np.zeros((B, k), np.int64)
@@ -52,21 +53,21 @@ def solve(
         for image in range(B):
             edges = _Edges.of(guidance[image], colour_sigma, regularisation)
             for first in range(0, k, _CHANNELS):
-                some = slice(first, first + _CHANNELS)
-                target = targets[image, :, some].transpose(1, 2).contiguous()  # [V, h, channels, w]
-                # A copy also where nothing is moved: of one channel. [H, channels, W]
-                x = start[image, some].transpose(0, 1).clone(memory_format=torch.contiguous_format)
-                objective[image, some], steps[image, some] = _conjugate_gradient(
+                group = slice(first, first + _CHANNELS)
+                target = targets[image, :, group].transpose(1, 2).contiguous()  # [V, h, channels, w]
+                # [H, channels, W]. Always a copy, even of one channel, where the transpose moves nothing.
+                x = start[image, group].transpose(0, 1).clone(memory_format=torch.contiguous_format)
+                objective[image, group], steps[image, group] = _conjugate_gradient(
                     target, operators, edges, x, iterations, tolerance
                 )
-                features[image, some] = x.transpose(0, 1)
+                features[image, group] = x.transpose(0, 1)
     initial, final = torch.from_numpy(objective.sum(1)).unbind(1)
     return Solution(features, initial, final, torch.from_numpy(steps))
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Matrix products in this thread alone: their sums must not depend on how many share the work.
+    """Compute matrix products in this thread only: their sums must not depend on the number of threads.
 
     A job computes several shards at once instead (`pipeline.run.feature_worker`), which also loses no time at barriers.
     """
@@ -82,7 +83,7 @@ def _one_thread() -> Iterator[None]:
 
 
 class _Operators:
-    """All views of some channels, and the adjoint, with scratch memory that is used again."""
+    """The map to all views for a group of channels, and its adjoint, with reused scratch memory."""
 
     def __init__(self, views: ViewMatrices) -> None:
         self.views, self.bands = views, views.row_bands
@@ -119,7 +120,7 @@ class _Operators:
 
 
 class _Edges(NamedTuple):
-    """Weights of the Laplacian times λ: [H, W] float32 to the four neighbours that come after, and their sums."""
+    """Weights of the Laplacian times λ: [H, W] float32 to the four following neighbours, and each pixel's total."""
 
     right: Floats
     below: Floats
@@ -141,7 +142,7 @@ class _Edges(NamedTuple):
 def _conjugate_gradient(
     target: Tensor, operators: _Operators, edges: _Edges, x: Tensor, iterations: int, tolerance: float
 ) -> tuple[Doubles, npt.NDArray[np.int64]]:
-    """Solve for some channels, in place; returns their objectives before and after [channels, 2], and their steps."""
+    """Solve for a group of channels in place in x; returns objectives before and after [channels, 2], and steps."""
     objective = np.empty((x.shape[1], 2))
     residual, smooth = target - operators.see(x), _smooth(x, edges)
     objective[:, 0] = _misfit(residual) + _products(x, smooth)
@@ -166,7 +167,7 @@ def _conjugate_gradient(
 
 
 def _misfit(residual: Tensor) -> Doubles:
-    """Squares of [V, h, channels, w], summed by channel in float64."""
+    """Squares of [V, h, channels, w], summed per channel in float64."""
     total: Doubles = residual.square().sum((1, 3)).sum(0, dtype=torch.float64).numpy()
     return total
 
@@ -178,7 +179,7 @@ def _smooth(x: Tensor, edges: _Edges) -> Tensor:
 
 
 def _products(a: Tensor, b: Tensor) -> Doubles:
-    """Dot products of each channel."""
+    """Dot product of each channel, [channels] float64."""
     output = np.empty(a.shape[1])
     _dot(a.numpy(), b.numpy(), output)
     return output
@@ -223,7 +224,7 @@ def _dot(a: Floats, b: Floats, output: Doubles) -> None:
     output[:] = 0
     for y in range(H):
         for channel in range(channels):
-            total = np.float32(0)  # of one row; rows are added up in float64
+            total = np.float32(0)  # of one row; rows are summed in float64
             for i in range(W):
                 total += a[y, channel, i] * b[y, channel, i]
             output[channel] += total
@@ -231,7 +232,7 @@ def _dot(a: Floats, b: Floats, output: Doubles) -> None:
 
 @_compiled
 def _advance(x: Floats, r: Floats, p: Floats, q: Floats, step: Floats, squares: Doubles) -> None:
-    """x += step·p and r -= step·q; the squares of r, summed by channel."""
+    """x += step·p and r -= step·q; squares gets the squares of r, summed per channel."""
     H, channels, W = x.shape
     squares[:] = 0
     for y in range(H):
@@ -247,7 +248,7 @@ def _advance(x: Floats, r: Floats, p: Floats, q: Floats, step: Floats, squares: 
 
 @_compiled
 def _turn(p: Floats, r: Floats, turn: Floats) -> None:
-    """The next direction: p = r + turn·p."""
+    """Compute the next direction: p = r + turn·p."""
     H, channels, W = p.shape
     for y in range(H):
         for channel in range(channels):

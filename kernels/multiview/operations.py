@@ -1,8 +1,8 @@
-"""High-res features from many views of an image: the public operation. It checks arguments and runs what fits.
+"""High-res features from many views of an image: the public operation, which checks arguments and runs a solver.
 
 A direct solver for FeatUp's objective (arXiv 2403.10516, equation 1: multi-view consistency). With a separable pooling
-kernel each jittered view is ``R_t X C_tᵀ`` exactly, so that the features are the solution of a linear least-squares
-problem, and conjugate gradient on it is made of matrix products. `kernels.multiview.reference` is the definition.
+kernel, each jittered view is exactly ``R_t X C_tᵀ``. The features are then the solution of a linear least-squares
+problem, and conjugate gradient on it consists of matrix products. `kernels.multiview.reference` is the definition.
 """
 
 import torch
@@ -30,29 +30,29 @@ def solve(
 ) -> Solution:
     """Minimise ``Σ_t |R_t X C_tᵀ - Y_t|² + regularisation · Σ_pq g_pq (X_p - X_q)²`` by conjugate gradient.
 
-    p and q are neighbours among the eight around a pixel, ``g_pq = exp(-|I_p - I_q|² / (2 colour_sigma²)) / |p - q|²``:
-    features may change where the image does. Every image, and every channel of it, is a problem of its own: results
-    depend neither on the batch nor on the number of threads, bit by bit on one kind of device.
+    p and q are 8-connected neighbours, and ``g_pq = exp(-|I_p - I_q|² / (2 colour_sigma²)) / |p - q|²``: features may
+    change where the image does. Every channel of every image is a separate problem: results depend neither on the batch
+    nor on the number of threads, and are bit-identical on one kind of device.
 
-    Stopping early regularises as well: with a small ``regularisation`` more iterations may be worse.
+    Early stopping also regularises: with a small ``regularisation``, more iterations may be worse.
 
     Args:
         targets: [B, V, k, h, w] floating, not empty: features of the views.
         views: V views, (h, w) from (H, W), in the targets' dtype and on their device.
         guidance: [B, 3, H, W] floating, on the same device: the image on the grid of the solution, values 0 … 1.
-        start: [B, k, H, W], dtype and device of the targets: where to begin.
+        start: [B, k, H, W], dtype and device of the targets: initial solution.
         regularisation: λ, at least 0, finite.
-        iterations: most steps, at least 1.
-        colour_sigma: distance of colours (RGB, 0 … 1) beyond which neighbours no longer hold each other; positive.
-        tolerance: a channel stops when the norm of its gradient has fallen to this share of what it was.
+        iterations: maximum number of steps, at least 1.
+        colour_sigma: colour distance (RGB, 0 … 1) beyond which neighbours are no longer coupled; positive.
+        tolerance: a channel stops when the norm of its gradient has fallen to this share of its initial value.
         implementation: "cpu" (float32 on a CPU) or "reference" (any); None picks the first that can
             (`kernels.dispatch`).
 
     Returns:
-        The solution; what is not finite in one image stays in that image (and channel).
+        The solution; values that are not finite affect only their own image (and channel).
 
     Raises:
-        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+        ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
     """
     _check(targets, views, guidance, start)
     if not 0 <= regularisation < float("inf"):
@@ -72,7 +72,7 @@ def explain(*kinds: Kind) -> Choice:
     """Tell which implementation solves for targets of this kind (`kernels.dispatch.kind`), and why the others don't.
 
     Raises:
-        ValueError: ``DENSEFEAT_KERNELS`` asks for an implementation that there is not, or that cannot take them.
+        ValueError: ``DENSEFEAT_KERNELS`` selects an implementation that does not exist, or that cannot take them.
     """
     return dispatch.explain("multiview", *kinds)
 

@@ -1,6 +1,6 @@
-"""The multiview solver in plain torch: the definition, for any dtype on any device; what a GPU runs.
+"""The multiview solver in plain torch: the definition, for any floating dtype on any device; also used on GPUs.
 
-Image by image, so that nothing depends on the batch: at 224 px one image's products fill a GPU.
+It solves image by image, so that nothing depends on the batch: at 224 px, the products of one image fill a GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,14 +13,14 @@ from kernels.multiview.views import Solution, ViewMatrices
 
 __all__ = ["edge_weights", "reasons_not", "solve"]
 
-# Below this a neighbour is let go: float32 denormals in the Laplacian would cost many times its arithmetic.
+# Smaller weights are set to 0: float32 denormals in the Laplacian would cost many times its arithmetic.
 _LEAST_EDGE = 1e-6
-# From a pixel to the half of its neighbours that come after it; each edge is counted once.
+# (down, right) offsets to half of a pixel's neighbours, so that each edge is counted once.
 _OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 
 def reasons_not(kinds: Sequence[Kind]) -> list[str]:
-    """Reasons why inputs of these kinds cannot be taken: none, the reference takes what the public op lets through."""
+    """Reasons why inputs of these kinds cannot be taken: none, the reference takes all that the public op accepts."""
     return []
 
 
@@ -34,7 +34,7 @@ def solve(
     colour_sigma: float,
     tolerance: float,
 ) -> Solution:
-    """As `kernels.multiview.solve`, whose arguments it has checked."""
+    """As `kernels.multiview.solve`, which has checked the arguments."""
     solved = []
     for target, image, begin in zip(targets, guidance, start, strict=True):
         weights = edge_weights(image, colour_sigma).to(target.dtype)
@@ -48,7 +48,7 @@ def edge_weights(image: Tensor, colour_sigma: float) -> Tensor:
 
     Args:
         image: [3, H, W] floating, 0 … 1.
-        colour_sigma: of the Gaussian of colour distances.
+        colour_sigma: standard deviation of the Gaussian of colour distances.
     """
     image = image.double()
     weights = image.new_zeros(4, *image.shape[1:])
@@ -61,7 +61,7 @@ def edge_weights(image: Tensor, colour_sigma: float) -> Tensor:
 
 
 def _neighbours(size: torch.Size, down: int, right: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Where all pixels are that have a neighbour at this offset, and where these neighbours are."""
+    """Slices of all pixels that have a neighbour at this offset, and slices of these neighbours."""
     H, W = size
     columns, others = slice(max(0, -right), W - max(0, right)), slice(max(0, right), W - max(0, -right))
     return (slice(0, H - down), columns), (slice(down, H), others)
@@ -87,7 +87,7 @@ def _conjugate_gradient(
     iterations: int,
     tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One image; scalars are [k, 1, 1] float64, one problem a channel."""
+    """Solve for one image; scalars are [k, 1, 1] float64, one problem per channel."""
 
     def smooth(x: Tensor) -> Tensor:
         return regularisation * _laplacian(x, weights)
@@ -118,7 +118,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _operators(views: ViewMatrices) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """All views of [k, H, W] as [V, k, h, w], and the adjoint of that: rows as one product, columns as a batch."""
+    """The map from [k, H, W] to all views [V, k, h, w], and its adjoint: one product for rows, a batch for columns."""
     V, (h, w), (H, W) = len(views), views.low, views.high
     rows, columns = views.rows.flatten(0, 1), views.columns
 

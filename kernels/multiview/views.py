@@ -1,4 +1,4 @@
-"""What the multiview solver is given and gives: the views as matrices, and a solution with its account."""
+"""Input and output of the multiview solver: the views as matrices, and the solution with its statistics."""
 
 import functools
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from torch import Tensor
 
 __all__ = ["Band", "Bands", "Solution", "ViewMatrices"]
 
-_ROWS_IN_BAND = 32  # enough for a matrix product to be worth its call, few enough for their supports to overlap
+_ROWS_IN_BAND = 32  # enough to make a matrix product worth its call, few enough that their supports overlap
 
 
 class Band(NamedTuple):
     """Some rows of a matrix, and the columns in which they are not zero.
 
     Attributes:
-        rows: first and past the last, in the sorted order.
-        support: first and past the last column.
+        rows: first row and the row after the last, in sorted order.
+        support: first column and the column after the last.
         matrix: [rows, support], dense.
     """
 
@@ -28,12 +28,12 @@ class Band(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Bands:
-    """A tall sparse matrix [n, length] as dense bands, its rows sorted by where on the axis they look.
+    """A tall sparse matrix [n, length] as dense bands, its rows sorted by the centre of their weights on the axis.
 
     Attributes:
-        bands: of the sorted rows.
-        place: [n] int64, where each row went.
-        order: [n] int64, which row is at each place.
+        bands: bands of the sorted rows.
+        place: [n] int64, sorted position of each row.
+        order: [n] int64, row at each sorted position.
     """
 
     bands: tuple[Band, ...]
@@ -42,22 +42,22 @@ class Bands:
 
     @classmethod
     def of(cls, matrix: Tensor) -> "Bands":
-        """Sort and cut a matrix [n, length]. Exact: only zeros are left out."""
+        """Sort and split a matrix [n, length]. Exact: only zeros are omitted."""
         positions = torch.arange(matrix.shape[1], dtype=torch.float64, device=matrix.device)
         weights = matrix.double().abs()
         order = torch.argsort((weights @ positions) / weights.sum(1).clamp(min=1e-30), stable=True)
         bands = []
         for first in range(0, len(matrix), _ROWS_IN_BAND):
-            some = matrix[order[first : first + _ROWS_IN_BAND]]
-            used = some.ne(0).any(0).nonzero().flatten()
+            rows = matrix[order[first : first + _ROWS_IN_BAND]]
+            used = rows.ne(0).any(0).nonzero().flatten()
             support = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
-            bands.append(Band((first, first + len(some)), support, some[:, slice(*support)].contiguous()))
+            bands.append(Band((first, first + len(rows)), support, rows[:, slice(*support)].contiguous()))
         return cls(tuple(bands), torch.argsort(order), order)
 
 
 @dataclass(frozen=True, eq=False)
 class ViewMatrices:
-    """V separable linear maps from what is solved for to what the backbone saw: ``rows[t] @ map @ columns[t].T``.
+    """V separable linear maps from the solution to the backbone's features of a view: ``rows[t] @ map @ columns[t].T``.
 
     Attributes:
         rows: [V, h, H] floating: view, then pooling, then interpolation from the solver's grid, along the rows.
@@ -89,12 +89,12 @@ class ViewMatrices:
 
     @property
     def low(self) -> tuple[int, int]:
-        """(h, w)."""
+        """Size of the features of a view, (h, w)."""
         return self.rows.shape[1], self.columns.shape[1]
 
     @property
     def high(self) -> tuple[int, int]:
-        """(H, W)."""
+        """Size of the solution, (H, W)."""
         return self.rows.shape[2], self.columns.shape[2]
 
     @functools.cached_property
@@ -103,24 +103,24 @@ class ViewMatrices:
         return Bands.of(self.rows.flatten(0, 1))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "ViewMatrices":
-        """The same elsewhere, or in another dtype."""
+        """The same maps on another device or in another dtype."""
         return ViewMatrices(self.rows.to(device, dtype), self.columns.to(device, dtype))
 
     def see(self, maps: Tensor) -> Tensor:
-        """What the backbone would see of maps [B, k, H, W], by this model: [B, V, k, h, w]."""
+        """Apply the views to maps [B, k, H, W]: the features [B, V, k, h, w] that the backbone would give of them."""
         seen = torch.einsum("vip,bkpq->bvkiq", self.rows, maps)
         return seen @ self.columns.mT[None, :, None]
 
 
 class Solution(NamedTuple):
-    """What the solver found, and how.
+    """Result of the solver.
 
     Attributes:
         features: [B, k, H, W], dtype of the targets.
         initial: [B] float64, the objective at the start.
         final: [B] float64, the objective at the end: not above the initial one, unless arithmetic broke down. NaN
-            where a target, the guidance or the start was not finite.
-        iterations: [B, k] int64, steps taken for each channel.
+            if a target, the guidance or the start was not finite.
+        iterations: [B, k] int64, number of steps of each channel.
     """
 
     features: Tensor

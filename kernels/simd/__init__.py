@@ -1,9 +1,9 @@
-"""Numba's vector language: vectors of the processor for functions that it compiles, of use to every kernel for CPUs.
+"""SIMD vectors for functions compiled by numba, shared by all CPU kernels.
 
 * `tiles`: the type, rows × columns of vectors in registers, and its arithmetic
-* `memory`: tiles from arrays and back
-* `functions`: exp2, GELU and the like, element by element
-* `threads`: work shared out over Python's threads
+* `memory`: loads and stores of tiles
+* `functions`: exp2, GELU and the like, elementwise
+* `threads`: distributes work over Python threads
 
-It knows nothing of any kernel.
+It does not depend on any kernel.
 """

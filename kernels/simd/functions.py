@@ -1,7 +1,7 @@
-"""Functions of tiles of vectors, element by element: what libm has for one number at a time.
+"""Elementwise functions of tiles of vectors: libm has them only for single numbers.
 
-In float32 they are polynomials, good to a rounding or two. In float64, where only tests of gradients run, they are
-libm's.
+In float32 they are polynomials, accurate to one or two roundings. In float64, which only gradient tests use, they are
+those of libm.
 """
 
 import math
@@ -17,16 +17,16 @@ from kernels.simd.tiles import constant, elementwise, larger, llvm
 
 __all__ = ["TINY", "exp2", "gelu", "without_denormals"]
 
-# What is less becomes 0: as weights beside others of about 1 these numbers count for nothing, and products of them are
-# denormal numbers, each of which takes a processor as long as a hundred others.
+# Smaller values become 0: as weights they are negligible next to others of about 1, and products of them are denormal
+# numbers, each of which takes a processor as long as a hundred normal ones.
 _TINY_EXPONENT = -64.0
 TINY = 2.0**-100
-_SHIFT = 1.5 * 2.0**23  # a float32 sum with it has no bits behind the point
-_FAR = 5.25  # Φ(−5.25) = 8e-8: below float32's resolution of 1
+_SHIFT = 1.5 * 2.0**23  # adding it to a float32 rounds to an integer
+_FAR = 5.25  # Φ(−5.25) = 8e-8: below the float32 resolution at 1
 
 
 def _fitted(function: Callable[[float], float], degree: int) -> list[float]:
-    """Coefficients, lowest power first, of the polynomial through a function's values at Chebyshev's points of −1…1."""
+    """Coefficients, lowest power first, of the polynomial that interpolates a function at Chebyshev points in −1…1."""
     fitted = Chebyshev.interpolate(np.vectorize(function), degree).convert(kind=Polynomial)
     return [float(coefficient) for coefficient in fitted.coef]
 
@@ -47,19 +47,19 @@ def _exp2(builder: Any, x: Any) -> Any:
     shifted = builder.fadd(x, constant(x, _SHIFT))
     rest = builder.fsub(x, builder.fsub(shifted, constant(x, _SHIFT)))  # −1/2 … 1/2
     bits = ir.VectorType(ir.IntType(32), x.type.count)
-    exponent = builder.shl(builder.bitcast(shifted, bits), ir.Constant(bits, [23] * bits.count))  # of the lowest bits
+    exponent = builder.shl(builder.bitcast(shifted, bits), ir.Constant(bits, [23] * bits.count))  # from the lowest bits
     power = builder.bitcast(builder.add(exponent, ir.Constant(bits, [127 << 23] * bits.count)), x.type)
     tiny = builder.fcmp_ordered("<", x, constant(x, _TINY_EXPONENT))
     return builder.select(tiny, constant(x, 0.0), builder.fmul(_polynomial(builder, rest, _NEAR_0), power))
 
 
 def _slope(v: float) -> float:
-    """(Φ(x) − 1/2) / x, Φ the normal distribution's function, where v = 2(x / _FAR)² − 1."""
+    """(Φ(x) − 1/2) / x, where Φ is the normal distribution function and v = 2(x / _FAR)² − 1."""
     x = _FAR * math.sqrt(max(v + 1, 1e-12) / 2)
     return math.erf(x * math.sqrt(0.5)) / (2 * x)
 
 
-_SLOPE = _fitted(_slope, 13)  # with 12 the error doubles, with 14 it falls by a third
+_SLOPE = _fitted(_slope, 13)  # with degree 12 the error doubles, with 14 it falls by a third
 
 
 def _gelu(builder: Any, x: Any) -> Any:
@@ -90,11 +90,11 @@ def _without_denormals(builder: Any, x: Any) -> Any:
     return builder.select(tiny, constant(x, 0.0), x)
 
 
-# 2^x. In float32, for x < 128: within 1e-7 of it, and 0 for x < −64.
+# 2^x. In float32, for x < 128: error within 1e-7 of 2^x, and 0 for x < −64.
 exp2 = elementwise(_exp2, 1)
 
-# x·Φ(x). In float32: within 2.4e-7·max(1, |x|), where torch's own is within 3.6e-7 of that.
+# x·Φ(x). In float32: error within 2.4e-7·max(1, |x|); torch's own is within 3.6e-7·max(1, |x|).
 gelu = elementwise(_gelu, 1)
 
-# Weights, and 0 for those in float32 that count for nothing.
+# Its argument; in float32, 0 where that is below TINY in magnitude.
 without_denormals = elementwise(_without_denormals, 1)

@@ -1,8 +1,8 @@
-"""Tiles of `kernels.simd.tiles` from arrays and back, for functions that numba compiles.
+"""Load and store tiles of `kernels.simd.tiles`, in functions compiled by numba.
 
-Arrays are C-contiguous; an index has a number for each axis, not negative, and is not checked; steps are in elements.
-Vectors may begin anywhere, but where the array begins at a multiple of `VECTOR_BYTES`, as torch's do and numpy's may
-not, and they begin at whole vectors, a convolution takes three quarters of the time.
+Arrays are C-contiguous. An index has a non-negative number for each axis, and is not checked. Steps are in elements.
+Vectors may begin at any element. A convolution takes only three quarters of the time if the array begins at a multiple
+of `VECTOR_BYTES` (torch's arrays do, numpy's may not), and vectors begin at multiples of their length.
 """
 
 from collections.abc import Sequence
@@ -32,12 +32,12 @@ __all__ = [
 
 
 def index_type(index: Any) -> Any:
-    """To which numba converts an index, whatever integers it is made of."""
+    """The type to which numba converts an index, whatever its integer types."""
     return types.UniTuple(types.intp, len(index))
 
 
 def _addresses(builder: Any, first: Any, tile: Tile, row_step: Any, column_step: Any) -> list[Any]:
-    """Of a tile's vectors."""
+    """Addresses of a tile's vectors."""
     places = []
     for row, column in tile.places():
         steps = [builder.mul(step, step.type(k)) for step, k in ((row_step, row), (column_step, column))]
@@ -51,7 +51,7 @@ def _loaded(builder: Any, places: Sequence[Any], array: Any) -> list[Any]:
 
 @tile_intrinsic
 def lanes(_: Any, array: Any) -> Any:
-    """Elements in a vector, of an array's dtype."""
+    """Number of elements in a vector of an array's dtype."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return ir.IntType(64)(VECTOR_BYTES * 8 // array.dtype.bitwidth)
@@ -61,7 +61,7 @@ def lanes(_: Any, array: Any) -> Any:
 
 @tile_intrinsic
 def zeros(_: Any, like: Any, rows: Any, columns: Any) -> Any:
-    """A tile of zeros, of an array's dtype; rows and columns written out, as in `load_tile`."""
+    """A tile of zeros of an array's dtype; rows and columns are literals, as in `load_tile`."""
     tile = Tile(like.dtype, rows.literal_value, columns.literal_value)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -72,7 +72,7 @@ def zeros(_: Any, like: Any, rows: Any, columns: Any) -> Any:
 
 @tile_intrinsic
 def load_tile(_: Any, array: Any, index: Any, rows: Any, columns: Any, row_step: Any, column_step: Any) -> Any:
-    """The tile whose first vector begins at ``array[index]``, the others a step further with each row and column."""
+    """Load the tile whose first vector begins at ``array[index]``; each row and column begins one step further."""
     tile = Tile(array.dtype, rows.literal_value, columns.literal_value)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -84,7 +84,7 @@ def load_tile(_: Any, array: Any, index: Any, rows: Any, columns: Any, row_step:
 
 @tile_intrinsic
 def load_rows(_: Any, array: Any, index: Any, like: Any, step: Any) -> Any:
-    """A tile as large as another, with the vectors of a row consecutive and rows a step apart."""
+    """Load a tile of the size of another; the vectors of a row are consecutive, and rows are a step apart."""
     tile = Tile(array.dtype, like.rows, like.columns)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -97,7 +97,7 @@ def load_rows(_: Any, array: Any, index: Any, like: Any, step: Any) -> Any:
 
 @tile_intrinsic
 def load_window(_: Any, array: Any, index: Any, like: Any) -> Any:
-    """A column as high as another, each vector beginning one element after the one before."""
+    """Load a column with the rows of another tile; each vector begins one element after the previous one."""
     tile = Tile(array.dtype, like.rows, 1)
     count = tile.vector.count
 
@@ -105,7 +105,7 @@ def load_window(_: Any, array: Any, index: Any, like: Any) -> Any:
         first, i64 = element_address(context, builder, array, arguments[0], arguments[1]), ir.IntType(64)
         if VECTOR_BYTES < 64:
             return packed(builder, _loaded(builder, _addresses(builder, first, tile, i64(1), i64(0)), array))
-        # Vectors of 64 bytes that begin anywhere cross cache lines. Two that do not, and shifts, take 3/4 of the time.
+        # Unaligned vectors of 64 bytes cross cache lines. Two vectors and shifts take 3/4 of the time.
         two = Tile(array.dtype, 2, 1)
         vectors = _loaded(builder, _addresses(builder, first, two, i64(count), i64(0)), array)
         shifted = [lane_numbers(range(shift, shift + count)) for shift in range(tile.rows)]
@@ -116,7 +116,7 @@ def load_window(_: Any, array: Any, index: Any, like: Any) -> Any:
 
 @tile_intrinsic
 def splats(_: Any, array: Any, index: Any, like: Any) -> Any:
-    """A column as high as another, of vectors with one element in all lanes: ``array[index]``, the next, …"""
+    """Load a column with the rows of another tile; each vector has one element in all lanes: ``array[index]``, …"""
     tile = Tile(array.dtype, like.rows, 1)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -129,7 +129,7 @@ def splats(_: Any, array: Any, index: Any, like: Any) -> Any:
 
 @tile_intrinsic
 def store_tile(_: Any, array: Any, index: Any, tile: Any, row_step: Any, column_step: Any) -> Any:
-    """The reverse of `load_tile`."""
+    """Store a tile; the inverse of `load_tile`."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         first = element_address(context, builder, array, arguments[0], arguments[1])
@@ -142,7 +142,7 @@ def store_tile(_: Any, array: Any, index: Any, tile: Any, row_step: Any, column_
 
 @tile_intrinsic
 def store_part(_: Any, array: Any, index: Any, tile: Any, count: Any) -> Any:
-    """The first elements of a tile, to consecutive places."""
+    """Store the first ``count`` elements of a tile consecutively."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         whole = on_stack(builder, arguments[2])
@@ -155,23 +155,23 @@ def store_part(_: Any, array: Any, index: Any, tile: Any, count: Any) -> Any:
 
 @inlined
 def load(array: Any, index: Any) -> Any:
-    """One vector."""
+    """Load one vector."""
     return load_tile(array, index, 1, 1, 0, 0)
 
 
 @inlined
 def load_row(array: Any, index: Any, like: Any) -> Any:
-    """One row of consecutive vectors, as many as a row of another tile has."""
+    """Load one row of consecutive vectors, as many as a row of another tile has."""
     return load_rows(array, index, rows_of(like, 0, 1), 0)
 
 
 @inlined
 def splat(array: Any, index: Any) -> Any:
-    """One vector with one element in all lanes."""
+    """Load one element into all lanes of a vector."""
     return splats(array, index, zeros(array, 1, 1))
 
 
 @inlined
 def store(array: Any, index: Any, vector: Any) -> None:
-    """One vector."""
+    """Store one vector."""
     store_tile(array, index, vector, 0, 0)

@@ -1,10 +1,10 @@
-"""Work shared out over Python's threads: numba's own are neither thread- nor fork-safe.
+"""Distribute work over Python threads, because numba's own threads are neither thread- nor fork-safe.
 
-Torch's are not fork-safe either. So what converts nothing works in a forked process, a stage of float32, and what calls
-torch's loops hangs there, as they do by themselves: half precision, and gradients.
+Torch's threads are not fork-safe either. In a forked process, a stage in float32 works, because it converts nothing.
+Half precision and gradients call torch's loops and hang there, as those loops do by themselves.
 
-Compiled functions run without Python's lock. What each job writes must not depend on who does it, nor on how the work
-was cut into jobs.
+Compiled functions run without Python's lock. What a job writes must not depend on the thread that runs it, nor on how
+the work was split into jobs.
 """
 
 import functools
@@ -22,21 +22,26 @@ Job = TypeVar("Job")
 
 
 def row_jobs(images: int, rows: int, least: int) -> list[tuple[int, int, int]]:
-    """All rows of some images, cut into (image, first row, past the last).
+    """Split all rows of a batch into jobs (image, first row, row after the last).
 
-    Several jobs for each thread, as then one that is held up delays less, but of so many rows at least.
+    There are several jobs per thread, so that a slow thread causes less delay.
+
+    Args:
+        images: number of images.
+        rows: rows of each image.
+        least: smallest number of rows in a job, except for the last job of an image.
     """
     step = max(least, images * rows // (4 * torch.get_num_threads()))
     return [(image, start, min(start + step, rows)) for image in range(images) for start in range(0, rows, step)]
 
 
 def in_threads(jobs: Iterable[Job], worker: Callable[[], Callable[[Job], None]], most: int) -> None:
-    """Do all jobs, on torch's number of threads, this one included.
+    """Run all jobs on torch's number of threads, including this one.
 
     Args:
-        jobs: in any order.
-        worker: called once by each thread; makes its scratch memory and returns what does a job.
-        most: threads, of which each should have a tenth of a millisecond to do: it takes as long to wake one.
+        jobs: the jobs, which may run in any order.
+        worker: called once in each thread; allocates its scratch memory and returns the function that runs a job.
+        most: maximum number of threads. Each should have a tenth of a millisecond of work: waking one takes as long.
     """
     left = deque(jobs)
 
@@ -62,5 +67,5 @@ def in_threads(jobs: Iterable[Job], worker: Callable[[], Callable[[Job], None]],
 
 @functools.cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """Kept, as to start threads takes longer than a small stage; by process, as a fork has none of its parent's."""
+    """Cached, because starting threads takes longer than a small stage; per process, as a fork has no threads."""
     return ThreadPoolExecutor(max(os.cpu_count() or 1, torch.get_num_threads()), thread_name_prefix="kernels")

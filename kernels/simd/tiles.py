@@ -1,9 +1,9 @@
-"""Tiles of vectors in registers, for functions that numba compiles: what vectorising loops does not reach.
+"""Tiles of vectors in registers, for functions compiled by numba: much faster than loops vectorised by LLVM.
 
-A tile is rows × columns vectors of `VECTOR_BYTES`, all of one dtype. Arithmetic broadcasts over rows and columns as
-numpy's does, so that a step of a matrix product is ``sums = fma(column of weights, row of inputs, sums)``, and LLVM
-keeps the sums of such a loop in registers. Left to itself, it would vectorise for half of AVX-512's width, and load and
-store the sums at each step: 13 % of a core's peak, where this reached 80 to 90 % on a Xeon with AVX-512.
+A tile is rows × columns vectors of `VECTOR_BYTES`, all of one dtype. Arithmetic broadcasts over rows and columns as in
+numpy, so that a step of a matrix product is ``sums = fma(column of weights, row of inputs, sums)``, and LLVM keeps the
+sums of such a loop in registers. Without tiles, LLVM would use half of the AVX-512 vector width, and load and store the
+sums at each step: 13 % of a core's peak, while tiles reached 80 to 90 % on a Xeon with AVX-512.
 
 Loads and stores are in `kernels.simd.memory`, functions like exp in `kernels.simd.functions`.
 """
@@ -51,12 +51,12 @@ VECTOR_BYTES = 64 if "+avx512f" in _FEATURES else 32 if "+avx" in _FEATURES else
 
 
 def inlined(function: Callable[..., Any]) -> Any:
-    """A function that becomes part of each compiled function that calls it: tiles are then not passed in memory."""
+    """Compile a function so that it is inlined into each compiled caller; tiles are then not passed in memory."""
     return njit(forceinline=True)(function)
 
 
 def tile_intrinsic(function: Callable[..., Any]) -> Any:
-    """A function that writes LLVM's code itself. It gets numba's types, and literals where numbers are written out."""
+    """Make an intrinsic, which emits LLVM code itself. It gets numba's types, and literal types for constants."""
     return intrinsic(prefer_literal=True)(function)
 
 
@@ -65,8 +65,8 @@ class Tile(types.Type):  # type: ignore[misc, unused-ignore]  # some versions of
 
     Args:
         dtype: numba's float32 or float64.
-        rows: vectors from top to bottom.
-        columns: vectors from left to right.
+        rows: number of rows of vectors.
+        columns: number of columns of vectors.
     """
 
     def __init__(self, dtype: Any, rows: int, columns: int) -> None:
@@ -75,7 +75,7 @@ class Tile(types.Type):  # type: ignore[misc, unused-ignore]  # some versions of
 
     @property
     def vector(self) -> Any:
-        """LLVM's type of one vector."""
+        """LLVM type of one vector."""
         scalar = ir.FloatType() if self.dtype == types.float32 else ir.DoubleType()
         return ir.VectorType(scalar, VECTOR_BYTES * 8 // self.dtype.bitwidth)
 
@@ -92,11 +92,11 @@ class _Model(models.PrimitiveModel):  # type: ignore[misc, unused-ignore]
 register_model(Tile)(_Model)
 
 
-# --- Writing LLVM's code ---
+# --- Emitting LLVM code ---
 
 
 def packed(builder: Any, vectors: Sequence[Any]) -> Any:
-    """A tile of vectors."""
+    """The tile that consists of the vectors, row-major."""
     tile = ir.Constant(ir.ArrayType(vectors[0].type, len(vectors)), ir.Undefined)
     for number, vector in enumerate(vectors):
         tile = builder.insert_value(tile, vector, number)
@@ -104,23 +104,23 @@ def packed(builder: Any, vectors: Sequence[Any]) -> Any:
 
 
 def lane_numbers(numbers: Sequence[int]) -> Any:
-    """A constant vector of lanes to take."""
+    """Constant vector of lane numbers, the mask of a shuffle."""
     return ir.Constant(ir.VectorType(ir.IntType(32), len(numbers)), list(numbers))
 
 
 def spread(builder: Any, scalar: Any, vector: Any) -> Any:
-    """A vector of that type with the scalar in all lanes."""
+    """A vector of type ``vector`` with the scalar in all lanes."""
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
     return builder.shuffle_vector(first, first, lane_numbers([0] * vector.count))
 
 
 def constant(like: Any, number: float) -> Any:
-    """A vector like another with the number in all lanes."""
+    """A vector of the type of ``like`` with the number in all lanes."""
     return ir.Constant(like.type, [number] * like.type.count)
 
 
 def llvm(name: str, builder: Any, *vectors: Any) -> Any:
-    """LLVM's function of that name, element by element."""
+    """Call the LLVM function of this name elementwise."""
     type_ = vectors[0].type
     bits = 32 if type_.element == ir.FloatType() else 64
     function_type = ir.FunctionType(type_, [type_] * len(vectors))
@@ -129,7 +129,7 @@ def llvm(name: str, builder: Any, *vectors: Any) -> Any:
 
 
 def larger(builder: Any, a: Any, b: Any) -> Any:
-    """The larger of two vectors' elements; a's where it is not a number."""
+    """Elementwise maximum of two vectors; the element of a where either is NaN."""
     return builder.select(builder.fcmp_ordered(">", b, a), b, a)
 
 
@@ -137,11 +137,11 @@ def larger(builder: Any, a: Any, b: Any) -> Any:
 
 
 def elementwise(emit_vector: Callable[..., Any], arity: int) -> Any:
-    """A function of tiles that broadcast, and of numbers, which take the tiles' dtype.
+    """Make an elementwise function of tiles, which broadcast, and of numbers, which are converted to the tiles' dtype.
 
     Args:
-        emit_vector: of a builder and one vector from each argument: writes the code, returns the resulting vector.
-        arity: number of arguments, up to three.
+        emit_vector: takes a builder and one vector of each argument; emits the code and returns the resulting vector.
+        arity: number of arguments, one to three.
     """
 
     def operation(_: Any, *operands: Any) -> Any:
@@ -156,12 +156,12 @@ def elementwise(emit_vector: Callable[..., Any], arity: int) -> Any:
                 return [builder.extract_value(value, r * strides[0] + c * strides[1]) for r, c in result.places()]
 
             columns = [vectors(*pair) for pair in zip(signature.args, arguments, strict=True)]
-            return packed(builder, [emit_vector(builder, *some) for some in zip(*columns, strict=True)])
+            return packed(builder, [emit_vector(builder, *group) for group in zip(*columns, strict=True)])
 
-        taken = [operand if isinstance(operand, Tile) else result.dtype for operand in operands]
-        return result(*taken), emit
+        converted = [operand if isinstance(operand, Tile) else result.dtype for operand in operands]
+        return result(*converted), emit
 
-    # numba reads the number of arguments from the function.
+    # Numba takes the number of arguments from the function's signature.
     fixed = {1: lambda _, a: operation(_, a), 2: lambda _, a, b: operation(_, a, b)}
     return intrinsic(fixed.get(arity, lambda _, a, b, c: operation(_, a, b, c)))
 
@@ -182,7 +182,7 @@ _arithmetic(operator.add, "fadd")
 _arithmetic(operator.sub, "fsub")
 _arithmetic(operator.mul, "fmul")
 _arithmetic(operator.truediv, "fdiv")
-fma = elementwise(functools.partial(llvm, "fmuladd"), 3)  # one instruction where the machine has it
+fma = elementwise(functools.partial(llvm, "fmuladd"), 3)  # one instruction on machines that have it
 maximum = elementwise(larger, 2)
 
 
@@ -191,19 +191,19 @@ maximum = elementwise(larger, 2)
 
 @tile_intrinsic
 def rows_of(_: Any, tile: Any, first: Any, count: Any) -> Any:
-    """Some rows of a tile; numbers written out."""
-    some = Tile(tile.dtype, count.literal_value, tile.columns)
+    """``count`` rows of a tile from row ``first`` on; both are literals."""
+    part = Tile(tile.dtype, count.literal_value, tile.columns)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         start = first.literal_value * tile.columns
-        return packed(builder, [builder.extract_value(arguments[0], start + k) for k in range(len(some.places()))])
+        return packed(builder, [builder.extract_value(arguments[0], start + k) for k in range(len(part.places()))])
 
-    return some(tile, first, count), emit
+    return part(tile, first, count), emit
 
 
 @tile_intrinsic
 def width(_: Any, tile: Any) -> Any:
-    """Elements in a row of a tile."""
+    """Number of elements in a row of a tile."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return ir.IntType(64)(tile.columns * tile.vector.count)
@@ -213,7 +213,7 @@ def width(_: Any, tile: Any) -> Any:
 
 @tile_intrinsic
 def summed_products(_: Any, a: Any, b: Any, sums: Any) -> Any:
-    """Two columns multiplied, and summed over their rows, onto one vector of sums."""
+    """Multiply two columns, sum the products over the rows, and add them to one vector of sums."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         total = builder.extract_value(arguments[2], 0)
@@ -226,7 +226,7 @@ def summed_products(_: Any, a: Any, b: Any, sums: Any) -> Any:
 
 @tile_intrinsic
 def swapped_pairs(_: Any, tile: Any) -> Any:
-    """Each row of two vectors a, b -> a0 a1 b0 b1 a2 a3 b2 b3 …: pairs of lanes, interleaved."""
+    """Interleave pairs of lanes of the two vectors a, b in each row: a0 a1 b0 b1 a2 a3 b2 b3 …"""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         lanes = tile.vector.count

@@ -1,1 +1,1 @@
-"""What looks at windows of feature maps: `attention` within them, and `sum` over them."""
+"""Operations on windows of feature maps: `attention` within them, and weighted `sum` over them."""

@@ -1,4 +1,4 @@
-"""Who does the work, and when: plans, workers, the queue of tasks.
+"""Plan jobs and run them: plans, workers, the task queue.
 
-May import every room above it in the list of `pipeline`. Only ``pipeline.run.ray`` knows Ray.
+May import every package above it in the list of `pipeline`. Only ``pipeline.run.ray`` uses Ray.
 """

@@ -1,4 +1,4 @@
-"""What is said of tasks that fail, and whose fault it may be; wherever they ran."""
+"""Log task failures, wherever the tasks ran, and tell whether a task itself may be the cause."""
 
 import logging
 
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class FailureLog:
-    """Says every failure in a line; of errors that nobody foresaw, the first of each type with its traceback."""
+    """Logs every failure in one line, and the first unexpected error of each type with its traceback."""
 
     def __init__(self) -> None:
         self._known: set[str] = set()
@@ -20,9 +20,9 @@ class FailureLog:
         """Log an error; returns it in one line.
 
         Args:
-            error: that was raised.
-            what: came of it.
-            traceback: of where it was raised, if that was in another process.
+            error: the error.
+            what: what failed, e.g. "a task failed"; the message begins with it.
+            traceback: the error's traceback, if it was raised in another process.
         """
         reason, kind = one_line(error), type(error).__name__
         if isinstance(error, DensefeatError) or is_transient(error) or kind in self._known:
@@ -36,12 +36,15 @@ class FailureLog:
 
 
 def is_suspect(error: BaseException) -> bool:
-    """Whether the task may be what is wrong, by its memory, say; that a storage is silent is not its doing."""
+    """Whether the task itself may have caused the error, for example by using too much memory.
+
+    Storage that does not answer is not the task's fault.
+    """
     return not (isinstance(error, StorageUnavailable) or is_transient(error))
 
 
 def one_line(error: BaseException) -> str:
-    """An error for a person: its type, unless its text was written for a person, and its text on one line."""
+    """Format an error on one line: its type and text, or the text alone if it was written for users."""
     text = " ".join(str(error).split())
     if isinstance(error, DensefeatError) and text:
         return text

@@ -1,4 +1,4 @@
-"""Images to low-resolution features on one device: what every job needs, and all that fitting a PCA basis needs."""
+"""Compute low-resolution features of images on one device: needed by every job, and sufficient to fit a PCA basis."""
 
 import os
 import socket
@@ -21,12 +21,12 @@ from pipeline.run.resources import available_cores, available_memory, shards_com
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """Everything that a worker needs, on whatever machine it runs.
+    """Everything that a worker needs, on any machine.
 
     Attributes:
-        recipe: of the job.
-        device: "auto": settled by who opens the workers.
-        batch_size: images in a batch; None: what suits the device.
+        recipe: the job's recipe.
+        device: "auto" is resolved by the code that opens the workers.
+        batch_size: images in a batch; None: the default for the device.
         threads: CPU threads of this worker.
     """
 
@@ -36,7 +36,7 @@ class WorkerSpec:
     threads: int
 
     def on(self, device: Literal["cpu", "cuda"], threads: int) -> "WorkerSpec":
-        """The same, for a worker on ``device`` with ``threads`` CPU threads."""
+        """The same spec, for a worker on ``device`` with ``threads`` CPU threads."""
         return replace(self, device=device, threads=threads)
 
 
@@ -45,15 +45,15 @@ class FeatureWorker:
 
     Args:
         spec: what to build, and for which device.
-        stages: the recipe's, if they are built already; they are moved to the device.
+        stages: the recipe's stages, if they are built already; they are moved to the device.
 
     Attributes:
-        computing: to be held while the device computes.
-        tasks_at_once: how many tasks to give it, each in a thread of its own.
-        images_done: rows through the backbone, all the worker's life long; progress is read off it.
+        computing: semaphore to hold while the device computes.
+        tasks_at_once: number of tasks to run at the same time, each in its own thread.
+        images_done: rows processed since the worker was built; progress is derived from it.
 
     Raises:
-        JobError: a stage is not the driver's (other weights on this machine), or there is no such device.
+        JobError: a stage differs from the driver's (this machine has other weights), or the device does not exist.
     """
 
     def __init__(self, spec: WorkerSpec, stages: Stages | None = None) -> None:
@@ -72,10 +72,10 @@ class FeatureWorker:
             task_nbytes=self._task_nbytes(),
         )
         self.computing = threading.BoundedSemaphore(computing)
-        self.tasks_at_once = computing + 1  # one that reads or writes meanwhile
+        self.tasks_at_once = computing + 1  # one more, which reads or writes while the others compute
 
     def moments(self, references: pa.Table) -> Part[Moments]:
-        """Moments of the low-resolution features of some images."""
+        """Moments of the low-resolution features of the referenced images."""
         total = Part(Moments.none(self.backbone.num_chs), 0, None)
         for batch in self.loader.batches(references, StageSeconds()):
             error = next((str(image) for image in batch.decoded if not isinstance(image, Decoded)), None)
@@ -96,16 +96,16 @@ class FeatureWorker:
         return Part(Moments.of(features, valid), images, error)
 
     def stop(self) -> None:
-        """Let tasks end before their next batch, in `pipeline.images.batches.WorkStopped`."""
+        """Stop running tasks: each raises `pipeline.images.batches.WorkStopped` before its next batch."""
         self.loader.stop.set()
 
     def _task_nbytes(self) -> int:
-        """About what a task has in memory: pixels of three batches, and what the backbone makes of one."""
+        """Approximate memory of a task in bytes: pixels of three batches, and the backbone's activations for one."""
         height, width = self.geometry.size
         return self.batch_size * height * width * (3 * 3 + 4 * _ACTIVATIONS_A_PIXEL)
 
     def made_by(self) -> dict[str, str]:
-        """What may differ between the shards of one store: for the ledger."""
+        """Properties of the worker that may differ between the shards of a store, for the ledger."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         return {
             "host": socket.gethostname(),
@@ -116,16 +116,16 @@ class FeatureWorker:
         }
 
 
-# Enough to fill the device, few enough to fit its memory with k = 256 at 224 px; on a CPU for each shard that computes.
+# Large enough to fill the device, small enough for its memory with k = 256 at 224 px; on a CPU, per computing shard.
 _DEFAULT_BATCH_SIZE = {"cpu": 4, "cuda": 32}
-_ACTIVATIONS_A_PIXEL = 64  # float32 values: of the widest layer and its neighbours
+_ACTIVATIONS_A_PIXEL = 64  # float32 values, of the widest layer and its neighbours
 
 
 def pick_device(device: str) -> str:
-    """ "auto" → "cuda" where there is one, else "cpu".
+    """Resolve "auto" to "cuda" if a CUDA device is available, else to "cpu"; other values are returned unchanged.
 
     Raises:
-        JobError: "cuda" was asked for and there is none.
+        JobError: "cuda" was requested, but no CUDA device is available.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise JobError("--device cuda, but torch finds no CUDA device here: use --device cpu, or check the driver")

@@ -1,4 +1,4 @@
-"""Running a worker's method over a sample of the dataset, on all workers, and merging its results."""
+"""Run a worker method over a sample of the dataset on all workers, and merge the results."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,19 +25,20 @@ def gather(
     """Call ``method(worker, references, *arguments)`` on parts of a sample, and merge the results.
 
     Args:
-        workers: to call it on.
-        method: of the worker's class.
-        references: of the dataset.
-        images: usable ones wanted; 0: the whole dataset.
-        arguments: of the method, beside the references.
+        workers: the workers to call it on.
+        method: method of the worker's class, unbound.
+        references: references of the dataset.
+        images: number of usable images wanted; 0: the whole dataset.
+        arguments: further arguments of the method.
         images_in_task: images in one task.
-        what: for messages, e.g. "PCA".
+        what: name of the result in messages, e.g. "PCA".
 
     Returns:
-        Over at least ``images`` usable images if the dataset has them, over one at least.
+        The merged result over at least ``images`` usable images, or over fewer, at least one, if the dataset has too
+        few of them.
 
     Raises:
-        JobError: a task failed for good, or no image is usable.
+        JobError: a task failed on its last attempt, or no image is usable.
     """
     total: Part[Sums] | None = None
     tried = 0
@@ -56,6 +57,6 @@ def gather(
         error = total.first_error if total else None
         raise JobError(
             f"{what}: none of the {tried:,} sampled images is usable; first error: {error or 'none was recorded'}. "
-            "Check --images, and --min-side and --max-pixels if they leave images out"
+            "Check --images, and whether --min-side and --max-pixels exclude the images"
         )
     return total

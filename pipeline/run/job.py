@@ -1,4 +1,4 @@
-"""Carrying out a plan: the shards that are missing are made on workers, and the store is finished when none is."""
+"""Carry out a plan: make the missing shards on workers, and finish the store when none is missing."""
 
 import logging
 import time
@@ -28,62 +28,62 @@ logger = logging.getLogger(__name__)
 
 
 def carry_out(plan: Plan, started: float) -> Report:
-    """Make what is missing of the store, and finish it when nothing is.
+    """Make the missing shards of the store, and finish the store when none is missing.
 
     Args:
-        plan: of the job.
+        plan: the job's plan.
         started: ``time.monotonic()`` when the job began, for the report.
 
     Raises:
-        KeyboardInterrupt: somebody stopped it; says what is kept, and how to go on.
+        KeyboardInterrupt: the job was interrupted; the message says what is kept and how to continue.
     """
     objects = Objects(plan.config.store)
-    making = _Making()
+    state = _JobState()
     try:
-        _make_missing(plan, objects, making)
-        report = _report(plan, objects, making, started)
+        _make_missing(plan, objects, state)
+        report = _report(plan, objects, state, started)
         if report.complete:
             finish(objects, report.records)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(what_is_kept(plan, objects, set_up=making.set_up)) from None
+        raise KeyboardInterrupt(what_is_kept(plan, objects, set_up=state.set_up)) from None
     return report
 
 
 @dataclass
-class _Making:
-    """How far a job has come: records of the shards that were done before and that it made, shards it gave up."""
+class _JobState:
+    """Progress of a job: records of the shards done before and of those it made, and why shards were given up."""
 
     done: dict[int, LedgerRecord] = field(default_factory=dict)
     made: dict[int, LedgerRecord] = field(default_factory=dict)
     given_up: dict[int, str] = field(default_factory=dict)
     set_up: bool = False  # whether this job saw the store set up
-    seconds: float = 0.0  # of making shards
+    seconds: float = 0.0  # spent on making shards
 
 
-def _make_missing(plan: Plan, objects: Objects, making: _Making) -> None:
+def _make_missing(plan: Plan, objects: Objects, state: _JobState) -> None:
     config, stored = plan.config, plan.stored
     if config.resume and stored:
-        making.done = finished_shards(objects, stored.hash)
-    if making.done.keys() >= {*plan.shards}:
+        state.done = finished_shards(objects, stored.hash)
+    if state.done.keys() >= {*plan.shards}:
         return
     with open_workers(
         plan.spec, plan.stages, config, attempts=config.attempts, stall_timeout_s=config.stall_timeout_s
     ) as workers:
         encoding = prepare(plan, objects, workers)
-        making.set_up, begun = True, time.monotonic()
-        if config.resume and not (stored and stored.setup_complete):  # another job may have begun it meanwhile
-            making.done = finished_shards(objects, encoding.configuration_hash)
-        to_do = [shard for shard in plan.shards if shard not in making.done]
+        state.set_up, begun = True, time.monotonic()
+        if config.resume and not (stored and stored.setup_complete):  # another job may have made shards meanwhile
+            state.done = finished_shards(objects, encoding.configuration_hash)
+        to_do = [shard for shard in plan.shards if shard not in state.done]
         if to_do:
             reopen(objects)
-        mine = [record for shard, record in making.done.items() if shard in plan.shards]
-        making.made, making.given_up = make_shards(plan, objects, workers, encoding, to_do, mine)
-        making.seconds = time.monotonic() - begun
+        done_before = [record for shard, record in state.done.items() if shard in plan.shards]
+        state.made, state.given_up = make_shards(plan, objects, workers, encoding, to_do, done_before)
+        state.seconds = time.monotonic() - begun
 
 
-def _report(plan: Plan, objects: Objects, making: _Making, started: float) -> Report:
+def _report(plan: Plan, objects: Objects, state: _JobState, started: float) -> Report:
     config, attributes = plan.config, FeatureStore(plan.config.store).attributes
-    records = {**making.done, **making.made}
+    records = {**state.done, **state.made}
     if config.shards:  # other jobs may have made other shards meanwhile
         records = finished_shards(objects, attributes["configuration_hash"])
     return Report(
@@ -91,11 +91,11 @@ def _report(plan: Plan, objects: Objects, making: _Making, started: float) -> Re
         shards=plan.features.shards,
         own=plan.shards,
         records=[records[shard] for shard in sorted(records)],
-        made=list(making.made),
-        given_up=making.given_up,
+        made=list(state.made),
+        given_up=state.given_up,
         explained_variance=attributes["explained_variance"],
         seconds=time.monotonic() - started,
-        making_seconds=making.seconds,
+        making_seconds=state.seconds,
         keys=plan.references["key"],
         max_failed_share=config.max_failed_share,
     )
@@ -109,7 +109,7 @@ def make_shards(
     to_do: list[int],
     done: list[LedgerRecord],
 ) -> tuple[dict[int, LedgerRecord], dict[int, str]]:
-    """Make the shards ``to_do``; returns the records of those made, and the reasons for those given up."""
+    """Make the shards ``to_do``; returns the records of the shards made, and the reasons for those given up."""
     made: dict[int, LedgerRecord] = {}
     given_up: dict[int, str] = {}
     shared = workers.share(encoding)
@@ -126,11 +126,11 @@ def make_shards(
 
 
 def what_is_kept(plan: Plan, objects: Objects, *, set_up: bool) -> str:
-    """For somebody who stopped the job: what there is of the store, and how to go on.
+    """Message for the user who stopped the job: what the store holds, and how to continue.
 
     Args:
-        plan: of the job.
-        objects: the store. It is asked: workers may have finished shards that the job does not know of.
+        plan: the job's plan.
+        objects: the store. It is listed, because workers may have finished shards that the job does not know of.
         set_up: whether this job saw the store set up.
     """
     try:
@@ -151,20 +151,20 @@ def what_is_kept(plan: Plan, objects: Objects, *, set_up: bool) -> str:
 def open_workers(
     spec: WorkerSpec, stages: Stages | None, config: FeatureConfig, *, attempts: int, stall_timeout_s: float
 ) -> Iterator[Workers]:
-    """Workers on the Ray cluster, or one in this process; gone at the end.
+    """Open workers on the Ray cluster, or one in this process; they end with the context.
 
     Args:
-        spec: of each worker.
-        stages: of the spec's recipe, for a worker in this process; None: on Ray.
-        config: of the job: how many workers, and the places that they must see.
-        attempts: times that a task may fail.
-        stall_timeout_s: a worker without progress for so long is replaced.
+        spec: spec of each worker.
+        stages: stages of the spec's recipe, for a worker in this process; None: workers on Ray.
+        config: the job's options: the number of workers, and the locations that they must be able to access.
+        attempts: number of times that a task may fail.
+        stall_timeout_s: a worker without progress for this long is replaced.
     """
     if stages is not None:
         with InlineWorkers(spec, attempts=attempts, make=partial(make_worker, stages=stages)) as inline:
             yield inline
         return
-    from pipeline.run.ray import choose  # ray takes a second to import
+    from pipeline.run.ray import choose  # deferred: importing ray takes a second
 
     options = ("images", "store", "weights", "upsampler_weights")
     places = {f"--{name.replace('_', '-')}": getattr(config, name, None) or "" for name in options}

@@ -1,4 +1,4 @@
-"""The places that a job names: the store that may be there already, and images that must not lie in it."""
+"""Check the locations that a job names: a store that may exist already, and images that must not overlap with it."""
 
 from pathlib import Path
 
@@ -15,10 +15,11 @@ __all__ = ["check_apart", "check_same", "stored_attributes_at"]
 
 
 def stored_attributes_at(config: UpsampleConfig) -> StoreAttributes | None:
-    """Attributes of the store at ``--store``, None if nothing is there.
+    """Attributes of the store at ``--store``; None if there is no store.
 
     Raises:
-        JobError: something else is there, or a store that the options neither resume nor overwrite.
+        JobError: the location holds other objects, parts of a store that are not to be overwritten, or a store that
+            the options neither resume nor overwrite.
     """
     with storage_explained(f"--store {config.store}"):
         objects = Objects(config.store)
@@ -26,7 +27,7 @@ def stored_attributes_at(config: UpsampleConfig) -> StoreAttributes | None:
         if stored is None and (others := foreign_keys(objects)):
             raise JobError(f"--store {config.store!r} is not empty ({_few(others)}): choose an empty location")
         if stored is None and not config.overwrite and (parts := remains(objects)):
-            stored = existing_store(objects)  # another job may set it up this very moment
+            stored = existing_store(objects)  # another job may just have set it up
             if stored is None:
                 raise JobError(
                     f"--store {config.store} holds parts of a store ({_few(parts)}), but no zarr.json: a deletion or a "
@@ -41,7 +42,7 @@ def check_same(stored: StoreAttributes, configuration: StoreConfiguration, store
     """Refuse to mix two configurations in one store.
 
     Raises:
-        JobError: they are not compatible; names each difference.
+        JobError: the configurations are not compatible; the message lists each difference.
     """
     if different := incompatibilities(stored.configuration, configuration):
         raise JobError(
@@ -52,18 +53,18 @@ def check_same(stored: StoreAttributes, configuration: StoreConfiguration, store
 
 
 def check_apart(images: str, option: str, place: str) -> None:
-    """Refuse a result among the images, or images in the result: the next listing would take one for the other.
+    """Refuse an output location that overlaps with the images: the next listing would mix the two.
 
     Args:
         images: folder or URI of images.
-        option: of the command line that names the place.
-        place: folder or URI that the result goes to.
+        option: command-line option that names the output location.
+        place: folder or URI of the output.
 
     Raises:
-        JobError: they overlap.
+        JobError: one encloses the other.
     """
     if is_local(images) and not Path(absolute_place(images)).is_dir():
-        return  # files or a pattern: the place is refused if it holds them
+        return  # files or a pattern: an output folder that holds them is refused as not empty
     if encloses(images, place) or encloses(place, images):
         raise JobError(f"{option} {place} and the images {images} overlap: use a separate folder for {option}")
 

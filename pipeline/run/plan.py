@@ -1,4 +1,4 @@
-"""What a job is going to do, found out and checked before it does anything."""
+"""Plan a job: resolve and check everything before the job does any work."""
 
 import logging
 import os
@@ -48,16 +48,16 @@ class Plan:
     """A checked job.
 
     Attributes:
-        config: what was asked.
-        references: the images, one row each (``schemas.index.REFERENCES``).
-        class_names: of their labels.
-        features: shape and cutting of the array.
-        configuration: everything that the features will depend on; without a basis that is yet to be fitted.
-        basis: given by ``--pca``; None: to be fitted.
-        stored: attributes of the store that is to be resumed or overwritten.
-        spec: for the workers.
-        stages: of the spec's recipe, as built here for a worker in this process; None with workers elsewhere.
-        findings: what of the source is not used; nothing if the store is resumed, as its source is not listed.
+        config: options of the job.
+        references: the images, one per row (``schemas.index.REFERENCES``).
+        class_names: class names of the labels.
+        features: shape and sharding of the feature array.
+        configuration: everything that the features depend on, except for a basis that is not fitted yet.
+        basis: basis from ``--pca``; None: to be fitted.
+        stored: attributes of the store that is to be resumed or overwritten; None if there is no store.
+        spec: spec of the workers.
+        stages: stages of the spec's recipe, built here for a worker in this process; None with workers elsewhere.
+        findings: parts of the source that are not used; empty if the store is resumed, as its source is not listed.
     """
 
     config: UpsampleConfig
@@ -73,16 +73,16 @@ class Plan:
 
     @property
     def shards(self) -> range:
-        """The shards that this job is to make, if they are not done."""
+        """Shards that this job makes, unless they are done."""
         return self.config.shard_range(self.features.shards)
 
     def shard_references(self, shard: int) -> pa.Table:
-        """The images of a shard."""
+        """References of a shard's images."""
         rows = self.features.rows_of(shard)
         return self.references.slice(rows.start, len(rows))
 
     def describe(self) -> str:
-        """The plan for a person."""
+        """The plan as text for the user."""
         layout, config = self.features, self.config
         k, height, width = layout.image_shape
         nbytes = layout.rows * layout.image_nbytes
@@ -96,7 +96,7 @@ class Plan:
             f"features    {k} components, {height}×{width}, {layout.dtype}",
             f"shards      {layout.shards:,} of {layout.shard_rows} images"
             + (f", {len(self.shards):,} of them by this job ({config.shards})" if config.shards else ""),
-            f"bytes       at most {readable_size(nbytes)} (what it is before compression)",
+            f"bytes       at most {readable_size(nbytes)} (before compression)",
             "workers     " + ("on Ray" if self.stages is None else "this process, without Ray (--workers 1 to use it)"),
         ]
         for stage, settings in self.configuration.to_dict().items():
@@ -106,10 +106,10 @@ class Plan:
 
 
 def make_plan(config: UpsampleConfig) -> Plan:
-    """Look at source, store, backbone and upsampler, and check that they fit together.
+    """Inspect source, store, backbone and upsampler, and check that they fit together.
 
     Raises:
-        JobError: they do not; the message says why and what to do.
+        JobError: they do not fit; the message says why and what to do.
     """
     check_apart(config.images, "--store", config.store)
     stored = stored_attributes_at(config)
@@ -124,7 +124,7 @@ def make_plan(config: UpsampleConfig) -> Plan:
     features = FeatureLayout(references.num_rows, k, *config.output_size_px, config.dtype, config.shard_rows)
     own = config.shard_range(features.shards)
     if not own:
-        raise JobError(f"--shards {config.shards} holds none of the {features.shards} shards of this dataset")
+        raise JobError(f"--shards {config.shards} selects none of the {features.shards} shards of this dataset")
     inline = fits_this_process(config.workers, config.device, len(own) * config.shard_rows)
     plan = Plan(
         config=config,
@@ -141,15 +141,15 @@ def make_plan(config: UpsampleConfig) -> Plan:
     if resumed:
         check_same(resumed, plan.configuration, config.store)
     if not config.dry_run:
-        check_writable(Objects(config.store), f"--store {config.store}")  # the last check, because it writes
+        check_writable(Objects(config.store), f"--store {config.store}")  # last, because it writes
     return plan
 
 
 def feature_spec(config: FeatureConfig) -> tuple[WorkerSpec, pa.Table, Stages]:
-    """For jobs that need low-resolution features only: the workers' spec, the images, the stages.
+    """Worker spec, image references and stages of a job that needs only low-resolution features.
 
     Raises:
-        JobError: as ``make_plan``.
+        JobError: as in ``make_plan``.
     """
     backbone = _checked_backbone(config)
     source = _listed(config)
@@ -188,13 +188,13 @@ def _upsample_recipe(
 def _configuration(
     config: UpsampleConfig, source: SourceConfiguration, recipe: UpsampleRecipe, basis: Basis | None
 ) -> StoreConfiguration:
-    placed = recipe.images.geometry
+    geometry = recipe.images.geometry
     floor = recipe.error_floor if recipe.dtype == "int8" else None
     return StoreConfiguration(
         source=source,
         backbone=recipe.backbone_identity,
         geometry=GeometryConfiguration(
-            placed.size, placed.fit, placed.output_size, recipe.images.max_pixels, recipe.images.min_side
+            geometry.size, geometry.fit, geometry.output_size, recipe.images.max_pixels, recipe.images.min_side
         ),
         pca=_pca_configuration(config, recipe.components, basis, source.rows),
         upsampler=recipe.upsampler_identity,
@@ -207,10 +207,10 @@ def _spec(config: FeatureConfig, recipe: FeatureRecipe) -> WorkerSpec:
 
 
 def read_basis(uri: str, backbone: Backbone) -> Basis:
-    """A basis from ``jobs/fit_pca.py`` (.npz) or from another store, checked against the backbone.
+    """Read a basis from ``jobs/fit_pca.py`` (.npz) or from another store, and check that it is for the backbone.
 
     Raises:
-        JobError: it cannot be read, or was fitted to other features.
+        JobError: the basis cannot be read, or was fitted to other features.
     """
     if uri.endswith(".npz"):
         try:
@@ -226,7 +226,7 @@ def read_basis(uri: str, backbone: Backbone) -> Basis:
         raise JobError(
             f"--pca {uri} was fitted to other features: "
             + "; ".join(differences(other, own))
-            + ". Fit a basis to this backbone, or omit --pca"
+            + ". Fit a basis for this backbone, or omit --pca"
         )
     return basis
 
@@ -246,7 +246,7 @@ def _check_upsampler(upsampler: Upsampler, backbone: Backbone, config: UpsampleC
         upsampler.check_grid(backbone.num_chs, backbone.grid)
     except ValueError as error:
         raise JobError(
-            f"--upsampler {config.upsampler} does not take the {backbone.grid[0]}×{backbone.grid[1]} features of "
+            f"--upsampler {config.upsampler} does not accept the {backbone.grid[0]}×{backbone.grid[1]} features of "
             f"{config.backbone} at layer {backbone.layer}: {error}. Choose a larger --size or an earlier --layer"
         ) from error
 
@@ -260,17 +260,17 @@ def _components(config: UpsampleConfig, backbone: Backbone, basis: Basis | None)
 def _source(
     config: UpsampleConfig, resumed: StoreAttributes | None
 ) -> tuple[SourceConfiguration, pa.Table, tuple[str, ...], tuple[Finding, ...]]:
-    """The source's part of the configuration, its images, its classes, and what of it is not used.
+    """Source configuration, image references, class names, and findings about the source.
 
-    A store that is resumed has its images in its index: they are not listed again, so that rows stay where they are.
+    When a store is resumed, its images are read from its index and not listed again, so that rows keep their numbers.
     """
     images = absolute_place(config.images)
     if resumed and resumed.setup_complete:
         references = stored_index(Objects(config.store)).select(REFERENCES.names)
         stored = resumed.configuration.source
         column = stored.image_column if config.image_column is None else config.image_column
-        asked = replace(stored, images=images, limit=config.limit, image_column=column)
-        return asked, references, resumed.class_names, ()
+        requested = replace(stored, images=images, limit=config.limit, image_column=column)
+        return requested, references, resumed.class_names, ()
     source = _listed(config)
     refuse_losses(config.images, source.findings, source.candidates, config.max_failed_share)
     configuration = SourceConfiguration(
@@ -290,12 +290,12 @@ def _listed(config: FeatureConfig) -> Source:
 
 
 def cluster_scan_map() -> ScanMap | None:
-    """Where the files of a large dataset are scanned: on the Ray cluster that RAY_ADDRESS names, if there is one."""
+    """Map that scans the files of a large dataset on the Ray cluster at RAY_ADDRESS; None if that is not set."""
     if not os.environ.get("RAY_ADDRESS"):
         return None
 
     def scan(function: Callable[[str], Scan], paths: Sequence[str]) -> Iterator[Scan]:
-        from pipeline.run.ray import cluster  # ray takes a second to import
+        from pipeline.run.ray import cluster  # deferred: importing ray takes a second
 
         return cluster.map_on_cluster(function, paths)
 
@@ -314,7 +314,7 @@ def _short(value: Any) -> str:
 
 
 def readable_size(nbytes: float) -> str:
-    """Bytes for a person: ``"1.23 GB"``."""
+    """Format a number of bytes: ``"1.23 GB"``."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.3g} {unit}"

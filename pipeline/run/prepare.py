@@ -1,4 +1,4 @@
-"""From a plan to a store that takes shards: fit the basis, choose the quantization steps, set the store up."""
+"""Prepare the store of a plan for shards: fit the basis, choose the quantization steps, set up the store."""
 
 import logging
 import shutil
@@ -29,14 +29,15 @@ logger = logging.getLogger(__name__)
 
 _IMAGES_IN_TASK = 32  # images of the PCA sample in one task
 _CALIBRATION_IMAGES = 32  # images whose upsampled features set the quantization steps
-_IMAGES_IN_CALIBRATION_TASK = 4  # few: an upsampler that fits each image takes minutes for one
+_IMAGES_IN_CALIBRATION_TASK = 4  # few, because an upsampler that fits each image takes minutes per image
 
 
 def prepare(plan: Plan, objects: Objects, workers: Workers) -> StoreEncoding:
-    """Make the store ready for shards, or find it ready.
+    """Make the store ready for shards, if it is not ready yet.
 
     Raises:
-        JobError: the sample cannot be used, the store does not fit on the disk, somebody else set it up meanwhile.
+        JobError: the sample cannot be used, the store does not fit on the disk, the stored arrays are damaged, or
+            another job set up or deleted the store in the meantime.
     """
     with storage_explained(objects.uri):
         if plan.config.resume and (joined := _join(plan, objects)):
@@ -61,7 +62,7 @@ def prepare(plan: Plan, objects: Objects, workers: Workers) -> StoreEncoding:
         except FileExistsError:
             if not plan.config.resume:
                 raise JobError(
-                    f"another job set up {objects.uri} in the meantime: use --resume to work with it"
+                    f"another job set up {objects.uri} in the meantime: use --resume to continue it"
                 ) from None
         encoding = _join(plan, objects)
     if encoding is None:
@@ -70,10 +71,10 @@ def prepare(plan: Plan, objects: Objects, workers: Workers) -> StoreEncoding:
 
 
 def _join(plan: Plan, objects: Objects) -> StoreEncoding | None:
-    """Work with the store that is there, whoever set it up, and finish its setup if nobody has; None if there is none.
+    """Use the existing store, whichever job set it up, and complete its setup if necessary; None if there is no store.
 
     Raises:
-        JobError: it was made for other options, or is damaged.
+        JobError: the store was made with other options, or is damaged, or was replaced in the meantime.
     """
     stored = existing_store(objects)
     if stored is None:
@@ -88,20 +89,24 @@ def _join(plan: Plan, objects: Objects) -> StoreEncoding | None:
 
 
 def _delete_planned(plan: Plan, objects: Objects) -> None:
-    """Delete the store that was there when the job was planned, and no other."""
+    """Delete the store that existed when the job was planned.
+
+    Raises:
+        JobError: another job has set up a different store.
+    """
     stored = existing_store(objects)
     if stored is not None and stored != plan.stored:
         raise JobError(
-            f"another job set up {objects.uri} in the meantime: it is not the store that --overwrite was to delete"
+            f"another job set up {objects.uri} in the meantime: this is not the store that --overwrite was to delete"
         )
     delete_store(objects)
 
 
 def fit_basis(references: pa.Table, k: int, images: int, workers: Workers) -> Basis:
-    """Fit ``k`` components on a sample of ``images`` (0: all) usable images, spread over the workers.
+    """Fit ``k`` components on a sample of ``images`` (0: all) usable images, distributed over the workers.
 
     Raises:
-        JobError: too few images can be used.
+        JobError: too few images are usable.
     """
     logger.info("PCA: fitting %d components on %d images", k, min(images, references.num_rows) or references.num_rows)
     sample = gather(workers, FeatureWorker.moments, references, images, images_in_task=_IMAGES_IN_TASK, what="PCA")
@@ -109,7 +114,7 @@ def fit_basis(references: pa.Table, k: int, images: int, workers: Workers) -> Ba
 
 
 def _calibrate(plan: Plan, basis: Basis, workers: Workers) -> tuple[npt.NDArray[np.float32] | None, float]:
-    """Quantization steps [k], None for float16; and the bytes that an image will take, about."""
+    """Choose the quantization steps ([k] float32, None for float16), and estimate the bytes that an image will take."""
     sample = gather(
         workers,
         ShardWorker.calibrate,
@@ -124,7 +129,11 @@ def _calibrate(plan: Plan, basis: Basis, workers: Workers) -> tuple[npt.NDArray[
 
 
 def _check_space(plan: Plan, objects: Objects, image_nbytes: float) -> None:
-    """Compare what the store will take with what a local disk has."""
+    """Check that the store fits on a local disk.
+
+    Raises:
+        JobError: the free space is too small.
+    """
     images = sum(len(plan.features.rows_of(shard)) for shard in plan.shards)
     needed = image_nbytes * images
     logger.info("store: about %s an image, %s in all", readable_size(image_nbytes), readable_size(needed))
@@ -136,8 +145,8 @@ def _check_space(plan: Plan, objects: Objects, image_nbytes: float) -> None:
         free += sum(objects.list(FEATURES).values())
     if needed > free:
         raise JobError(
-            f"no space for {objects.uri}: about {readable_size(needed)} are needed, {readable_size(free)} are free; "
-            "free some, choose another --store, fewer --components, a smaller --output-size or a greater --error-floor"
+            f"no space for {objects.uri}: about {readable_size(needed)} needed, {readable_size(free)} free; free some, "
+            "or choose another --store, fewer --components, a smaller --output-size or a larger --error-floor"
         )
 
 
@@ -147,7 +156,7 @@ def _stored_encoding(plan: Plan, objects: Objects) -> StoreEncoding:
     if basis.digest != attributes.configuration.pca.basis:
         raise JobError(f"the PCA basis in {objects.uri} does not match its attributes: use --overwrite")
     if step_sha256(store.step) != attributes.step_sha256:
-        raise JobError(f"the steps in {objects.uri} do not match its attributes: use --overwrite")
+        raise JobError(f"the quantization steps in {objects.uri} do not match its attributes: use --overwrite")
     if store.layout != plan.features:
         raise JobError(f"the array in {objects.uri} is {store.layout}, expected {plan.features}: use --overwrite")
     return StoreEncoding(basis, store.step, attributes.hash)

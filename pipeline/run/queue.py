@@ -1,7 +1,7 @@
-"""Which task goes to which worker, and when: all of the policy, and no Ray. Time is passed in.
+"""Decide which task goes to which worker, and when. This module has the whole policy and no Ray; time is passed in.
 
-A task that failed is tried again later, elsewhere, and, where it may have been at fault itself, alone. A worker that is
-lost with its node costs its tasks nothing.
+A task that failed is retried later, on another worker if possible, and alone if it may itself be the cause. A worker
+that is lost with its node does not count as an attempt of its tasks.
 """
 
 from bisect import insort
@@ -24,8 +24,8 @@ class TaskFailed:
     """A task that was given up.
 
     Attributes:
-        attempts: how often it was tried.
-        reason: of the last failure, one line.
+        attempts: number of failed attempts.
+        reason: reason of the last failure, one line.
     """
 
     attempts: int
@@ -34,12 +34,12 @@ class TaskFailed:
 
 @dataclass
 class _Task:
-    attempts: int = 0  # that failed
+    attempts: int = 0  # failed attempts
     losses: int = 0
-    suspect: bool = False  # it may be what stops its workers: it runs alone
+    suspect: bool = False  # it may be what makes its workers fail, so it runs alone
     not_before: float = 0.0
-    on: tuple[Hashable, str | None] = (None, None)  # worker and node that have it, or had it last
-    workers: set[Hashable] = field(default_factory=set)  # that it failed on
+    on: tuple[Hashable, str | None] = (None, None)  # current or last worker, and its node
+    workers: set[Hashable] = field(default_factory=set)  # workers and nodes on which it failed
     nodes: set[str] = field(default_factory=set)
 
 
@@ -53,14 +53,14 @@ class _Worker:
 
 
 class TaskQueue(Generic[Worker]):
-    """The tasks 0 … count - 1 of one map, and the workers that take them.
+    """The tasks 0 … count - 1 of one map, and the workers that run them.
 
     Args:
-        count: of tasks.
-        attempts: how often a task may fail before it is given up.
-        first_wait_s: before a task that failed is tried again; doubled with every further failure, up to a minute.
-        elsewhere_s: how long a task that failed waits for a worker that it did not fail on.
-        most_losses: how often a task may be lost with its node before that counts as a failure of its own.
+        count: number of tasks.
+        attempts: number of failures after which a task is given up.
+        first_wait_s: wait before the first retry of a task; doubled with every further failure, up to a minute.
+        elsewhere_s: how long a failed task waits for a worker on which it has not failed.
+        most_losses: how often a task may be lost with its node before a loss counts as a failure.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TaskQueue(Generic[Worker]):
         self._attempts, self._most_losses = attempts, most_losses
         self._first_wait_s, self._elsewhere_s = first_wait_s, elsewhere_s
         self._fresh = deque(range(count))
-        self._again: list[int] = []  # failed or lost before: after all others
+        self._again: list[int] = []  # failed or lost before; they run after all others
         self._tasks = {task: _Task() for task in range(count)}
         self._workers: dict[Worker, _Worker] = {}
 
@@ -85,28 +85,28 @@ class TaskQueue(Generic[Worker]):
         return len(self._tasks)
 
     def join(self, worker: Worker, node: str | None, room: int, now: float) -> None:
-        """A worker is ready.
+        """Add a worker that is ready.
 
         Args:
             worker: anything that identifies it.
-            node: that it is on.
-            room: tasks that it can have at once.
-            now: seconds of a monotonic clock, here and everywhere else.
+            node: its node.
+            room: number of tasks that it can run at once.
+            now: seconds of a monotonic clock, as in all methods.
         """
         self._workers[worker] = _Worker(node, room, moved_at=now)
 
     def leave(self, worker: Worker) -> list[int]:
-        """A worker is gone; the tasks it had, each of which has to be called ``failed`` or ``lost``."""
+        """Remove a worker; returns its tasks, for each of which ``failed`` or ``lost`` must be called."""
         gone = self._workers.pop(worker, None)
         return sorted(gone.running) if gone else []
 
     def pause(self, worker: Worker, paused: bool = True) -> None:
-        """Give a worker no new tasks for now."""
+        """Give a worker no new tasks until it is resumed with ``paused=False``."""
         if worker in self._workers:
             self._workers[worker].paused = paused
 
     def hand_out(self, now: float) -> list[tuple[Worker, int]]:
-        """Tasks to be started now: breadth first, so that the last tasks spread over all workers."""
+        """Tasks to start now, with their workers; breadth first, so that the last tasks spread over all workers."""
         handed: list[tuple[Worker, int]] = []
         while True:
             for worker in sorted(self._workers, key=lambda name: len(self._workers[name].running)):
@@ -118,19 +118,22 @@ class TaskQueue(Generic[Worker]):
                 return handed
 
     def done(self, task: int, now: float) -> None:
-        """A task ended well."""
+        """Record that a task succeeded."""
         self._release(task, now)
         del self._tasks[task]
 
     def failed(self, task: int, reason: str, now: float, *, suspect: bool) -> TaskFailed | None:
-        """A task failed: it goes to the end, or is given up, which is what is returned then.
+        """Record that a task failed: it is retried after all others, or given up.
 
         Args:
-            task: that failed.
-            reason: one line.
-            now: as everywhere.
-            suspect: whether it may be what made its worker fail (a crash, no memory): it runs alone from now on. The
-                storage's silence is nobody's fault.
+            task: the task.
+            reason: reason of the failure, one line.
+            now: as in `join`.
+            suspect: whether the task may have made its worker fail (a crash, no memory); it then runs alone from now
+                on. Storage that does not answer is not the task's fault.
+
+        Returns:
+            The failure if the task is given up, else None.
         """
         self._release(task, now)
         state = self._tasks[task]
@@ -148,7 +151,10 @@ class TaskQueue(Generic[Worker]):
         return None
 
     def lost(self, task: int, reason: str, now: float) -> TaskFailed | None:
-        """The task's worker went with its node, or out of reach. That is no failure, unless it happens all the time."""
+        """Record that a task's worker was lost with its node or is unreachable. Arguments and result as for `failed`.
+
+        A loss counts as a failure only after more than ``most_losses`` of them.
+        """
         self._release(task, now)
         state = self._tasks[task]
         state.losses += 1
@@ -159,12 +165,12 @@ class TaskQueue(Generic[Worker]):
         return None
 
     def progressed(self, worker: Worker, now: float) -> None:
-        """A worker did something."""
+        """Record that a worker made progress."""
         if worker in self._workers:
             self._workers[worker].moved_at = now
 
     def stalled(self, timeout_s: float, now: float) -> list[Worker]:
-        """Workers that have tasks and showed no progress for so long."""
+        """Workers that have tasks and made no progress for more than ``timeout_s``."""
         return [worker for worker, state in self._workers.items() if state.running and now - state.moved_at > timeout_s]
 
     def _take(self, worker: Worker, now: float) -> int | None:
@@ -180,7 +186,7 @@ class TaskQueue(Generic[Worker]):
         return task
 
     def _take_again(self, worker: Worker, now: float) -> int | None:
-        """A task that failed before, and may run here: the one that has been due longest."""
+        """Take the failed or lost task that has been due longest and may run on this worker, if there is one."""
         idle = not self._workers[worker].running
         for task in self._again:
             state = self._tasks[task]
@@ -192,21 +198,21 @@ class TaskQueue(Generic[Worker]):
         return None
 
     def _may_go(self, task: _Task, worker: Worker, now: float) -> bool:
-        """Whether no other worker is a better place for it, or it has waited for one long enough."""
+        """Whether no other worker is a better choice for the task, or it has waited long enough for one."""
         if now >= task.not_before + self._elsewhere_s:
             return True
         others = [name for name, state in self._workers.items() if not state.paused]
         return self._familiarity(task, [worker]) <= self._familiarity(task, others)
 
     def _familiarity(self, task: _Task, workers: Iterable[Worker]) -> int:
-        """0: one of the workers is on a node that the task never failed on; 1: a new worker; 2: it failed on all."""
+        """0: a worker is on a node where the task never failed; 1: it never failed on a worker; 2: it failed on all."""
         return min(2 if worker in task.workers else int(self._workers[worker].node in task.nodes) for worker in workers)
 
     def _put_back(self, task: int) -> None:
         insort(self._again, task, key=lambda task: self._tasks[task].not_before)
 
     def _release(self, task: int, now: float) -> None:
-        """Take a task from its worker, if that is still there."""
+        """Take a task from its worker, if the worker is still here."""
         for worker in self._workers.values():
             if task in worker.running:
                 worker.running.remove(task)

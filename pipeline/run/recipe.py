@@ -1,7 +1,7 @@
 """The recipe of a job: its options, resolved once by the driver, as a value that builds the stages.
 
-Workers get the recipe and not the options: what was detected (the layer counted from the end, the kind of the dataset)
-was detected once, and every stage that is built elsewhere is held to the identity that the driver found.
+Workers get the recipe instead of the options. Detected values (the layer counted from the end, the kind of the dataset)
+are detected only once, and every stage that is built elsewhere must have the identity of the driver's stage.
 """
 
 import socket
@@ -24,11 +24,11 @@ __all__ = ["FeatureRecipe", "ImageRecipe", "Stages", "UpsampleRecipe"]
 
 @dataclass(frozen=True, eq=False)
 class Stages:
-    """What a recipe builds.
+    """The stages that a recipe builds.
 
     Attributes:
         backbone: pixels to features of C channels.
-        upsampler: features to high-resolution features; None for jobs that need the backbone alone.
+        upsampler: features to high-resolution features; None for jobs that need only the backbone.
     """
 
     backbone: Backbone
@@ -46,9 +46,9 @@ class ImageRecipe:
     Attributes:
         source_kind: how the dataset stores its images.
         image_column: see `pipeline.images.listing.source.Source`.
-        geometry: the grid.
-        max_pixels: larger images are failed rows.
-        min_side: images with a shorter side are failed rows.
+        geometry: size of the pixels and of the stored features, and how images are fitted to it.
+        max_pixels: larger images become failed rows.
+        min_side: images with a shorter side become failed rows.
     """
 
     source_kind: SourceKind
@@ -58,7 +58,7 @@ class ImageRecipe:
     min_side: int
 
     def loader(self, batch_size: int, threads: int) -> BatchLoader:
-        """What reads and decodes images, in batches."""
+        """Build the loader that reads and decodes images in batches."""
         return BatchLoader(
             self.geometry,
             batch_size,
@@ -72,12 +72,12 @@ class ImageRecipe:
 
 @dataclass(frozen=True)
 class FeatureRecipe:
-    """From images to low-resolution features.
+    """Recipe from images to low-resolution features.
 
     Attributes:
-        images: how they are read.
-        backbone: model of timm.
-        layer: of the model, 0 or more.
+        images: how images are read.
+        backbone: name of the timm model.
+        layer: layer of the model, 0 or more.
         weights: "pretrained", "random", or the URI of a checkpoint.
         backbone_identity: `Backbone.identity` of the backbone that the driver built.
     """
@@ -92,7 +92,7 @@ class FeatureRecipe:
         """Build the stages on the CPU.
 
         Raises:
-            JobError: a stage cannot be built, or is not the driver's: this machine has other weights.
+            JobError: a stage cannot be built, or differs from the driver's because this machine has other weights.
         """
         size = self.images.geometry.size
         backbone = build_backbone(self.backbone, size=size, weights=self.weights, layer=self.layer)
@@ -102,16 +102,16 @@ class FeatureRecipe:
 
 @dataclass(frozen=True)
 class UpsampleRecipe(FeatureRecipe):
-    """From images to stored high-resolution features.
+    """Recipe from images to stored high-resolution features.
 
     Attributes:
         upsampler: a name in `pipeline.upsamplers.build.UPSAMPLERS`.
         upsampler_weights: URI of its checkpoint, if it has one.
-        upsampler_options: its own options.
+        upsampler_options: options of this upsampler.
         upsampler_identity: `Upsampler.identity` of the upsampler that the driver built.
-        components: k.
-        dtype: int8 or float16.
-        error_floor: of the quantization steps.
+        components: number of PCA components, k.
+        dtype: "int8" or "float16".
+        error_floor: smallest quantization step, see `pipeline.store.calibration.choose_steps`.
         shard_rows: rows of a shard.
     """
 
@@ -135,6 +135,6 @@ class UpsampleRecipe(FeatureRecipe):
 def _check_identity(stage: str, got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     if got != expected:
         raise JobError(
-            f"{stage} mismatch on {socket.gethostname()}: got {got}, expected {expected} as on the driver; every node "
+            f"{stage} mismatch on {socket.gethostname()}: got {got}, expected {expected} as on the driver; all nodes "
             "must load the same weights with the same version of timm"
         )

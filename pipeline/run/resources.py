@@ -1,7 +1,7 @@
-"""What a process may use of its machine, and where a job's workers go on a cluster. Knows nothing of Ray.
+"""Resources that a process may use on its machine, and the placement of a job's workers on a cluster. Has no Ray.
 
-A machine's number of cores says little in a container: affinity and cgroup limits count. And a cluster's sums say
-nothing of its nodes: every process looks at its own.
+In a container, the machine's number of cores says little: affinity and cgroup limits decide. The totals of a cluster
+say nothing about its nodes, so every process examines its own node.
 """
 
 import math
@@ -31,14 +31,14 @@ __all__ = [
 
 _ROOT = Path("/")
 _FEW_IMAGES = 1000
-_MEMORY_SHARE = 0.7  # of what is free, for shards: the rest is for stages, libraries, and what is estimated too low
+_MEMORY_SHARE = 0.7  # of free memory, for shards; the rest is for stages, libraries and estimates that are too low
 
 
 def available_cores(root: Path = _ROOT) -> int:
-    """Cores that this process may use: those of its affinity, and no more than its cgroups' quota, at least 1.
+    """Cores that this process may use: the size of its affinity mask, limited by its cgroups' quotas; at least 1.
 
     Args:
-        root: folder that has ``proc`` and ``sys``.
+        root: folder that contains ``proc`` and ``sys``.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [quota for folder in _cgroup_folders("cpu", root) if (quota := _cpu_quota(folder)) is not None]
@@ -46,10 +46,10 @@ def available_cores(root: Path = _ROOT) -> int:
 
 
 def available_memory(root: Path = _ROOT) -> int:
-    """Bytes that this process may still take: what the machine has free, and what is left of its cgroups' limits.
+    """Bytes that this process may still allocate: the machine's free memory, limited by what its cgroups have left.
 
     Args:
-        root: as `available_cores`.
+        root: as in `available_cores`.
     """
     left = [_free_memory(root)]
     left += [free for folder in _cgroup_folders("memory", root) if (free := _memory_left(folder)) is not None]
@@ -57,36 +57,36 @@ def available_memory(root: Path = _ROOT) -> int:
 
 
 def worker_threads(device: str, cores: int, *, gpus: int, granted: float) -> int:
-    """Threads of one of the workers on a node.
+    """Threads of a worker on a node.
 
     Args:
         device: "cpu" or "cuda".
-        cores: that processes on the node may use.
-        gpus: of the node: each may have a worker, and they share the cores.
-        granted: CPUs that a worker on the CPU was given.
+        cores: cores that processes on the node may use.
+        gpus: GPUs of the node; each may have a worker, and these share the cores.
+        granted: CPUs that the cluster assigned to a worker on the CPU.
     """
     return max(1, cores // max(gpus, 1) if device == "cuda" else min(cores, int(granted)))
 
 
 def threads_in_training(cores: int, workers_on_node: int, granted: int | None) -> int:
-    """Threads of one of the processes that train on a node.
+    """Threads of a training process on a node.
 
     Args:
-        cores: that processes on the node may use.
-        workers_on_node: that share them.
-        granted: CPUs that each was given; None: it trains on a GPU.
+        cores: cores that processes on the node may use.
+        workers_on_node: number of training processes that share the cores.
+        granted: CPUs that the cluster assigned to each process; None: it trains on a GPU.
     """
     return max(1, min(cores // max(workers_on_node, 1), cores if granted is None else granted))
 
 
 def shards_computing(device: str, threads: int, *, memory: float, task_nbytes: int) -> int:
-    """How many shards compute at the same time in a worker: one on a GPU, one a thread on a CPU if memory allows.
+    """Number of shards that compute at the same time in a worker: 1 on a GPU, 1 per thread on a CPU if memory allows.
 
     Args:
         device: "cpu" or "cuda".
-        threads: of the worker.
-        memory: bytes that the worker may take.
-        task_nbytes: about what a shard in the worker takes; there is one more of them than compute.
+        threads: threads of the worker.
+        memory: bytes that the worker may allocate.
+        task_nbytes: approximate memory of a shard; the worker has one more shard in memory than are computing.
     """
     if device != "cpu":
         return 1
@@ -94,17 +94,17 @@ def shards_computing(device: str, threads: int, *, memory: float, task_nbytes: i
 
 
 def threads_in_operations(device: str, threads: int) -> int:
-    """Threads for torch inside of an operation, in a worker's process.
+    """Threads of torch within an operation, in a worker process.
 
-    On a CPU it is parallel over shards, not inside of operations: threads that wait for each other at every operation
-    lose most of their time where decoding and compression want the same cores.
+    On a CPU, a worker is parallel over shards and not within operations: threads that synchronize at every operation
+    lose most of their time when decoding and compression compete for the same cores.
     """
     return 1 if device == "cpu" else threads
 
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Torch's threads inside of operations, for all of this process: to be set by whoever owns the process."""
+    """Set torch's threads within operations, for the whole process; only for code that owns the process."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -114,7 +114,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def all_cores() -> AbstractContextManager[None]:
-    """Torch's threads in a process that has the machine to itself; torch knows of no cgroup's quota."""
+    """Set torch's threads for a process that does not share the machine; torch itself ignores cgroup quotas."""
     return torch_threads(min(torch.get_num_threads(), available_cores()))
 
 
@@ -139,9 +139,9 @@ class Node:
     """A machine of a cluster.
 
     Attributes:
-        name: the cluster's identifier of it.
-        cpus: that the cluster gives out on it; a head node may have 0.
-        gpus: the same.
+        name: the cluster's identifier of the node.
+        cpus: CPUs that the cluster can assign on the node; a head node may have 0.
+        gpus: GPUs that the cluster can assign on the node.
     """
 
     name: str
@@ -151,12 +151,12 @@ class Node:
 
 @dataclass(frozen=True)
 class Slot:
-    """What a worker asks of the cluster.
+    """Resources that a worker requests from the cluster.
 
     Attributes:
-        cpus: CPUs.
-        gpus: GPUs, 0 or 1.
-        node: the node that it is meant for; None: any that has room.
+        cpus: number of CPUs.
+        gpus: number of GPUs, 0 or 1.
+        node: preferred node; None: any node with free resources.
     """
 
     cpus: int
@@ -164,20 +164,20 @@ class Slot:
     node: str | None = None
 
     def anywhere(self, nodes: Sequence[Node]) -> "Slot":
-        """For a worker whose node is gone: it must fit any node that has CPUs, also one that is yet to come."""
+        """The slot for a worker whose node is gone: it must fit on any node that has CPUs, even one added later."""
         return Slot(min([self.cpus, *(node.cpus for node in nodes if node.cpus)]), self.gpus)
 
 
 def places_for_workers(device: str, nodes: Sequence[Node], count: int | None) -> list[Slot]:
-    """What each worker asks for; empty where there is no place for any.
+    """Resources to request for each worker; empty if no worker can be placed.
 
     Args:
         device: "cpu" or "cuda".
-        nodes: of the cluster, those that are alive.
-        count: of workers; None: one a GPU, or one a node that has CPUs, with all of that node's CPUs.
+        nodes: nodes of the cluster that are alive.
+        count: number of workers; None: one per GPU, or one per node that has CPUs, with all CPUs of the node.
     """
     if device == "cuda":
-        # No CPU: it fits wherever there is a GPU, and a worker counts its threads by itself.
+        # No CPU, so that the worker fits wherever there is a GPU; it determines its number of threads itself.
         return [Slot(0, 1)] * (sum(node.gpus for node in nodes) if count is None else count)
     nodes = [node for node in nodes if node.cpus]
     if count is None:
@@ -186,18 +186,18 @@ def places_for_workers(device: str, nodes: Sequence[Node], count: int | None) ->
 
 
 def cpus_of_each(cpus: Sequence[int], count: int) -> int:
-    """The most CPUs that each of ``count`` workers can ask for so that all fit on nodes of so many CPUs, at least 1.
+    """Largest number of CPUs that each of ``count`` workers can request so that all fit on nodes with ``cpus`` CPUs.
 
-    Where all do not fit, or there is no node yet, 1: they fit on whatever nodes are added.
+    It is 1 if they do not all fit, or if there is no node yet: workers then fit on any nodes that are added.
     """
     for each in range(max(cpus, default=1), 1, -1):
-        if sum(have // each for have in cpus) >= count:
+        if sum(on_node // each for on_node in cpus) >= count:
             return each
     return 1
 
 
 def _cgroup_folders(controller: str, root: Path) -> list[Path]:
-    """Of the process's cgroup and those above it that can be seen from here, version 1 and 2."""
+    """Folders of the process's cgroup and of its visible ancestors, for cgroup versions 1 and 2."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
         mounts = (root / "proc/self/mountinfo").read_text().splitlines()
@@ -216,7 +216,7 @@ def _cgroup_folders(controller: str, root: Path) -> list[Path]:
         else:
             continue
         group = PurePosixPath(path)
-        # In a container the mount's root is the container's own group, or the path is one that is not seen here.
+        # In a container, the mount's root is the container's own group, or the path is not visible from here.
         inside = group.relative_to(mount_root) if group.is_relative_to(mount_root) else PurePosixPath()
         folder = root / mount.lstrip("/")
         folders += [folder / part for part in [inside, *inside.parents] if ".." not in part.parts]
@@ -224,25 +224,25 @@ def _cgroup_folders(controller: str, root: Path) -> list[Path]:
 
 
 def _mount(line: str) -> tuple[str, str, str, list[str]]:
-    """Of a line of mountinfo: root, where it is mounted, type, options of the file system."""
+    """Parse a line of mountinfo: root, mount point, file system type, file system options."""
     own, _, file_system = line.partition(" - ")
     fields, (kind, _, options) = own.split(" "), file_system.split(" ", 2)
     return fields[3], fields[4].replace("\\040", " "), kind, options.split(",")
 
 
 def _cpu_quota(folder: Path) -> float | None:
-    """Cores that a cgroup may use; None: all."""
+    """Cores that a cgroup may use; None: no limit."""
     quota, period = [*_words(folder / "cpu.max"), "", ""][:2]
     if not quota:
         quota = " ".join(_words(folder / "cpu.cfs_quota_us"))
         period = " ".join(_words(folder / "cpu.cfs_period_us"))
-    if quota.isdigit() and period.isdigit() and int(period):  # "max", and -1, are none
+    if quota.isdigit() and period.isdigit() and int(period):  # "max" and -1 mean no limit
         return int(quota) / int(period)
     return None
 
 
 def _memory_left(folder: Path) -> int | None:
-    """Bytes up to a cgroup's limit, of which file caches do not count; None: no limit."""
+    """Bytes left below a cgroup's limit, not counting file caches as used; None: no limit."""
     for limit, used, cache in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

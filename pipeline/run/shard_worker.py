@@ -1,8 +1,8 @@
-"""One shard end to end: the loop that calls the stages. Knows nothing of Ray.
+"""Process one shard end to end: the loop that calls the stages. Has no Ray.
 
-Several shards may be in the worker at once, each in a thread of its own: while one computes, the next reads and decodes
-and the last is compressed and written. What a shard's bytes depend on (its rows, and how they are cut into batches)
-does not depend on that, nor on rows that failed: their places in the batch stay.
+A worker may have several shards at once, each in its own thread: while one computes, the next one is read and decoded,
+and the previous one is compressed and written. The bytes of a shard depend only on its rows and how they are split into
+batches. They do not depend on the other shards, nor on rows that failed, which keep their places in the batch.
 """
 
 import logging
@@ -37,17 +37,17 @@ from schemas.ledger import LedgerRecord, RowOutcome
 
 logger = logging.getLogger(__name__)
 
-_COPIES_IN_UPSAMPLING = 4  # of a batch's values: as floats of two steps, as codes, and those being encoded
+_COPIES_IN_UPSAMPLING = 4  # of a batch's values: floats of two steps, codes, and the codes being encoded
 
 
 @dataclass(frozen=True)
 class StoreEncoding:
-    """From features to stored values: the same for the whole store, set before its first shard.
+    """Encoding from features to stored values: the same for the whole store, fixed before its first shard.
 
     Attributes:
         basis: the PCA basis.
-        step: [k] float32 for int8; None for float16.
-        configuration_hash: of the store.
+        step: quantization steps, [k] float32, for int8; None for float16.
+        configuration_hash: hash of the store's configuration.
     """
 
     basis: Basis
@@ -56,7 +56,7 @@ class StoreEncoding:
 
 
 class ShardWorker(FeatureWorker):
-    """All stages, built once, and the loop over a shard's images. Arguments and errors as ``FeatureWorker``."""
+    """All stages, built once, and the loop over a shard's images. Arguments and errors as for ``FeatureWorker``."""
 
     def __init__(self, spec: WorkerSpec, stages: Stages | None = None) -> None:
         assert isinstance(spec.recipe, UpsampleRecipe)
@@ -70,7 +70,7 @@ class ShardWorker(FeatureWorker):
         self._with_basis: tuple[str, Projected] | None = None
 
     def calibrate(self, references: pa.Table, basis: Basis) -> Part[Calibration]:
-        """Scale of the upsampled features of some images, one by one: an upsampler may take minutes for each."""
+        """Measure the scale of the upsampled features, one image at a time: an upsampler may take minutes per image."""
         total = Part(Calibration.none(len(basis.components)), 0, None)
         for batch in self.loader.batches(references, StageSeconds()):
             for i, decoded in enumerate(batch.decoded):
@@ -86,22 +86,25 @@ class ShardWorker(FeatureWorker):
             pixels = pixels.to(self.device)
             features = self.backbone(pixels)
             high = self._projected(basis)(features, pixels, self.geometry.output_size)[0]
-            found = Calibration.of(high, self.recipe.dtype, self.recipe.error_floor)
-        if found is None:
+            calibration = Calibration.of(high, self.recipe.dtype, self.recipe.error_floor)
+        if calibration is None:
             return Part(Calibration.none(len(basis.components)), 0, "its features contain NaN or infinity")
-        return Part(found, 1, None)
+        return Part(calibration, 1, None)
 
     def make_shard(self, store: Objects, shard: int, references: pa.Table, encoding: StoreEncoding) -> LedgerRecord:
-        """Make a shard's features, write it, commit it.
+        """Compute, write and commit a shard.
 
         Args:
-            store: where.
-            shard: its number.
-            references: its rows (``schemas.index.REFERENCES``).
-            encoding: of the store.
+            store: the store.
+            shard: shard number.
+            references: rows of the shard (``schemas.index.REFERENCES``).
+            encoding: the store's encoding.
+
+        Returns:
+            The committed record; that of another job, if it was first.
 
         Raises:
-            JobError: the storage refuses in a way that trying again will not mend.
+            JobError: the storage refuses permanently, so a retry cannot help; or as in ``write_shard``.
         """
         if (record := committed(store, shard, encoding.configuration_hash)) is not None:  # by another job meanwhile
             self.images_done += references.num_rows
@@ -130,7 +133,10 @@ class ShardWorker(FeatureWorker):
     def _codes(
         self, batch: Batch, encoding: StoreEncoding, seconds: StageSeconds
     ) -> tuple[npt.NDArray[Any], dict[int, ImageError], int]:
-        """Stored values [B, k, H, W], which of them failed and why, and how many values of the others were clipped."""
+        """Stored values [B, k, H, W], failures by image, and the number of clipped values in the other images.
+
+        If no row of the batch is usable, the first result is an uninitialized array [B], which is not to be read.
+        """
         rows = len(batch.decoded)
         if not batch.usable_rows.any():
             self.images_done += rows
@@ -147,7 +153,7 @@ class ShardWorker(FeatureWorker):
         return codes.numpy(), stored.failures, sum(n for i, n in enumerate(clipped) if i not in stored.failures)
 
     def _features(self, batch: Batch, seconds: StageSeconds) -> tuple[Tensor, Tensor]:
-        """Low-resolution features [B, C, h, w] and the pixels they are of, on the device."""
+        """Low-resolution features [B, C, h, w], and the pixels they were computed from, both on the device."""
         with seconds.stage("backbone"):
             pixels = batch.pixels.to(self.device)
             features = self.backbone(pixels)
@@ -155,7 +161,7 @@ class ShardWorker(FeatureWorker):
         return features, pixels
 
     def _stored(self, features: Tensor, pixels: Tensor, encoding: StoreEncoding, seconds: StageSeconds) -> Stored:
-        """What is stored of low-resolution features."""
+        """Upsample and encode low-resolution features."""
         upsampler, size = self._projected(encoding.basis), self.geometry.output_size
         with seconds.stage("upsample"):
             stored = upsampler.encode(features, pixels, size, Encoding.of_steps(encoding.step, self.device))
@@ -163,29 +169,29 @@ class ShardWorker(FeatureWorker):
         return stored
 
     def _projected(self, basis: Basis) -> Projected:
-        """The upsampler with the basis folded in; the caller holds the device."""
+        """The upsampler with the basis folded in; call it only while holding ``computing``."""
         if self._with_basis is None or self._with_basis[0] != basis.digest:
             self._with_basis = basis.digest, self.upsampler.with_basis(*basis.tensors).to(self.device)
         return self._with_basis[1]
 
     def _task_nbytes(self) -> int:
-        """And of a shard: its chunks, counted as if they did not compress; float32 features of a batch, and scratch."""
+        """As in ``FeatureWorker``, plus a shard's chunks (as if uncompressed) and several float32 copies of a batch."""
         values = self.recipe.components * math.prod(self.geometry.output_size)
         chunks = self.recipe.shard_rows * values * np.dtype(self.recipe.dtype).itemsize
         return super()._task_nbytes() + chunks + self.batch_size * values * 4 * _COPIES_IN_UPSAMPLING
 
     def made_by(self) -> dict[str, str]:
-        """As ``FeatureWorker.made_by``, and who upsampled."""
+        """As ``FeatureWorker.made_by``, and the implementation of the upsampler."""
         return {**super().made_by(), "upsampled_by": self._upsampled_by.split(" (")[0]}
 
     def _synchronize(self) -> None:
-        """Let GPU work count for the stage that asked for it."""
+        """Wait for the GPU, so that its time counts for the stage that started the work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def make_worker(spec: WorkerSpec, stages: Stages | None = None) -> FeatureWorker:
-    """The worker that the recipe calls for."""
+    """Build the worker that the recipe needs."""
     kind = ShardWorker if isinstance(spec.recipe, UpsampleRecipe) else FeatureWorker
     return kind(spec, stages)
 

@@ -1,6 +1,6 @@
-"""What a job needs of its workers, and the simplest that gives it: one, in this process.
+"""The interface of a job's workers, and the simplest implementation: one worker in this process.
 
-``pipeline/run/ray/workers.py`` has those that run on a Ray cluster.
+``pipeline/run/ray/workers.py`` has the workers on a Ray cluster.
 """
 
 import time
@@ -26,7 +26,11 @@ _STOP_S = 10.0
 
 
 class Workers(Protocol):
-    """Something that runs a worker's methods, many at a time."""
+    """Runs methods of a worker, many at a time.
+
+    Attributes:
+        count: number of workers.
+    """
 
     count: int
 
@@ -39,22 +43,22 @@ class Workers(Protocol):
         """Call a method of the worker with each task's arguments.
 
         Args:
-            method: of the worker's class, unbound: ``ShardWorker.make_shard``.
-            tasks: arguments after the worker.
-            on_progress: called now and then with the images done since the last call.
+            method: method of the worker's class, unbound, e.g. ``ShardWorker.make_shard``.
+            tasks: arguments of each task, without the worker.
+            on_progress: called regularly with the number of images done since the last call.
 
         Yields:
-            (index of the task, its result or ``TaskFailed``), as they end.
+            (index of the task, its result or ``TaskFailed``), in the order in which tasks end.
 
-        A task that fails is tried again later and, if there is another worker, elsewhere, up to a number of attempts.
+        A task that fails is retried later, on another worker if there is one, up to a number of attempts.
 
         Raises:
-            JobError: a worker says that the job cannot go on.
+            JobError: a task raised it: the job cannot continue.
         """
         ...
 
     def share(self, value: Any) -> Any:
-        """``value`` for use in many tasks: sent to each machine once."""
+        """Prepare ``value`` for use in many tasks: it is sent to each machine only once."""
         ...
 
 
@@ -62,10 +66,10 @@ class InlineWorkers:
     """One worker, in this process, without Ray: for debuggers, profilers, and where Ray cannot start.
 
     Args:
-        spec: of the worker.
-        attempts: times a task may fail.
-        first_wait_s: as `TaskQueue`.
-        make: what makes the worker.
+        spec: spec of the worker.
+        attempts: number of failures after which a task is given up.
+        first_wait_s: as for `TaskQueue`.
+        make: builds the worker.
     """
 
     count = 1
@@ -97,7 +101,7 @@ class InlineWorkers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Tasks that still run, if it ends in an error, are stopped before their next batch."""
+        """Stop tasks that are still running (after an error) before their next batch."""
         with self._entered:
             self._worker.stop()
             self._pool.shutdown(wait=False, cancel_futures=True)
@@ -130,7 +134,7 @@ class InlineWorkers:
     def _settle(
         self, queue: "TaskQueue[InlineWorkers]", task: int, future: Future[Result]
     ) -> Iterator[tuple[int, Result | TaskFailed]]:
-        """What comes of a task that has ended; yields it if it is over."""
+        """Handle a task that has ended; yields it unless it is to be retried."""
         error = future.exception()
         if error is None:
             queue.done(task, time.monotonic())

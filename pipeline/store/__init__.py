@@ -1,4 +1,4 @@
-"""From features to codes, to bytes, to shards that are committed; and whether what lies there is sound.
+"""Encode features, write and commit shards, and verify and repair stores.
 
 May import ``pipeline.features`` (the basis), ``pipeline.io``, and the kernels.
 """

@@ -1,10 +1,11 @@
-"""The choice of the quantization steps, by the scale of upsampled features in a sample of the images.
+"""Choose the quantization steps from the scale of the upsampled features in a sample of the images.
 
-The PCA's eigenvalues do not give that scale: a learned upsampler changes it.
+The PCA eigenvalues do not give that scale, because a learned upsampler changes it.
 
-All components share one error floor (``step_c = max(8·σ_c / 127, floor · rms)``): with a step of its own size for every
-component, components of little variance would cost as many bits as the first. Rounding to a step errs by step/√12, so a
-floor f costs about f²/24 of cosine similarity: 0.9996 at 0.1, 0.997 at 0.25.
+All components share one error floor (``step_c = max(8·σ_c / 127, floor · rms)``). Without it, the step of every
+component would be proportional to its σ, and components of little variance would cost as many bits as the first.
+Rounding to a step has an error of step/√12, so a floor f costs about f²/24 of cosine similarity: 0.9996 at 0.1, 0.997
+at 0.25.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from kernels.quantization import INT8_MAX, Encoding
 
 __all__ = ["Calibration", "choose_steps"]
 
-_RANGE_SIGMAS = 8  # codes reach 8 σ of a component before they clip
+_RANGE_SIGMAS = 8  # codes cover ±8 σ of a component before they clip
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Calibration:
     """Sums over images.
 
     Attributes:
-        mean_square: [k] float64, of each component over an image's pixels.
-        nbytes: of the encoded images, each quantized with its own steps: an estimate of their size in the store.
+        mean_square: sum over images of each component's mean square over the pixels, [k] float64.
+        nbytes: size of the encoded images, each quantized with its own steps: an estimate of their size in the store.
     """
 
     mean_square: npt.NDArray[np.float64]
@@ -36,12 +37,12 @@ class Calibration:
 
     @classmethod
     def none(cls, components: int) -> "Calibration":
-        """The calibration of no images."""
+        """Calibration of no images: all sums are zero."""
         return cls(np.zeros(components), 0.0)
 
     @classmethod
     def of(cls, features: Tensor, dtype: str, error_floor: float) -> "Calibration | None":
-        """The calibration of one image's features [k, H, W]; None if they are not finite."""
+        """Calibration of one image's features [k, H, W]; None if any of them is not finite."""
         mean_square = features.square().mean((1, 2), dtype=torch.float64).cpu().numpy()
         if not np.isfinite(mean_square).all():
             return None
@@ -50,27 +51,27 @@ class Calibration:
         return cls(mean_square, len(layout.encode_chunk(codes.codes[0].cpu().numpy())))
 
     def merged(self, other: "Calibration") -> "Calibration":
-        """The calibration of the images of both."""
+        """Calibration of the images of both."""
         return Calibration(self.mean_square + other.mean_square, self.nbytes + other.nbytes)
 
 
 def choose_steps(
     dtype: str, mean_square: npt.NDArray[np.float64], error_floor: float
 ) -> npt.NDArray[np.float32] | None:
-    """Quantization step of each component [k], from the mean square [k] of its upsampled values.
+    """Choose the quantization step of each component from the mean square of its upsampled values.
 
     Args:
-        dtype: of the store, "int8" or "float16".
-        mean_square: float64, at least 0.
-        error_floor: least step, in units of the root mean square over all components.
+        dtype: data type of the store, "int8" or "float16".
+        mean_square: mean square of each component, [k] float64, at least 0.
+        error_floor: smallest step, in units of the root mean square over all components.
 
     Returns:
-        Steps > 0; None for float16, which has none.
+        Steps > 0, [k] float32; None for float16, which has no steps.
     """
     if dtype == "float16":
         return None
     own = _RANGE_SIGMAS * np.sqrt(mean_square) / INT8_MAX
     common = error_floor * np.sqrt(mean_square.mean())
-    # A component that is zero everywhere still needs a step that can be divided by.
+    # A component that is zero everywhere still needs a nonzero step to divide by.
     step: npt.NDArray[np.float32] = np.maximum(np.maximum(own, common), np.finfo(np.float32).tiny).astype(np.float32)
     return step

@@ -1,4 +1,4 @@
-"""The Zarr documents and small arrays of a store: what other libraries read it by (xarray, tensorstore, zarrs, …)."""
+"""Zarr metadata and small arrays of a store, which other libraries (xarray, tensorstore, zarrs, …) need to read it."""
 
 import json
 from typing import Any
@@ -16,7 +16,7 @@ from schemas.attributes import StoreAttributes
 __all__ = ["zarr_documents"]
 
 _FEATURE_DIMENSIONS = ("row", "component", "y", "x")
-# Names of the axes, and what the array holds.
+# Array -> names of its dimensions, and its long_name.
 _SMALL_ARRAYS: dict[str, tuple[tuple[str, ...], str]] = {
     layout.STEP: (("component",), "quantization step: feature = code × step"),
     f"{layout.PCA}/mean": (("channel",), "mean of the backbone's features"),
@@ -29,10 +29,10 @@ _SMALL_ARRAYS: dict[str, tuple[tuple[str, ...], str]] = {
 def zarr_documents(
     attributes: StoreAttributes, features: FeatureLayout, basis: Basis, step: np.ndarray[Any, Any] | None
 ) -> dict[str, bytes]:
-    """Key → bytes of all metadata and small arrays, made by zarr-python in memory.
+    """Build all metadata and small arrays with zarr-python in memory; returns key → bytes.
 
-    The root's document also holds those of all that is below (Zarr's consolidated metadata): libraries that use it
-    need no listing to open the store, and those that do not know it pass over it.
+    The root document also holds the metadata of all nodes below it (Zarr's consolidated metadata). Libraries that use
+    it need no listing to open the store, and libraries that do not know it ignore it.
     """
     stored: dict[str, Any] = {}
     group = zarr.create_group(MemoryStore(stored), zarr_format=3, attributes=attributes.to_dict())
@@ -59,10 +59,10 @@ def zarr_documents(
 
 
 def _feature_attributes(int8: bool) -> dict[str, Any]:
-    """As CF conventions and xarray read them."""
-    if not int8:  # NaN, where there is no data, needs no attribute
+    """Attributes of the feature array, following CF conventions and xarray."""
+    if not int8:  # missing data is NaN, which needs no attribute
         return {"long_name": "dense image features", "units": "1"}
-    # xarray reads Zarr's fill value as a value like any other, and this attribute as "no data".
+    # xarray treats Zarr's fill value as an ordinary value, and `_FillValue` as "no data".
     return {
         "long_name": f"dense image features, quantized: feature = code × {layout.STEP}",
         "units": "1",
@@ -71,7 +71,7 @@ def _feature_attributes(int8: bool) -> dict[str, Any]:
 
 
 def _create_small_array(group: zarr.Group, name: str, data: np.ndarray[Any, Any]) -> None:
-    """One chunk, with a checksum. The fill value is NaN: a chunk that is lost must not read as zeros."""
+    """Create an array of one chunk with a checksum. The fill value is NaN: a lost chunk must not read as zeros."""
     dimensions, long_name = _SMALL_ARRAYS[name]
     array = group.create_array(
         name,
@@ -88,9 +88,10 @@ def _create_small_array(group: zarr.Group, name: str, data: np.ndarray[Any, Any]
 
 
 def _consolidated(documents: dict[str, bytes]) -> bytes:
-    """The root's document with those of all that is below it.
+    """The root document, with the metadata of all nodes below it.
 
-    As ``zarr.consolidate_metadata`` writes them; that warns each time that this is not yet in Zarr's specification.
+    The format is that of ``zarr.consolidate_metadata``, which is not called because it warns each time that
+    consolidated metadata is not yet in the Zarr specification.
     """
     suffix = f"/{layout.ATTRIBUTES}"
     below = {key.removesuffix(suffix): json.loads(data) for key, data in documents.items() if key.endswith(suffix)}

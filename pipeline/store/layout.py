@@ -1,10 +1,10 @@
-"""Writing a store: set it up once, write shards in any order from anywhere (`pipeline.store.shard`), finish it.
+"""Write a store: set it up once, write shards in any order from any machine (`pipeline.store.shard`), finish it.
 
-Setting up begins with a *claim*: ``zarr.json``, created if and only if there is none, that says what was asked for, and
-holds what came of it (basis and steps). All that setting up writes follows from the claim, and is created and never
-replaced, but for ``zarr.json`` itself at the end. So it does not matter whether the claim's job is alive, slow or dead:
-any job that asks for the same completes the setup, all of them write the same, and none of them can spoil what came
-after it. A job that asks for something else is refused.
+Setup begins with a *claim*: a ``zarr.json``, created only if there is none, that holds the configuration of the store
+and the fitted basis and steps. Everything else that setup writes is derived from the claim, and is created but never
+replaced; only ``zarr.json`` itself is replaced at the end. So it does not matter whether the job that made the claim is
+alive, slow or dead: any job with the same configuration can complete the setup, all of them write the same bytes, and
+none of them can overwrite later changes. A job with another configuration is refused.
 """
 
 import base64
@@ -36,12 +36,11 @@ from schemas.attributes import StoreAttributes
 from schemas.index import REFERENCES, pending_index, with_outcomes
 from schemas.ledger import LedgerRecord, manifest
 
-# Beside the store's own attributes, in the claim only.
+# Attribute that only the claim has, next to the store's own attributes.
 _SETUP_KEY = f"{layout.ATTRIBUTES_KEY}_setup"
 
-
-# What is there for a moment only, or was: probes, and half-written objects of earlier versions.
-_PASSING = rf"{re.escape(CHECK)}/[0-9a-f]{{32}}|_tmp/[^/]+"
+# Temporary objects: probes of the storage, and half-written objects of earlier versions.
+_TEMPORARY = rf"{re.escape(CHECK)}/[0-9a-f]{{32}}|_tmp/[^/]+"
 # Every key that a store can have.
 _OWN_KEY = re.compile(
     "|".join(
@@ -53,17 +52,17 @@ _OWN_KEY = re.compile(
             rf"{re.escape(layout.STEP)}/(zarr\.json|c/0)",
             rf"{re.escape(layout.PCA)}/(\w+/)?zarr\.json",
             rf"{re.escape(layout.PCA)}/\w+/c/0(/0)?",
-            _PASSING,
+            _TEMPORARY,
         )
     )
 )
 
 
 def existing_store(objects: Objects) -> StoreAttributes | None:
-    """Attributes of the store that is there, None if nothing is.
+    """Attributes of the store at this location; None if it has no ``zarr.json``.
 
     Raises:
-        StoreError: what is there is not a densefeat store, or one of another format version, or damaged.
+        StoreError: ``zarr.json`` is damaged, or is not that of a densefeat store of this format version.
     """
     if not objects.exists(layout.ATTRIBUTES):
         return None
@@ -71,10 +70,10 @@ def existing_store(objects: Objects) -> StoreAttributes | None:
 
 
 def stored_attributes(uri: str, attributes: Mapping[str, Any]) -> StoreAttributes:
-    """Attributes as a reader has them (`densefeat.FeatureStore.attributes`), typed.
+    """Convert a reader's attributes (`densefeat.FeatureStore.attributes`) to `StoreAttributes`.
 
     Raises:
-        StoreError: they are damaged.
+        StoreError: the attributes are damaged.
     """
     try:
         return StoreAttributes.from_dict(attributes)
@@ -83,20 +82,20 @@ def stored_attributes(uri: str, attributes: Mapping[str, Any]) -> StoreAttribute
 
 
 def foreign_keys(objects: Objects) -> list[str]:
-    """What lies at the store's place and is not a part of any store."""
+    """Keys at the store's location that no store can have."""
     return [key for key in objects.list() if not _OWN_KEY.fullmatch(key)]
 
 
 def remains(objects: Objects) -> list[str]:
-    """Keys of a store at the place; without a ``zarr.json`` they are what a deletion or a copy left."""
-    return [key for key in objects.list() if _OWN_KEY.fullmatch(key) and not re.fullmatch(_PASSING, key)]
+    """Keys of a store at this location; without a ``zarr.json``, they are left over from a deletion or a copy."""
+    return [key for key in objects.list() if _OWN_KEY.fullmatch(key) and not re.fullmatch(_TEMPORARY, key)]
 
 
 def delete_store(objects: Objects) -> None:
-    """Remove a store and nothing else: what has another name stays, whatever it is.
+    """Delete a store and nothing else: objects with any other name are kept.
 
-    ``zarr.json`` goes last: a deletion that is interrupted leaves what is still known as a store; and the ledger after
-    the objects that it is of, so that what is left is not taken for done.
+    ``zarr.json`` is deleted last, so that an interrupted deletion leaves something that is still recognized as a store.
+    The manifest is deleted first, and the ledger after the shards, so that such a store does not look complete.
     """
     own = [key for key in objects.list() if _OWN_KEY.fullmatch(key) and key != layout.ATTRIBUTES]
     objects.delete(layout.MANIFEST)
@@ -113,28 +112,31 @@ def set_up(
     step: np.ndarray[Any, Any] | None,
     index: pa.Table,
 ) -> StoreAttributes:
-    """Write everything but shards; afterwards the store can be opened, and every row is pending.
+    """Write everything except shards. Afterwards the store can be opened, and every row is pending.
 
     Args:
-        objects: where the store goes.
-        attributes: with ``setup_complete`` False.
-        features: shape and cutting.
+        objects: the store's location.
+        attributes: its attributes, with ``setup_complete`` False.
+        features: shape and sharding of the feature array.
         basis: PCA basis.
-        step: [k] float32 for int8, else None.
+        step: quantization steps, [k] float32, for int8; None for float16.
         index: ``schemas.index.pending_index`` of the source.
 
+    Returns:
+        The attributes as stored, with ``setup_complete`` True.
+
     Raises:
-        FileExistsError: somebody else set up a store here in the meantime.
+        FileExistsError: another job set up a store here in the meantime.
     """
     claim(objects, attributes, basis, step)
     return complete_setup(objects, features, index)
 
 
 def claim(objects: Objects, attributes: StoreAttributes, basis: Basis, step: np.ndarray[Any, Any] | None) -> None:
-    """Begin to set up a store: from here on it is settled what it will be. Arguments as for `set_up`.
+    """Begin to set up a store: this fixes its configuration, basis and steps. Arguments as for `set_up`.
 
     Raises:
-        FileExistsError: somebody else was first.
+        FileExistsError: there is a ``zarr.json`` already.
     """
     outcome = io.BytesIO()
     arrays: dict[str, Any] = {**basis.__dict__, **({} if step is None else {layout.STEP: step})}
@@ -149,11 +151,14 @@ def claim(objects: Objects, attributes: StoreAttributes, basis: Basis, step: np.
 
 
 def complete_setup(objects: Objects, features: FeatureLayout, index: pa.Table) -> StoreAttributes:
-    """Write what follows from the claim that is there, unless it is written; any job that asks for the same may do it.
+    """Complete the setup that a claim began, if it is not complete; any job with the same configuration may do so.
+
+    Returns:
+        The attributes as stored, with ``setup_complete`` True.
 
     Raises:
-        FileExistsError: somebody else deleted the claim and set up a store here in the meantime.
-        JobError: an earlier version of densefeat made the claim, and did not live to complete it.
+        FileExistsError: another job deleted the claim or replaced the store in the meantime.
+        JobError: an earlier version of densefeat began the setup and did not complete it.
     """
     claimed = objects.get(layout.ATTRIBUTES)
     attributes = StoreAttributes.from_dict(read_attributes(objects))
@@ -163,7 +168,7 @@ def complete_setup(objects: Objects, features: FeatureLayout, index: pa.Table) -
     documents = zarr_documents(attributes.completed(), features, basis, step)
     root = documents.pop(layout.ATTRIBUTES)
     for key, data in {layout.INDEX: parquet_bytes(index), **documents}.items():
-        with suppress(FileExistsError):  # of another job that completes this setup
+        with suppress(FileExistsError):  # written by another job that completes this setup
             objects.create(key, data)
     if objects.get(layout.ATTRIBUTES) == claimed:
         objects.put(layout.ATTRIBUTES, root)
@@ -174,7 +179,7 @@ def complete_setup(objects: Objects, features: FeatureLayout, index: pa.Table) -
 
 
 def _claimed_outcome(objects: Objects, claimed: bytes) -> tuple[Basis, np.ndarray[Any, Any] | None]:
-    """Basis and steps out of a claim."""
+    """Read basis and steps from a claim."""
     setup = json.loads(claimed)["attributes"].get(_SETUP_KEY)
     if setup is None:
         raise JobError(
@@ -188,13 +193,14 @@ def _claimed_outcome(objects: Objects, claimed: bytes) -> tuple[Basis, np.ndarra
 
 
 def step_sha256(step: np.ndarray[Any, Any] | None) -> str | None:
-    """Digest of the quantization steps, None for float16."""
+    """SHA-256 of the quantization steps; None for float16."""
     return None if step is None else hashlib.sha256(step.astype("<f4").tobytes()).hexdigest()
 
 
 def reopen(objects: Objects) -> None:
-    """Make a finished store unfinished again, because a shard of it is to be made anew: every row is pending until
-    its shard's record says otherwise. Nothing happens to a store that is not finished.
+    """Mark a finished store as unfinished, before a shard is rewritten; does nothing if it is not finished.
+
+    Every row is pending until the record of its shard says otherwise.
     """
     if objects.exists(layout.MANIFEST):
         index = stored_index(objects)
@@ -203,11 +209,11 @@ def reopen(objects: Objects) -> None:
 
 
 def finish(objects: Objects, records: Sequence[LedgerRecord]) -> None:
-    """Merge the outcomes of all shards into the index, and write the manifest: the store is complete."""
+    """Merge the outcomes of all shards into the index and write the manifest, which makes the store complete."""
     ordered = sorted(records, key=lambda record: record.shard)
     merged = with_outcomes(stored_index(objects), pa.concat_tables(record.outcomes for record in ordered))
     objects.put(layout.INDEX, parquet_bytes(merged))
     objects.put(layout.MANIFEST, parquet_bytes(manifest(ordered)))
-    in_parallel(objects.delete, objects.list(layout.INTENTS))  # of killed workers; all that they were for is done
+    in_parallel(objects.delete, objects.list(layout.INTENTS))  # left by killed workers; no longer needed
     objects.delete_folder(layout.INTENTS)
     objects.sweep()

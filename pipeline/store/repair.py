@@ -1,4 +1,4 @@
-"""Mending what `pipeline.store.verify` finds: damaged shards go back to the job, index and manifest are rebuilt."""
+"""Repair what `pipeline.store.verify` reports: delete damaged shards, and rebuild index and manifest."""
 
 from collections.abc import Sequence
 
@@ -21,33 +21,34 @@ __all__ = ["rebuild_tables", "take_out"]
 
 
 def take_out(objects: Objects, shards: Sequence[int]) -> None:
-    """Delete damaged shards: their rows are pending, and a resumed job makes them anew."""
+    """Delete damaged shards: their rows become pending, and a resumed job makes them again."""
     for shard in shards:
         withdraw(objects, shard)
     reopen(objects)
 
 
 def rebuild_tables(objects: Objects, damaged: Sequence[int]) -> bool:
-    """Write the index anew, from the images and the ledger, and the manifest, if all shards are done.
+    """Rebuild the index from the images and the ledger, and the manifest if all shards are done.
 
-    Damaged shards are deleted as by `take_out`, once it is known that the index can be rebuilt.
+    Damaged shards are deleted as by `take_out`, after a check that the index can be rebuilt.
 
-    Which images the rows are is read off the index; if that is damaged, they are listed again, where the store's
-    configuration says that they are.
+    The images of the rows are read from the index. If it is damaged, they are listed again at the location in the
+    store's configuration.
 
     Returns:
         Whether the store is finished.
 
     Raises:
-        JobError: the images are gone, or are not those that the store was made of; nothing has been changed.
-        StoreError: there is no store.
+        JobError: the images are gone, or are not those that the store was made of; nothing was changed. Or a ledger
+            record is damaged, or has another configuration.
+        StoreError: there is no store, or its attributes are damaged.
     """
     store = FeatureStore(objects.uri, objects.storage_options)
     source = stored_attributes(objects.uri, store.attributes).configuration.source
     references = _references(objects, store.layout.rows, source)
     for shard in damaged:
         withdraw(objects, shard)
-    objects.delete(layout.MANIFEST)  # first: until the index is there again, the ledger says what is done
+    objects.delete(layout.MANIFEST)  # first: until the index is rebuilt, the ledger says which rows are done
     objects.put(layout.INDEX, parquet_bytes(pending_index(references)))
     records = finished_shards(objects, store.attributes["configuration_hash"])
     if len(records) < store.layout.shards:
@@ -57,12 +58,12 @@ def rebuild_tables(objects: Objects, damaged: Sequence[int]) -> bool:
 
 
 def _references(objects: Objects, rows: int, source: SourceConfiguration) -> pa.Table:
-    """The images of the store, one row each (``schemas.index.REFERENCES``)."""
+    """The images of the store, one per row (``schemas.index.REFERENCES``)."""
     try:
         index = stored_index(objects, rows)
         if keys_digest(index) == source.keys_sha256:
             return index.select(REFERENCES.names).cast(REFERENCES)
-    except (StoreError, ValueError, KeyError):  # damaged, or columns that we do not read elsewhere are
+    except (StoreError, ValueError, KeyError):  # the index is damaged, perhaps in columns that only this code reads
         pass
     try:
         listed = list_images(source.images, limit=source.limit, image_column=source.image_column)
@@ -74,7 +75,7 @@ def _references(objects: Objects, rows: int, source: SourceConfiguration) -> pa.
     if listed.references.num_rows != rows or keys_digest(listed.references) != source.keys_sha256:
         raise JobError(
             f"the index of {objects.uri} cannot be rebuilt: {source.images} holds other images than the store was "
-            f"made of ({listed.references.num_rows:,} against {rows:,}, or other names). Put back those that it was "
-            f"made of, or copy {layout.INDEX} from a copy of the store"
+            f"made of ({listed.references.num_rows:,} instead of {rows:,}, or other names). Put the original images "
+            f"back, or copy {layout.INDEX} from a copy of the store"
         )
     return listed.references

@@ -1,19 +1,20 @@
-"""Committing shards, so that record and object agree whoever writes, and wherever a writer is killed.
+"""Commit shards, so that record and object agree whichever job writes them and whenever a writer is killed.
 
-A shard is done when its ledger record is there. In this order:
+A shard is done when its ledger record exists. It is written in this order:
 
-1. The record is put under a name of its own that has the object's SHA-256 in it: the *intent*.
+1. The record is written under a key of its own that contains the object's SHA-256: the *intent*.
 2. The object is *created*: the storage refuses a second one (S3: If-None-Match; a local file: a hard link).
 3. The ledger record is created in the same way: the commit. Then the intent is deleted.
 
-No job ever replaces or deletes an object that is there, so that it is step 2 that decides which bytes a shard has.
-Whoever is refused there (by what a crash left between 2 and 3, or by another job that is between them) reads the object
-and commits *it*, with the intent that its writer left. Two jobs of one configuration whose bits differ, because they
-run on other hardware, share a store: the first object counts. An object without an intent of this configuration is not
-of this store, and an error. A resume deletes no record; a committed object that was lost or cut off is put again if the
-same bytes come out, and else is for ``jobs/verify_store.py --repair``, the only one to delete (`withdraw`).
+No job ever replaces or deletes an existing object, so step 2 decides which bytes a shard has. A writer that is refused
+there (because of a crash between 2 and 3, or another job between them) reads the existing object and commits *that*,
+with the intent that its writer left. Two jobs with the same configuration can share a store even if their bytes differ
+because they run on different hardware: the first object is kept. An object without an intent of this configuration
+does not belong to the store, and is an error. Resuming deletes no record. A committed object that is missing or
+truncated is written again if the shard has the same bytes as before; otherwise ``jobs/verify_store.py --repair``, the
+only job that deletes shards (`withdraw`), has to remove it.
 
-All of it needs only that creation is exclusive and that reads see what was written.
+This relies only on exclusive creation and read-after-write consistency.
 """
 
 import hashlib
@@ -53,23 +54,23 @@ def write_shard(
     seconds: StageSeconds,
     facts: dict[str, Any],
 ) -> LedgerRecord:
-    """Write a shard's object, whole, then its ledger record: the commit.
+    """Write the object of a whole shard, then commit it by writing its ledger record.
 
     Args:
         objects: the store.
-        shard: its number.
-        shard_rows: rows of a full shard (the last one may have fewer).
-        chunks: encoded features of its rows, None where a row failed.
-        outcomes: of its rows; the place of each chunk is filled in here.
-        seconds: that the shard took so far; writing is added.
+        shard: shard number.
+        shard_rows: rows of a full shard (the last shard may have fewer).
+        chunks: encoded features of the rows; None for a row that failed.
+        outcomes: of the rows; ``chunk_offset`` and ``chunk_nbytes`` are set here.
+        seconds: time spent on the shard so far; the time of writing is added.
         facts: the other fields of the record: configuration_hash, clipped, made_by.
 
     Returns:
-        The record that counts: another job's, if that was first.
+        The committed record; that of another job, if it was first.
 
     Raises:
-        JobError: the store is another one by now, or what is there of the shard is not of this configuration.
-        OSError: the storage's reason.
+        JobError: the store was replaced, or the existing shard has another configuration.
+        OSError: the storage failed.
     """
     data, places = layout.pack_shard(chunks, shard_rows)
     for outcome, place in zip(outcomes, places, strict=True):
@@ -95,30 +96,30 @@ def write_shard(
             ours = True
         except FileExistsError:
             ours = False
-    counts = replace(record, seconds=seconds.total()) if ours else _record_of_object(objects, record)
-    counts = _commit(objects, counts)
-    for sha256 in {record.sha256, counts.sha256}:
+    to_commit = replace(record, seconds=seconds.total()) if ours else _record_of_object(objects, record)
+    committed_record = _commit(objects, to_commit)
+    for sha256 in {record.sha256, committed_record.sha256}:
         objects.delete(layout.intent_key(shard, sha256))
-    if counts.sha256 != record.sha256:
-        _say_adopted(counts)
-    return counts
+    if committed_record.sha256 != record.sha256:
+        _log_adopted(committed_record)
+    return committed_record
 
 
 def committed(objects: Objects, shard: int, configuration_hash: str) -> LedgerRecord | None:
-    """The record of a shard that is done, with an object of the recorded size; None if it is to be made.
+    """Record of a shard whose object exists and has the recorded size; None if the shard is not done.
 
     Raises:
-        JobError: the record is damaged, or of another configuration.
+        JobError: the record is damaged, or has another configuration.
     """
     record = _recorded(objects, shard, configuration_hash)
     return record if record is not None and objects.size(layout.shard_key(shard)) == record.nbytes else None
 
 
 def finished_shards(objects: Objects, configuration_hash: str) -> dict[int, LedgerRecord]:
-    """Records of the shards that are done: in the ledger, with an object of the recorded size. Nothing is deleted.
+    """Records of all shards whose object exists and has the recorded size, by shard number. Nothing is deleted.
 
     Raises:
-        JobError: a record is damaged, or of another configuration: making its shard again cannot mend that.
+        JobError: a record is damaged, or has another configuration; rewriting its shard cannot fix that.
     """
     shards = [int(match[1]) for match in map(_LEDGER_KEY.fullmatch, objects.list(layout.LEDGER)) if match]
     sizes = objects.list(f"{layout.FEATURES}/c")
@@ -131,57 +132,67 @@ def finished_shards(objects: Objects, configuration_hash: str) -> dict[int, Ledg
 
 
 def read_record(objects: Objects, key: str) -> LedgerRecord:
-    """A ledger record.
+    """Read a ledger record.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged.
+        FileNotFoundError: the record does not exist.
+        ValueError: the record is damaged.
     """
     return LedgerRecord.from_bytes(objects.get(key))
 
 
 def withdraw(objects: Objects, shard: int) -> None:
-    """Delete a shard, for one that is damaged: it is to be made again. Not while jobs write the store.
+    """Delete a damaged shard, so that a resumed job makes it again. Not safe while jobs write to the store.
 
-    The object goes first: a record without an object is not done, and is still known to be damaged.
+    The object is deleted first: a record without an object does not count as done, and is still reported as damaged.
     """
     objects.delete(layout.shard_key(shard))
     objects.delete(layout.ledger_key(shard))
 
 
 def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """``function`` of every item, by many requests at once."""
+    """Apply ``function`` to every item in parallel threads; results are in the order of the items."""
     with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
         return list(pool.map(function, items))
 
 
 def _commit(objects: Objects, record: LedgerRecord) -> LedgerRecord:
-    """Create the ledger record; the one that counts."""
+    """Create the ledger record; returns the committed one, which another job may have written.
+
+    Raises:
+        JobError: the shard was deleted or replaced in the meantime.
+    """
     try:
         objects.create(layout.ledger_key(record.shard), record.to_bytes())
         return record
     except FileExistsError:
         recorded = _recorded(objects, record.shard, record.configuration_hash)
     if recorded is None or recorded.sha256 != record.sha256:
-        raise JobError(f"{objects.uri}: shard {record.shard} was deleted or replaced while it was committed: {_REPAIR}")
+        raise JobError(
+            f"{objects.uri}: shard {record.shard} was deleted or replaced while it was being committed: {_REPAIR}"
+        )
     return recorded
 
 
 def _check_same_store(objects: Objects, configuration_hash: str) -> None:
-    """A job that was begun with --overwrite meanwhile has another store here: leave nothing in it."""
+    """Write nothing if another job has replaced the store (--overwrite) or deleted it.
+
+    Raises:
+        JobError: the store was replaced or deleted.
+    """
     try:
         stored = read_attributes(objects)["configuration_hash"]
     except StoreError as error:
-        raise JobError(f"{error}: another job has deleted the store that this one writes") from error
+        raise JobError(f"{error}: another job has deleted the store that this job writes") from error
     if stored != configuration_hash:
         raise JobError(f"{objects.uri} is now another store: another job replaced it (--overwrite)")
 
 
 def _recorded(objects: Objects, shard: int, configuration_hash: str) -> LedgerRecord | None:
-    """The shard's ledger record, whatever became of its object.
+    """Ledger record of a shard, whether or not its object exists; None if there is no record.
 
     Raises:
-        JobError: it is damaged, or of another configuration.
+        JobError: the record is damaged, or has another configuration.
     """
     try:
         record = read_record(objects, layout.ledger_key(shard))
@@ -192,32 +203,36 @@ def _recorded(objects: Objects, shard: int, configuration_hash: str) -> LedgerRe
     if record.configuration_hash != configuration_hash:
         raise JobError(
             f"{objects.uri}: shard {shard} is in the ledger, made with another configuration by {record.made_by}: stop "
-            f"the job that does so, {_REPAIR}"
+            f"that job, {_REPAIR}"
         )
     return record
 
 
 def _with_recorded(objects: Objects, recorded: LedgerRecord, own: LedgerRecord, data: bytes) -> LedgerRecord:
-    """What to do with a shard that is made and in the ledger already."""
+    """Keep the recorded shard if another job has committed it already; write its object again if it is lost.
+
+    Raises:
+        JobError: the object is missing or truncated, and this machine's bytes differ from the recorded ones.
+    """
     key = layout.shard_key(own.shard)
     if recorded.sha256 == own.sha256:
-        if objects.size(key) != own.nbytes:  # lost or cut off: these are the bytes that the record is of
+        if objects.size(key) != own.nbytes:  # missing or truncated: `data` has the recorded bytes
             objects.put(key, data)
         return recorded
     if objects.size(key) != recorded.nbytes:
         raise JobError(
-            f"{objects.uri}: the object {key} was lost or cut off after it was committed, and this machine makes other "
-            f"bytes than the one that made it ({recorded.made_by}): {_REPAIR}"
+            f"{objects.uri}: the object {key} was lost or truncated after it was committed, and this machine produces "
+            f"other bytes than the machine that wrote it ({recorded.made_by}): {_REPAIR}"
         )
-    _say_adopted(recorded)
+    _log_adopted(recorded)
     return recorded
 
 
 def _record_of_object(objects: Objects, own: LedgerRecord) -> LedgerRecord:
-    """The record for the object that is there, of a shard that was not in the ledger a moment ago.
+    """Find the record of an existing object whose shard was not in the ledger when this job looked.
 
     Raises:
-        JobError: nobody knows what it is.
+        JobError: the object has no intent and no ledger record, or has another configuration.
     """
     key = layout.shard_key(own.shard)
     sha256 = hashlib.sha256(objects.get(key)).hexdigest()
@@ -225,23 +240,23 @@ def _record_of_object(objects: Objects, own: LedgerRecord) -> LedgerRecord:
         return own
     try:
         intent = read_record(objects, layout.intent_key(own.shard, sha256))
-    except (FileNotFoundError, ValueError):  # deleted, if the shard was committed meanwhile
+    except (FileNotFoundError, ValueError):  # the intent is deleted if the shard was committed in the meantime
         recorded = _recorded(objects, own.shard, own.configuration_hash)
         if recorded is None:
             raise JobError(
-                f"{objects.uri}: {key} was there, it is not what this job makes, and nothing says what it is: delete "
+                f"{objects.uri}: {key} exists, its bytes differ from this job's, and no record describes it: delete "
                 "it, then run this job with --resume"
             ) from None
         return recorded
     if intent.configuration_hash != own.configuration_hash:
         raise JobError(
-            f"{objects.uri}: {key} was made with another configuration by {intent.made_by}: stop the job that does so, "
-            "delete the object, then run this job with --resume"
+            f"{objects.uri}: {key} was made with another configuration by {intent.made_by}: stop that job, delete the "
+            "object, then run this job with --resume"
         )
     return intent
 
 
-def _say_adopted(record: LedgerRecord) -> None:
+def _log_adopted(record: LedgerRecord) -> None:
     logger.warning(
-        "shard %d: another job (%s) was first, with other bytes: they are kept", record.shard, record.made_by
+        "shard %d: another job (%s) wrote it first, with different bytes: they are kept", record.shard, record.made_by
     )

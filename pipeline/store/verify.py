@@ -1,4 +1,4 @@
-"""Compare a store with its ledger: the other end of the commit protocol in ``pipeline/store/shard.py``."""
+"""Compare a store with its ledger: the reader's side of the commit protocol in ``pipeline/store/shard.py``."""
 
 import hashlib
 import threading
@@ -25,11 +25,12 @@ _PARALLEL_REQUESTS = 32
 
 
 class StoreCheck:
-    """Checks of one store.
+    """Checks of one store. Each check returns its problems, one message each.
 
     Attributes:
+        layout: shape and sharding of the feature array.
         recorded: shards that have a ledger record, in order.
-        nbytes: read so far.
+        nbytes: bytes of shards read so far.
 
     Raises:
         StoreError: there is no store at ``uri``.
@@ -44,24 +45,24 @@ class StoreCheck:
         self._lock = threading.Lock()
 
     def shard(self, shard: int) -> list[str]:
-        """What is wrong with a shard's record or object; nothing if it is what was written, to the bit."""
+        """Problems of a shard's record or object; none if the object is bit-identical to what was written."""
         try:
             record = read_record(self._objects, layout.ledger_key(shard))
         except ValueError as error:
             return [f"its ledger record is damaged: {error}"]
         except FileNotFoundError:
-            return ["its ledger record is gone"]
+            return ["its ledger record is missing"]
         problems = []
         if record.shard != shard:
-            problems.append(f"its record is about shard {record.shard}")
+            problems.append(f"its record is that of shard {record.shard}")
         if record.configuration_hash != self._store.attributes["configuration_hash"]:
             problems.append(f"made with another configuration, {record.configuration_hash[:12]}…")
         if record.outcomes["row"].to_pylist() != list(self.layout.rows_of(shard)):
-            problems.append("its record is about other rows")
+            problems.append("its record is that of other rows")
         try:
             data = self._objects.get(layout.shard_key(shard))
         except FileNotFoundError:
-            return [*problems, f"its object {layout.shard_key(shard)} is gone"]
+            return [*problems, f"its object {layout.shard_key(shard)} is missing"]
         with self._lock:
             self.nbytes += len(data)
         return problems + self._object_problems(record, data)
@@ -70,7 +71,8 @@ class StoreCheck:
         if len(data) != record.nbytes:
             return [f"its object has {len(data):,} bytes, {record.nbytes:,} were written"]
         if hashlib.sha256(data).hexdigest() != record.sha256:
-            return [f"its object's bytes changed after they were written; rows {self._damaged_rows(record, data)}"]
+            damaged = self._damaged_rows(record, data)
+            return [f"its object's bytes changed after they were written; damaged rows {damaged}"]
         places = layout.unpack_shard_index(data, self.layout.shard_rows)
         for outcome, place in zip(record.outcomes.to_pylist(), places, strict=False):
             if place != (None if outcome["status"] != OK else (outcome["chunk_offset"], outcome["chunk_nbytes"])):
@@ -78,7 +80,7 @@ class StoreCheck:
         return []
 
     def _damaged_rows(self, record: LedgerRecord, data: bytes) -> list[int]:
-        """The rows whose chunk does not decode; none if only the shard's index is hit."""
+        """Rows whose chunk does not decode; none if only the shard's index is damaged."""
         rows = []
         for outcome in record.outcomes.to_pylist():
             if outcome["status"] == OK:
@@ -90,11 +92,11 @@ class StoreCheck:
         return rows
 
     def store(self) -> list[str]:
-        """What is wrong with the store as a whole."""
+        """Problems of the store as a whole."""
         return self.attributes() + self.arrays() + self.tables()
 
     def attributes(self) -> list[str]:
-        """What is wrong with the attributes: are they whole, and the ones that the hash was made of?"""
+        """Problems of the attributes: whether they can be read, and match their hash."""
         if isinstance(self._attributes, ValueError):
             return [f"the attributes are damaged: {self._attributes}"]
         if self._attributes.hash != self._store.attributes["configuration_hash"]:
@@ -103,14 +105,14 @@ class StoreCheck:
 
     @cached_property
     def _attributes(self) -> StoreAttributes | ValueError:
-        """The attributes, typed; or the damage to them, of which `attributes` tells alone."""
+        """The attributes as `StoreAttributes`; or the error, if they are damaged, which only `attributes` reports."""
         try:
             return StoreAttributes.from_dict(self._store.attributes)
         except ValueError as error:
             return error
 
     def arrays(self) -> list[str]:
-        """What is wrong with the basis and the steps."""
+        """Problems of the basis and the steps."""
         problems = []
         named = None if isinstance(self._attributes, ValueError) else self._attributes
         try:
@@ -125,7 +127,7 @@ class StoreCheck:
         return problems
 
     def tables(self) -> list[str]:
-        """What is wrong with index and manifest; `pipeline.store.repair.rebuild_tables` writes both anew."""
+        """Problems of index and manifest; `pipeline.store.repair.rebuild_tables` rebuilds both."""
         try:
             index = self._store.index
         except StoreError as error:
@@ -139,11 +141,11 @@ class StoreCheck:
         if named and keys_digest(index) != named.configuration.source.keys_sha256:
             return ["the keys in the index do not match the attributes"]
         if not self._objects.exists(layout.MANIFEST):
-            return []  # what the ledger says was merged as it was read
+            return []  # the reader merges the outcomes of the ledger into the index
         for shard, record in self._sound_records.items():
             rows = self.layout.rows_of(shard)
             if not index.select(OUTCOMES.names).slice(rows.start, len(rows)).equals(record.outcomes):
-                return [f"the index does not say of rows {rows.start} … {rows[-1]} what the ledger recorded"]
+                return [f"the index and the ledger differ in rows {rows.start} … {rows[-1]}"]
         return []
 
     def _manifest_problems(self) -> list[str]:
@@ -156,12 +158,12 @@ class StoreCheck:
         by_shard = {row.get("shard"): row for row in stored}
         for row in manifest(list(self._sound_records.values())).to_pylist():
             if by_shard.get(row["shard"]) != row:
-                return [f"{layout.MANIFEST} does not say of shard {row['shard']} what the ledger recorded"]
+                return [f"{layout.MANIFEST} and the ledger differ in shard {row['shard']}"]
         return []
 
     @cached_property
     def _sound_records(self) -> dict[int, LedgerRecord]:
-        """Of the shards whose record can be read; of the others `shard` tells."""
+        """Records that can be read, by shard; `shard` reports the others."""
 
         def read(shard: int) -> LedgerRecord | None:
             try:

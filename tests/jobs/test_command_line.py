@@ -76,7 +76,7 @@ def test_a_second_signal_ends_it_at_once(script: Path) -> None:
     job.send_signal(signal.SIGINT)
     _, stderr = job.communicate(timeout=20)
     assert job.returncode == 130
-    assert "stopping; once more to exit at once" in stderr
+    assert "stopping; interrupt again to exit at once" in stderr
     assert "interrupted" not in stderr
 
 

@@ -48,7 +48,7 @@ def test_what_cannot_be_shown(tmp_path: Path, options: dict[str, object], words:
 
 
 def test_the_picture_has_a_known_kind() -> None:
-    with pytest.raises(ValueError, match=r"--output is a picture.*x\.gif"):
+    with pytest.raises(ValueError, match=r"--output must be a picture.*x\.gif"):
         ShowConfig(store="store", output="x.gif")
 
 

@@ -208,7 +208,7 @@ def test_damaged_attributes_are_told_once_and_hide_nothing_else(
     )
     assert verify(VerifyConfig(store=known.uri)) == 1
     assert caplog.text.count("attributes") == caplog.text.count("the attributes are damaged") == 1
-    assert "the index does not say of rows 0 … 3 what the ledger recorded" in caplog.text
+    assert "the index and the ledger differ in rows 0 … 3" in caplog.text
 
 
 def test_a_store_whose_images_are_gone(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_damaged_files_are_made_anew(tmp_path, caplog, suffix, left):
 
 
 def test_files_that_can_neither_be_read_nor_replaced(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(compilation, "_said", False)
+    monkeypatch.setattr(compilation, "_warned", False)
     call_twice(tmp_path, "f4")
     for path in kept(tmp_path):
         path.unlink()

@@ -142,7 +142,7 @@ def test_the_switch_is_followed(monkeypatch, family, value):
     assert torch.equal(run(family, implementation=FAST[family]), fast)  # a caller's choice goes before it
     choice = dispatch.explain(family, CPU32)
     assert choice.chosen == "reference"
-    assert f"asked for by {SWITCH}={value}" in str(choice)
+    assert f"selected by {SWITCH}={value}" in str(choice)
 
 
 def test_the_switch_of_one_family_leaves_the_others(monkeypatch):

@@ -1,11 +1,11 @@
 """Joint bilateral upsampling on the CPU, compiled by numba: agrees with `kernels.jbu.reference`, forward and backward.
 
-float32 and float64 are computed as such; float16 and bfloat16 in float32, rounded once at the end. Every element is
-computed by one thread, in an order that depends on nothing but its place: not on the number of threads, not on the rest
-of the batch. A stage goes from guidance to features, or codes, a few rows at a time, which stay in a core's cache.
+float32 and float64 are computed in their own precision; float16 and bfloat16 in float32, rounded once at the end. Every
+element is computed by one thread, in an order that depends only on its position, not on the number of threads or the
+rest of the batch. A stage goes from guidance to features or codes a few rows at a time, which stay in a core's cache.
 
-The parts: vectors in registers in `simd`, `memory` and `functions`; `layout` of arrays and `threads`; made of these,
-rows of kernels (`kernel_rows`, called by `fillers`), `conv`, `codes` and `backward`.
+`layout` defines the arrays in memory. `kernel_rows` computes rows of kernels, and `fillers` calls it; `conv`, `codes`
+and `backward` do the rest. All are built on `kernels.simd`.
 """
 
 import math
@@ -50,8 +50,8 @@ def reasons_not(kinds: Sequence[Kind]) -> list[str]:
 def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor) -> Tensor:
     """As `kernels.jbu.reference.adaptive_conv_upsample2x`, in any memory format; channels_last saves a transposition.
 
-    Weights below 2⁻¹⁰⁰ count as 0 in float32: beside others they count for nothing, and would take a hundred times as
-    long.
+    In float32, weights below 2⁻¹⁰⁰ in magnitude are treated as 0: they are negligible next to others, and would take a
+    hundred times as long.
 
     Args:
         source: [B, C, h, w].
@@ -69,21 +69,21 @@ def adaptive_conv_upsample2x_backward(
     """Gradients of `adaptive_conv_upsample2x`.
 
     Args:
-        gradient: of the output, [B, C, 2h, 2w].
+        gradient: gradient of the output, [B, C, 2h, 2w].
         source: [B, C, h, w].
         kernel: [B, n*n, 2h, 2w].
-        for_source: whether the source's is wanted.
-        for_kernel: whether the kernel's is.
+        for_source: whether the source's gradient is needed.
+        for_kernel: whether the kernel's gradient is needed.
 
     Returns:
-        Of source, of kernel: their shapes and dtypes, contiguous; None where not wanted.
+        Gradients of source and kernel, with their shapes and dtypes, contiguous; None where not needed.
     """
     dtype, radius = _working(source), _radius(kernel)
     of_source = of_kernel = None
     if for_source:
         kernels = fillers.given(kernel, radius, dtype)
         of_source = backward.source_gradient(gradient, kernels, source.shape[1]).to(source.dtype)
-    if for_kernel:  # the output's gradient times the neighbours in the source upsampled
+    if for_kernel:  # products of the output's gradient with the neighbours in the upsampled source
         bicubic = fillers.given(torch.ones(1).expand(len(source), 1, *kernel.shape[2:]), 0, dtype)
         high = _convolved(source.detach().to(torch_dtype(dtype)), bicubic)
         own, others = (image_rows(array_of(image, dtype), radius, radius, dtype) for image in (gradient, high))
@@ -99,7 +99,7 @@ def range_products(keys: Tensor, radius: int) -> Tensor:
 
 
 def range_products_backward(gradient: Tensor, keys: Tensor, radius: int) -> Tensor:
-    """Gradient of the keys [B, D, H, W] from that of their products [B, n*n, H, W]: dtype of keys, contiguous."""
+    """Gradient of the keys [B, D, H, W] from that of their products [B, n*n, H, W]; dtype of keys, contiguous."""
     return backward.keys_gradient(gradient, keys, radius, _working(keys)).to(keys.dtype)
 
 
@@ -122,18 +122,18 @@ def bilateral_stage(
     radius: int,
     quantization: Quantization | None = None,
 ) -> Tensor | Codes:
-    """As `kernels.jbu.reference.bilateral_stage`, and if asked `kernels.quantization.quantized` of that.
+    """As `kernels.jbu.reference.bilateral_stage`, optionally followed by `kernels.quantization.quantized`.
 
     Args:
         source: [B, C, h, w].
         guidance: [B, G, 2h, 2w], dtype of source or float32.
-        sigma_spatial: in pixels of the guidance.
-        sigma_range: in units of the guidance.
-        radius: of the kernel.
-        quantization: of the output; None leaves it as it is.
+        sigma_spatial: spatial standard deviation, in pixels of the guidance.
+        sigma_range: standard deviation of the range kernel, in units of the guidance.
+        radius: radius of the kernel.
+        quantization: quantization of the output; None for features.
 
     Returns:
-        [B, C, 2h, 2w], dtype of source, channels_last; or its codes.
+        Features [B, C, 2h, 2w], dtype of source, channels_last; or their codes.
     """
     dtype = _working(source, guidance)
     kernels = fillers.bilateral(guidance, sigma_spatial, sigma_range, radius, dtype)
@@ -143,23 +143,23 @@ def bilateral_stage(
 def learned_stage(
     source: Tensor, guidance: Tensor, stage: StageParameters, quantization: Quantization | None = None
 ) -> Tensor | Codes:
-    """As `kernels.jbu.reference.learned_stage`, and if asked `kernels.quantization.quantized` of that.
+    """As `kernels.jbu.reference.learned_stage`, optionally followed by `kernels.quantization.quantized`.
 
     Args:
         source: [B, C, h, w].
         guidance: [B, G, 2h, 2w], dtype of source or float32.
         stage: parameters.
-        quantization: of the output; None leaves it as it is.
+        quantization: quantization of the output; None for features.
 
     Returns:
-        [B, C, 2h, 2w], dtype of source, channels_last; or its codes.
+        Features [B, C, 2h, 2w], dtype of source, channels_last; or their codes.
     """
     kernels = fillers.learned(guidance, stage, _working(source, guidance))
     return _convolved(source, kernels) if quantization is None else _quantized(source, kernels, quantization)
 
 
 def _working(*tensors: Tensor) -> DType:
-    """The dtype to compute in."""
+    """Dtype of the computation: float64 if any tensor has it, else float32."""
     return np.dtype(np.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else np.float32)
 
 
@@ -168,7 +168,7 @@ def _radius(kernel: Tensor) -> int:
 
 
 def _unpacked(kernels: Fillers) -> Tensor:
-    """The kernels themselves, [B, n*n, H, W]."""
+    """Kernels as a tensor [B, n*n, H, W]."""
     B, H, W = kernels.shape
     output = torch.empty(B, (2 * kernels.radius + 1) ** 2, H, W, dtype=torch_dtype(kernels.dtype))
     array = output.numpy()
@@ -177,7 +177,7 @@ def _unpacked(kernels: Fillers) -> Tensor:
 
 
 def _convolved(source: Tensor, kernels: Fillers) -> Tensor:
-    """The source upsampled: [B, C, 2h, 2w], dtype of source, channels_last."""
+    """The upsampled source: [B, C, 2h, 2w], dtype of source, channels_last."""
     B, C, h, w = source.shape
     low, fold = channel_vectors(source, kernels.dtype), folding(h, w, kernels.radius, kernels.dtype)
     output = torch.empty(B, 2 * h, 2 * w, C, dtype=torch_dtype(kernels.dtype))
@@ -192,8 +192,8 @@ def _convolved(source: Tensor, kernels: Fillers) -> Tensor:
 
 
 def _quantized(source: Tensor, kernels: Fillers, quantization: Quantization) -> Codes:
-    """The source upsampled, as codes."""
-    if source.dtype in HALF:  # codes are of the rounded features
+    """Codes of the upsampled source."""
+    if source.dtype in HALF:  # features are rounded before they are quantized
         return quantized(_convolved(source, kernels), quantization)
     B, C, h, w = source.shape
     low, fold = channel_vectors(source, kernels.dtype), folding(h, w, kernels.radius, kernels.dtype)

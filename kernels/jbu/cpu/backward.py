@@ -1,7 +1,7 @@
-"""Gradients of the compiled operations. Each element is gathered by one thread in a fixed order: no atomics.
+"""Gradients of the compiled operations. One thread gathers each element in a fixed order, without atomics.
 
-Letters and layouts as in `kernels.jbu.cpu.conv` and `kernels.jbu.cpu.kernel_rows`. The gradient of the adaptive
-convolution's kernel needs nothing of its own: it is the products of the output's gradient with the upsampled source.
+Notation and layouts as in `kernels.jbu.cpu.conv` and `kernels.jbu.cpu.kernel_rows`. The gradient of the adaptive
+convolution's kernel needs no code here: it consists of products of the output's gradient with the upsampled source.
 """
 
 from collections.abc import Callable
@@ -32,11 +32,11 @@ from kernels.simd.tiles import Array, fma, inlined, rows_of, summed_products
 
 __all__ = ["keys_gradient", "source_gradient"]
 
-_THREAD_ELEMENTS = 20_000  # of a gradient, at least, for a thread to be worth waking
+_THREAD_ELEMENTS = 20_000  # minimum number of gradient elements that makes waking a thread worthwhile
 
 
 def source_gradient(gradient: Tensor, kernels: Fillers, channels: int) -> Tensor:
-    """Of the adaptive convolution's source, [B, C, h, w], contiguous, from that of its output, [B, C, 2h, 2w]."""
+    """Gradient of the adaptive convolution's source, [B, C, h, w], contiguous, from the output's, [B, C, 2h, 2w]."""
     B, H, W = kernels.shape
     h, w, L = H // 2, W // 2, vector_lanes(kernels.dtype)
     fold, high = folding(h, w, kernels.radius, kernels.dtype), channel_vectors(gradient, kernels.dtype)
@@ -58,7 +58,7 @@ def source_gradient(gradient: Tensor, kernels: Fillers, channels: int) -> Tensor
 
 
 def keys_gradient(gradient: Tensor, keys: Tensor, radius: int, dtype: DType) -> Tensor:
-    """Of the keys [B, D, H, W], contiguous, from that of their products [B, n*n, H, W]; computed in dtype."""
+    """Gradient of keys [B, D, H, W], contiguous, from that of their products [B, n*n, H, W]; computed in dtype."""
     B, D, H, W = keys.shape
     n, width = 2 * radius + 1, in_strips(W + 2 * radius, vector_lanes(dtype))
     of_products = np.ascontiguousarray(array_of(gradient, dtype))
@@ -80,7 +80,7 @@ def keys_gradient(gradient: Tensor, keys: Tensor, radius: int, dtype: DType) -> 
 
 @compiled
 def _fold_all(kernels: Array, fold: Fold, partial: Array, folded: Array, y: int) -> None:
-    """Kernels of low-res rows y, y + 1, … -> folded [h, blocks, N*N and more, 2*L]; partial as in `fold_block`."""
+    """Fold kernels of low-res rows y, y + 1, … to [h, blocks, N*N and more, 2*L]; partial as in `fold_block`."""
     for row in range(kernels.shape[0]):
         for block in range(kernels.shape[1]):
             fold_block(kernels, row, block, y + row, fold, partial, folded[y + row, block])
@@ -88,10 +88,10 @@ def _fold_all(kernels: Array, fold: Fold, partial: Array, folded: Array, y: int)
 
 @inlined
 def _pixel_of_source(folded: Array, N: int, gradient: Array, y: int, x: int, c: int, output: Array, zero: Any) -> None:
-    """Pixel (y, x) in as many channels as zero, which has two rows, has lanes in a row."""
+    """Compute pixel (y, x) for as many channels as a row of ``zero`` has; ``zero`` has two rows."""
     h, w, C = output.shape
     reach, half = N // 2, lanes(output) // 2
-    upper, lower = zero, zero  # of the two high-res rows above a low-res one
+    upper, lower = zero, zero  # sums over the two high-res rows above a low-res row
     for j in range(max(0, y + reach + 1 - h), min(N, y + reach + 1)):
         of_y = y + reach - j
         for i in range(max(0, x + reach + 1 - w), min(N, x + reach + 1)):
@@ -107,15 +107,15 @@ def _pixel_of_source(folded: Array, N: int, gradient: Array, y: int, x: int, c: 
 
 @compiled
 def _of_source(folded: Array, N: int, gradient: Array, output: Array, start: int, stop: int) -> None:
-    """Gradient of the source's rows start…stop, from the outputs that weigh them.
+    """Compute the gradient of the source's rows start…stop, from the outputs that depend on them.
 
     Args:
-        folded: [h, blocks, N*N and more, 2*L], of `_fold_all`.
-        N: taps a side on the low-res grid.
+        folded: [h, blocks, N*N and more, 2*L], from `_fold_all`.
+        N: taps per side on the low-res grid.
         gradient: [H, W, C rounded up to whole vectors].
-        output: [h, w, C likewise].
+        output: [h, w, C rounded up to whole vectors].
         start: first row.
-        stop: past the last.
+        stop: row after the last.
     """
     L, C = lanes(output), output.shape[2]
     many = C - C % (VECTORS * L)
@@ -129,17 +129,17 @@ def _of_source(folded: Array, N: int, gradient: Array, output: Array, start: int
 
 @inlined
 def _add(row: Array, to: Array, shift: int, W: int) -> None:
-    """Add pixels 0…W of a row to those of another, so many places further; what falls outside is left out."""
+    """Add pixels 0…W of a row to another row, shifted by ``shift``; pixels that fall outside are skipped."""
     for x in range(max(0, -shift), min(W, to.size - shift)):
         to[x + shift] += row[x]
 
 
 @inlined
 def _pair_weights(gradient: Array, y: int, radius: int, weights: Array) -> None:
-    """What each neighbour's key counts for the key at padded row y: weights [n, n in whole strips, ≥ W + 2*radius].
+    """Compute the weight of each neighbour's key for padded row y: weights [n, n in whole strips, ≥ W + 2*radius].
 
-    A product has two factors: that of pixel p's tap t has p's own key, and that of p + t. So the key at p gathers from
-    p's taps and, where p + t is a pixel, from its tap −t, which is p.
+    A product has two factors: tap t of pixel p multiplies the keys of p and p + t. So the key at p gathers from the
+    taps of p and, where p + t is a pixel, from its tap −t, which is p.
     """
     T, H, W = gradient.shape
     n = 2 * radius + 1
@@ -154,7 +154,7 @@ def _pair_weights(gradient: Array, y: int, radius: int, weights: Array) -> None:
 
 @inlined
 def _reflect_back(padded: Array, radius: int, output: Array) -> None:
-    """Of a padded row [W + 2*radius and more]: what came from reflected pixels, to the pixels themselves [W]."""
+    """Add the margins of a padded row [W + 2*radius and more] to the pixels that they reflect; writes [W]."""
     W = output.size
     for x in range(W):
         output[x] = padded[x + radius]
@@ -167,17 +167,17 @@ def _reflect_back(padded: Array, radius: int, output: Array) -> None:
 def _of_keys(
     gradient: Array, keys: Array, radius: int, weights: Array, sums: Array, output: Array, start: int, stop: int
 ) -> None:
-    """Gradient of the keys' rows start…stop, from that of their `products`.
+    """Compute the gradient of the keys' rows start…stop, from that of their `products`.
 
     Args:
         gradient: [T, H, W].
         keys: [H, D, width], pixel 0 at column 2*radius.
-        radius: of the neighbourhood.
+        radius: radius of the neighbourhood.
         weights: scratch [n, n in whole strips, W + 2*radius in whole vectors].
-        sums: scratch [D, likewise].
+        sums: scratch [D, W + 2*radius in whole vectors].
         output: [D, H, W].
         start: first row.
-        stop: past the last.
+        stop: row after the last.
     """
     D, H, _ = output.shape
     n, L = 2 * radius + 1, lanes(keys)
@@ -185,7 +185,7 @@ def _of_keys(
     column = zeros(keys, STRIP, 1)
     for y in range(start, stop):
         sums[:] = 0
-        for preimage in range(3):  # the rows of the padded image that are this one
+        for preimage in range(3):  # the rows of the padded image that reflect to this one
             padded_y = (y, -y, 2 * (H - 1) - y)[preimage]
             outside = -radius <= padded_y < 0 or H <= padded_y < H + radius
             if preimage > 0 and not outside:

@@ -1,4 +1,4 @@
-"""Features to int8 codes, compiled: from channels last, where they are made, to planes, where they are kept."""
+"""Quantize features to int8 codes, compiled: from channels-last features to planes of codes."""
 
 import math
 from typing import Any
@@ -14,12 +14,12 @@ from kernels.simd.tiles import Array, elementwise, inlined, lane_numbers, llvm, 
 
 __all__ = ["SQUARE", "quantize"]
 
-SQUARE = 16  # bytes a side of what is transposed at once, in registers
+SQUARE = 16  # side of the square of bytes that is transposed at once, in registers
 _MAX = float(INT8_MAX)
 
 
 def _counter(limit: float) -> Any:
-    """A function that tells how many of a vector's first elements are not numbers, or of at least limit's size."""
+    """Make a function that counts how many of a vector's first elements are NaN or at least ``limit`` in magnitude."""
 
     @tile_intrinsic
     def count_beyond(_: Any, vector: Any, count: Any) -> Any:
@@ -37,14 +37,14 @@ def _counter(limit: float) -> Any:
     return count_beyond
 
 
-_count_clipped = _counter(_MAX + 1)  # of whole numbers; those not finite included
+_count_clipped = _counter(_MAX + 1)  # for integral values; includes those that are not finite
 _count_not_finite = _counter(math.inf)
 _rounded = elementwise(lambda builder, x: llvm("rint", builder, x), 1)  # halves to even
 
 
 @tile_intrinsic
 def _store_codes(_: Any, array: Any, index: Any, vector: Any) -> Any:
-    """A vector of whole numbers as int8, clipped; 0 for what is not finite."""
+    """Store a vector of integral values as int8, clipped; 0 for values that are not finite."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x = builder.extract_value(arguments[2], 0)
@@ -67,7 +67,7 @@ def _store_codes(_: Any, array: Any, index: Any, vector: Any) -> Any:
 
 @tile_intrinsic
 def _transpose(_: Any, array: Any, index: Any, step: Any, to: Any, to_index: Any, to_step: Any) -> Any:
-    """A square of bytes, each row so many bytes behind the one before, to rows of another array."""
+    """Transpose a square of bytes, whose rows are ``step`` bytes apart, into rows of another array."""
     row = ir.VectorType(ir.IntType(8), SQUARE)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -79,7 +79,7 @@ def _transpose(_: Any, array: Any, index: Any, step: Any, to: Any, to_index: Any
         rows = [builder.load(place, align=1) for place in places(array, *arguments[:3])]
         half = SQUARE // 2
         order = [k + side * SQUARE for k in range(SQUARE) for side in (0, 1)]
-        # Interleaving each row with the one half the rows further, log2(rows) times, transposes.
+        # Interleaving each row with the row half the square further, log2(rows) times, transposes the square.
         for _ in range(SQUARE.bit_length() - 1):
             pairs = zip(rows[:half], rows[half:], strict=True)
             parts = (order[:SQUARE], order[SQUARE:])
@@ -93,14 +93,14 @@ def _transpose(_: Any, array: Any, index: Any, step: Any, to: Any, to_index: Any
 
 @inlined
 def _row(features: Array, row: int, step: Array, offset: Array, C: int, codes: Array) -> Any:
-    """Codes [W, C] of one row, and how many values were not finite, and how many clipped."""
+    """Write the codes [W, C] of one row; returns the numbers of values that are not finite and that were clipped."""
     L = lanes(features)
     not_finite, beyond = 0, 0
     for x in range(features.shape[1]):
         for c in range(0, C, L):
             scaled = _rounded((load(features, (row, x, c)) + load(offset, (c,))) / load(step, (c,)))
             outside = _count_clipped(scaled, C - c)
-            if outside > 0:  # rarely
+            if outside > 0:  # rare
                 beyond += outside
                 not_finite += _count_not_finite(scaled, C - c)
             _store_codes(codes, (x, c), scaled)
@@ -114,11 +114,11 @@ def quantize(features: Array, step: Array, offset: Array, scratch: Array, codes:
     Args:
         features: [rows, W, C or more].
         step: [C or more], 1 beyond C.
-        offset: likewise, 0 there.
+        offset: [C or more], 0 beyond C.
         scratch: [W, C or more] int8.
         codes: [C, H, W] int8, written from row Y.
-        Y: see there.
-        counts: [2] int64; values not finite, and finite ones clipped, are added.
+        Y: first row of the codes.
+        counts: [2] int64; the numbers of values that are not finite, and of clipped finite values, are added.
     """
     C, H, W = codes.shape
     for row in range(features.shape[0]):

@@ -1,14 +1,14 @@
-"""Adaptive convolution on the low-res grid, compiled: the kernel folds to where the source is.
+"""Adaptive convolution on the low-res grid, compiled: kernels are folded to the grid of the source.
 
-Bicubic ×2, reflect padding and the n × n adaptive convolution are all linear in the source, and separable but for the
-kernel K itself. So one output pixel's K folds into a kernel on the low-res grid, K' = Rᵀ·K·C, with R and C small
-matrices per row and column (borders included, exactly): no high-res buffer, and the four outputs above one low-res
-pixel weigh the same source vectors. Each of these is loaded once for four fused multiply-adds, and the sums stay in
-registers over all taps. For 64 channels, 112 -> 224 pixels and radius 3, one core of a Xeon with AVX-512 took 0.5 ms to
-fold and 1.5 ms to convolve, the latter at 83 % of its peak (204 GFLOP/s); the rest is memory.
+Bicubic ×2, reflect padding and the n × n adaptive convolution are all linear in the source, and separable except for
+the kernel K itself. So the K of an output pixel folds into a kernel on the low-res grid, K' = Rᵀ·K·C, with small
+matrices R and C per row and column (exact, borders included). This needs no high-res buffer, and the four outputs above
+one low-res pixel use the same source vectors. Each vector is loaded once for four fused multiply-adds, and the sums
+stay in registers over all taps. For 64 channels, 112 -> 224 pixels and radius 3, one core of a Xeon with AVX-512 took
+0.5 ms to fold and 1.5 ms to convolve, the latter at 83 % of its peak (204 GFLOP/s); the rest is memory.
 
-Letters: h, w low-res and H, W = 2h, 2w high-res size; n = 2*radius + 1; N = 2*margin + 1 taps a side on the low-res
-grid; L pixels in a vector. Kernels come in blocks of two high-res rows × L columns: [h, blocks, taps, 2, L].
+Notation: h, w low-res and H, W = 2h, 2w high-res size; n = 2*radius + 1; N = 2*margin + 1 taps per side on the low-res
+grid; L pixels in a vector. Kernels are stored in blocks of two high-res rows × L columns: [h, blocks, taps, 2, L].
 """
 
 import functools
@@ -24,17 +24,17 @@ from kernels.simd.tiles import VECTOR_BYTES, Array, fma, inlined, rows_of, swapp
 
 __all__ = ["VECTORS", "Fold", "convolve", "fold_block", "fold_scratch", "folding"]
 
-VECTORS = 4 if VECTOR_BYTES == 64 else 2  # of the source at once: four times as many sums must fit the registers
+VECTORS = 4 if VECTOR_BYTES == 64 else 2  # source vectors at once: four times as many sums must fit in registers
 
 
 class Fold(NamedTuple):
-    """The matrices that fold kernels to the low-res grid, and where they are not zero.
+    """The matrices that fold kernels to the low-res grid, and the ranges in which they are not zero.
 
     Attributes:
         rows: [H, N, n]. Entry (Y, j, a) is the weight of source row Y//2 + j − margin in high-res row Y + a − radius.
-        row_ends: [H, N, 2] int64: first a of a weight that is not 0, and past the last.
+        row_ends: [H, N, 2] int64: first a with a nonzero weight, and the a after the last.
         columns: [N, n, W rounded up to whole blocks]; the same along x, with x last.
-        column_ends: [blocks, N, 2] int64, of any column of a block.
+        column_ends: [blocks, N, 2] int64: the same for all columns of a block together.
     """
 
     rows: Array
@@ -45,7 +45,7 @@ class Fold(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def folding(h: int, w: int, radius: int, dtype: DType) -> Fold:
-    """The matrices for a source of h × w, in dtype."""
+    """Folding matrices for a source of h × w pixels, in this dtype."""
     L = vector_lanes(dtype)
     blocks = in_strips(2 * w, L) // L
     rows, columns = _axis_matrices(h, radius), _axis_matrices(w, radius)
@@ -57,21 +57,21 @@ def folding(h: int, w: int, radius: int, dtype: DType) -> Fold:
 
 
 def fold_scratch(radius: int, dtype: DType) -> tuple[Array, Array]:
-    """Memory for ``partial`` and ``folded`` of `fold_block`."""
+    """Scratch memory for ``partial`` and ``folded`` of `fold_block`."""
     N, n, L = 2 * margin(radius) + 1, 2 * radius + 1, vector_lanes(dtype)
     return aligned_zeros((in_strips(N), in_strips(n), 2, L), dtype), aligned_zeros((N * in_strips(N), 2 * L), dtype)
 
 
 def _ends(matrices: Array) -> Array:
-    """First index along the last axis of what is not zero, and past the last; 0, 0 where all is."""
+    """Along the last axis, the first nonzero index and the index after the last one; 0, 0 where all are zero."""
     used = matrices != 0
-    some = used.any(-1)
+    any_used = used.any(-1)
     first, last = used.argmax(-1), used.shape[-1] - used[..., ::-1].argmax(-1)
-    return np.ascontiguousarray(np.stack([np.where(some, first, 0), np.where(some, last, 0)], -1))
+    return np.ascontiguousarray(np.stack([np.where(any_used, first, 0), np.where(any_used, last, 0)], -1))
 
 
 def _axis_matrices(size: int, radius: int) -> Array:
-    """Bicubic ×2 and reflection along one axis: [2*size, N, n], as `Fold.rows`."""
+    """Matrices of bicubic ×2 and reflection along one axis: [2*size, N, n], as `Fold.rows`."""
     reach = margin(radius)
     centre = np.arange(2 * size)[:, None]
     high = np.abs(centre + np.arange(-radius, radius + 1))  # [2*size, n], reflected at 0
@@ -87,10 +87,10 @@ def _axis_matrices(size: int, radius: int) -> Array:
 
 @inlined
 def fold_block(kernels: Array, row: int, block: int, y: int, fold: Fold, partial: Array, folded: Array) -> None:
-    """K' = Rᵀ·K·C of one block, which is above row y of the source.
+    """Compute K' = Rᵀ·K·C of one block, which is above row y of the source.
 
-    kernels [rows, blocks, taps, 2, L]; partial [N, n, 2, L] with whole strips of both, overwritten; folded
-    [N*N and more, 2*L] gets for each tap and low-res pixel x the weights of the outputs (2y, 2x), (2y, 2x + 1),
+    kernels [rows, blocks, taps, 2, L]; partial [N, n, 2, L] with N and n in whole strips, overwritten; folded
+    [N*N and more, 2*L] gets, for each tap and low-res pixel x, the weights of the outputs (2y, 2x), (2y, 2x + 1),
     (2y + 1, 2x), (2y + 1, 2x + 1).
     """
     rows, row_ends, columns, column_ends = fold
@@ -116,7 +116,7 @@ def fold_block(kernels: Array, row: int, block: int, y: int, fold: Fold, partial
 
 @inlined
 def _outputs(folded: Array, N: int, source: Array, y: int, x: int, c: int, output: Array, Y: int, zero: Any) -> None:
-    """The outputs above the low-res pixels of a block, from x on, in as many channels as zero has lanes in a row."""
+    """Compute the outputs above a block's low-res pixels, from x on, for as many channels as a row of ``zero`` has."""
     h, w, _ = source.shape
     C, L = output.shape[2], lanes(output)
     reach, left = N // 2, C - c
@@ -141,17 +141,17 @@ def _outputs(folded: Array, N: int, source: Array, y: int, x: int, c: int, outpu
 def convolve(
     kernels: Array, source: Array, fold: Fold, partial: Array, folded: Array, output: Array, y: int, Y: int
 ) -> None:
-    """Low-res rows y, y + 1, … of an image, as many as there are kernels.
+    """Convolve low-res rows y, y + 1, … of an image, as many as there are rows of kernels.
 
     Args:
-        kernels: [rows, blocks, taps, 2, L] with `kernel_taps` of them.
+        kernels: [rows, blocks, taps, 2, L], where the taps axis has size `kernel_taps`.
         source: [h, w, C rounded up to whole vectors].
-        fold: of the source's size.
+        fold: `folding` for the source's size.
         partial: scratch, see `fold_block`.
-        folded: likewise.
+        folded: scratch, see `fold_block`.
         output: [≥ Y + 2*rows, W, C or more], written from row Y.
         y: first low-res row.
-        Y: where its outputs go.
+        Y: first row of the output.
     """
     C, L, N = source.shape[2], lanes(source), fold.rows.shape[1]
     many = C - C % (VECTORS * L)

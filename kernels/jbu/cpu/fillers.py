@@ -1,4 +1,4 @@
-"""What makes blocks of kernels, a few rows of an image at a time: from a tensor, or from a guidance image."""
+"""Fill blocks of kernels, a few rows of an image at a time, from a tensor or from a guidance image."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,25 +25,25 @@ from kernels.simd.tiles import Array
 
 __all__ = ["PAIRS", "Consumer", "Fillers", "bilateral", "given", "learned", "products"]
 
-PAIRS = 4  # pairs of rows at a time: at 224 pixels their kernels are 0.4 MB, which a core's second cache holds
-_THREAD_PIXELS = 1024  # at least, for a thread to be worth waking
+PAIRS = 4  # pairs of rows at a time: at 224 pixels their kernels are 0.4 MB, which fits a core's second-level cache
+_THREAD_PIXELS = 1024  # minimum number of pixels that makes waking a thread worthwhile
 _LOG2_E = 1 / np.log(2)
 
-# Both of an image's number, kernels, and which pair of its rows is first.
+# Both take the image's number, blocks of kernels, and the first pair of rows.
 _Filler = Callable[[int, Array, int], None]
 Consumer = Callable[[int, Array, int], None]
 
 
 @dataclass(frozen=True)
 class Fillers:
-    """How kernels are made.
+    """A source of kernels.
 
     Attributes:
-        make: returns a function that writes kernels, as many as there is room for. It has scratch memory of its own:
-            one is made for each thread.
-        shape: of all kernels: B, H, W.
-        radius: of the kernels.
-        dtype: of the kernels.
+        make: returns a function that fills the given blocks with kernels. It has its own scratch memory, so one is made
+            for each thread.
+        shape: B, H, W of all kernels.
+        radius: radius of the kernels.
+        dtype: dtype of the kernels.
     """
 
     make: Callable[[], _Filler]
@@ -52,10 +52,10 @@ class Fillers:
     dtype: DType
 
     def feed(self, make_consumer: Callable[[], Consumer]) -> None:
-        """Make all kernels, a few rows at a time, and hand them on while they are in a core's cache.
+        """Compute all kernels, a few rows at a time, and pass them on while they are in a core's cache.
 
         Args:
-            make_consumer: returns what takes them: one is made for each thread.
+            make_consumer: returns a function that takes the kernels; one is made for each thread.
         """
         B, H, W = self.shape
 
@@ -76,7 +76,7 @@ class Fillers:
 
 
 def given(kernel: Tensor, radius: int, dtype: DType) -> Fillers:
-    """From a tensor [B, n*n, H, W]."""
+    """Kernels from a tensor [B, n*n, H, W]."""
     array = np.ascontiguousarray(array_of(kernel, dtype))
 
     def fill(image: int, kernels: Array, y: int) -> None:
@@ -86,7 +86,7 @@ def given(kernel: Tensor, radius: int, dtype: DType) -> Fillers:
 
 
 def products(own: Array, others: Array, W: int, radius: int) -> Fillers:
-    """In place of kernels, products of own with others' neighbours: both [B, H, D, width], pixel 0 at column radius."""
+    """Products of own with others' neighbours, instead of kernels: both [B, H, D, width], pixel 0 at column radius."""
 
     def make() -> _Filler:
         scratch = _scratch(radius, 0, own.dtype)
@@ -102,7 +102,7 @@ def bilateral(guidance: Tensor, sigma_spatial: float, sigma_range: float, radius
     with np.errstate(divide="ignore", over="ignore"):
         spatial = (-(squares[:, None] + squares[None, :]).ravel() / (2 * sigma_spatial**2) * _LOG2_E).astype(dtype)
         factor = -0.5 * _LOG2_E / np.square(np.float64(sigma_range))
-    factor = max(float(factor), float(np.finfo(dtype).min))  # infinite, it would not be 0 times the distance 0
+    factor = max(float(factor), float(np.finfo(dtype).min))  # finite, so that its product with a distance of 0 is 0
 
     def make() -> _Filler:
         scratch = _scratch(radius, 0, dtype)
@@ -130,7 +130,7 @@ def learned(guidance: Tensor, stage: StageParameters, dtype: DType) -> Fillers:
         temperature = float(np.clip(np.exp(np.float64(stage.range_temp.item())), 1e-4, 1e4)) * _LOG2_E
         sharpness = 1 / (2 * np.square(np.float64(stage.sigma_spatial.item())))
         gaussian = np.exp(-(offsets[:, None] + offsets[None, :]).ravel() * sharpness).astype(dtype)
-    gaussian[gaussian < np.sqrt(np.finfo(dtype).tiny)] = 0  # counts for nothing, and leads to denormal numbers
+    gaussian[gaussian < np.sqrt(np.finfo(dtype).tiny)] = 0  # negligible, and would lead to denormal numbers
 
     def make() -> _Filler:
         channels = in_strips(len(stage.key_bias1), kernel_rows.KEY_STRIP)
@@ -139,7 +139,7 @@ def learned(guidance: Tensor, stage: StageParameters, dtype: DType) -> Fillers:
         hidden_keys = aligned_zeros((1, channels, 2 * L), dtype)
         scratch = _scratch(radius, rows.shape[2], dtype)
         hidden = aligned_zeros((1, in_strips((2 * radius + 1) ** 2), 2 * L), dtype)
-        known = -1, 0, 0  # image, first row and past the last whose keys are here
+        known = -1, 0, 0  # image, first row and row after the last whose keys are computed
 
         def fill(image: int, kernels: Array, y: int) -> None:
             nonlocal known
@@ -156,7 +156,7 @@ def learned(guidance: Tensor, stage: StageParameters, dtype: DType) -> Fillers:
 
 
 def _layer(weight: Tensor, bias: Tensor, strip: int, dtype: DType, factor: float = 1.0) -> tuple[Array, Array]:
-    """Of a 1×1 convolution [outputs, inputs]: weights [strips, inputs, strip] and biases [strips, strip]."""
+    """Weights [strips, inputs, strip] and biases [strips, strip] of a 1×1 convolution [outputs, inputs]."""
     outputs, inputs = weight.shape
     weights = np.zeros((in_strips(outputs, strip), inputs + 1), dtype)
     weights[:outputs, :inputs], weights[:outputs, inputs] = array_of(weight, dtype), array_of(bias, dtype)
@@ -166,7 +166,7 @@ def _layer(weight: Tensor, bias: Tensor, strip: int, dtype: DType, factor: float
 
 
 def _scratch(radius: int, channels: int, dtype: DType) -> Array:
-    """For the taps of one block, as `kernels.jbu.cpu.kernel_rows` says, and the guidance's channels."""
+    """Scratch memory for the taps of one block (see `kernels.jbu.cpu.kernel_rows`) and the guidance channels."""
     n = 2 * radius + 1
     return aligned_zeros((1, n * n + 2 * n + STRIP + channels, 2 * vector_lanes(dtype)), dtype)
 

@@ -1,13 +1,13 @@
-"""Kernels from a guidance image, compiled: products, softmax and correction of one block after another.
+"""Compute kernels from a guidance image, compiled: products, softmax and correction, block by block.
 
-A block's kernels, two rows × L columns of pixels, stay in the nearest cache from the products to the last addition.
-Two rows, because a neighbour then serves two pixels: to load and shift it costs more than to multiply it. At 224 pixels
-and radius 3, one core of a Xeon with AVX-512 took 0.6 ms for the training-free kernels; for the learned ones 1.1 ms
-(keys) and 5.2 ms, of these 1.5 for the products, 2.3 for the correction's matrix products (88 % of the core's peak) and
-1.2 for exp and GELU.
+A block's kernels, two rows × L columns of pixels, stay in the first-level cache from the products to the last addition.
+With two rows, a neighbour serves two pixels: loading and shifting it costs more than multiplying it. At 224 pixels and
+radius 3, one core of a Xeon with AVX-512 took 0.6 ms for the training-free kernels. The learned kernels took 1.1 ms
+(keys) and 5.2 ms, of which 1.5 ms for the products, 2.3 ms for the correction's matrix products (88 % of the core's
+peak) and 1.2 ms for exp and GELU.
 
-Letters: D key and G guidance channels, T = n*n taps, L pixels in a vector. Images and kernels lie as
-`kernels.jbu.cpu.layout` says, images with pixel 0 at column radius.
+Notation: D key and G guidance channels, T = n*n taps, L pixels in a vector. Images and kernels are stored as in
+`kernels.jbu.cpu.layout`, images with pixel 0 at column radius.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ KEY_STRIP = 8  # key channels computed at once: the published 32 are 4 strips
 
 @inlined
 def _dense(weights: Array, bias: Array, strip: int, inputs: Array, row: int, first: int, x: int, zero: Any) -> Any:
-    """One strip of a 1×1 convolution, on the pixels that zero has room for.
+    """One strip of a 1×1 convolution, on as many pixels as a row of ``zero`` has.
 
     weights [strips, channels, strip], bias [strips, strip], inputs [rows, first + channels, ≥ x + pixels].
     """
@@ -50,20 +50,20 @@ def keys(
     start: int,
     stop: int,
 ) -> None:
-    """Two 1×1 convolutions with a GELU between, of the rows start…stop of an image; and their margins, reflected.
+    """Apply two 1×1 convolutions with a GELU between them to rows start…stop of an image, and reflect the margins.
 
     Args:
         guidance: [H, G, width].
-        weight0: [strips, G, KEY_STRIP], like all weights padded with zeros.
+        weight0: [strips, G, KEY_STRIP], padded with zeros like all weights.
         bias0: [strips, KEY_STRIP].
         weight1: [strips, D, KEY_STRIP].
         bias1: [strips, KEY_STRIP].
         hidden: scratch [1, D in whole strips, 2*L].
-        output: [a power of two, D in whole strips, width]; row y goes to y modulo that.
+        output: [a power of two, D in whole strips, width]; row y is written at y modulo its length.
         W: pixels of a row.
-        radius: of the margins.
+        radius: width of the margins.
         start: first row.
-        stop: past the last.
+        stop: row after the last.
     """
     L, left = lanes(guidance), radius
     zero = zeros(guidance, KEY_STRIP, 2)
@@ -86,15 +86,15 @@ def keys(
 def _block_products(
     own: Array, others: Array, H: int, mask: int, y: int, x: int, radius: int, sums_of_taps: Array, squared: bool
 ) -> None:
-    """Over channels, the products of a block's pixels with their neighbours, or the squares of their differences.
+    """Sum over channels the products of a block's pixels with their neighbours, or their squared differences.
 
     own and others [rows, D, width], row y of H at y & mask; sums_of_taps [1, n + T + n and a strip, 2*L] gets tap t at
-    n + t, and what is around the taps is overwritten.
+    n + t, and the elements around the taps are overwritten.
     """
     n, L = 2 * radius + 1, lanes(own)
     first, second = 2 * y & mask, min(2 * y + 1, H - 1) & mask
     to_second = (second - first) * own.shape[1] * own.shape[2]
-    for a in range(n + 1):  # the first row's tap row a is the second's a - 1; both have n of the n + 1
+    for a in range(n + 1):  # tap row a of the first row is a - 1 of the second; each uses n of the n + 1 rows
         row = reflected(2 * y + a - radius, H) & mask
         for b in range(0, n, STRIP):
             sums = zeros(own, STRIP, 2)
@@ -111,7 +111,7 @@ def _block_products(
 
 @compiled
 def products(own: Array, others: Array, radius: int, scratch: Array, kernels: Array, y: int) -> None:
-    """Products of own with others' neighbours, over channels: both [H, D, width] -> [rows, blocks, taps, 2, L]."""
+    """Products of own with others' neighbours, summed over channels: [H, D, width] -> [rows, blocks, taps, 2, L]."""
     n, L = 2 * radius + 1, lanes(own)
     for row in range(kernels.shape[0]):
         for block in range(kernels.shape[1]):
@@ -125,13 +125,13 @@ def products(own: Array, others: Array, radius: int, scratch: Array, kernels: Ar
 def bilateral(
     guidance: Array, spatial: Array, factor: float, radius: int, scratch: Array, kernels: Array, y: int
 ) -> None:
-    """Training-free kernels of the row pairs y, y + 1, … of an image, as many as there is room for.
+    """Compute the training-free kernels of the row pairs y, y + 1, … of an image, filling ``kernels``.
 
     Args:
         guidance: [H, G, width].
-        spatial: [T], the spatial Gaussian's binary exponents.
-        factor: times the squared distance of colours: the range Gaussian's binary exponent; finite.
-        radius: of the kernel.
+        spatial: [T], base-2 exponents of the spatial Gaussian.
+        factor: factor from the squared colour distance to the base-2 exponent of the range Gaussian; finite.
+        radius: radius of the kernel.
         scratch: [1, T + 2*n + STRIP, 2*L].
         kernels: [rows, blocks, taps, 2, L], filled.
         y: first pair of rows.
@@ -142,7 +142,7 @@ def bilateral(
         for block in range(kernels.shape[1]):
             _block_products(guidance, guidance, guidance.shape[0], -1, y + row, block * L, radius, scratch, True)
             total = one_row
-            for t in range(n * n):  # no greatest exponent to find: it is the pixel's own, 0
+            for t in range(n * n):  # the largest exponent is known: it is that of the pixel itself, 0
                 distances = load_row(scratch, (0, n + t, 0), one_row)
                 weights = exp2(fma(distances, factor, splat(spatial, (t,))))
                 total = total + weights
@@ -169,18 +169,19 @@ def learned(
     kernels: Array,
     y: int,
 ) -> None:
-    """FeatUp's kernels of the row pairs y, y + 1, … of an image, as many as there is room for.
+    """Compute FeatUp's kernels of the row pairs y, y + 1, … of an image, filling ``kernels``.
 
     Args:
-        keys: [a power of two, D, width]: those of these rows and of radius around them, row y at y modulo that.
+        keys: [a power of two, D, width]: keys of these rows and of radius rows around them, row y at y modulo its
+            length.
         guidance: [H, G, width].
-        temperature: times a product of keys: binary exponent.
-        gaussian: [T], the spatial one.
-        weight0: [strips, T + G, STRIP], like all weights padded with zeros.
+        temperature: factor from a product of keys to the base-2 exponent.
+        gaussian: [T], the spatial Gaussian.
+        weight0: [strips, T + G, STRIP], padded with zeros like all weights.
         bias0: [strips, STRIP].
-        weight1: [strips, T, STRIP], with the factor of the correction.
+        weight1: [strips, T, STRIP], multiplied by the factor of the correction.
         bias1: [strips, STRIP], likewise.
-        radius: of the kernel.
+        radius: radius of the kernel.
         scratch: [1, T + 2*n + STRIP + G, 2*L].
         hidden: scratch [1, T in whole strips, 2*L].
         kernels: [rows, blocks, taps, 2, L], filled.
@@ -203,7 +204,7 @@ def learned(
                 weights = weights * splat(gaussian, (t,))
                 weighted = weighted + weights
                 store_tile(scratch, (0, n + t, 0), weights, 0, L)
-            # Softmax, Gaussian, and division by the sum clamped to 1e-7, at once.
+            # Softmax, Gaussian, and division by the sum clamped to 1e-7, in one step.
             normalise = 1.0 / maximum(weighted, total * 1e-7)
             for t in range(T):
                 weights = load_row(scratch, (0, n + t, 0), one_row) * normalise

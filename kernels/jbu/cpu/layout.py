@@ -1,8 +1,8 @@
-"""How the compiled functions keep images and kernels in memory, and the way there and back.
+"""Memory layout of images and kernels in the compiled functions, and the conversions.
 
-Images come in rows with margins, [H, channels, `row_width`]: a pixel's neighbours in all channels lie near each other,
-and reading past an edge needs no test. Kernels come in blocks of two rows × L columns of pixels, L as many as fill a
-vector: [pairs of rows, blocks, `kernel_taps`, 2, L].
+Images are stored in rows with margins, [H, channels, `row_width`], so that a pixel's neighbours in all channels are
+close together, and reads past an edge need no test. Kernels are stored in blocks of two rows × L columns of pixels,
+where L pixels fill a vector: [pairs of rows, blocks, `kernel_taps`, 2, L].
 """
 
 import math
@@ -39,27 +39,27 @@ __all__ = [
 
 DType = np.dtype[Any]
 
-STRIP = 7  # taps computed at once; arrays over taps have room for whole strips, the last of which may hold anything
+STRIP = 7  # taps computed at once; arrays over taps have whole strips, and values beyond the last tap are arbitrary
 
 
 def in_strips(count: int, strip: int = STRIP) -> int:
-    """Rounded up to whole strips."""
+    """``count`` rounded up to whole strips."""
     return -(-count // strip) * strip
 
 
 def kernel_taps(radius: int) -> int:
-    """Room for a kernel's taps, in whole strips: of all, and of those in one of its rows."""
+    """Size of the tap axis: room for whole strips, both of all taps and of the last row of taps."""
     n = 2 * radius + 1
     return max(in_strips(n * n), (n - 1) * n + in_strips(n))
 
 
 def vector_lanes(dtype: DType) -> int:
-    """Elements in a vector."""
+    """Number of elements in a vector."""
     return VECTOR_BYTES // dtype.itemsize
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: DType) -> Array:
-    """As `numpy.zeros`, beginning where vectors do; torch's would wake torch's threads, which then wait for more."""
+    """As `numpy.zeros`, aligned to vectors; `torch.zeros` would wake torch's threads, which then wait for more work."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.zeros(size + VECTOR_BYTES, np.uint8)
     start = -raw.ctypes.data % VECTOR_BYTES
@@ -67,21 +67,21 @@ def aligned_zeros(shape: tuple[int, ...], dtype: DType) -> Array:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: DType) -> Array:
-    """As `numpy.empty`, likewise. For what is large: torch gets the same memory again and again, already mapped."""
+    """As `numpy.empty`, aligned to vectors. For large arrays: torch reuses memory that is already mapped."""
     array: Array = torch.empty(shape, dtype=torch_dtype(dtype)).numpy()
     return array
 
 
 def kernel_blocks(pairs: int, W: int, radius: int, dtype: DType) -> Array:
-    """Room for the kernels of so many pairs of rows."""
+    """Allocate blocks for the kernels of ``pairs`` pairs of rows."""
     L = vector_lanes(dtype)
     return aligned_zeros((pairs, in_strips(W, L) // L, kernel_taps(radius), 2, L), dtype)
 
 
 def row_width(W: int, radius: int, margin: int, dtype: DType) -> int:
-    """Columns of a row: its margins, and what whole vectors and strips read beyond.
+    """Number of columns of a row, with margins and room for reads of whole vectors and strips beyond the end.
 
-    An odd number of vectors: rows a power of two apart would share few places in a cache.
+    It is an odd number of vectors: rows a power of two apart would map to few cache sets.
     """
     L = vector_lanes(dtype)
     window = in_strips(2 * radius + 1) + L  # as `load_window` reads it
@@ -90,18 +90,18 @@ def row_width(W: int, radius: int, margin: int, dtype: DType) -> int:
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """float32 or float64."""
+    """The torch dtype of float32 or float64."""
     return torch.float64 if dtype == np.float64 else torch.float32
 
 
 def array_of(tensor: Tensor, dtype: DType) -> Array:
-    """A tensor as an array of another dtype, in its own memory if it can be."""
+    """A tensor as an array of this dtype, without a copy if possible."""
     array: Array = tensor.detach().to(torch_dtype(dtype)).numpy()
     return array
 
 
 def channel_vectors(image: Tensor, dtype: DType) -> Array:
-    """[B, C, H, W] -> [B, H, W, C in whole vectors], zeros beyond C; in its own memory if it is so already."""
+    """[B, C, H, W] -> [B, H, W, C in whole vectors], zeros beyond C; without a copy if it has this layout already."""
     array = array_of(image, dtype).transpose(0, 2, 3, 1)
     B, H, W, C = array.shape
     channels = in_strips(C, vector_lanes(dtype))
@@ -113,19 +113,19 @@ def channel_vectors(image: Tensor, dtype: DType) -> Array:
 
 
 def image_rows(images: Array, radius: int, margin: int, dtype: DType) -> Array:
-    """[B, C, H, W] -> [B, H, C, `row_width`]: pixel 0 at column margin, radius pixels reflected; zeros beyond them."""
+    """[B, C, H, W] -> [B, H, C, `row_width`]: pixel 0 at column margin, radius pixels reflected, zeros beyond them."""
     B, C, H, W = images.shape
     rows = aligned_empty((B, H, C, row_width(W, radius, margin, dtype)), dtype)
     last = margin + W - 1
 
     def fill(job: tuple[int, int, int]) -> None:
         image, start, stop = job
-        some = rows[image, start:stop]
-        some[..., : margin - radius] = 0
-        some[..., last + 1 + radius :] = 0
-        some[..., margin : last + 1] = images[image, :, start:stop].transpose(1, 0, 2)
-        some[..., margin - radius : margin] = some[..., margin + radius : margin : -1]
-        some[..., last + 1 : last + 1 + radius] = some[..., last - 1 : last - 1 - radius : -1]
+        part = rows[image, start:stop]
+        part[..., : margin - radius] = 0
+        part[..., last + 1 + radius :] = 0
+        part[..., margin : last + 1] = images[image, :, start:stop].transpose(1, 0, 2)
+        part[..., margin - radius : margin] = part[..., margin + radius : margin : -1]
+        part[..., last + 1 : last + 1 + radius] = part[..., last - 1 : last - 1 - radius : -1]
 
     in_threads(row_jobs(B, H, 64), lambda: fill, rows.size // 200_000)
     return rows
@@ -133,13 +133,13 @@ def image_rows(images: Array, radius: int, margin: int, dtype: DType) -> Array:
 
 @inlined
 def reflected(index: int, size: int) -> int:
-    """Where a pixel less than size outside lies; further outside, where nothing is used: at some pixel."""
+    """Reflect an index up to size - 1 outside. Indices further outside, which are not used, map to any valid index."""
     return max(0, size - 1 - abs(size - 1 - abs(index)))
 
 
 @compiled
 def pack(kernel: Array, kernels: Array, y: int) -> None:
-    """A kernel [taps, H, W] -> blocks of the pairs of rows y, y + 1, …, as many as there is room for."""
+    """Convert a kernel [taps, H, W] to the given blocks, which are those of the pairs of rows y, y + 1, …"""
     T, _, W = kernel.shape
     pairs, blocks, L = kernels.shape[0], kernels.shape[1], lanes(kernel)
     for pair in range(pairs):
@@ -158,7 +158,7 @@ def pack(kernel: Array, kernels: Array, y: int) -> None:
 
 @compiled
 def unpack(kernels: Array, kernel: Array, y: int) -> None:
-    """The reverse of `pack`; H may be odd."""
+    """The inverse of `pack`; H may be odd."""
     T, H, W = kernel.shape
     pairs, blocks, L = kernels.shape[0], kernels.shape[1], lanes(kernel)
     for pair in range(pairs):

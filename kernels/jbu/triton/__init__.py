@@ -1,11 +1,12 @@
 """Joint bilateral upsampling on NVIDIA GPUs, in Triton: every operation, forward and backward.
 
-A stage is one launch for the whole batch (a learned one has a small launch before it, for keys and parameters): kernels
-are made, folded onto the low-res grid, applied and, if asked, quantized on the chip. Sums are float32; products use the
-matrix units: of half operands for half inputs, of float32 ones in three tf32 parts, in one if the output is half. No
-floating-point atomics: results are the same every time, and do not depend on what else is in the batch.
+A stage is one launch for the whole batch; a learned stage has a small launch before it, for keys and parameters.
+Kernels are computed, folded to the low-res grid, applied and optionally quantized on the chip. Sums are float32.
+Products use the matrix units: half-precision operands for half inputs, three tf32 products for float32 inputs, one tf32
+product if the output is half. There are no floating-point atomics, so results are reproducible, and do not depend on
+the rest of the batch.
 
-`kernels.jbu.triton.taps` and `kernels.jbu.triton.window` say how it works.
+`kernels.jbu.triton.taps` and `kernels.jbu.triton.window` explain the method.
 """
 
 import functools
@@ -48,14 +49,14 @@ FORWARD_MODE = False
 _INTERPRETED = not isinstance(run_tiles, triton.JITFunction)  # TRITON_INTERPRET was set when Triton was imported
 _DTYPES = (*HALF, torch.float32)
 _CAPABILITY = (8, 0)
-_TRITON = (3, 4)  # the oldest that was tried and compiles every kernel
+_TRITON = (3, 4)  # the oldest version that was tested and compiles every kernel
 
 
 def reasons_not(kinds: Sequence[Kind]) -> list[str]:
     """Every reason why this implementation cannot take inputs of these kinds; none if it can.
 
-    It takes float32, float16 and bfloat16 on NVIDIA GPUs of compute capability 8.0 (Ampere) or more; on the CPU only
-    where Triton interprets its kernels (TRITON_INTERPRET=1), which is for tests.
+    It takes float32, float16 and bfloat16 on NVIDIA GPUs of compute capability 8.0 (Ampere) or more. It runs on the CPU
+    only if Triton interprets its kernels (TRITON_INTERPRET=1), which is for tests.
     """
     reasons = []
     if tuple(map(int, triton.__version__.split(".")[:2])) < _TRITON:
@@ -89,7 +90,7 @@ def range_products(keys: Tensor, radius: int) -> Tensor:
         "KERNEL": "products",
         "KEY_DIM": keys_by_pixel.shape[3],
         "keys": keys_by_pixel,
-        "spatial": _spatial_gaussian(geometry, 1.0, keys.device),  # of it, only where it ends
+        "spatial": _spatial_gaussian(geometry, 1.0, keys.device),  # only to tell which taps are within the radius
         **_slides(geometry, keys.dtype, keys.device),
     }
     return _kernels(geometry, keys, **made)
@@ -117,7 +118,7 @@ def bilateral_stage(
 ) -> Tensor | Codes:
     """As `kernels.jbu.reference.bilateral_stage`: source [B, C, h, w], guidance [B, G, 2h, 2w] -> [B, C, 2h, 2w].
 
-    With a quantization, codes of the float32 sums, which half features would round first.
+    With a quantization, it returns codes of the float32 sums, even for half features, which would be rounded first.
     """
     geometry = Geometry(radius)
     made = _bilateral(geometry, guidance, sigma_spatial, sigma_range, source.dtype)
@@ -129,7 +130,7 @@ def learned_stage(
 ) -> Tensor | Codes:
     """As `kernels.jbu.reference.learned_stage`: source [B, C, h, w], guidance [B, G, 2h, 2w] -> [B, C, 2h, 2w].
 
-    With a quantization, codes of the float32 sums, which half features would round first.
+    With a quantization, it returns codes of the float32 sums, even for half features, which would be rounded first.
     """
     geometry = Geometry(stage.radius)
     return _upsampled(geometry, source, quantization, **_learned(geometry, guidance, stage, source.dtype))
@@ -138,7 +139,7 @@ def learned_stage(
 def _bilateral(
     geometry: Geometry, guidance: Tensor, sigma_spatial: float, sigma_range: float, result: torch.dtype
 ) -> dict[str, Any]:
-    factor = max(-math.log2(math.e) / (2 * sigma_range) / sigma_range, -3e38)  # finite, for equal colours
+    factor = max(-math.log2(math.e) / (2 * sigma_range) / sigma_range, -3e38)  # finite: equal colours give 0, not NaN
     return strides("guidance", guidance) | {
         "KERNEL": "bilateral",
         "GUIDANCE_DIM": guidance.shape[1],
@@ -169,7 +170,7 @@ def _slides(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> dic
 
 @functools.lru_cache(maxsize=64)
 def _spatial_gaussian(geometry: Geometry, sigma: float, device: torch.device) -> Tensor:
-    """Its logarithm from a patch's pixels to its window's, to the base 2; −∞ beyond the radius. [16, U] float32."""
+    """Base-2 logarithm of the Gaussian from a patch's pixels to its window's; −∞ beyond the radius. [16, U] float32."""
     squared = squared_distances(geometry, torch.device("cpu")).double()
     return torch.where(squared < 0, -math.inf, -squared / (2 * sigma**2) * math.log2(math.e)).float().to(device)
 
@@ -183,7 +184,7 @@ def _kernels(geometry: Geometry, image: Tensor, **made: Any) -> Tensor:
 
 
 def _upsampled(geometry: Geometry, source: Tensor, quantization: Quantization | None, **made: Any) -> Tensor | Codes:
-    """The source [B, C, h, w] weighed by kernels made as told, features or codes."""
+    """Upsample the source [B, C, h, w] with kernels computed from the arguments ``made``; returns features or codes."""
     B, C, h, w = source.shape
     rows, columns = axis_tables(geometry, h, w, source.dtype, source.device)
     made |= {
@@ -202,7 +203,7 @@ def _upsampled(geometry: Geometry, source: Tensor, quantization: Quantization | 
         return output.permute(0, 3, 1, 2)
     not_finite, clipped = (torch.zeros(B, dtype=torch.int32, device=source.device) for _ in range(2))
     codes = Codes(source.new_empty(B, C, 2 * h, 2 * w, dtype=torch.int8), not_finite, clipped)
-    # float32 divides, as the reference does; for half features, a product is near enough
+    # float32 features are divided, as in the reference; for half features, a product is accurate enough.
     step = quantization.step if source.dtype == torch.float32 else quantization.step.reciprocal()
     made |= {"step": step.contiguous(), "offset": quantization.offset.contiguous()}
     made |= {"output": codes.codes, "not_finite": not_finite, "clipped": clipped}

@@ -1,4 +1,4 @@
-"""Gradients of the Triton kernels of joint bilateral upsampling, without atomics: whoever owns a value sums it."""
+"""Gradients of the Triton kernels of joint bilateral upsampling, without atomics: one program sums each value."""
 # mypy: disable-error-code="no-untyped-def"
 
 import math
@@ -29,14 +29,14 @@ def adaptive_conv_upsample2x_backward(
     """Gradients of `adaptive_conv_upsample2x`.
 
     Args:
-        gradient: [B, C, 2h, 2w], of the output.
+        gradient: gradient of the output, [B, C, 2h, 2w].
         source: [B, C, h, w].
         kernel: [B, n*n, 2h, 2w].
         for_source: whether the source's gradient is needed.
         for_kernel: whether the kernel's gradient is needed.
 
     Returns:
-        Those of source and kernel, contiguous; None where not needed.
+        Gradients of source and kernel, with their shapes and dtypes, contiguous; None where not needed.
     """
     geometry = Geometry(math.isqrt(kernel.shape[1]) // 2)
     C, h, w = source.shape[1:]
@@ -68,7 +68,7 @@ def _source_gradient(geometry: Geometry, source: Tensor, kernel: Tensor, argumen
         _source_gradient_tiles, (triton.cdiv(C, block) * blocks[0], blocks[1], B), geometry, source.dtype,
         **strides("kernel", kernel), sums=sums, C_BLOCK=block, **arguments,
     )  # fmt: skip
-    for axis in (1, 2):  # pixels beyond the edge repeat it
+    for axis in (1, 2):  # pixels beyond the edge repeat the edge, so their gradients belong to it
         before, inside, after = sums.split([margin, sums.shape[axis] - 2 * margin, margin], axis)
         inside.narrow(axis, 0, 1).add_(before.sum(axis, keepdim=True))
         inside.narrow(axis, inside.shape[axis] - 1, 1).add_(after.sum(axis, keepdim=True))
@@ -87,7 +87,7 @@ def range_products_backward(gradient: Tensor, keys: Tensor, radius: int) -> Tens
         **strides("gradient", gradient), keys=keys_by_pixel, sums=sums, H=H, W=W,
         KEY_DIM=padded(D), PRECISION=precision(keys.dtype),
     )  # fmt: skip
-    for axis in (1, 2):  # pixels beyond the border are reflections
+    for axis in (1, 2):  # pixels beyond the border are reflections, so their gradients belong to the reflected pixels
         size = sums.shape[axis] - 2 * radius
         before, inside, after = sums.split([radius, size, radius], axis)
         inside.narrow(axis, 1, radius).add_(before.flip(axis))
@@ -104,7 +104,7 @@ def _kernel_gradient_tiles(
     RADIUS: tl.constexpr, AXIS: tl.constexpr, ACROSS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
     WINDOW_ROWS: tl.constexpr, WINDOW_COLUMNS: tl.constexpr, MARGIN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients with respect to a tile's weights of its window, folded back to taps."""
+    """Compute gradients of a tile's window weights, and fold them back to taps."""
     image, y0, x0 = program_tile(ACROSS)
     places = window_places(y0, x0, H // 2, W // 2, WINDOW_ROWS, WINDOW_COLUMNS, MARGIN)
     source += ((image * (H // 2) + y0 // 2) * (W // 2) + x0 // 2) * C
@@ -138,11 +138,11 @@ def _source_gradient_tiles(
     RADIUS: tl.constexpr, AXIS: tl.constexpr, ACROSS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
     WINDOW_ROWS: tl.constexpr, WINDOW_COLUMNS: tl.constexpr, MARGIN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients with respect to a block of low-res pixels, as large as a window, from all tiles that weigh any of it.
+    """Compute gradients of a block of low-res pixels of the size of a window, from all tiles whose window overlaps it.
 
-    Low-res pixels are numbered from the margin's first: windows begin in the margin.
+    Low-res pixels are numbered from the first pixel of the margin, because windows begin in the margin.
     """
-    LOW_COLUMNS: tl.constexpr = 4 * ACROSS  # of a tile, without margins
+    LOW_COLUMNS: tl.constexpr = 4 * ACROSS  # low-res columns of a tile, without margins
     height, width = H // 2 + 2 * MARGIN, W // 2 + 2 * MARGIN
     C_BLOCKS = tl.cdiv(C, C_BLOCK)
     channel = tl.program_id(0) % C_BLOCKS * C_BLOCK + tl.arange(0, C_BLOCK)
@@ -150,7 +150,7 @@ def _source_gradient_tiles(
     image = tl.program_id(2).to(tl.int64)
     kernel += image * kernel_b
     total = tl.zeros([WINDOW_ROWS * WINDOW_COLUMNS, C_BLOCK], tl.float32)
-    # Tile i weighs low-res rows 2i … 2i + 1 + 2*MARGIN, and likewise columns.
+    # The window of tile row i has low-res rows 2i … 2i + 1 + 2*MARGIN; columns are analogous.
     DOWN: tl.constexpr = WINDOW_ROWS // 2 + MARGIN
     ACROSS_: tl.constexpr = WINDOW_COLUMNS // LOW_COLUMNS + (2 * MARGIN + LOW_COLUMNS - 1) // LOW_COLUMNS
     for number in range(DOWN * ACROSS_):
@@ -185,9 +185,9 @@ def _keys_gradient_tiles(
     RADIUS: tl.constexpr, AXIS: tl.constexpr, ACROSS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
     WINDOW_ROWS: tl.constexpr, WINDOW_COLUMNS: tl.constexpr, MARGIN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients with respect to a tile of keys, those beyond the border apart from the pixels they reflect.
+    """Compute gradients of a tile of keys; keys beyond the border are separate from the pixels that they reflect.
 
-    A key is multiplied with its neighbours' as a centre and as their neighbour; beyond the border only as the latter.
+    A key is a factor of products both as centre and as neighbour; beyond the border, only as neighbour.
     """
     image, y0, x0 = program_tile(ACROSS)
     y0, x0 = y0 - RADIUS, x0 - RADIUS

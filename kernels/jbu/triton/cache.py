@@ -1,4 +1,4 @@
-"""Where Triton keeps what it compiled."""
+"""The folder of Triton's cache of compiled kernels."""
 
 import atexit
 import functools
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def ensure_cache() -> None:
-    """Give Triton a folder for this process if its own cannot be written: it cannot compile without one.
+    """Set a temporary cache folder for this process if Triton's is not writable: it cannot compile without one.
 
-    Its own is ``TRITON_CACHE_DIR``, else ``.triton/cache`` in ``TRITON_HOME``, else in the home.
+    Triton's folder is ``TRITON_CACHE_DIR``, else ``.triton/cache`` in ``TRITON_HOME`` or in the home folder.
 
     Raises:
-        OSError: no temporary folder can be made either.
+        OSError: no temporary folder can be created either.
     """
     own = Path(triton.knobs.cache.dir)
     try:
@@ -33,11 +33,11 @@ def ensure_cache() -> None:
             folder = tempfile.mkdtemp(prefix="densefeat-triton-")
         except OSError:
             raise OSError(
-                f"Triton cannot compile: neither {own} nor a temporary folder can be written. "
-                "Set TRITON_CACHE_DIR to a folder that can be."
+                f"Triton cannot compile: neither {own} nor a temporary folder is writable. "
+                "Set TRITON_CACHE_DIR to a writable folder."
             ) from error
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["TRITON_CACHE_DIR"] = folder
         logger.warning(
-            "%s cannot be written to: each process compiles again. Set TRITON_CACHE_DIR to a folder that can be", own
+            "%s is not writable: each process compiles again. Set TRITON_CACHE_DIR to a writable folder", own
         )

@@ -1,4 +1,4 @@
-"""The Triton kernel of joint bilateral upsampling, forward: one composition of the pieces for all operations."""
+"""The forward Triton kernel of joint bilateral upsampling: one kernel that composes the pieces for all operations."""
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
@@ -23,11 +23,11 @@ __all__ = ["run_tiles"]
 def run_tiles(
     kernel, kernel_b, kernel_c, kernel_y, kernel_x,  # [B, n*n, H, W], given or the output
     guidance, guidance_b, guidance_c, guidance_y, guidance_x,  # [B, G, H, W]
-    slide_rows, slide_columns,  # slide_tables, if not given
-    spatial, range_factor,  # [16, U] float32, logarithm of the Gaussian; a number, of bilateral kernels; to the base 2
+    slide_rows, slide_columns,  # slide_tables, unless the kernel is given
+    spatial, range_factor,  # base-2 logarithm of the spatial Gaussian [16, U] float32; that of the range, a number
     keys, weights, bias, factor,  # [B, H, W, KEY_DIM] and the rest of `kernels.jbu.triton.learned.Prepared`
     source, rows, columns, row_kinds, column_kinds,  # [B, h, w, C] and its `axis_tables`
-    output, step, offset, not_finite, clipped,  # [B, H, W, C]; or codes [B, C, H, W], scale [C] and counts [B]
+    output, step, offset, not_finite, clipped,  # [B, H, W, C]; or codes [B, C, H, W], with [C], [C], [B], [B]
     H, W, C,
     KERNEL: tl.constexpr, OUTPUT: tl.constexpr, KEY_DIM: tl.constexpr, GUIDANCE_DIM: tl.constexpr,
     GUIDANCE_ROWS: tl.constexpr, HIDDEN: tl.constexpr, FIXUP_WEIGHT: tl.constexpr, C_BLOCK: tl.constexpr,
@@ -37,7 +37,7 @@ def run_tiles(
 ):  # fmt: skip
     """A tile, from `KERNEL` ("given", "products", "bilateral", "learned") to `OUTPUT` ("kernel", "features", "codes").
 
-    Arguments that a combination does not need are None.
+    Arguments that a combination does not use are None.
     """
     image, y0, x0 = program_tile(ACROSS)
 
@@ -61,12 +61,12 @@ def run_tiles(
             gaussian = tl.load(spatial + place)[None]
             if KERNEL == "learned":
                 near, least = unnormalised(near, tl.load(factor), gaussian, tl.load(spatial))
-            else:  # beyond the radius products may overflow
+            else:  # beyond the radius, products may overflow
                 near = tl.where(gaussian > float("-inf"), near, 0.0)
             near = near.to(keys.dtype.element_ty)
         taps = taps_of(near, slide_rows, slide_columns, AXIS, ACROSS, KEY_COLUMNS, KERNEL_PRECISION)
         if KERNEL == "bilateral":
-            taps *= 1.0 / tl.sum(taps, 1, keep_dims=True)  # at least 1: the pixel's own weight
+            taps *= 1.0 / tl.sum(taps, 1, keep_dims=True)  # the sum is at least 1, the pixel's own weight
         if KERNEL == "learned":
             taps *= 1.0 / tl.maximum(tl.sum(taps, 1, keep_dims=True), tl.reshape(least, [32 * ACROSS, 1]))
         if KERNEL == "learned":

@@ -1,6 +1,6 @@
-"""Shapes and tables of the Triton kernels of joint bilateral upsampling, made on the host.
+"""Shapes and tables of the Triton kernels of joint bilateral upsampling, computed on the host.
 
-A program makes a tile of 4 × 16 output pixels (4 × 8 from radius 4) of one image. Within it, patches of 2 × 8
+A program computes a tile of 4 × 16 output pixels (4 × 8 from radius 4 on) of one image. Within it, patches of 2 × 8
 pixels share a window of neighbours: 16 rows of one matrix product. All sizes on the chip are powers of two.
 """
 
@@ -16,20 +16,20 @@ from kernels.jbu.bicubic import WEIGHTS, first_source_pixel, margin
 
 __all__ = ["MAX_RADIUS", "Geometry", "axis_tables", "power_of_two", "slide_tables", "squared_distances"]
 
-MAX_RADIUS = 7  # 15 × 15 taps are 256 on the chip; at 8 they would be 1024, which no register file holds
+MAX_RADIUS = 7  # 15 × 15 taps are padded to 256 on the chip; radius 8 would need 1024, which do not fit in registers
 
 _TILE_ROWS = 4
 _PATCH_ROWS, _PATCH_COLUMNS = 2, 8
 _MAX_GRID = 65535  # programs along the second and third axis of a launch
-_MATRIX_DEPTH = 16  # the least number of products that a matrix instruction sums, for half operands
+_MATRIX_DEPTH = 16  # smallest number of products that a matrix instruction sums, for half operands
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Everything about shapes that follows from the radius.
+    """All shapes that follow from the radius.
 
     Args:
-        radius: of the kernel, in output pixels.
+        radius: radius of the kernel in output pixels.
 
     Raises:
         ValueError: the radius is larger than `MAX_RADIUS`.
@@ -46,32 +46,32 @@ class Geometry:
 
     @property
     def width(self) -> int:
-        """Taps along an axis."""
+        """Number of taps along an axis."""
         return 2 * self.radius + 1
 
     @property
     def axis(self) -> int:
-        """Taps along an axis on the chip. A patch's window has one row more than taps: as many, padded."""
+        """Padded number of taps along an axis on the chip; also holds a patch's window, which has one row more."""
         return max(8, power_of_two(self.width))
 
     @property
     def patches_across(self) -> int:
-        """Patches along a tile's row. One for large radii: kernels have 256 taps, and would not fit in registers."""
+        """Patches along a tile's row. For large radii it is 1: with 256 taps, two would not fit in registers."""
         return 2 if self.radius < 4 else 1
 
     @property
     def tile(self) -> tuple[int, int]:
-        """Rows and columns of output pixels of a program."""
+        """Rows and columns of output pixels per program."""
         return _TILE_ROWS, _PATCH_COLUMNS * self.patches_across
 
     @property
     def key_columns(self) -> int:
-        """Columns of a patch's window of neighbours."""
+        """Columns of a patch's window of neighbours, padded."""
         return power_of_two(_PATCH_COLUMNS + 2 * self.radius)
 
     @property
     def neighbours(self) -> int:
-        """Pixels of a patch's window."""
+        """Pixels of a patch's window, padded."""
         return self.axis * self.key_columns
 
     @property
@@ -81,7 +81,7 @@ class Geometry:
 
     @property
     def window(self) -> tuple[int, int]:
-        """Rows and columns of low-res pixels that a tile weighs."""
+        """Rows and columns of low-res pixels in a tile's window."""
         rows, columns = (power_of_two(size // 2 + 2 * self.margin) for size in self.tile)
         return rows, columns
 
@@ -91,7 +91,7 @@ class Geometry:
         return max(_MATRIX_DEPTH, power_of_two(self.width**2))
 
     def constants(self) -> dict[str, int]:
-        """What every kernel is compiled for."""
+        """Compile-time constants of every kernel."""
         rows, columns = self.window
         return {
             "RADIUS": self.radius,
@@ -107,7 +107,7 @@ class Geometry:
         """Programs for B outputs of H × W: tiles across, tiles down, images.
 
         Raises:
-            ValueError: CUDA takes no such grid.
+            ValueError: the grid exceeds CUDA's limits.
         """
         across, down = -(-W // self.tile[1]), -(-H // self.tile[0])
         if max(down, B) > _MAX_GRID:
@@ -119,28 +119,28 @@ class Geometry:
 
 
 def power_of_two(number: int) -> int:
-    """The least that is not smaller."""
+    """The smallest power of two that is at least ``number``."""
     return 1 << (number - 1).bit_length()
 
 
 @functools.lru_cache(maxsize=256)
 def axis_tables(geometry: Geometry, h: int, w: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Matrices that turn a tile's kernels into weights of its low-res window: bicubic ×2 and reflection, along an axis.
+    """Matrices from a tile's kernels to weights of its low-res window, per axis: bicubic ×2 and reflection.
 
-    Away from the border all tiles share one. Their depth is 16, which has room for more than the taps of one axis:
-    each matrix is repeated along a diagonal, so that a part of the other axis comes along unchanged.
+    All tiles away from the border share one matrix. The depth of the matrices is 16, which is more than the taps of one
+    axis. So each matrix is repeated along a diagonal, which passes parts of the other axis through unchanged.
 
     Args:
-        geometry: of the kernels.
+        geometry: geometry of the kernels.
         h: rows of the source.
         w: columns of the source.
-        dtype: of the source.
-        device: of the source.
+        dtype: dtype of the source.
+        device: device of the source.
 
     Returns:
         rows [kinds, tile rows, (tap, part), (window row, part)] and columns [kinds, tile columns, (part, tap),
-        (part, window column)]. Of t tiles and k kinds, tile i is of kind i in the first half of the kinds, the last
-        kinds are the last tiles, and the middle one is all others.
+        (part, window column)]. The kinds of the first half are those of the first tiles, the kinds after the middle are
+        those of the last tiles, and the middle kind is that of all others.
     """
     repeat = np.eye(_MATRIX_DEPTH // geometry.axis)
     rows = _axis_matrices(h, geometry, geometry.tile[0], geometry.window[0])
@@ -154,11 +154,11 @@ def axis_tables(geometry: Geometry, h: int, w: int, dtype: torch.dtype, device: 
 def _axis_matrices(size: int, geometry: Geometry, tile: int, window: int) -> npt.NDArray[np.float64]:
     """[kinds, tile, axis, window]: the weight of each low-res pixel of a tile's window in each tap of each pixel.
 
-    Low-res pixels beyond the edge have weights too: whoever loads the window repeats the edge.
+    Low-res pixels beyond the edge have weights too: the edge is repeated when the window is loaded.
     """
     radius, high = geometry.radius, 2 * size
     tiles = -(-high // tile)
-    special = -(-radius // tile) + 1  # tiles at an end that reflect; the last may be cut short
+    special = -(-radius // tile) + 1  # tiles at an end that reflect; the last tile may be incomplete
     kinds = min(tiles, 2 * special + 1)
     number = np.arange(kinds)
     number[special + 1 :] += tiles - kinds
@@ -175,15 +175,15 @@ def _axis_matrices(size: int, geometry: Geometry, tile: int, window: int) -> npt
 
 @functools.lru_cache(maxsize=64)
 def slide_tables(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Matrices of zeros and ones that pick each pixel's taps from the window of its patch, along an axis.
+    """Matrices of zeros and ones that select each pixel's taps from the window of its patch, per axis.
 
-    A pixel in row y of its patch finds tap a in row y + a of the window, and likewise in columns. As in `axis_tables`
-    each is repeated along a diagonal, here to 16 taps and parts of the other axis.
+    For a pixel in row y of its patch, tap a is in row y + a of the window, and likewise in columns. As in
+    `axis_tables`, each matrix is repeated along a diagonal, here to 16 taps and parts of the other axis.
 
     Args:
-        geometry: of the kernels.
-        dtype: of the weights in the window.
-        device: theirs.
+        geometry: geometry of the kernels.
+        dtype: dtype of the weights in the window.
+        device: device of the weights.
 
     Returns:
         rows [2, (window row, part), (tap, part)] and columns [8, (part, window column), (part, tap)].
@@ -198,14 +198,18 @@ def slide_tables(geometry: Geometry, dtype: torch.dtype, device: torch.device) -
 
 
 def _slides(pixels: int, window: int, geometry: Geometry) -> npt.NDArray[np.bool_]:
-    """[pixels, window, axis]: whether a place in the window is a tap of a pixel."""
+    """[pixels, window, axis] bool: whether a position in the window is this tap of the pixel."""
     pixel, place, tap = np.ogrid[:pixels, :window, : geometry.axis]
     return np.asarray((place == pixel + tap) & (tap < geometry.width))
 
 
 @functools.lru_cache(maxsize=64)
 def squared_distances(geometry: Geometry, device: torch.device) -> Tensor:
-    """From each of a patch's 16 pixels to its window's, in output pixels; −1 beyond the radius. [16, neighbours]."""
+    """Squared distances in output pixels from a patch's 16 pixels to its window's, −1 beyond the radius.
+
+    Returns:
+        [16, neighbours] float32.
+    """
     pixel, place = np.arange(_PATCH_ROWS * _PATCH_COLUMNS)[:, None], np.arange(geometry.neighbours)
     down = place // geometry.key_columns - pixel // _PATCH_COLUMNS - geometry.radius
     across = place % geometry.key_columns - pixel % _PATCH_COLUMNS - geometry.radius

@@ -1,4 +1,4 @@
-"""How the Triton kernels of joint bilateral upsampling are launched: layouts, precision, blocks, warps, registers."""
+"""Launch the Triton kernels of joint bilateral upsampling: layouts, precision, blocks, warps, registers."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ __all__ = ["by_pixel", "channel_block", "launch", "options", "padded", "padded_k
 
 
 def launch(kernel: Any, grid: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, /, **arguments: Any) -> None:
-    """Run a kernel's programs.
+    """Launch a kernel.
 
     Args:
-        kernel: compiled for a geometry; its arguments include those of `Geometry.constants`.
-        grid: how many programs, along up to three axes.
-        geometry: of the kernels of joint bilateral upsampling.
-        dtype: of the matrices it multiplies.
-        arguments: all others, by name.
+        kernel: a Triton kernel; its arguments include those of `Geometry.constants`.
+        grid: number of programs along up to three axes.
+        geometry: geometry that the kernel is compiled for.
+        dtype: dtype of the matrices that it multiplies.
+        arguments: all other arguments, by name.
     """
     ensure_cache()
     tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
@@ -29,25 +29,26 @@ def launch(kernel: Any, grid: tuple[int, ...], geometry: Geometry, dtype: torch.
 
 
 def options(geometry: Geometry, dtype: torch.dtype, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What a kernel is compiled with. Constants, and no tuning at run time: results would depend on timings.
+    """Compilation options of a kernel. They are constants, as results of tuning at run time would depend on timings.
 
-    Chosen by what ptxas says for sm_90, radius 3; not yet by timings. Half: 4 warps, as a patch is one warp's rows of a
-    matrix instruction and a tile has 4. Left alone a learned stage takes 227 registers a thread; at 168 it spills next
-    to none, and 3 programs fit a multiprocessor. float32 in three parts needs twice that: 8 warps, and 128 registers,
-    where it spills some but 2 programs fit. From radius 4 on all of them, 255, are needed.
+    They were chosen by the output of ptxas for sm_90 and radius 3, not yet by timings. Half precision: 4 warps, because
+    a patch is one warp's rows of a matrix instruction, and a tile has 4 patches. Without a limit, a learned stage uses
+    227 registers per thread; with 168 it spills almost none, and 3 programs fit on a multiprocessor. float32 in three
+    parts needs twice as many: 8 warps with 128 registers, which spill some, but 2 programs fit. From radius 4 on, all
+    255 registers are needed.
     """
     wide = dtype == torch.float32
-    loops = (arguments.get("C") or 0) > (arguments.get("C_BLOCK") or 0)  # else a second buffer for loads would lie idle
+    loops = (arguments.get("C") or 0) > (arguments.get("C_BLOCK") or 0)  # else a second load buffer would be unused
     return {
         "num_warps": 8 if wide else 4,
         "num_stages": 2 if loops else 1,
         "maxnreg": (128 if wide else 168) if geometry.radius < 4 else None,
-        "enable_fp_fusion": True,  # Triton's default, which it warns about
+        "enable_fp_fusion": True,  # the default, which Triton warns about
     }
 
 
 def channel_block(channels: int, dtype: torch.dtype) -> int:
-    """How many channels a program weighs at a time: for 128 half ones, all; else what leaves room to load the next."""
+    """Channels per iteration of a program: all of up to 128 half ones; otherwise few enough to prefetch the next."""
     block = max(16, power_of_two(channels))
     if dtype == torch.float32:
         return min(block, 32)
@@ -55,27 +56,27 @@ def channel_block(channels: int, dtype: torch.dtype) -> int:
 
 
 def precision(dtype: torch.dtype, result: torch.dtype | None = None) -> str:
-    """How matrices of a dtype are multiplied: float32 as three products of tf32, or as one if the result is half.
+    """Precision of products of float32 matrices: three tf32 products, or one if the result is half.
 
     Args:
-        dtype: of the matrices.
-        result: dtype of what is computed in the end; theirs if None.
+        dtype: dtype of the matrices.
+        result: dtype of the final result; that of the matrices if None.
     """
     return "tf32x3" if (result or dtype) == torch.float32 else "tf32"
 
 
 def by_pixel(image: Tensor) -> Tensor:
-    """[B, C, H, W] in any layout -> [B, H, W, C], contiguous; of channels_last a view."""
+    """[B, C, H, W] in any layout -> [B, H, W, C], contiguous; a view if the image is channels_last."""
     return image.permute(0, 2, 3, 1).contiguous()
 
 
 def strides(name: str, image: Tensor) -> dict[str, Any]:
-    """A kernel's arguments for an image [B, C, H, W] in any layout: itself, and its strides as ``name_b`` etc."""
+    """Kernel arguments for an image [B, C, H, W] in any layout: the image, and its strides as ``name_b`` etc."""
     return {name: image} | {f"{name}_{axis}": stride for axis, stride in zip("bcyx", image.stride(), strict=True)}
 
 
 def padded(channels: int) -> int:
-    """Channels of keys as the kernels take them."""
+    """Number of key channels in the Triton kernels: a power of two, at least 16."""
     return max(16, power_of_two(channels))
 
 

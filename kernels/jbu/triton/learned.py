@@ -1,6 +1,7 @@
-"""What the Triton kernel needs of a learned stage, in one launch: every pixel's key, and parameters as matrices.
+"""Prepare a learned stage for the Triton kernel in one launch: every pixel's key, and parameters as matrices.
 
-A program of a tile would make each pixel's key again for every patch that has it in its window: 8 times as many.
+Without this, the program of a tile would recompute a pixel's key for every patch whose window contains it: 8 times as
+many keys.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -20,21 +21,21 @@ from kernels.jbu.triton.taps import dot, gelu
 __all__ = ["Prepared", "guidance_rows", "prepare"]
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
-_PIXELS = 128  # pixels of a program that makes keys
-_PACKED = 1024  # numbers of a program that packs parameters
+_PIXELS = 128  # pixels per program that computes keys
+_PACKED = 1024  # elements per program that packs parameters
 
 
 class Prepared(NamedTuple):
     """A learned stage as `kernels.jbu.triton.forward.run_tiles` reads it.
 
     Attributes:
-        keys: [B, H, W, D], D padded with zeros to a power of two; dtype of the guidance.
-        weights: of the correction: of guidance and bias [guidance rows, hidden], of taps [A·A, hidden], of the second
-            layer [hidden, A·A], one after the other; padded with zeros; dtype of the guidance.
-        spatial: [16, U] float32, logarithm of the spatial Gaussian from a patch's pixels to its window's, to the base
-            2; −∞ beyond the radius. The first is the smallest within.
-        bias: [A·A] float32, of the second layer.
-        factor: [1] float32, of key products, to the base 2.
+        keys: [B, H, W, D], with D padded with zeros to a power of two; dtype of the guidance.
+        weights: weights of the correction, concatenated: for guidance and bias [guidance rows, hidden], for taps [A·A,
+            hidden], and of the second layer [hidden, A·A]; padded with zeros; dtype of the guidance.
+        spatial: [16, U] float32, base-2 logarithm of the spatial Gaussian from a patch's pixels to its window's; −∞
+            beyond the radius. The first element is the smallest within the radius.
+        bias: [A·A] float32, bias of the second layer.
+        factor: [1] float32, factor from key products to base-2 exponents.
     """
 
     keys: Tensor
@@ -45,13 +46,13 @@ class Prepared(NamedTuple):
 
 
 def prepare(guidance: Tensor, stage: StageParameters, geometry: Geometry, result: torch.dtype) -> Prepared:
-    """Make keys and pack parameters.
+    """Compute keys and pack parameters.
 
     Args:
         guidance: [B, G, H, W].
         stage: parameters, in the guidance's dtype.
-        geometry: of the stage's radius.
-        result: dtype of what is computed in the end.
+        geometry: geometry of the stage's radius.
+        result: dtype of the final result.
     """
     B, G, H, W = guidance.shape
     taps, rows, D = geometry.axis**2, guidance_rows(G), stage.key_bias0.numel()
@@ -73,7 +74,7 @@ def prepare(guidance: Tensor, stage: StageParameters, geometry: Geometry, result
 
 
 def guidance_rows(channels: int) -> int:
-    """Rows of the guidance's weights, the bias being one."""
+    """Rows of the guidance's weights, including one for the bias; padded."""
     return max(16, power_of_two(channels + 1))
 
 
@@ -115,7 +116,7 @@ def _pack_weights(
     i, fixup_weight0, fixup_bias0, fixup_weight1, weights,
     G: tl.constexpr, GUIDANCE_ROWS: tl.constexpr, HIDDEN: tl.constexpr, RADIUS: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Numbers i of `Prepared.weights`: each is from one of four places, or a padding zero."""
+    """Write elements i of `Prepared.weights`: each comes from one of four tensors or is padding, 0."""
     WIDTH: tl.constexpr = 2 * RADIUS + 1
     REAL: tl.constexpr = WIDTH * WIDTH
     TAPS: tl.constexpr = AXIS * AXIS
@@ -137,7 +138,7 @@ def _pack_single(
     i, range_temp, sigma_spatial, fixup_bias1, distances, single,
     RADIUS: tl.constexpr, AXIS: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
-    """Numbers i of `Prepared.spatial`, `bias` and `factor`."""
+    """Write elements i of the concatenated `Prepared.spatial`, `bias` and `factor`."""
     SPATIAL: tl.constexpr = 16 * NEIGHBOURS
     WIDTH: tl.constexpr = 2 * RADIUS + 1
     TAPS: tl.constexpr = AXIS * AXIS

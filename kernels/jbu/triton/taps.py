@@ -1,14 +1,15 @@
-"""Pieces of the Triton kernels that make kernels: from keys or guidance to the taps of every pixel of a tile.
+"""Pieces of the Triton kernels that compute kernels: from keys or guidance to the taps of every pixel of a tile.
 
-Neighbourhoods slide from pixel to pixel, matrix units do not. So 16 pixels (a patch of 2 × 8) are multiplied with all
-keys of the window that they share, what is beyond a pixel's own radius gets weight zero, and then `taps_of` slides, by
-products with matrices of zeros and ones. (`tl.gather` would take ten times the instructions: it shuffles registers.)
+Each pixel has its own neighbourhood, but matrix units need operands that pixels share. So 16 pixels (a patch of 2 × 8)
+are multiplied with all keys of the window that they share, and keys beyond a pixel's own radius get weight zero. Then
+`taps_of` selects each pixel's taps, by products with matrices of zeros and ones. (`tl.gather` would take ten times as
+many instructions, because it shuffles registers.)
 
 Shapes: a tile is 4 × 8·ACROSS pixels of one image, N = 2·ACROSS patches, P = 16·N pixels; A = AXIS taps along an axis,
-padded; U = A · KEY_COLUMNS pixels in a patch's window. In *patch order* pixels are numbered patch by patch. A matrix is
-16 deep at least, an axis has only A taps: so 16 // A parts of the other axis go along with it.
+padded; U = A · KEY_COLUMNS pixels in a patch's window. In *patch order*, pixels are numbered patch by patch. A matrix
+has a depth of at least 16, but an axis has only A taps, so a matrix also includes 16 // A parts of the other axis.
 
-A key that is not finite reaches the kernels of all patches whose window holds it.
+A key that is not finite affects the kernels of all patches whose window contains it.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -37,22 +38,22 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def program_tile(ACROSS: tl.constexpr):
-    """Image, first row and first column of this program's tile. The image has 64 bits: it is multiplied with sizes."""
+    """Image, first row and first column of this program's tile. The image is int64, as it is multiplied by sizes."""
     return tl.program_id(2).to(tl.int64), tl.program_id(1) * 4, tl.program_id(0) * 8 * ACROSS
 
 
 @triton.jit
 def reflected(index, size):
-    """Reflect at the border. Pixels of a tile that are outside the image go somewhere inside, with their neighbours."""
+    """Reflect indices at the border. Tile pixels outside the image, and their neighbours, map to valid indices."""
     index = tl.abs(index)
     return tl.maximum(size - 1 - tl.abs(size - 1 - index), 0)
 
 
 @triton.jit
 def gelu(x, EXACT: tl.constexpr):
-    """x·Φ(x); if not exact, to 1e-4, less than half operands resolve, at half the cost.
+    """x·Φ(x); unless EXACT, with an error of 1e-4, below the resolution of half operands, at half the cost.
 
-    Φ(x) − ½ is x times a polynomial of x², fitted with weight |x| on |x| ≤ 4.25, where it ends at ½.
+    Φ(x) − ½ is x times a polynomial in x², fitted with weight |x| on |x| ≤ 4.25, at whose end it is ½.
     """
     if EXACT:
         phi = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -78,14 +79,14 @@ def dot(a, b, PRECISION: tl.constexpr, sums=None, BY_WARP: tl.constexpr = False)
         a: first factor.
         b: second factor.
         PRECISION: see `kernels.jbu.triton.launching.precision`.
-        sums: what the products are added to; nothing if None.
-        BY_WARP: not by Hopper's ``wgmma``, which Triton chooses for two dimensions. A learned stage that corrects its
-            kernels with those, for half features, is compiled to wrong results by ptxas 12.8, which comes with Triton
-            3.6: features as large as they should be, but others, and reads beyond the source.
+        sums: added to the products; None for none.
+        BY_WARP: avoid Hopper's ``wgmma``, which Triton uses for two dimensions. ptxas 12.8, which comes with Triton
+            3.6, miscompiles the correction of a learned stage with it, for half features: features have the right
+            magnitude but wrong values, and the kernel reads beyond the source.
     """
     if _INTERPRETED:  # the interpreter would multiply the bits of bfloat16 as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
-    plain: tl.constexpr = sums is None  # Triton 3.2 takes no None for it
+    plain: tl.constexpr = sums is None  # Triton 3.2 does not accept None for sums
     if BY_WARP:
         products = tl.reshape(tl.dot(a[None, :, :], b[None, :, :], input_precision=PRECISION), [a.shape[0], b.shape[1]])
         result = products if plain else products + sums
@@ -96,9 +97,9 @@ def dot(a, b, PRECISION: tl.constexpr, sums=None, BY_WARP: tl.constexpr = False)
 
 @triton.jit
 def deep_dot(a, b, PRECISION: tl.constexpr, BY_WARP: tl.constexpr = False):
-    """`dot` of two dimensions; if a's rows are longer than 128 float32, of their halves, by different warps.
+    """`dot` in two dimensions; if a's rows are longer than 128 float32, the halves go to different warps.
 
-    One warp would need all of its rows at once, in parts: more than its registers hold.
+    Otherwise a warp would need all of its rows at once, in parts, which do not fit in its registers.
     """
     if a.shape[1] * a.dtype.primitive_bitwidth > 128 * 32:
         HALF: tl.constexpr = a.shape[1] // 2
@@ -111,7 +112,7 @@ def deep_dot(a, b, PRECISION: tl.constexpr, BY_WARP: tl.constexpr = False):
 
 @triton.jit
 def _patch_pixels(y0, x0, ACROSS: tl.constexpr):
-    """Row and column of a tile's pixels in patch order: [P], [P]."""
+    """Rows and columns of a tile's pixels in patch order: [P], [P]."""
     pixel = tl.arange(0, 32 * ACROSS)
     patch, place = pixel // 16, pixel % 16
     return y0 + 2 * (patch // ACROSS) + place // 8, x0 + 8 * (patch % ACROSS) + place % 8
@@ -121,7 +122,7 @@ def _patch_pixels(y0, x0, ACROSS: tl.constexpr):
 def _window_pixels(
     y0, x0, H, W, RADIUS: tl.constexpr, AXIS: tl.constexpr, ACROSS: tl.constexpr, KEY_COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Row and column of the pixels in the windows of a tile's patches, reflected: [N, U], [N, U]."""
+    """Rows and columns of the pixels in the windows of a tile's patches, reflected: [N, U], [N, U]."""
     patch, place = tl.arange(0, 2 * ACROSS)[:, None], tl.arange(0, AXIS * KEY_COLUMNS)[None, :]
     y = y0 + 2 * (patch // ACROSS) + place // KEY_COLUMNS - RADIUS
     x = x0 + 8 * (patch % ACROSS) + place % KEY_COLUMNS - RADIUS
@@ -134,11 +135,11 @@ def window_products(
     KEY_DIM: tl.constexpr, RADIUS: tl.constexpr, AXIS: tl.constexpr, ACROSS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Each pixel's key times those in its patch's window, of an image's keys [H, W, KEY_DIM]: [N, 16, U] float32."""
+    """Products of each pixel's key with those in its patch's window: keys [H, W, KEY_DIM] -> [N, 16, U] float32."""
     y, x = _patch_pixels(y0, x0, ACROSS)
     y, x = reflected(y, H), reflected(x, W)
     near_y, near_x = _window_pixels(y0, x0, H, W, RADIUS, AXIS, ACROSS, KEY_COLUMNS)
-    keys += (y0.to(tl.int64) * W + x0) * KEY_DIM  # counted from the tile's first pixel 32 bits are enough
+    keys += (y0.to(tl.int64) * W + x0) * KEY_DIM  # relative to the tile's first pixel, 32 bits are enough
     here = tl.reshape(((y - y0) * W + (x - x0)) * KEY_DIM, [2 * ACROSS, 16])
     near = ((near_y - y0) * W + (near_x - x0)) * KEY_DIM
     BLOCK: tl.constexpr = 32 if KEY_DIM > 32 else KEY_DIM
@@ -156,9 +157,10 @@ def window_distances(
     GUIDANCE_DIM: tl.constexpr, RADIUS: tl.constexpr, AXIS: tl.constexpr, ACROSS: tl.constexpr,
     KEY_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Squared distances of each pixel's guidance to those in its patch's window: [N, 16, U] float32.
+    """Squared distances of each pixel's guidance to that of its patch's window: [N, 16, U] float32.
 
-    Of differences: squares minus twice the products, which matrix units could do, would cancel.
+    They are computed from differences. Squares minus twice the products, which matrix units could compute, would suffer
+    from cancellation.
     """
     y, x = _patch_pixels(y0, x0, ACROSS)
     here = reflected(y, H).to(tl.int64) * stride_y + reflected(x, W).to(tl.int64) * stride_x
@@ -176,15 +178,16 @@ def window_distances(
 
 @triton.jit
 def unnormalised(products, factor, spatial, smallest):
-    """FeatUp's kernel before it is divided by its sum, its largest weight 1 [N, 16, U]; and what that sum is at least.
+    """FeatUp's kernel before the division by its sum, with largest weight 1 [N, 16, U]; and a lower bound of that sum.
 
-    `factor` on products and the spatial Gaussian's logarithm [1, 16, U] are to the base 2; the latter is −∞ beyond the
-    radius, else `smallest` or more. The sum is at least 1e-7 where softmax, without the Gaussian, sums to 1.
+    `factor` on products and the logarithm of the spatial Gaussian [1, 16, U] are for base 2; the latter is −∞ beyond
+    the radius, and at least `smallest` within. The bound is 1e-7 in units in which the softmax without the Gaussian
+    sums to 1.
     """
     largest = tl.max(products * factor + spatial, 2, keep_dims=True)
-    exponents = products * factor - largest  # the Gaussian comes after: added to large products it would lose digits
+    exponents = products * factor - largest  # the Gaussian is added later, as sums with large products lose digits
     least = tl.zeros_like(largest)
-    if smallest < -23.0:  # log2(1e-7): else no sum is so small
+    if smallest < -23.0:  # log2(1e-7); otherwise no sum is that small
         softmax = tl.where(spatial > float("-inf"), tl.exp2(tl.minimum(exponents, 120.0)), 0.0)
         least = 1e-7 * tl.sum(softmax, 2, keep_dims=True)
     return tl.exp2(exponents + spatial), least
@@ -195,9 +198,9 @@ def taps_of(
     window, slide_rows, slide_columns, AXIS: tl.constexpr, ACROSS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """From places in the windows [N, 16, U] to taps [P, A·A] float32, in patch order. Exact, but for its operands.
+    """Select taps [P, A·A] float32, in patch order, from windows [N, 16, U]; exact, up to rounding of the operands.
 
-    By the tables of `kernels.jbu.triton.geometry.slide_tables`, one axis after the other.
+    It uses the tables of `kernels.jbu.triton.geometry.slide_tables`, one axis after the other.
     """
     A: tl.constexpr = AXIS
     N: tl.constexpr = 2 * ACROSS
@@ -224,9 +227,9 @@ def corrected(
     GUIDANCE_DIM: tl.constexpr, GUIDANCE_ROWS: tl.constexpr, HIDDEN: tl.constexpr, FIXUP_WEIGHT: tl.constexpr,
     AXIS: tl.constexpr, ACROSS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add FeatUp's learned correction, times a number, to kernels [P, A·A] float32.
+    """Add FeatUp's learned correction, times FIXUP_WEIGHT, to kernels [P, A·A] float32.
 
-    `weights` and `bias` are of a stage's `Prepared`.
+    `weights` and `bias` are those of the stage's `Prepared`.
     """
     TAPS: tl.constexpr = AXIS * AXIS
     y, x = _patch_pixels(y0, x0, ACROSS)
@@ -234,7 +237,7 @@ def corrected(
     places = (y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x)[:, None] + channel.to(tl.int64)[None, :] * stride_c
     valid = ((y < H) & (x < W))[:, None] & (channel < GUIDANCE_DIM)[None, :]
     colour = tl.load(guidance + places, valid, 0.0)
-    colour = tl.where((channel == GUIDANCE_DIM)[None, :], 1.0, colour).to(colour.dtype)  # its weights are the bias
+    colour = tl.where((channel == GUIDANCE_DIM)[None, :], 1.0, colour).to(colour.dtype)  # the channel of the bias
     taps = kernel.to(colour.dtype)
     correction = tl.zeros([32 * ACROSS, TAPS], tl.float32)
     BLOCK: tl.constexpr = 64 if HIDDEN > 64 else HIDDEN
@@ -252,7 +255,7 @@ def corrected(
 def _kernel_places(
     stride_c, stride_y, stride_x, y0, x0, H, W, RADIUS: tl.constexpr, AXIS: tl.constexpr, ACROSS: tl.constexpr
 ):  # fmt: skip
-    """Where a tile's kernels are in an image's [n*n, H, W], and which of the padded taps there are: [P, A·A] each."""
+    """Offsets of a tile's kernels in an image's [n*n, H, W], and which elements are not padding: [P, A·A] each."""
     y, x = _patch_pixels(y0, x0, ACROSS)
     tap = tl.arange(0, AXIS * AXIS)
     a, b = tap // AXIS, tap % AXIS
@@ -265,7 +268,7 @@ def _kernel_places(
 def load_kernel(
     kernel, stride_c, stride_y, stride_x, y0, x0, H, W, RADIUS: tl.constexpr, AXIS: tl.constexpr, ACROSS: tl.constexpr
 ):  # fmt: skip
-    """A tile's kernels from an image's [n*n, H, W]: [P, A·A] in patch order, 0 outside the image and at padding."""
+    """Load a tile's kernels from an image's [n*n, H, W]: [P, A·A] in patch order, 0 outside the image or in padding."""
     places, valid = _kernel_places(stride_c, stride_y, stride_x, y0, x0, H, W, RADIUS, AXIS, ACROSS)
     return tl.load(kernel + places, valid, 0.0)
 
@@ -275,6 +278,6 @@ def store_kernel(
     taps, kernel, stride_c, stride_y, stride_x, y0, x0, H, W,
     RADIUS: tl.constexpr, AXIS: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile's kernels [P, A·A], in patch order, to an image's [n*n, H, W]."""
+    """Store a tile's kernels [P, A·A], in patch order, in an image's [n*n, H, W]."""
     places, valid = _kernel_places(stride_c, stride_y, stride_x, y0, x0, H, W, RADIUS, AXIS, ACROSS)
     tl.store(kernel + places, taps.to(kernel.dtype.element_ty), valid)

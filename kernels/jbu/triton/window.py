@@ -1,12 +1,13 @@
 """Pieces of the Triton kernels that apply kernels: from taps to weights of the low-res window, to an upsampled tile.
 
 Bicubic ×2, reflect padding and the n × n adaptive convolution are linear in the source: a pixel's kernel K folds into
-weights Rᵀ·K·C of low-res pixels, with R and C small matrices for its row and column
-(`kernels.jbu.triton.geometry.axis_tables`). They also slide: all pixels of a tile then weigh one window of S low-res
-pixels, in one matrix product. There is no high-res source, and the border is special in the tables only.
+weights Rᵀ·K·C of low-res pixels, with small matrices R and C for its row and column
+(`kernels.jbu.triton.geometry.axis_tables`). The matrices also shift the weights, so that all pixels of a tile use the
+same window of S low-res pixels, in one matrix product. There is no high-res source, and only the tables treat the
+border specially.
 
-About half of the weights are zeros, beyond a pixel's own neighbourhood. A feature that is not finite so reaches all
-pixels of the tiles whose window holds it. It is never lost, and stays in its image and channel.
+About half of the weights are zeros, beyond a pixel's own neighbourhood. Hence a feature that is not finite affects all
+pixels of the tiles whose window contains it. It is never lost, and stays in its image and channel.
 
 Shapes and terms as in `kernels.jbu.triton.taps`.
 """
@@ -19,7 +20,7 @@ from kernels.jbu.triton.taps import deep_dot, dot
 
 __all__ = ["load_tables", "taps_of_window_weights", "tile_places", "upsample_tile", "window_places", "window_weights"]
 
-_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: a sum with it has no room for a fraction, halves round to even
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds a float32 to an integer, halves to even
 
 
 @triton.jit
@@ -27,9 +28,10 @@ def load_tables(
     rows, columns, y0, x0, H, W, row_kinds, column_kinds, down, across,
     AXIS: tl.constexpr, ACROSS: tl.constexpr, WINDOW_ROWS: tl.constexpr, WINDOW_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The tables of `kernels.jbu.triton.geometry.axis_tables` for the tile at (y0, x0).
+    """Load the tables of `kernels.jbu.triton.geometry.axis_tables` for the tile at (y0, x0).
 
-    `down` and `across`, if not None, are by how many low-res pixels to move the window: weights it had not are 0.
+    `down` and `across`, if not None, shift the window by this many low-res pixels; weights outside of the original
+    window are 0.
     """
     PARTS: tl.constexpr = 16 // AXIS
     row, column = y0 // 4, x0 // (8 * ACROSS)
@@ -55,10 +57,10 @@ def window_weights(
     AXIS: tl.constexpr, ACROSS: tl.constexpr, WINDOW_ROWS: tl.constexpr, WINDOW_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Weights [P, S] of the tile's low-res window, in the kernel's dtype, pixels row by row.
+    """Compute weights [P, S] of the tile's low-res window, in the kernel's dtype, with pixels row by row.
 
-    Of kernels [P, A·A] in patch order, and tables for the tile's rows [4, 16, window rows · parts] and columns
-    [8·ACROSS, 16, parts · window columns].
+    The inputs are kernels [P, A·A] in patch order, and tables for the tile's rows [4, 16, window rows · parts] and
+    columns [8·ACROSS, 16, parts · window columns].
     """
     A: tl.constexpr = AXIS
     PARTS: tl.constexpr = 16 // A
@@ -99,7 +101,10 @@ def taps_of_window_weights(
 def window_places(
     y0, x0, h, w, WINDOW_ROWS: tl.constexpr, WINDOW_COLUMNS: tl.constexpr, MARGIN: tl.constexpr
 ):  # fmt: skip
-    """The low-res pixels [S] in the window of the tile at (y0, x0), the edge repeated, counted from its corner's."""
+    """Offsets [S] of the low-res pixels in the window of the tile at (y0, x0), relative to (y0 // 2, x0 // 2).
+
+    The edge is repeated.
+    """
     place = tl.arange(0, WINDOW_ROWS * WINDOW_COLUMNS)
     y, x = y0 // 2, x0 // 2
     near_y = tl.minimum(tl.maximum(y - MARGIN + place // WINDOW_COLUMNS, 0), h - 1)
@@ -109,7 +114,7 @@ def window_places(
 
 @triton.jit
 def tile_places(y0, x0, H, W, ACROSS: tl.constexpr):
-    """The pixels [P] of the tile at (y0, x0), row by row, counted from its first, and whether they are in the image."""
+    """Offsets [P] of the tile's pixels, row by row, relative to (y0, x0), and whether they are in the image."""
     pixel = tl.arange(0, 32 * ACROSS)
     y, x = pixel // (8 * ACROSS), pixel % (8 * ACROSS)
     return y * W + x, (y0 + y < H) & (x0 + x < W)
@@ -121,9 +126,9 @@ def upsample_tile(
     ACROSS: tl.constexpr, WINDOW_ROWS: tl.constexpr, WINDOW_COLUMNS: tl.constexpr, MARGIN: tl.constexpr,
     C_BLOCK: tl.constexpr, CODES: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Weigh the tile's window of source [B, h, w, C] with weights [P, S].
+    """Multiply weights [P, S] with the tile's window of source [B, h, w, C].
 
-    Write output [B, H, W, C]; or codes [B, C, H, W], and add to the counts [B].
+    Writes the output [B, H, W, C]; or writes codes [B, C, H, W] and adds to the counts [B].
     """
     h, w = H // 2, W // 2
     source += ((image * h + y0 // 2) * w + x0 // 2) * C
@@ -149,9 +154,9 @@ def upsample_tile(
 
 @triton.jit
 def _codes(features, step, offset, valid, EXACT: tl.constexpr):
-    """As `kernels.quantization.quantized`: codes, how many valid ones are not finite, and how many are clipped.
+    """As `kernels.quantization.quantized`: codes, and the numbers of valid values not finite and clipped.
 
-    If not exact, `step` is 1 / step.
+    Unless EXACT, `step` is 1 / step.
     """
     scaled = tl.div_rn(features + offset, step) if EXACT else (features + offset) * step
     rounded = tl.minimum(tl.maximum(scaled, -127.0), 127.0) + _ROUND

@@ -1,4 +1,4 @@
-"""Windowed cross-attention: the public operation. It checks arguments and runs what fits."""
+"""Windowed cross-attention: the public operation, which checks arguments and runs an implementation."""
 
 from kernels.window.attention.operations import windowed_attention
 

@@ -1,4 +1,4 @@
-"""Windowed cross-attention: every output pixel is a weighted mean of the low-res values near it. The public operation.
+"""Windowed cross-attention, the public operation: every output pixel is a weighted mean of nearby low-res values.
 
 `kernels.window.attention.reference` is the definition.
 """
@@ -15,18 +15,18 @@ __all__ = ["windowed_attention"]
 def windowed_attention(
     queries: Tensor, keys: Tensor, values: Tensor, window_ratio: float, *, implementation: str | None = None
 ) -> Tensor:
-    """Average values with attention weights, each query attending only to the keys in its window.
+    """Average values with attention weights, where each query attends only to the keys in its window.
 
-    AnyUp (arXiv 2510.12764, section 4). Per head: softmax(query · key / √d) over the window; the weights are then
-    averaged over the heads and applied to the values once. Windows by
+    AnyUp (arXiv 2510.12764, section 4). Per head, the weights are softmax(query · key / √d) over the window; they are
+    then averaged over the heads and applied to the values once. The windows are those of
     `kernels.window.attention.reference.window_bounds`.
 
     Args:
         queries: [B, H, W, heads, d], floating, not empty.
         keys: [B, h, w, heads, d], dtype and device of queries.
-        values: [B, k, h, w], floating; its dtype may differ. Not projected: the output is means of them.
-        window_ratio: how far a window reaches to each side, as a share of the axis: 0.1 covers about a fifth of each
-            axis, 1 or more everything. Finite, greater than 0.
+        values: [B, k, h, w], floating; its dtype may differ. Not projected: the output consists of means of them.
+        window_ratio: reach of a window to each side, as a share of the axis: 0.1 covers about a fifth of each axis, 1
+            or more covers everything. Finite, greater than 0.
         implementation: "tiled" (bounded memory) or "reference" (the whole attention matrix); None picks the first that
             can (`kernels.dispatch`).
 
@@ -34,7 +34,7 @@ def windowed_attention(
         [B, k, H, W], dtype of values.
 
     Raises:
-        ValueError: an argument is not as above, or the implementation asked for cannot take these inputs.
+        ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
     """
     _check(queries, keys, values, window_ratio)
     chosen = dispatch.choose("window_attention", implementation, queries, values)

@@ -1,7 +1,7 @@
 """Windowed cross-attention with the whole attention matrix: the definition.
 
 Everything here is differentiable and runs in any floating dtype on any device. One matrix has heads × H·W × h·w
-numbers: in float32 with 4 heads 3.3 GB an image at 448 px over 32×32 cells, 53 GB at 896 px over 64×64.
+numbers: in float32 with 4 heads, 3.3 GB per image at 448 px over 32×32 cells, and 53 GB at 896 px over 64×64.
 """
 
 from collections.abc import Sequence
@@ -15,25 +15,24 @@ __all__ = ["reasons_not", "window_bounds", "windowed_attention"]
 
 
 def reasons_not(kinds: Sequence[Kind]) -> list[str]:
-    """Reasons why inputs of these kinds cannot be taken: none, the reference takes what the public op lets through."""
+    """Reasons why inputs of these kinds cannot be taken: none, the reference takes all that the public op accepts."""
     return []
 
 
 def window_bounds(low: int, high: int, ratio: float) -> tuple[Tensor, Tensor]:
-    """Tell which low-res cells the window of each high-res position covers, along one axis.
+    """Compute which low-res cells the window of each high-res position covers, along one axis.
 
-    AnyUp (arXiv 2510.12764, section 4): the window reaches ``ratio`` of the axis to both sides of the position's
-    centre, is cut at the border, and takes every cell that it touches. Computed in float32 in this very order, as
-    published: where a window ends exactly between two cells, rounding decides.
+    AnyUp (arXiv 2510.12764, section 4): the window extends ``ratio`` of the axis to both sides of the position's
+    centre, is cut at the border, and includes every cell that it touches. It is computed in float32 in exactly this
+    order, as published: where a window ends exactly between two cells, rounding decides.
 
     Args:
-        low: cells along the axis, at least 1.
-        high: output positions along the axis, at least 1.
+        low: number of cells along the axis, at least 1.
+        high: number of output positions along the axis, at least 1.
         ratio: greater than 0.
 
     Returns:
-        First cell, and the cell after the last: two [high] int64 on the CPU, both never decreasing; never an empty
-        window.
+        First cell, and the cell after the last: two [high] int64 on the CPU, both non-decreasing. No window is empty.
     """
     centres = (torch.arange(high, dtype=torch.float32) + 0.5) / high
     starts = ((centres - ratio).clamp(0, 1) * low).floor().long()
@@ -65,7 +64,7 @@ def windowed_attention(queries: Tensor, keys: Tensor, values: Tensor, window_rat
 
 
 def _inside(low: int, high: int, ratio: float) -> Tensor:
-    """[high, low]: is this cell in the window of this position?"""
+    """[high, low] bool: whether the cell is in the window of the position."""
     starts, stops = window_bounds(low, high, ratio)
     cells = torch.arange(low)
     return (cells >= starts[:, None]) & (cells < stops[:, None])

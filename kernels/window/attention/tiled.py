@@ -1,9 +1,9 @@
-"""Windowed cross-attention tile by tile, in bounded memory, in plain torch: what runs on every device.
+"""Windowed cross-attention tile by tile, in bounded memory, in plain torch; runs on every device.
 
 Windows follow the pixel but begin and end on whole low-res cells, so about 2h distinct row windows serve all H rows.
-Columns are cut into runs as wide as a cell; a run sees the union of its columns' windows, a cell or so more than each
-of them, masked. Work goes tile by tile, a few runs × rows that share their window: two batched matrix products and a
-softmax, on views of what was gathered once for these runs.
+Columns are split into runs of the width of a cell. A run sees the union of its columns' windows, about one cell more
+than each of them, with a mask. A tile is a few runs × rows that share their window: it takes two batched matrix
+products and a softmax, on views of keys and values that were gathered once for these runs.
 """
 
 import math
@@ -19,23 +19,23 @@ from kernels.window.attention.reference import window_bounds
 
 __all__ = ["reasons_not", "windowed_attention"]
 
-# The largest tensor of a tile, over all its images. A CPU wants them in its cache (on one core, at 224 … 896 px, 1 MiB
-# takes 1.15 times and 16 MiB 0.95 times as long as 4 MiB), a GPU wants few, large kernels.
+# Size of the largest tensor of a tile, over all its images. On a CPU, tiles should fit in the cache (on one core, at
+# 224 … 896 px, 1 MiB takes 1.15 times and 16 MiB 0.95 times as long as 4 MiB); a GPU needs few, large kernels.
 _TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 
 
 def reasons_not(kinds: Sequence[Kind]) -> list[str]:
-    """Reasons why inputs of these kinds cannot be taken: none, this takes what the public op lets through."""
+    """Reasons why inputs of these kinds cannot be taken: none, this takes all that the public op accepts."""
     return []
 
 
 def windowed_attention(queries: Tensor, keys: Tensor, values: Tensor, window_ratio: float) -> Tensor:
-    """As `kernels.window.attention.windowed_attention`, whose arguments it has checked.
+    """As `kernels.window.attention.windowed_attention`, which has checked the arguments.
 
-    Besides the output, memory is about ten times `_TILE_BYTES`, whatever the sizes: four tensors of a tile,
-    and the keys and values gathered for a strip of columns. Measured on a CPU: 12 to 53 MB for k = 64 … 384 at
-    448 … 1792 px. More only where a single run needs it (its values: h × cells across a window × k). Where gradients
-    are recorded, autograd keeps every tile.
+    Besides the output, memory is about ten times `_TILE_BYTES`, whatever the sizes: four tensors of a tile, and the
+    keys and values gathered for a strip of columns. Measured on a CPU: 12 to 53 MB for k = 64 … 384 at 448 … 1792 px.
+    It is more only if a single run needs more (its values: h × cells across a window × k). If gradients are recorded,
+    autograd keeps every tile.
 
     Args:
         queries: [B, H, W, heads, d], floating.
@@ -59,7 +59,7 @@ def windowed_attention(queries: Tensor, keys: Tensor, values: Tensor, window_rat
 
 
 def _joined(tiles: Iterator[tuple[slice, slice, Tensor]]) -> Tensor:
-    """The tiles as one tensor, for autograd: writing them into slices would copy the whole gradient once a tile."""
+    """Concatenate the tiles, for autograd: writing them into slices would copy the whole gradient for each tile."""
     strips: dict[int, list[Tensor]] = {}
     for _, columns, tile in tiles:
         strips.setdefault(columns.start, []).append(tile)
@@ -68,12 +68,12 @@ def _joined(tiles: Iterator[tuple[slice, slice, Tensor]]) -> Tensor:
 
 @dataclass(frozen=True)
 class _Runs:
-    """Columns cut into runs of equal width, and the cells that each run sees.
+    """Columns split into runs of equal width, and the cells that each run sees.
 
     Attributes:
-        width: output columns in a run; the last run may reach beyond the border.
+        width: output columns in a run; the last run may extend beyond the border.
         cells: [runs, K] int64, the cells from the first to the last that a run's columns see; repeated at the border.
-        bias: [runs, width, K], −∞ for a cell outside of this column's window, else 0.
+        bias: [runs, width, K], −∞ for a cell outside of the column's window, else 0.
     """
 
     width: int
@@ -94,14 +94,14 @@ class _Runs:
 
 
 def _tiles(queries: Tensor, keys: Tensor, values: Tensor, ratio: float) -> Iterator[tuple[slice, slice, Tensor]]:
-    """The output's rows, columns and values [B, k, rows, columns], tile by tile, strips of columns from the left."""
+    """Yield the rows, columns and values [B, k, rows, columns] of each output tile, in strips of columns from left."""
     W, heads, d = queries.shape[2:]
     (h, w), k = keys.shape[1:3], values.shape[1]
     runs = _Runs.of(w, W, ratio, queries)
     K = runs.cells.shape[1]
     groups = _row_groups(h, queries.shape[1], ratio)
     limit = _numbers_in_a_tile(queries)
-    # A pixel's scores, its query, its output: the largest decides how many rows of a run are a tile.
+    # The largest of a pixel's scores, its query and its output decides how many rows of a run form a tile.
     pixel = max(heads * K * max(window.stop - window.start for _, window in groups), heads * d, k)
     most = max(1, limit // (runs.width * pixel))
     at_once = min(most // max(rows.stop - rows.start for rows, _ in groups), 2 * limit // (h * K * max(heads * d, k)))
@@ -113,7 +113,7 @@ def _tiles(queries: Tensor, keys: Tensor, values: Tensor, ratio: float) -> Itera
     ]
     heights = [rows.stop - rows.start for rows, _ in pieces]
     keys, left = keys * d**-0.5, 0
-    # Split, not sliced: the gradient of a slice is as large as what it was cut from.
+    # Split, not sliced: the gradient of a slice is as large as the sliced tensor.
     strips = torch.split(queries, at_once * runs.width, 2)
     for strip, cells, bias in zip(
         strips, torch.split(runs.cells, at_once), torch.split(runs.bias, at_once), strict=True
@@ -127,13 +127,13 @@ def _tiles(queries: Tensor, keys: Tensor, values: Tensor, ratio: float) -> Itera
 
 
 def _near(x: Tensor, cells: Tensor) -> Tensor:
-    """The cells [n, K] that n runs see, of [B, c, h, w, d]: [B, n, c, h, K, d], contiguous."""
+    """Gather the cells [n, K] that n runs see from x [B, c, h, w, d]: [B, n, c, h, K, d], contiguous."""
     seen = x.index_select(3, cells.flatten())
     return seen.view(*x.shape[:3], *cells.shape, x.shape[4]).permute(0, 3, 1, 2, 4, 5).contiguous()
 
 
 def _tile(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """n runs × rows that share a window of R rows of cells.
+    """Compute one tile: n runs × rows that share a window of R rows of cells.
 
     Args:
         queries: [B, rows, columns, heads, d].
@@ -160,13 +160,13 @@ def _tile(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor
 
 
 def _numbers_in_a_tile(queries: Tensor) -> int:
-    """How many numbers the largest tensor of a tile may have, for each image."""
+    """Number of elements that the largest tensor of a tile may have per image."""
     limit = _TILE_BYTES.get(queries.device.type, _TILE_BYTES["cuda"])
     return limit // (len(queries) * torch.promote_types(queries.dtype, torch.float32).itemsize)
 
 
 def _row_groups(low: int, high: int, ratio: float) -> list[tuple[slice, slice]]:
-    """Rows that share one window, and the window."""
+    """Groups of output rows that share a window, each with its window of low-res rows."""
     bounds = list(zip(*(bound.tolist() for bound in window_bounds(low, high, ratio)), strict=True))
     first = [y for y in range(high) if y == 0 or bounds[y] != bounds[y - 1]]
     return [(slice(y, end), slice(*bounds[y])) for y, end in zip(first, [*first[1:], high], strict=True)]

@@ -1,4 +1,4 @@
-"""Weighted sums over windows of feature maps: the public operation. It checks arguments and runs what fits."""
+"""Weighted sums over windows of feature maps: the public operation, which checks arguments and runs a kernel."""
 
 from kernels.window.sum.operations import window_sum
 

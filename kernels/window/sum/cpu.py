@@ -1,4 +1,4 @@
-"""Weighted sums over windows on a CPU, in float32: numba's loops, deterministic, forward and backward."""
+"""Weighted sums over windows on a CPU, in float32: loops compiled by numba, deterministic, forward and backward."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ def reasons_not(kinds: Sequence[Kind]) -> list[str]:
 
 
 def window_sum(maps: Tensor, weights: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """As `kernels.window.sum.window_sum`, whose arguments it has checked; float32 on a CPU."""
+    """As `kernels.window.sum.window_sum`, which has checked the arguments; float32 on a CPU."""
     output: Tensor = _Numba.apply(maps, weights, rows, columns)
     return output
 

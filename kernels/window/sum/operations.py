@@ -1,6 +1,6 @@
-"""Weighted sums over windows of feature maps: each with its own weights, at its own place, many and overlapping.
+"""Weighted sums over many overlapping windows of feature maps, each with its own weights and position.
 
-What unfolding patches and averaging them does, without the patches. The public operation;
+This equals unfolding patches and averaging them, without storing the patches. This module has the public operation;
 `kernels.window.sum.reference` is the definition.
 """
 
@@ -15,13 +15,13 @@ __all__ = ["window_sum"]
 def window_sum(
     maps: Tensor, weights: Tensor, rows: Tensor, columns: Tensor, *, implementation: str | None = None
 ) -> Tensor:
-    """Sum the pixels of windows; differentiable in maps and weights.
+    """Compute weighted sums of the pixels of windows; differentiable in maps and weights.
 
     Args:
         maps: [N, H, W, c], floating.
-        weights: [N, M, S, S'], in the maps' dtype, on their device: of M windows of S × S' pixels in each map.
-        rows: [M] int64, where the windows begin: 0 to H - S. The same windows in all maps.
-        columns: [M] int64, likewise: 0 to W - S'.
+        weights: [N, M, S, S'], in the maps' dtype, on their device: weights of M windows of S × S' pixels in each map.
+        rows: [M] int64, first row of each window: 0 to H - S. The windows are the same in all maps.
+        columns: [M] int64, first column of each window: 0 to W - S'.
         implementation: "cpu" (float32 on a CPU) or "reference" (any); None picks the first that can
             (`kernels.dispatch`).
 
@@ -29,8 +29,8 @@ def window_sum(
         [N, M, c], dtype of the maps.
 
     Raises:
-        ValueError: the shapes do not agree, a window leaves the maps, or the implementation asked for cannot take these
-            inputs.
+        ValueError: the shapes or dtypes do not agree, a window exceeds the maps (not checked on a GPU), or the selected
+            implementation cannot take these inputs.
     """
     _check(maps, weights, rows, columns)
     chosen = dispatch.choose("window_sum", implementation, maps, weights)
@@ -48,6 +48,6 @@ def _check(maps: Tensor, weights: Tensor, rows: Tensor, columns: Tensor) -> None
         if first.shape != (weights.shape[1],) or first.dtype != torch.int64:
             raise ValueError(f"{name}: got {list(first.shape)} {first.dtype}, need [{weights.shape[1]}] int64")
         most = maps.shape[axis - 1] - weights.shape[axis]
-        # On a GPU, looking at values would wait for it; its embedding bag checks indices itself.
+        # On a GPU, reading values would synchronize; its embedding bag checks indices itself.
         if not first.is_cuda and first.numel() and (int(first.min()) < 0 or int(first.max()) > most):
             raise ValueError(f"{name}: got {int(first.min())} to {int(first.max())}, need 0 to {most}")

@@ -1,6 +1,6 @@
-"""Weighted sums over windows in plain torch: the definition, for any floating dtype on any device; what a GPU runs.
+"""Weighted sums over windows in plain torch: the definition, for any floating dtype on any device; also used on GPUs.
 
-Torch's embedding bag, which is deterministic, forward and backward.
+It uses torch's embedding bag, which is deterministic, forward and backward.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ __all__ = ["reasons_not", "window_sum"]
 
 
 def reasons_not(kinds: Sequence[Kind]) -> list[str]:
-    """Reasons why inputs of these kinds cannot be taken: none, the reference takes what the public op lets through."""
+    """Reasons why inputs of these kinds cannot be taken: none, the reference takes all that the public op accepts."""
     return []
 
 
 def window_sum(maps: Tensor, weights: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """As `kernels.window.sum.window_sum`, whose arguments it has checked."""
+    """As `kernels.window.sum.window_sum`, which has checked the arguments."""
     N, H, W, c = maps.shape
     M, height, width = weights.shape[1:]
     down = (rows[:, None] + torch.arange(height, device=rows.device)) * W

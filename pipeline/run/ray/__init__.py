@@ -1,1 +1,1 @@
-"""Workers on a Ray cluster. With ``pipeline.train.ray_train``, all that imports ray."""
+"""Workers on a Ray cluster. Only this package and ``pipeline.train.ray_train`` import ray."""

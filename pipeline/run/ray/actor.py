@@ -1,7 +1,7 @@
 """The process of a worker on a Ray cluster.
 
-Imports little: that Ray can import it and start an actor must not take long, nor hang. What may (torch, the stages, a
-file system that does not answer) comes in ``set_up``, which has a time-out.
+This module imports little, so that Ray can import it and start an actor quickly and without hanging. Anything that may
+be slow or hang (torch, the stages, a file system that does not answer) happens in ``set_up``, which has a timeout.
 """
 
 import asyncio
@@ -19,11 +19,11 @@ __all__ = ["WorkerActor", "WorkerProgress"]
 
 
 class WorkerProgress(NamedTuple):
-    """What a worker says of itself.
+    """Progress that a worker reports.
 
     Attributes:
-        images: that it has done in all.
-        running: tasks that are in it now.
+        images: images done in total.
+        running: tasks that it is running now.
     """
 
     images: int
@@ -31,9 +31,9 @@ class WorkerProgress(NamedTuple):
 
 
 class WorkerActor:
-    """A worker in an actor: its tasks run in threads, while it answers how far they are.
+    """A worker in an actor: its tasks run in threads, while the actor answers progress requests.
 
-    Building the stages is a call of its own, so that its error arrives as it was raised.
+    Building the stages is a separate call, so that the caller gets its exception as it was raised.
     """
 
     def __init__(self) -> None:
@@ -42,16 +42,16 @@ class WorkerActor:
         self._running = 0
 
     async def node(self) -> str:
-        """The node that this actor is on: answers as soon as it is alive."""
+        """ID of the node that this actor is on; answers as soon as the actor is alive."""
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
     async def set_up(self, what: "tuple[WorkerSpec, Callable[[WorkerSpec], FeatureWorker]]", granted: float) -> int:
-        """Build the stages; returns how many tasks the worker can have at once.
+        """Build the stages; returns how many tasks the worker can run at once.
 
         Args:
-            what: the spec, whose threads are counted here, and what makes a worker of it.
-            granted: CPUs that this actor asked for.
+            what: the spec, whose number of threads is determined here, and the function that builds a worker from it.
+            granted: CPUs that were requested for this actor.
         """
         loop = asyncio.get_running_loop()
         self._worker = await loop.run_in_executor(self._threads, _build, *what, granted)
@@ -59,7 +59,7 @@ class WorkerActor:
         return self._worker.tasks_at_once
 
     async def progress(self) -> WorkerProgress:
-        """How far it is: answers while tasks run."""
+        """Progress of the worker; answers while tasks run."""
         return WorkerProgress(self._worker.images_done if self._worker else 0, self._running)
 
     async def call(self, method: Callable[..., Any], *arguments: Any) -> Any:
@@ -83,7 +83,7 @@ def _build(spec: "WorkerSpec", make: "Callable[[WorkerSpec], FeatureWorker]", gr
     here = ray.get_runtime_context().get_node_id()
     gpus = sum(node.gpus for node in living_nodes() if node.name == here)
     device = spec.device
-    assert device != "auto"  # settled by the driver
+    assert device != "auto"  # resolved by the driver
     threads = worker_threads(device, available_cores(), gpus=gpus, granted=granted)
-    torch.set_num_threads(threads_in_operations(device, threads))  # of the whole process, which is the worker's
+    torch.set_num_threads(threads_in_operations(device, threads))  # for the whole process, which the worker owns
     return make(spec.on(device, threads))

@@ -1,4 +1,4 @@
-"""Which workers a job gets of a Ray cluster."""
+"""Choose the workers of a job on a Ray cluster."""
 
 import logging
 import os
@@ -18,17 +18,17 @@ logger = logging.getLogger(__name__)
 def ray_workers(
     spec: WorkerSpec, count: int | None, *, attempts: int, stall_timeout_s: float, places: Mapping[str, str]
 ) -> RayWorkers:
-    """Workers on the connected cluster: ``count`` of them, or one a GPU, or where there is none, one a CPU node.
+    """Workers on the connected cluster: ``count`` of them, or one per GPU, or one per CPU node if there is no GPU.
 
     Args:
-        spec: its device is settled here, its threads by each worker for itself.
-        count: None to fill the cluster as it is now.
-        attempts: as ``RayWorkers``.
-        stall_timeout_s: as ``RayWorkers``.
-        places: that workers read or write, by the option that names them.
+        spec: spec of the workers; the device is resolved here, the number of threads by each worker.
+        count: number of workers; None to use the whole cluster in its current size.
+        attempts: as for ``RayWorkers``.
+        stall_timeout_s: as for ``RayWorkers``.
+        places: locations that workers read or write, by the option that names them.
 
     Raises:
-        JobError: the cluster lacks the devices asked for, and no count says that it will have them.
+        JobError: the cluster lacks the requested devices, and either no count was given or it cannot add nodes.
     """
     nodes, may_grow = living_nodes(), bool(os.environ.get("RAY_ADDRESS"))
     gpus = sum(node.gpus for node in nodes)
@@ -37,17 +37,16 @@ def ray_workers(
         device = "cuda" if gpus else "cpu"
         if not gpus and may_grow:
             logger.warning("the cluster has no GPU now: running on CPUs. To request GPUs: --device cuda --workers N")
-    # A cluster can add nodes when they are asked for; Ray in this process has what the machine has.
+    # A cluster can add nodes on request; Ray in this process has only the resources of this machine.
     if device == "cuda" and not gpus and not (count and may_grow):
         raise JobError(
-            "--device cuda, but there is no GPU: use --device cpu; or on a cluster that adds GPU nodes when they are "
-            "asked for, give --workers N"
+            "--device cuda, but there is no GPU: use --device cpu, or --workers N on a cluster that adds GPU nodes on "
+            "request"
         )
     slots = places_for_workers(device, nodes, count)
     if not slots:
         raise JobError(
-            "no node of the cluster has CPUs to give out: on one that adds nodes when they are asked for, give "
-            "--workers N"
+            "no node of the cluster has CPUs for workers: if the cluster adds nodes on request, pass --workers N"
         )
     if len(nodes) > 1:
         _warn_of_local_folders(places, len(nodes))

@@ -1,4 +1,4 @@
-"""A Ray cluster: joining it, its nodes, and what its errors say."""
+"""Connect to a Ray cluster, list its nodes, and interpret its errors."""
 
 import logging
 import os
@@ -28,7 +28,7 @@ __all__ = ["connected", "is_death", "is_lost_node", "last_line", "living_nodes",
 
 logger = logging.getLogger(__name__)
 
-_WAITING_S = 30.0  # until it is said that nothing has been done yet
+_WAITING_S = 30.0  # until a message says that no task has finished yet
 _STALL_S = 3600.0
 _DEATHS = (
     RayActorError, WorkerCrashedError, NodeDiedError, LocalRayletDiedError, OutOfMemoryError, RuntimeEnvSetupError,
@@ -37,12 +37,15 @@ _DEATHS = (
 
 @contextmanager
 def connected(*, dashboard: bool = False) -> Iterator[None]:
-    """Join the cluster that RAY_ADDRESS names (``ray job submit`` sets it), or start Ray in this process.
+    """Connect to the cluster at RAY_ADDRESS (``ray job submit`` sets it), or start Ray on this machine.
 
     Args:
-        dashboard: whether a Ray that is started has one; Ray Train asks it, and complains every second without.
+        dashboard: whether to start a dashboard with Ray; Ray Train queries it, and warns every second without it.
+
+    Raises:
+        JobError: the cluster does not answer, or Ray does not start.
     """
-    # Otherwise Ray announces a change of a default that does not concern us, and how it secures its own ports.
+    # Otherwise Ray logs a change of a default that does not affect us, and how it secures its own ports.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -52,18 +55,18 @@ def connected(*, dashboard: bool = False) -> Iterator[None]:
             ray.init(address="auto", logging_level=logging.ERROR)
         else:
             ensure_token()
-            # Ray counts the machine's cores, whatever this process may use of them.
+            # Ray counts all cores of the machine, including those that this process may not use.
             ray.init(
                 address="local",
                 num_cpus=available_cores(),
                 include_dashboard=dashboard,
                 logging_level=logging.ERROR,
             )
-    except Exception as error:  # RuntimeError, ConnectionError, RPC errors: as far as Ray got
-        where = f"the Ray cluster at RAY_ADDRESS={address} does not answer" if address else "Ray does not start"
+    except Exception as error:  # RuntimeError, ConnectionError or an RPC error, depending on how far Ray got
+        problem = f"the Ray cluster at RAY_ADDRESS={address} does not answer" if address else "Ray does not start"
         to_do = "Fix or unset RAY_ADDRESS" if address else "Fix that"
-        raise JobError(f"{where}: {error}. {to_do}, or use --workers 0 to run without Ray") from error
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place, which prints a stack trace
+        raise JobError(f"{problem}: {error}. {to_do}, or use --workers 0 to run without Ray") from error
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray installs a handler of its own, which prints a stack trace
     try:
         yield
     finally:
@@ -71,18 +74,19 @@ def connected(*, dashboard: bool = False) -> Iterator[None]:
 
 
 def map_on_cluster(function: Callable[[Any], Any], items: Sequence[Any], *, stall_s: float = _STALL_S) -> Iterator[Any]:
-    """``function`` of every item, in order: each a task of the cluster that RAY_ADDRESS names.
+    """Apply ``function`` to every item, each in a task on the cluster at RAY_ADDRESS; yields results in order.
 
     Args:
-        function: can be pickled, and called again if its worker is lost.
-        items: what it takes.
-        stall_s: how long the next result is waited for.
+        function: a function that can be pickled, and can be called again if its worker is lost.
+        items: its arguments.
+        stall_s: how long to wait for the next result.
 
     Raises:
-        DensefeatError: as ``function`` raises it, or the cluster does not answer.
+        JobError: no result came within ``stall_s``, or a task failed on the cluster itself.
+        Exception: whatever ``function`` raises.
     """
 
-    def applied(function: Callable[[Any], Any], item: Any) -> Any:  # in here, so that workers need not import this file
+    def applied(function: Callable[[Any], Any], item: Any) -> Any:  # nested, so that workers need not import this file
         return function(item)
 
     with connected():
@@ -90,7 +94,7 @@ def map_on_cluster(function: Callable[[Any], Any], items: Sequence[Any], *, stal
         shared = ray.put(function)
         calls = [task.remote(shared, item) for item in items]
         if not ray.wait(calls, timeout=_WAITING_S)[0]:
-            logger.info("the images are being listed; the cluster has %s free", ray.available_resources())
+            logger.info("still listing the images; the cluster has %s free", ray.available_resources())
         for item, call in zip(items, calls, strict=True):
             try:
                 yield ray.get(call, timeout=stall_s)
@@ -98,8 +102,8 @@ def map_on_cluster(function: Callable[[Any], Any], items: Sequence[Any], *, stal
                 raise error.cause from None
             except GetTimeoutError as error:
                 raise JobError(
-                    f"listing the images on the cluster: nothing came of {item} for {stall_s:.0f} s; the cluster has "
-                    f"{ray.available_resources()} free. Has it a node with a CPU, and does its storage answer?"
+                    f"listing the images on the cluster: no result for {item} within {stall_s:.0f} s; the cluster has "
+                    f"{ray.available_resources()} free. Check that it has a node with a CPU, and that storage answers"
                 ) from error
             except RayError as error:
                 raise JobError(f"listing the images on the cluster failed: {last_line(error)}") from error
@@ -115,16 +119,19 @@ def living_nodes() -> list[Node]:
 
 
 def is_death(error: RayError) -> bool:
-    """Whether the actor that a call went to is dead; else the call failed, or its result is lost."""
+    """Whether the error means that the actor is dead or unreachable; otherwise the call failed or its result is lost.
+
+    `ActorUnavailableError` is included, as a subclass of `RayActorError`.
+    """
     return isinstance(error, _DEATHS)
 
 
 def is_lost_node(error: RayError, node: str | None) -> bool:
-    """Whether an actor died because its node was taken away.
+    """Whether an actor died because its node was lost.
 
     Args:
-        error: that says that it died.
-        node: that it was on.
+        error: the error that reports its death.
+        node: the node that it was on; None if it was on none.
     """
     if isinstance(error, NodeDiedError) or getattr(error, "preempted", False):
         return True
@@ -132,7 +139,7 @@ def is_lost_node(error: RayError, node: str | None) -> bool:
 
 
 def last_line(error: BaseException) -> str:
-    """What an error says, in one line: of a traceback the last, of Ray's own words the first and the last."""
+    """Summarize an error in one line: the last line of a traceback, the first and last line of Ray's own errors."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

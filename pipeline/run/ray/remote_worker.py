@@ -1,4 +1,4 @@
-"""A worker on a Ray cluster, as the driver sees it: its actor, and the calls under way."""
+"""The driver's handle of a worker on a Ray cluster: its actor, and its pending calls."""
 
 import time
 from collections.abc import Callable
@@ -14,25 +14,25 @@ from pipeline.run.resources import Slot
 
 __all__ = ["RemoteWorker", "result_of"]
 
-_GET_S = 60.0  # for a result that is there, from another node
+_GET_S = 60.0  # to fetch a finished result from another node
 
 
 @dataclass(eq=False)
 class RemoteWorker:
-    """First it is placed, then it sets up, then it takes tasks.
+    """A worker that is first placed on a node, then set up, then given tasks.
 
     Attributes:
-        slot: number of the one that it fills.
-        wanted: what it asks of the cluster.
-        node: that it is on; None: on none yet.
-        room: tasks at once; 0: it is not ready.
-        images: that it had done when it last answered; None: what it did before this map is not known yet.
-        start: reference of the call that places it, then of its set-up; None once it is ready.
-        tasks: reference of a call -> its task.
-        asked: reference of the call under way that asks for its progress.
-        asked_at: when that was made.
-        unreachable_since: when it last could not be reached; None: it can.
-        in_doubt: tasks whose calls were lost while it could not be reached.
+        slot: number of its slot.
+        wanted: resources that it requests from the cluster.
+        node: its node; None: not placed yet.
+        room: number of tasks that it can run at once; 0: not ready.
+        images: images done in total at its last answer; None: not known yet in the current map.
+        start: reference of the call that waits for its placement, then of its setup; None once it is ready.
+        tasks: call reference -> task.
+        progress_call: reference of the pending progress request.
+        requested_at: time of that request.
+        unreachable_since: when it became unreachable; None: it is reachable.
+        in_doubt: tasks whose calls were lost while it was unreachable, or when it died.
     """
 
     slot: int
@@ -41,13 +41,13 @@ class RemoteWorker:
     room: int = 0
     images: int | None = None
     tasks: dict[Any, int] = field(default_factory=dict)
-    asked: Any = None
-    asked_at: float = 0.0
+    progress_call: Any = None
+    requested_at: float = 0.0
     unreachable_since: float | None = None
     in_doubt: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Ask the cluster for it."""
+        """Request the actor from the cluster."""
         strategy: Any = "SPREAD"
         if self.wanted.node is not None:
             strategy = NodeAffinitySchedulingStrategy(self.wanted.node, soft=True)
@@ -57,24 +57,24 @@ class RemoteWorker:
         self.start: Any = self._handle.node.remote()
 
     def set_up(self, spec: Any) -> None:
-        """It is on a node: let it build its stages."""
+        """Make the actor, which is on a node now, build its stages."""
         self.start = self._handle.set_up.remote(spec, self.wanted.cpus)
 
     def call(self, method: Callable[..., Any], arguments: tuple[Any, ...], task: int) -> None:
-        """Give it a task."""
+        """Start a task on the worker."""
         self.tasks[self._handle.call.remote(method, *arguments)] = task
 
-    def ask(self) -> None:
-        """Ask for its progress."""
-        self.asked, self.asked_at = self._handle.progress.remote(), time.monotonic()
+    def request_progress(self) -> None:
+        """Request the worker's progress."""
+        self.progress_call, self.requested_at = self._handle.progress.remote(), time.monotonic()
 
     def kill(self) -> None:
-        """End it, whatever it does."""
+        """Kill the actor, even while it runs tasks."""
         ray.kill(self._handle)
 
 
 def result_of(call: Any) -> Any:
-    """The result of a call that has ended; or the error, as Ray puts it."""
+    """Result of a call that has ended, or Ray's error; the error is returned, not raised."""
     try:
         return ray.get(call, timeout=_GET_S)
     except RayError as error:

@@ -1,6 +1,6 @@
-"""When workers are started, how long they may take to be ready, and when there is no point in starting more.
+"""Decide when to start workers, how long their setup may take, and when to give up starting them.
 
-All of the policy, and no Ray. Time is passed in: seconds of a monotonic clock.
+This module has the whole policy and no Ray. Time is passed in, as seconds of a monotonic clock.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ _NODES_COME_S = 600.0
 
 class _State(Enum):
     DOWN = "to be started when its wait is over"
-    PLACING = "asked for, on no node yet"
-    SETTING_UP = "on a node"
+    PLACING = "requested, not on a node yet"
+    SETTING_UP = "on a node, building its stages"
     READY = "ready"
 
 
@@ -26,21 +26,21 @@ class _Slot:
     state: _State = _State.DOWN
     since: float = 0.0  # when the state began
     not_before: float = 0.0
-    failures: int = 0  # in a row, of this slot
-    failed_in_row: int = 0  # of this slot, since any worker was last ready
+    failures: int = 0  # failed setups of this slot since it was last ready
+    failed_in_row: int = 0  # failed setups of this slot since any worker became ready
 
 
 class WorkerStarts:
-    """The workers 0 … count - 1 of a job, each a slot that is filled again when its worker dies.
+    """The workers 0 … count - 1 of a job, each in a slot that is filled again when its worker dies.
 
-    Set-ups that fail end the job only where none succeeds: a bad node among good ones is tried again ever more rarely.
+    Failed setups end the job only if none succeeds: a bad node among good ones is retried less and less often.
 
     Args:
-        count: of workers.
-        attempts: set-ups of each worker that may fail in a row while no worker is ready.
-        timeout_s: for a set-up, counted from when the worker is on a node: it may wait for one as long as it takes.
-        first_wait_s: between a set-up that failed and the next; doubled with every further failure, up to 5 minutes.
-        nodes_come_s: how long after the first failed set-up workers without a node may still be the ones that succeed.
+        count: number of workers.
+        attempts: number of failed setups in a row of each worker, while none is ready, after which the job fails.
+        timeout_s: limit of a setup, from the time the worker is on a node; the wait for a node is not limited.
+        first_wait_s: wait between a failed setup and the next; doubled with every further failure, up to 5 minutes.
+        nodes_come_s: how long after the first failed setup workers without a node are still expected to get one.
     """
 
     def __init__(
@@ -59,35 +59,35 @@ class WorkerStarts:
 
     @property
     def any_on_a_node(self) -> bool:
-        """Whether any worker has found a place."""
+        """Whether any worker is on a node."""
         return any(slot.state in (_State.SETTING_UP, _State.READY) for slot in self._slots)
 
     def due(self, now: float) -> list[int]:
-        """Slots to be filled now; they count as asked for from here on."""
+        """Slots to fill now; from here on, they count as requested."""
         due = [i for i, slot in enumerate(self._slots) if slot.state is _State.DOWN and slot.not_before <= now]
         for i in due:
             self._slots[i].state, self._slots[i].since = _State.PLACING, now
         return due
 
     def on_a_node(self, slot: int, now: float) -> None:
-        """A worker is alive on a node, and begins to set up."""
+        """Record that a worker is alive on a node and begins its setup."""
         self._slots[slot].state, self._slots[slot].since = _State.SETTING_UP, now
 
     def ready(self, slot: int) -> None:
-        """A worker is set up."""
+        """Record that a worker is set up."""
         self._slots[slot].state, self._slots[slot].failures = _State.READY, 0
         for other in self._slots:
             other.failed_in_row = 0
 
     def gone(self, slot: int) -> None:
-        """A worker died after it was ready, or with its node: another is started at once."""
+        """Record that a worker died after it was ready, or with its node: its slot is due at once."""
         self._slots[slot].state, self._slots[slot].not_before = _State.DOWN, 0.0
 
     def failed(self, slot: int, reason: str, now: float) -> None:
-        """A set-up failed, or its worker died in it, or was too slow.
+        """Record that a setup failed, timed out, or ended with the death of its worker.
 
         Raises:
-            JobError: all of them do.
+            JobError: no setup is expected to succeed any more.
         """
         failed = self._slots[slot]
         if not any(other.failed_in_row for other in self._slots):
@@ -104,7 +104,7 @@ class WorkerStarts:
             )
 
     def overdue(self, now: float) -> list[int]:
-        """Slots whose worker takes too long to set up."""
+        """Slots whose worker exceeds the time limit of its setup."""
         return [
             i
             for i, slot in enumerate(self._slots)
@@ -118,5 +118,5 @@ class WorkerStarts:
     def _has_failed(self, slot: _Slot, late: bool) -> bool:
         if slot.state in (_State.SETTING_UP, _State.READY):
             return False
-        # A worker that never came so far as to fail waits for a node; one may come yet.
+        # A slot without failures waits for a node, which may still be added.
         return slot.failed_in_row >= self._attempts or (slot.failed_in_row == 0 and late)

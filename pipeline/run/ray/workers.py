@@ -1,10 +1,10 @@
-"""Workers as actors on a Ray cluster's devices.
+"""Workers as actors on the devices of a Ray cluster.
 
-Glue: which task goes where is decided by `pipeline.run.queue`, when workers are started by `pipeline.run.ray.starts`,
-what they ask for by `pipeline.run.resources`. Tasks are given out here rather than left to Ray's own retries because
-what is retried is a shard, up to a number of attempts, and never on a worker that stopped answering.
+This is glue. `pipeline.run.queue` decides which task goes to which worker, `pipeline.run.ray.starts` when workers are
+started, and `pipeline.run.resources` which resources they request. Tasks are assigned here and not left to Ray's own
+retries, because a shard is to be retried up to a number of attempts, and never on a worker that stopped answering.
 
-Nothing here waits for an actor without a time-out: each may stop at any moment, and Ray then does not answer for it.
+Nothing here waits for an actor without a timeout: an actor may hang at any moment, and Ray then does not answer for it.
 """
 
 import logging
@@ -34,10 +34,10 @@ __all__ = ["RayWorkers"]
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
-_WAITING_S = 30.0  # until it is said that the cluster has no room for the workers yet
+_WAITING_S = 30.0  # until a warning that no worker has been placed yet
 _SET_UP_S = 1800.0
-_UNREACHABLE_S = 60.0  # until a worker that cannot be reached is given up
-_NODE_DEATH_S = 2.0  # a node that is taken down ends its workers before the cluster knows that it is gone
+_UNREACHABLE_S = 60.0  # until an unreachable worker is replaced
+_NODE_DEATH_S = 2.0  # when a node is taken down, its workers die before the cluster knows that it is gone
 
 
 @dataclass
@@ -45,20 +45,20 @@ class _Dead:
     actor: RemoteWorker
     tasks: list[int]
     error: RayError
-    judged_at: float  # whether it was its node
+    settle_at: float  # when to check whether its node is gone
 
 
 class RayWorkers:
     """Workers as Ray actors, each pinned to its device.
 
     Args:
-        spec: for every worker; the device is settled.
-        slots: what each worker asks for.
-        attempts: times a task may fail, and a worker's set-up while none succeeds.
-        stall_timeout_s: a worker with tasks that shows no progress for so long is killed and replaced.
-        set_up_timeout_s: the same for a worker that is set up, from when it is on a node.
-        first_wait_s: as `TaskQueue` and `WorkerStarts`.
-        make: what makes a worker; an importable function.
+        spec: spec of every worker, with a resolved device.
+        slots: resources that each worker requests.
+        attempts: number of times that a task may fail, and a worker's setup while no setup succeeds.
+        stall_timeout_s: a worker that has tasks and makes no progress for this long is killed and replaced.
+        set_up_timeout_s: the same for a worker's setup, from the time it is on a node.
+        first_wait_s: as for `TaskQueue` and `WorkerStarts`.
+        make: builds a worker; an importable function.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class RayWorkers:
         self._dead: list[_Dead] = []
         self._queue = TaskQueue[RemoteWorker](0, attempts=attempts)
         self._failures = FailureLog()
-        self._asked_for_at: float | None = time.monotonic()  # None: it was said, or need not be, that there is no room
+        self._requested_at: float | None = time.monotonic()  # None: workers are placed, or the warning was logged
 
     def __enter__(self) -> "RayWorkers":
         self._start_due()
@@ -97,7 +97,7 @@ class RayWorkers:
             actor.kill()
 
     def share(self, value: Any) -> Any:
-        """A reference into the object store."""
+        """Put ``value`` into Ray's object store; returns the reference."""
         return ray.put(value)
 
     def map(
@@ -110,21 +110,21 @@ class RayWorkers:
         self._queue = TaskQueue(len(tasks), attempts=self._attempts, first_wait_s=self._first_wait_s)
         self._dead = []
         for actor in self._actors:
-            # What it did for an earlier map is not progress of this one. It may have died or stopped since: it gets
-            # tasks when it answers.
+            # Images of an earlier map are not progress of this one. The actor may have died or hung since, so it gets
+            # tasks only when it answers.
             actor.images, actor.tasks, actor.in_doubt = None, {}, []
             if actor.room:
-                actor.ask()
+                actor.request_progress()
         while self._queue.left:
             self._start_due()
             for actor, task in self._queue.hand_out(time.monotonic()):
                 actor.call(method, tasks[task], task)
-            self._say_if_there_is_no_room()
+            self._warn_if_none_is_placed()
             for actor, call, result in self._ended():
                 yield from self._settle(actor, call, result)
             on_progress(self._progress())
-            yield from self._judge_the_dead()
-            yield from self._end_those_that_hang()
+            yield from self._settle_dead()
+            yield from self._end_hung_workers()
 
     # Starting workers.
 
@@ -133,34 +133,34 @@ class RayWorkers:
             self._actors.append(RemoteWorker(slot, self._slots[slot]))
 
     def _started(self, actor: RemoteWorker, result: Any) -> None:
-        """Go on with an actor whose ``start`` has ended well."""
+        """Advance an actor whose ``start`` call succeeded: set it up, or give it to the queue."""
         now = time.monotonic()
         if actor.node is None:
             actor.node = result
             actor.set_up(self._spec)
             self._starts.on_a_node(actor.slot, now)
-            self._asked_for_at = None
+            self._requested_at = None
         else:
             actor.start, actor.room, actor.images = None, result, 0
             self._starts.ready(actor.slot)
             self._queue.join(actor, actor.node, actor.room, now)
-            actor.ask()
+            actor.request_progress()
 
-    def _say_if_there_is_no_room(self) -> None:
-        if self._asked_for_at is not None and time.monotonic() - self._asked_for_at > _WAITING_S:
-            self._asked_for_at = None
+    def _warn_if_none_is_placed(self) -> None:
+        if self._requested_at is not None and time.monotonic() - self._requested_at > _WAITING_S:
+            self._requested_at = None
             logger.warning(
                 "no worker has started yet: each needs %s; the cluster has %s free",
                 " or ".join(sorted({f"{slot.cpus} CPUs and {slot.gpus} GPUs" for slot in self._slots})),
                 ray.available_resources(),
             )
 
-    # What became of calls.
+    # Handling calls that ended.
 
     def _ended(self) -> list[tuple[RemoteWorker, Any, Any]]:
-        """Calls that ended, with their actors, and results or errors; waits for one a little while."""
+        """Actor, call, and result or error of each call that ended; waits up to ``_POLL_S`` for the first one."""
         calls = {call: actor for actor in self._actors for call in [actor.start, *actor.tasks] if call is not None}
-        waited_for = [*calls, *(actor.asked for actor in self._actors if actor.room and actor.images is None)]
+        waited_for = [*calls, *(actor.progress_call for actor in self._actors if actor.room and actor.images is None)]
         if not waited_for:
             time.sleep(_POLL_S)
             return []
@@ -168,11 +168,12 @@ class RayWorkers:
         if not ready:
             ready, _ = ray.wait(waited_for, num_returns=1, timeout=_POLL_S)
         ended = [(calls[call], call, result_of(call)) for call in ready if call in calls]
-        return sorted(ended, key=lambda one: isinstance(one[2], RayError))  # what came in time is not lost by a death
+        # Results first: a result that arrived must not be lost because its actor died afterwards.
+        return sorted(ended, key=lambda entry: isinstance(entry[2], RayError))
 
     def _settle(self, actor: RemoteWorker, call: Any, result: Any) -> Iterator[tuple[int, Any]]:
-        """What comes of a call that has ended; yields tasks that are over."""
-        if actor not in self._actors:  # another of its calls told that it died
+        """Handle a call that has ended; yields tasks that are done or given up."""
+        if actor not in self._actors:  # another of its calls has already reported its death
             return
         task = actor.tasks.pop(call, None)
         if isinstance(result, RayTaskError) and isinstance(result.cause, JobError):
@@ -193,7 +194,7 @@ class RayWorkers:
                 self._died(actor, result)
         else:
             cause = result.cause if isinstance(result, RayTaskError) else result
-            yield from self._failed(task, self._told(result, "a task failed"), suspect=is_suspect(cause))
+            yield from self._failed(task, self._log_failure(result, "a task failed"), suspect=is_suspect(cause))
 
     def _failed(self, task: int, reason: str, suspect: bool) -> Iterator[tuple[int, TaskFailed]]:
         given_up = self._queue.failed(task, reason, time.monotonic(), suspect=suspect)
@@ -205,10 +206,11 @@ class RayWorkers:
         if is_death(error) and not isinstance(error, ActorUnavailableError) and is_lost_node(error, actor.node):
             self._refill(actor, lost=True)
             return
-        reason = self._told(error, "a worker could not be set up")
+        reason = self._log_failure(error, "a worker could not be set up")
         self._starts.failed(actor.slot, reason, time.monotonic())
 
-    def _told(self, error: RayError, what: str) -> str:
+    def _log_failure(self, error: RayError, what: str) -> str:
+        """Log an error; returns it in one line."""
         cause = error.cause if isinstance(error, RayTaskError) else error
         if not isinstance(cause, RayError):
             return self._failures.told(cause, what, traceback=str(error))
@@ -217,7 +219,7 @@ class RayWorkers:
         return reason
 
     def _died(self, actor: RemoteWorker, error: RayError) -> None:
-        """Replace an actor. What its tasks are charged with turns out when it is known whether its node is gone."""
+        """Replace an actor. Its tasks count as lost or failed once it is known whether its node is gone."""
         tasks = self._remove(actor)
         now = time.monotonic()
         lost = is_lost_node(error, actor.node)
@@ -227,10 +229,10 @@ class RayWorkers:
         self._dead.append(_Dead(actor, tasks, error, now if lost else now + _NODE_DEATH_S))
         self._refill(actor, lost)
 
-    def _judge_the_dead(self) -> Iterator[tuple[int, TaskFailed]]:
+    def _settle_dead(self) -> Iterator[tuple[int, TaskFailed]]:
         now = time.monotonic()
-        due = [dead for dead in self._dead if dead.judged_at <= now]
-        self._dead = [dead for dead in self._dead if dead.judged_at > now]
+        due = [dead for dead in self._dead if dead.settle_at <= now]
+        self._dead = [dead for dead in self._dead if dead.settle_at > now]
         for dead in due:
             reason = f"its worker died: {last_line(dead.error)}"
             lost = bool(dead.tasks) and is_lost_node(dead.error, dead.actor.node)
@@ -246,7 +248,7 @@ class RayWorkers:
             yield task, given_up
 
     def _remove(self, actor: RemoteWorker) -> list[int]:
-        """Forget an actor, and make sure that it is dead; the tasks it had."""
+        """Kill and remove an actor; returns the tasks it had."""
         actor.kill()
         self._actors.remove(actor)
         return sorted({*self._queue.leave(actor), *actor.tasks.values(), *actor.in_doubt})
@@ -256,15 +258,15 @@ class RayWorkers:
             self._slots[actor.slot] = self._slots[actor.slot].anywhere(living_nodes())
         self._starts.gone(actor.slot)
 
-    # Workers that show no progress, or cannot be reached.
+    # Workers that make no progress or are unreachable.
 
     def _progress(self) -> int:
         """Images done since the last call."""
         done = 0
         for actor in [actor for actor in self._actors if actor.room]:
-            if not ray.wait([actor.asked], timeout=0)[0]:
+            if not ray.wait([actor.progress_call], timeout=0)[0]:
                 continue
-            answer = result_of(actor.asked)
+            answer = result_of(actor.progress_call)
             if isinstance(answer, ActorUnavailableError):
                 self._unreachable(actor, answer)
             elif isinstance(answer, RayError) and is_death(answer):
@@ -272,11 +274,11 @@ class RayWorkers:
                 continue
             elif not isinstance(answer, RayError):
                 done += self._answered(actor, answer)
-            actor.ask()
+            actor.request_progress()
         return done
 
     def _answered(self, actor: RemoteWorker, answer: WorkerProgress) -> int:
-        """Images that an actor did since it was asked last."""
+        """Images that an actor did since its last answer."""
         now = time.monotonic()
         if actor.images is None:
             actor.images = answer.images
@@ -289,40 +291,40 @@ class RayWorkers:
         if actor.unreachable_since is not None:
             actor.unreachable_since = None
             logger.warning("a worker is reachable again")
-        if answer.running <= len(actor.tasks):  # what it still does of calls that were lost is nobody's
+        if answer.running <= len(actor.tasks):  # otherwise it still runs tasks whose calls were lost
             self._queue.pause(actor, False)
         return done
 
     def _unreachable(self, actor: RemoteWorker, error: RayError) -> None:
-        """An actor that does not answer is not dead: it is asked again for a while."""
+        """Pause an actor that does not answer. It may not be dead, so requests to it are repeated for a while."""
         if actor.unreachable_since is None:
             actor.unreachable_since = time.monotonic()
             logger.warning("a worker is unreachable, trying again: %s", last_line(error))
         self._queue.pause(actor)
 
-    def _end_those_that_hang(self) -> Iterator[tuple[int, TaskFailed]]:
+    def _end_hung_workers(self) -> Iterator[tuple[int, TaskFailed]]:
         now = time.monotonic()
         slots = {actor.slot: actor for actor in self._actors}
         for slot in self._starts.overdue(now):
             logger.warning("killing a worker that was not ready in time")
             self._remove(slots[slot])
-            self._starts.failed(slot, "it took too long", now)
+            self._starts.failed(slot, "setup took too long", now)
         stalled = self._queue.stalled(self._stall_timeout_s, now)
         for actor in list(self._actors):
             reachable = actor.unreachable_since is None
-            if reachable and actor.in_doubt:  # it came back, but the answers to these calls are lost
+            if reachable and actor.in_doubt:  # it is reachable again, but the results of these calls are lost
                 tasks, actor.in_doubt = actor.in_doubt, []
             elif not reachable and now - (actor.unreachable_since or now) > _UNREACHABLE_S:
                 logger.warning("replacing a worker that was unreachable for %.0f s", _UNREACHABLE_S)
                 tasks = self._remove(actor)
                 self._refill(actor, lost=True)
             else:
-                silent = actor.room and actor.images is None and now - actor.asked_at > self._stall_timeout_s
+                silent = actor.room and actor.images is None and now - actor.requested_at > self._stall_timeout_s
                 if actor in stalled or silent:
                     logger.warning("killing a worker: no progress for %.0f s", self._stall_timeout_s)
                     self._starts.gone(actor.slot)
                     for task in self._remove(actor):
-                        reason = f"its worker showed no progress for {self._stall_timeout_s:.0f} s"
+                        reason = f"its worker made no progress for {self._stall_timeout_s:.0f} s"
                         yield from self._failed(task, reason, suspect=True)
                 continue
             for task in tasks:

@@ -180,7 +180,7 @@ def test_a_lost_object_is_put_again_if_its_bytes_come_out(known: KnownStore) -> 
     for damage in (lambda: objects.delete(key), lambda: objects.put(key, whole[:-5]), lambda: objects.put(key, b"")):
         damage()
         assert sorted(finished_shards(objects, known.configuration_hash)) == [0, 2]
-        with pytest.raises(JobError, match=r"was lost or cut off.*verify_store.py --repair"):
+        with pytest.raises(JobError, match=r"was lost or truncated.*verify_store.py --repair"):
             write_known_shard(other, 1)
         write_known_shard(known, 1)
         assert objects.get(key) == whole
@@ -214,7 +214,7 @@ def test_a_finished_shard_is_nobodys_to_delete(tmp_path: Path) -> None:
 def test_an_object_that_nobody_announced_is_left_alone(known: KnownStore) -> None:
     objects, key = Objects(known.uri), layout.shard_key(0)
     objects.put(key, b"of an unknown job")
-    with pytest.raises(JobError, match=rf"{key} was there.*delete it"):
+    with pytest.raises(JobError, match=rf"{key} exists.*delete it"):
         write_known_shard(known, 0)
     assert objects.get(key) == b"of an unknown job"
     assert is_consistent(known, 0) is None

@@ -145,7 +145,7 @@ def test_verifying_finds_damage_and_repair_reopens(known: KnownStore) -> None:
     (folder / layout.shard_key(2)).unlink()
     found = problems(known.uri)
     assert "rows [4]" in found[1][-1]
-    assert "gone" in found[2][-1]
+    assert "missing" in found[2][-1]
     take_out(Objects(known.uri), [1, 2])
     store = FeatureStore(known.uri)
     assert store.index["status"].to_pylist() == ["ok", "ok", "corrupt", "ok", *["pending"] * 7]
