@@ -92,7 +92,7 @@ class Judge:
 
     def error(self, high: Tensor, seen: Tensor, with_bias: bool) -> tuple[float, float]:
         """Relative squared error of features [1, k, H, W], and mean cosine."""
-        predicted = self.operators.see(high)[0] + (self.bias if with_bias else 0)
+        predicted = self.operators.project(high)[0] + (self.bias if with_bias else 0)
         cosine = F.cosine_similarity(predicted, seen, dim=1).mean()
         return relative_error(predicted, seen), float(cosine)
 

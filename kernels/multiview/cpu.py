@@ -91,7 +91,7 @@ class _Operators:
         size = len(views) * views.low[0] * _CHANNELS * views.high[1]
         self._sorted, self._by_view = torch.empty(size), torch.empty(size)
 
-    def see(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
         """[H, channels, W] -> [V, h, channels, w]."""
         V, (h, w), W, channels = len(self.views), self.views.low, x.shape[2], x.shape[1]
         by_place, by_view = self._scratch(channels)
@@ -101,7 +101,7 @@ class _Operators:
         torch.index_select(by_place, 0, self.bands.place, out=by_view)
         return torch.bmm(by_view.view(V, h * channels, W), self.columns_t).view(V, h, channels, w)
 
-    def unsee(self, seen: Tensor) -> Tensor:
+    def back_project(self, seen: Tensor) -> Tensor:
         """[V, h, channels, w] -> [H, channels, W]."""
         V, h, channels, w = seen.shape
         H, W = self.views.high
@@ -144,13 +144,13 @@ def _conjugate_gradient(
 ) -> tuple[Doubles, npt.NDArray[np.int64]]:
     """Solve for a group of channels in place in x; returns objectives before and after [channels, 2], and steps."""
     objective = np.empty((x.shape[1], 2))
-    residual, smooth = target - operators.see(x), _smooth(x, edges)
+    residual, smooth = target - operators.project(x), _smooth(x, edges)
     objective[:, 0] = _misfit(residual) + _products(x, smooth)
-    r = operators.unsee(residual) - smooth
+    r = operators.back_project(residual) - smooth
     p, rr = r.clone(), _products(r, r)
     enough, steps = rr * tolerance**2, np.zeros(len(rr), np.int64)
     for _ in range(iterations):
-        q = operators.unsee(operators.see(p))
+        q = operators.back_project(operators.project(p))
         _add_laplacian(p.numpy(), *edges, q.numpy())
         curvature = _products(p, q)
         going = (rr > enough) & (curvature > 0)
@@ -162,7 +162,7 @@ def _conjugate_gradient(
         turn = np.divide(rr, before, out=np.zeros_like(rr), where=going)
         _turn(p.numpy(), r.numpy(), turn.astype(np.float32))
         steps += going
-    objective[:, 1] = _misfit(target - operators.see(x)) + _products(x, _smooth(x, edges))
+    objective[:, 1] = _misfit(target - operators.project(x)) + _products(x, _smooth(x, edges))
     return objective, steps
 
 

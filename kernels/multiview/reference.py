@@ -92,15 +92,15 @@ def _conjugate_gradient(
     def smooth(x: Tensor) -> Tensor:
         return regularisation * _laplacian(x, weights)
 
-    see, unsee = _operators(views)
+    project, back_project = _operators(views)
     x = start.clone()
-    residual, smoothness = target - see(x), smooth(x)
+    residual, smoothness = target - project(x), smooth(x)
     initial = residual.double().square().sum() + _dot(x, smoothness).sum()
-    r = unsee(residual) - smoothness
+    r = back_project(residual) - smoothness
     p, rr = r, _dot(r, r)
     enough, steps = rr * tolerance**2, torch.zeros_like(rr, dtype=torch.int64)
     for _ in range(iterations):
-        q = unsee(see(p)) + smooth(p)
+        q = back_project(project(p)) + smooth(p)
         curvature = _dot(p, q)
         going = (rr > enough) & (curvature > 0)
         step = torch.where(going, rr / curvature, 0.0)
@@ -109,7 +109,7 @@ def _conjugate_gradient(
         before, rr = rr, _dot(r, r)
         p = r + torch.where(going, rr / before, 0.0).to(x.dtype) * p
         steps += going
-    final = (target - see(x)).double().square().sum() + _dot(x, smooth(x)).sum()
+    final = (target - project(x)).double().square().sum() + _dot(x, smooth(x)).sum()
     return x, initial, final, steps.flatten()
 
 
@@ -122,14 +122,14 @@ def _operators(views: ViewMatrices) -> tuple[Callable[[Tensor], Tensor], Callabl
     V, (h, w), (H, W) = len(views), views.low, views.high
     rows, columns = views.rows.flatten(0, 1), views.columns
 
-    def see(maps: Tensor) -> Tensor:
+    def project(maps: Tensor) -> Tensor:
         k = len(maps)
         seen = rows @ maps.transpose(0, 1).reshape(H, k * W)  # [V h, k W]
         return (seen.view(V, h * k, W) @ columns.mT).view(V, h, k, w).transpose(1, 2)
 
-    def unsee(seen: Tensor) -> Tensor:
+    def back_project(seen: Tensor) -> Tensor:
         k = seen.shape[1]
         spread = seen.transpose(1, 2).reshape(V, h * k, w) @ columns  # [V, h k, W]
         return (rows.mT @ spread.view(V * h, k * W)).view(H, k, W).transpose(0, 1)
 
-    return see, unsee
+    return project, back_project

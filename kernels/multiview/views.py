@@ -106,7 +106,7 @@ class ViewMatrices:
         """The same maps on another device or in another dtype."""
         return ViewMatrices(self.rows.to(device, dtype), self.columns.to(device, dtype))
 
-    def see(self, maps: Tensor) -> Tensor:
+    def project(self, maps: Tensor) -> Tensor:
         """Apply the views to maps [B, k, H, W]: the features [B, V, k, h, w] that the backbone would give of them."""
         seen = torch.einsum("vip,bkpq->bvkiq", self.rows, maps)
         return seen @ self.columns.mT[None, :, None]

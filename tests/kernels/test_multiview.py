@@ -51,7 +51,7 @@ def test_operators_are_views_pooled(size, low, stride):
     grid, views = solver_grid(size, stride), [*solver_views(size, 6), *held_out_views(size, 2)]
     assert grid == (math.ceil(size[0] / stride), math.ceil(size[1] / stride))
     maps = torch.randn(3, *grid, dtype=torch.float64)
-    seen = view_operators(views, low, grid, 2.5).to(dtype=torch.float64).see(maps[None])[0]
+    seen = view_operators(views, low, grid, 2.5).to(dtype=torch.float64).project(maps[None])[0]
     pixels = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
     for view, actual in zip(views, seen, strict=True):
         expected = pooled(jittered(pixels, view), low, 2.5)

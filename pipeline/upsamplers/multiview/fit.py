@@ -142,7 +142,7 @@ class _Problem:
     def mean_residual(self, image: int, targets: Tensor, bias: Tensor) -> Tensor:
         """What the solution leaves of targets [V, k, h, w], averaged over views: [k, h, w]."""
         solved = self.solved(image, targets - bias, self.settings.regularisation, self.settings.iterations)
-        return (targets - self.fitted.see(solved)[0]).mean(0)
+        return (targets - self.fitted.project(solved)[0]).mean(0)
 
     def error(self, bias: Tensor, images: Sequence[int], regularisation: float, iterations: int) -> float:
         """The held-out error in components, with a bias [k, h, w]."""
@@ -162,7 +162,7 @@ class _Problem:
     def _judged(self, image: int, solved: Tensor, bias: Tensor) -> float:
         seen = self.sample.low[image, self.sample.views :].to(self.device)
         spread = (seen - seen.mean((0, 2, 3), keepdim=True)).square().sum()
-        return float((self.held_out.see(solved)[0] + bias - seen).square().sum() / spread)
+        return float((self.held_out.project(solved)[0] + bias - seen).square().sum() / spread)
 
 
 def _fit_sigma(
