@@ -139,7 +139,7 @@ class TestLinks:
         keys = ["gone", "self", "one", "two", "out", "hard"]
         assert by_key(source) == {"ok": b"ok", **dict.fromkeys(keys, "unreadable")}
         assert "gone.png is a link to nothing.png: no file in this tar" in str(read(source)[1])
-        assert found(source, "row") == {"links that lead to no file in their tar": 6}
+        assert found(source, "row") == {"links to no file in their tar": 6}
 
     def test_what_is_no_file_is_counted(self, tmp_path: Path) -> None:
         path = self.tar(
@@ -157,14 +157,14 @@ class TestLinks:
         source = list_images(str(path))
         assert by_key(source) == {"ok": b"ok", "unknown": b"as POSIX says"}
         assert found(source, "image") == {
-            "members with an image's name that are no files (a pipe, a device)": 1,
-            "images of a format that is not read (.cr2)": 1,
-            "images of a format that is not read (.jpg_large)": 1,
+            "members with an image's name that are not files (a pipe, a device)": 1,
+            "images of an unsupported format (.cr2)": 1,
+            "images of an unsupported format (.jpg_large)": 1,
         }
         assert found(source, "other") == {
             "links to folders, not entered": 1,
             "hidden members with an image's name": 1,
-            "files that are no images (.txt)": 1,
+            "files that are not images (.txt)": 1,
         }
         assert source.candidates == 5
 
@@ -179,8 +179,8 @@ class TestLinks:
         )
         source = list_images(str(path))
         assert by_key(source) == {"./a": b"new", "b": b"b"}
-        assert found(source, "image") == {"members that a later one of the same name replaces": 1}
-        assert found(source, "other") == {"members that are there twice, used once": 1}
+        assert found(source, "image") == {"members replaced by a later one of the same name": 1}
+        assert found(source, "other") == {"duplicate members, used once": 1}
 
     @settings(max_examples=60, deadline=None)
     @given(
