@@ -138,7 +138,7 @@ class TestLinks:
         source = list_images(str(path))
         keys = ["gone", "self", "one", "two", "out", "hard"]
         assert by_key(source) == {"ok": b"ok", **dict.fromkeys(keys, "unreadable")}
-        assert "gone.png is a link to nothing.png: no file in this tar" in str(read(source)[1])
+        assert "gone.png is a link to nothing.png, not a file in this tar" in str(read(source)[1])
         assert found(source, "row") == {"links to no file in their tar": 6}
 
     def test_what_is_no_file_is_counted(self, tmp_path: Path) -> None:
