@@ -189,7 +189,7 @@ def test_a_folder_without_permission_is_named() -> None:
         try:
             if user == 0:  # who may read everything
                 os.seteuid(65534)
-            with pytest.raises(JobError, match=f"not allowed to read:.*Permission denied: '{closed}'"):
+            with pytest.raises(JobError, match=f"no permission to read:.*Permission denied: '{closed}'"):
                 list_images(folder)
         finally:
             os.seteuid(user)
