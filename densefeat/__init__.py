@@ -21,7 +21,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch only for who asks for ``TorchFeatures``."""
+    """Import torch only when ``TorchFeatures`` is accessed."""
     if name == "TorchFeatures":
         from densefeat.torch import TorchFeatures
 

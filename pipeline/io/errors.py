@@ -29,10 +29,10 @@ def explain_storage_error(
         return None
     if lacks_credentials(error):
         return JobError(
-            f"{place}: no accepted credentials ({type(error).__name__}: {error}). Set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY or AWS_PROFILE (GOOGLE_APPLICATION_CREDENTIALS for gs://), give the machine a role, "
-            "or set FSSPEC_S3_ANON=true if it is public; on a cluster, on every node. Renew expired credentials, and "
-            "check the clock"
+            f"{place}: no credentials, or they were refused ({type(error).__name__}: {error}). Set AWS_ACCESS_KEY_ID "
+            "and AWS_SECRET_ACCESS_KEY or AWS_PROFILE (GOOGLE_APPLICATION_CREDENTIALS for gs://), give the machine a "
+            "role, or set FSSPEC_S3_ANON=true if it is public; on a cluster, on every node. Renew expired credentials, "
+            "and check the clock"
         )
     if isinstance(error, ImportError):
         return JobError(

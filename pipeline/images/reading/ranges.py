@@ -56,7 +56,7 @@ def read_bytes(
         filesystem.invalidate_cache()  # cached listings
         size = object_size(filesystem, path, bounds, stop)
         if size is None or size > (start or 0) + len(data):
-            raise _CutShortError(f"got only {len(data)} of {expected} bytes")
+            raise _CutShortError(f"incomplete response: got {len(data)} of {expected} bytes")
     return data
 
 

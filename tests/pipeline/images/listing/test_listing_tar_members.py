@@ -193,7 +193,7 @@ class TestLinks:
             members = [(tar_info(name), str(number).encode()) for number, name in enumerate(["ok.jpg", *names])]
             source = list_images(str(write_tar(Path(folder, "x.tar"), members)))
             images = dict.fromkeys(column(source, "key"))
-            counted = [f for f in source.findings if f.about in ("image", "other") and "no images" not in f.reason]
+            counted = [f for f in source.findings if f.about in ("image", "other") and "not images" not in f.reason]
             assert len(images) == source.references.num_rows
             assert len(images) + sum(f.count for f in counted) == 1 + sum(map(is_image, names))
             for image in read(source):
