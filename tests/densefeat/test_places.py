@@ -105,7 +105,8 @@ def test_uris(here: Path, text: str, place: str, folder: str | None, name: str) 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "is not a path or URI"), ("  ", "is not a path or URI"), ("file://", "has no path"), ("a\0b", "null character"),
+        ("", "is not a path or URI"), ("  ", "is not a path or URI"), ("file://", "has no path"),
+        ("a\0b", "null character"),
         ("s3://", "names no bucket"), ("s3:///", "names no bucket"), ("gs:////", "names no bucket"),
         ("s3://b/..", "leads above"), ("s3://b/a/../../c", "leads above"), ("s3:/b/x", r"write s3://b/x \(as a str"),
         ("GS:/b", "GS://b"), (Path("s3://b/x"), "pathlib.Path drops a slash"), (" s3://b/x", "begins with whitespace"),
