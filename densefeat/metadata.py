@@ -19,7 +19,7 @@ __all__ = ["own_attributes", "read_attributes", "read_layout", "read_root", "rea
 # Attributes that the reader and the pipeline require; their users check the others.
 _ATTRIBUTE_TYPES: dict[str, type] = {"configuration": dict, "configuration_hash": str, "setup_complete": bool}
 _ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-_BEGIN_ANEW = "restore it from a copy of the store, or create the store again with --overwrite"
+_RESTORE = "restore it from a copy of the store, or create the store again with --overwrite"
 
 
 def read_attributes(objects: Objects) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def own_attributes(uri: str, root: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(own.get(name), kind):
             raise StoreError(
                 f"{uri}: the attribute {name} in {layout.ATTRIBUTES} is {_shown(own.get(name))}, expected "
-                f"{kind.__name__}; {_BEGIN_ANEW}"
+                f"{kind.__name__}; {_RESTORE}"
             )
     return own
 
@@ -89,9 +89,9 @@ def read_layout(objects: Objects, root: dict[str, Any]) -> FeatureLayout:
             if FeatureLayout.from_metadata(copy) != features:
                 raise ValueError(f"its copy in {layout.ATTRIBUTES} differs")
     except _ABSENT:
-        raise StoreError(f"{objects.uri}: {key} is missing; {_BEGIN_ANEW}") from None
+        raise StoreError(f"{objects.uri}: {key} is missing; {_RESTORE}") from None
     except (ValueError, LookupError, TypeError) as error:
-        raise StoreError(f"{objects.uri}: {key} is damaged: {error}; {_BEGIN_ANEW}") from error
+        raise StoreError(f"{objects.uri}: {key} is damaged: {error}; {_RESTORE}") from error
     return features
 
 
@@ -112,17 +112,17 @@ def read_small_array(objects: Objects, name: str) -> npt.NDArray[np.float32]:
         documents.append(objects.get(keys[1]))
     except _ABSENT:
         part = "" if len(keys) == 1 else "a part of "
-        raise StoreError(f"{objects.uri}: {part}the array {name} is missing ({keys[-1]}); {_BEGIN_ANEW}") from None
+        raise StoreError(f"{objects.uri}: {part}the array {name} is missing ({keys[-1]}); {_RESTORE}") from None
     except (ValueError, AttributeError) as error:
-        raise StoreError(f"{objects.uri}: the array {name} is damaged: {error}; {_BEGIN_ANEW}") from error
+        raise StoreError(f"{objects.uri}: the array {name} is damaged: {error}; {_RESTORE}") from error
     buffer = default_buffer_prototype().buffer
     store = MemoryStore({key: buffer.from_bytes(data) for key, data in zip(keys, documents, strict=True)})
     try:
         array = np.asarray(zarr.open_array(store, path=name, mode="r", zarr_format=3)[...], dtype=np.float32)
     except Exception as error:  # from zarr's parser, in memory: a damaged document can raise anything
-        raise StoreError(f"{objects.uri}: the array {name} is damaged: {error}; {_BEGIN_ANEW}") from error
+        raise StoreError(f"{objects.uri}: the array {name} is damaged: {error}; {_RESTORE}") from error
     if not np.isfinite(array).all():
-        raise StoreError(f"{objects.uri}: the array {name} is damaged: not all of it is finite; {_BEGIN_ANEW}")
+        raise StoreError(f"{objects.uri}: the array {name} is damaged: it has non-finite values; {_RESTORE}")
     return array
 
 

@@ -223,7 +223,7 @@ def _valid_box(geometry: Geometry, placement: _Placement) -> tuple[int, int, int
     if min(sides) < 1:
         raise ImageError(
             "too_small",
-            f"So narrow that it fills {placement.content} (height, width) of {geometry.size} pixels, and no pixel of "
-            f"the {geometry.output_size} features.",
+            f"Too narrow: it fills {placement.content} (height, width) of {geometry.size} pixels, but no pixel of the "
+            f"{geometry.output_size} features.",
         )
     return (0, 0, sides[0], sides[1])

@@ -14,7 +14,7 @@ __all__ = ["About", "Finding", "Tally", "add_unused", "describe_findings", "refu
 # is not used.
 About = Literal["image", "row", "other", "label"]
 
-_HEADINGS: dict[About, str] = {"image": "left out", "row": "will fail", "other": "passed over", "label": "no label"}
+_HEADINGS: dict[About, str] = {"image": "left out", "row": "will fail", "other": "skipped", "label": "no label"}
 _SUFFIX = re.compile(r"\.[a-z_][a-z0-9_+-]{0,11}", re.ASCII)
 _LINES = 6  # per heading
 _EXAMPLE_CHARACTERS = 120

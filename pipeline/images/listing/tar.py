@@ -58,7 +58,7 @@ def scan_tar(
         files = _Files(tree, uri, tally)
         candidates = choose_images([member.name for member in files.members], image_extension, tally)
         chosen = candidates[:limit]
-        labels = files.labels(chosen, file, tell_unused=limit is None)
+        labels = files.labels(chosen, file, count_unused=limit is None)
     return Scan(files.rows(chosen), labels, tally.findings(), len(candidates))
 
 
@@ -144,8 +144,8 @@ class _Files:
         ]
         return pa.table(columns, schema=REFERENCES)
 
-    def labels(self, chosen: Sequence[Chosen], file: RangedFile, *, tell_unused: bool) -> Labels:
-        """The texts of the images' ``.cls`` members; with ``tell_unused``, those of no image are counted."""
+    def labels(self, chosen: Sequence[Chosen], file: RangedFile, *, count_unused: bool) -> Labels:
+        """The texts of the images' ``.cls`` members; with ``count_unused``, those of no image are counted."""
         places = {m.name[: -len(".cls")]: place for place, m in enumerate(self.members) if suffix_of(m.name) == ".cls"}
         used: set[int] = set()
         texts: list[str | None] = []
@@ -155,7 +155,7 @@ class _Files:
             texts.append(None if place is None else self._label(place, file))
             used.add(-1 if place is None else place)
         for place in places.values():
-            if tell_unused and place not in used:
+            if count_unused and place not in used:
                 self._count("label", ".cls members without an image", self.members[place])
         return text_labels(texts)
 

@@ -92,11 +92,11 @@ class Fetch:
 
     def read(self, uri: str, start: int | None = None, end: int | None = None, expected: int | None = None) -> bytes:
         """Call `read_bytes` with retries; pass its errors to `outcome`."""
-        return self._patiently(uri, partial(self._read, start=start, end=end, expected=expected))
+        return self._with_retries(uri, partial(self._read, start=start, end=end, expected=expected))
 
     def size(self, uri: str) -> int:
         """Size of an object in bytes, with retries; pass its errors to `outcome`."""
-        size = self._patiently(uri, lambda filesystem, path: object_size(filesystem, path, self._bounds, self._stop))
+        size = self._with_retries(uri, lambda filesystem, path: object_size(filesystem, path, self._bounds, self._stop))
         if size is None:
             raise ValueError("the server does not report its size")
         return size
@@ -130,9 +130,9 @@ class Fetch:
             raise error
         return _unreadable(uri, error)
 
-    def _patiently(self, uri: str, operation: Callable[[AbstractFileSystem, str], Result]) -> Result:
+    def _with_retries(self, uri: str, operation: Callable[[AbstractFileSystem, str], Result]) -> Result:
         once = partial(self._once, uri, operation)
-        return retried(once, uri, patience_s=self._patience_s, when=_is_worth_waiting, stop=self._stop)
+        return retried(once, uri, patience_s=self._patience_s, when=_is_worth_retrying, stop=self._stop)
 
     def _once(self, uri: str, operation: Callable[[AbstractFileSystem, str], Result]) -> Result:
         if self._stop.is_set():
@@ -190,7 +190,7 @@ class _FolderGoneError(ConnectionError):
     """The folder is missing or empty; the state of its files is unknown."""
 
 
-def _is_worth_waiting(error: BaseException) -> bool:
+def _is_worth_retrying(error: BaseException) -> bool:
     if isinstance(error, DensefeatError):
         return False
     return is_transient(error) or is_unreachable(error) or lacks_credentials(error)

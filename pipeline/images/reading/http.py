@@ -116,13 +116,13 @@ class _Body:
         return self._data.tell() > self._wanted
 
     def add(self, data: bytes) -> None:
-        room = self._wanted + 1 - self._data.tell()
+        remaining = self._wanted + 1 - self._data.tell()
         if self._decoder is not None:
             try:
-                data = self._decoder.decompress(data, room)
+                data = self._decoder.decompress(data, remaining)
             except zlib.error as error:
                 raise ValueError(f"the content encoding is damaged: {error}") from error
-        self._data.write(data[:room])
+        self._data.write(data[:remaining])
 
     def finished(self) -> bytes:
         if self._decoder is not None and not self._decoder.eof and not self.is_full:

@@ -160,7 +160,7 @@ def test_what_is_left_out_is_said_and_refused(tmp_path: Path) -> None:
     assert source.candidates == 11
     lines = "\n".join(describe_findings(source.findings))
     assert "left out    2 images of an unsupported format (.heic), e.g. x.heic" in lines
-    assert "passed over 2 files that are not images (.json), e.g. a.json" in lines
+    assert "skipped     2 files that are not images (.json), e.g. a.json" in lines
     assert "files that are not images (without a suffix), e.g. Makefile" in lines
     refuse_losses("photos", source.findings, source.candidates, 0.28)
     with pytest.raises(JobError, match=r"3 of 11 images \(27.3%\) cannot be used.*0.27:\n.*heic.*\n.*pipe") as error:
@@ -174,7 +174,7 @@ def test_many_reasons_are_summed_up(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"")
     lines = describe_findings(list_images(str(tmp_path)).findings)
     assert len(lines) == 7
-    assert lines[-1] == "passed over 14 more, for 14 other reasons"
+    assert lines[-1] == "skipped     14 more, for 14 other reasons"
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="permissions of POSIX")

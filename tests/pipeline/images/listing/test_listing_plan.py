@@ -40,7 +40,7 @@ def test_the_plan_says_what_is_not_used(tmp_path: Path) -> None:
     lines = made.describe().splitlines()
     assert lines[0] == f"images      2 from {path}, 1 with a label"
     assert lines[1].startswith("left out    1 images of an unsupported format (.heic)")
-    assert lines[2] == "passed over 1 further images of a sample, of which only one is used, e.g. a.png"
+    assert lines[2] == "skipped     1 further images of a sample, of which only one is used, e.g. a.png"
     assert lines[3] == "no label    1 labels that are text, where most are numbers, e.g. x"
 
 
