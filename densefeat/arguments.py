@@ -1,4 +1,4 @@
-"""What callers pass to the reader, checked before anything is read: row numbers, boxes, points."""
+"""Checks of the reader's arguments (row numbers, boxes, points) before anything is read."""
 
 import operator
 from collections.abc import Iterable
@@ -13,10 +13,10 @@ _SHOWN = 5
 
 
 def whole_number(value: Any, what: str) -> int:
-    """An integer of Python, NumPy or torch as an ``int``. Fractions and booleans are mistakes, never rounded.
+    """Convert a Python, NumPy or torch integer to ``int``. Fractions and booleans are refused, never rounded.
 
     Raises:
-        TypeError: it is not an integer.
+        TypeError: ``value`` is not an integer.
     """
     is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
     try:
@@ -28,11 +28,11 @@ def whole_number(value: Any, what: str) -> int:
 
 
 def box_of(box: Iterable[int], height: int, width: int) -> tuple[slice, slice]:
-    """Rows and columns of the box (y0, x0, y1, x1), y1 and x1 exclusive.
+    """Convert the box (y0, x0, y1, x1), y1 and x1 exclusive, to slices of rows and columns.
 
     Raises:
-        TypeError: it is not made of integers.
-        ValueError: there are not four, the box is empty, or it lies outside.
+        TypeError: the box does not consist of integers.
+        ValueError: it does not have four integers, is empty, or lies outside ``height`` × ``width``.
     """
     if not isinstance(box, Iterable):
         raise TypeError(f"box must be four integers (y0, x0, y1, x1): got {box!r}")
@@ -48,11 +48,11 @@ def box_of(box: Iterable[int], height: int, width: int) -> tuple[slice, slice]:
 
 
 def points_of(points_xy: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Points as [points, 2] float64; an empty list is no points.
+    """Convert points to float64 [points, 2]; an empty list becomes [0, 2].
 
     Raises:
-        TypeError: they are not real numbers.
-        ValueError: they are not [points, 2], or not finite.
+        TypeError: the points are not real numbers.
+        ValueError: their shape is not [points, 2], or they are not finite.
     """
     points = np.asarray(points_xy)
     if points.shape == (0,):

@@ -2,11 +2,11 @@
 
 
 class DensefeatError(Exception):
-    """Base of every error meant for a person: its text says what was got, what was expected and what to do."""
+    """Base of every error meant for users: the message says what was got, what was expected and what to do."""
 
 
 class PlaceError(DensefeatError, ValueError):
-    """A text that should name a path or a URI does not, or names one of an unknown kind."""
+    """A text is not a valid path or URI, or its protocol is unknown."""
 
 
 class StoreError(DensefeatError):
@@ -14,17 +14,17 @@ class StoreError(DensefeatError):
 
 
 class StorageUnavailable(DensefeatError):  # noqa: N818 - says what happened
-    """A storage did not answer, for as long as it was asked again (`densefeat.storage.retries`).
+    """A storage did not answer within the retry period (`densefeat.storage.retries`).
 
-    Nothing is known of the object that was asked for: whoever meets this fails as a whole and is tried again later.
+    The state of the requested object is unknown, so the whole task should fail and be retried later.
     """
 
 
 class MissingFeatures(DensefeatError, LookupError):  # noqa: N818 - says what is missing, like KeyError
-    """The row has no features: its image failed when the store was made, or its shard is not there yet.
+    """The row has no features: its image failed when the store was written, or its shard is not done yet.
 
     Attributes:
-        row: the row asked for.
+        row: the requested row.
         status: the row's recorded status, e.g. ``"corrupt"`` or ``"pending"``.
     """
 
@@ -34,5 +34,5 @@ class MissingFeatures(DensefeatError, LookupError):  # noqa: N818 - says what is
         self.status = status
 
     def __reduce__(self) -> tuple[type["MissingFeatures"], tuple[int, str, str]]:
-        """Pickle whole: errors cross DataLoader workers."""
+        """Pickle with all arguments, because errors are passed between DataLoader workers."""
         return (type(self), (self.row, self.status, str(self)))

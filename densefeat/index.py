@@ -1,4 +1,4 @@
-"""The index of a store: one record a row, completed from the ledger as long as the store is not finished."""
+"""The index of a store: one record per row, completed from the ledger while the store is unfinished."""
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 _PARALLEL_REQUESTS = 32
 _PENDING = "pending"
-# What this package reads of the index, and a ledger record must bring. schemas/index.py has the whole schema.
+# The columns that a ledger record must have; schemas/index.py has the whole schema of the index.
 _OUTCOME = {
     "row": pa.int64(),
     "status": pa.string(),
@@ -33,13 +33,13 @@ _REBUILD = "jobs/verify_store.py --repair rebuilds it from the images and the le
 
 
 def read_index(objects: Objects, features: FeatureLayout) -> pa.Table:
-    """The index with the outcomes of all shards that are done; rows of the others are pending.
+    """Read the index with the outcomes of all finished shards; rows of the others are pending.
 
     Raises:
-        StoreError: the index is missing or damaged, or it cannot be told which shards are done.
+        StoreError: the index is missing or damaged, or the storage does not reveal which shards are done.
     """
     try:
-        # In this order: a job that finishes in between has merged the index before it wrote the manifest.
+        # The order matters: a job that finishes in between merges the index before it writes the manifest.
         finished = objects.exists(layout.MANIFEST)
         index = stored_index(objects, features.rows)
         return index if finished else _with_finished_shards(index, objects, features)
@@ -47,20 +47,20 @@ def read_index(objects: Objects, features: FeatureLayout) -> pa.Table:
         if objects.can_list:
             raise
         raise StoreError(
-            f"{objects.uri}: cannot tell which shards are done: {error}. A store that is not finished needs a server "
-            "that answers 404 for what is not there: open it by its storage's own protocol (s3://, gs://), or finish it"
+            f"{objects.uri}: cannot tell which shards are done: {error}. An unfinished store needs a server that "
+            "answers 404 for missing objects: open it with the protocol of its storage (s3://, gs://), or finish it"
         ) from error
 
 
 def stored_index(objects: Objects, rows: int | None = None) -> pa.Table:
-    """The index as it lies in the store, whatever the ledger says.
+    """Read the index as stored, without the ledger.
 
     Args:
         objects: the store.
-        rows: as many as there must be, if known.
+        rows: expected number of rows, if known.
 
     Raises:
-        StoreError: it is missing or damaged.
+        StoreError: the index is missing or damaged.
     """
     try:
         index = read_parquet(objects.get(layout.INDEX))
@@ -80,18 +80,18 @@ def recorded_shards(objects: Objects, features: FeatureLayout) -> list[int]:
     """The shards that have a ledger record, in order.
 
     Raises:
-        OSError: the storage's reason.
+        OSError: the storage failed.
     """
     if objects.can_list:
         keys = set(objects.list(layout.LEDGER))
         return [shard for shard in range(features.shards) if layout.ledger_key(shard) in keys]
     with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-        there = list(pool.map(lambda shard: objects.exists(layout.ledger_key(shard)), range(features.shards)))
-    return [shard for shard, recorded in enumerate(there) if recorded]
+        exists = list(pool.map(lambda shard: objects.exists(layout.ledger_key(shard)), range(features.shards)))
+    return [shard for shard, recorded in enumerate(exists) if recorded]
 
 
 def _with_finished_shards(index: pa.Table, objects: Objects, features: FeatureLayout) -> pa.Table:
-    """The index of an unfinished store, completed from the ledger as far as there are sound records."""
+    """Complete the index of an unfinished store from the valid ledger records."""
     shards = recorded_shards(objects, features)
     with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
         read = partial(_outcomes, objects, features, index.schema)
@@ -101,15 +101,15 @@ def _with_finished_shards(index: pa.Table, objects: Objects, features: FeatureLa
         rows = features.rows_of(shard)
         part = index.slice(rows.start, len(rows))
         outcomes = records.get(shard)
-        # Whatever an earlier merge left in the index: only the ledger says what is done.
+        # Only the ledger says what is done; outcomes that an earlier merge left in the index are ignored.
         parts.append(_replaced(part, _pending(part) if outcomes is None else outcomes))
     return pa.concat_tables(parts).combine_chunks()
 
 
 def _outcomes(objects: Objects, features: FeatureLayout, index: pa.Schema, shard: int) -> pa.Table | None:
-    """What a shard's ledger record says of its rows; None if it is damaged, as if the shard were not done.
+    """The outcomes of a shard's rows in its ledger record; None if the record is damaged or gone.
 
-    A resumed job does the same: it drops the record and makes the shard again.
+    The shard then counts as not done, as for a resumed job, which drops the record and computes the shard again.
     """
     key = layout.ledger_key(shard)
     try:
@@ -118,11 +118,11 @@ def _outcomes(objects: Objects, features: FeatureLayout, index: pa.Schema, shard
         _check_columns(record, {field.name: field.type for field in index if field.name in record.column_names})
         if record["row"].to_pylist() != list(features.rows_of(shard)):
             raise ValueError("it is about other rows")
-    except FileNotFoundError:  # taken out by a job since we listed it
+    except FileNotFoundError:  # deleted by a job since it was listed
         return None
     except ValueError as error:
         logger.warning(
-            "%s: the ledger record %s is damaged: %s; its rows are taken for pending, and --resume makes them again",
+            "%s: the ledger record %s is damaged: %s; its rows count as pending, and --resume computes them again",
             objects.uri, key, error,
         )  # fmt: skip
         return None

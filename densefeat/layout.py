@@ -1,17 +1,17 @@
 """The on-disk layout, defined once: names, chunk and shard encoding, and how codes become floats.
 
-A store is a Zarr v3 group that any Zarr library opens, with core codecs only::
+A store is a Zarr v3 group with core codecs only, which any Zarr library can open::
 
     zarr.json                  attributes: format version, configuration and its hash, software versions
-    features/                  [rows, k, H, W] int8 or float16; one chunk an image, one shard object a run of rows
+    features/                  [rows, k, H, W] int8 or float16; one chunk per image, one shard object per run of rows
     pca/                       mean [C], components [k, C], explained_variance [k], explained_variance_ratio [k]
     step                       [k] float32, int8 only: feature = code * step
-    index.parquet              one record a row
-    manifest.parquet           one record a shard, when all are done
-    _ledger/000000.parquet     one file a finished shard, until (and after) they are merged into the two above
-    _intents/                  while shards are written: the record of each, before it counts
+    index.parquet              one record per row
+    manifest.parquet           one record per shard, once all are done
+    _ledger/000000.parquet     one file per finished shard; kept after the merge into the two files above
+    _intents/                  while shards are written: the record of each, before it is valid
 
-Encoding here, rather than through zarr-python, because a shard is made in memory and written with one request; the
+Chunks are encoded here rather than by zarr-python, because a shard is built in memory and written with one request; the
 bytes are the same (tests/densefeat/test_store_names.py compares them).
 """
 
@@ -38,21 +38,21 @@ INTENTS = "_intents"
 
 ZSTD_LEVEL = 1  # higher levels cost time and gain little on quantized features
 INT8_NO_DATA = -128  # the fill value; codes are -127 … 127
-_ABSENT = 2**64 - 1  # how a shard index says that a chunk is not there
+_ABSENT = 2**64 - 1  # marks a missing chunk in a shard index
 _CRC_BYTES = 4
 
 
 @dataclass(frozen=True)
 class FeatureLayout:
-    """Shape and cutting of the ``features`` array.
+    """Shape and sharding of the ``features`` array.
 
     Attributes:
-        rows: images, failed ones included.
+        rows: number of images, including failed ones.
         components: k.
-        height: of the stored features, pixels.
-        width: of the stored features, pixels.
+        height: of the stored features, in pixels.
+        width: of the stored features, in pixels.
         dtype: ``"int8"`` or ``"float16"``.
-        shard_rows: rows in one shard object; the last shard may hold fewer.
+        shard_rows: rows per shard object; the last shard may have fewer.
     """
 
     rows: int
@@ -83,10 +83,10 @@ class FeatureLayout:
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, Any]) -> "FeatureLayout":
-        """Read the layout off the array's ``zarr.json``.
+        """Read the layout from the array's ``zarr.json``.
 
         Raises:
-            ValueError: it is not an array that this package writes.
+            ValueError: the array was not written by this package.
         """
         try:
             grid, keys, codecs = (metadata[name] for name in ("chunk_grid", "chunk_key_encoding", "codecs"))
@@ -101,7 +101,7 @@ class FeatureLayout:
             raise ValueError(f"expected 4 axes: got the shape {shape!r} in shards of {shard_shape!r}")
         rows, components, height, width = shape
         if shard_shape[1:] != shape[1:] or chunk_shape != [1, *shape[1:]]:
-            raise ValueError(f"expected one image a chunk: got {chunk_shape!r}, in shards of {shard_shape!r}")
+            raise ValueError(f"expected one image per chunk: got {chunk_shape!r}, in shards of {shard_shape!r}")
         if names != ["regular", "default", "/", "sharding_indexed", "bytes", "zstd", "crc32c"]:
             raise ValueError(f"expected shards of chunks in zstd with crc32c: got {names!r}")
         if dtype not in ("int8", "float16"):
@@ -114,7 +114,7 @@ def _are_sizes(shape: Any, axes: int) -> bool:
 
 
 def shard_key(shard: int) -> str:
-    """Key of a shard object, as Zarr's default chunk key encoding has it."""
+    """Key of a shard object, in Zarr's default chunk key encoding."""
     return f"{FEATURES}/c/{shard}/0/0/0"
 
 
@@ -124,12 +124,12 @@ def ledger_key(shard: int) -> str:
 
 
 def intent_key(shard: int, sha256: str) -> str:
-    """Key of what the ledger is going to record of a shard whose object has this digest."""
+    """Key of the intent: the ledger record to be committed for a shard whose object has this digest."""
     return f"{INTENTS}/{shard:06d}-{sha256}.parquet"
 
 
 def encode_chunk(features: npt.NDArray[Any]) -> bytes:
-    """Encode one image's features [k, H, W] as the codecs say: bytes (little endian) → zstd → crc32c."""
+    """Encode one image's features [k, H, W] with the store's codecs: bytes (little endian) → zstd → crc32c."""
     little = features.astype(features.dtype.newbyteorder("<"), order="C", copy=False)
     return _with_crc(numcodecs.zstd.compress(little.reshape(-1).view(np.uint8), ZSTD_LEVEL))
 
@@ -138,7 +138,8 @@ def decode_chunk(data: bytes, layout: FeatureLayout) -> npt.NDArray[Any]:
     """Decode one image's features [k, H, W].
 
     Raises:
-        ValueError: the checksum does not fit: the bytes are not those that were written.
+        ValueError: the checksum does not match, or the decoded size is wrong.
+        RuntimeError: the body is not valid zstd.
     """
     body = numcodecs.zstd.decompress(_without_crc(data, "the chunk"))
     return np.frombuffer(body, dtype=np.dtype(layout.dtype).newbyteorder("<")).reshape(layout.image_shape)
@@ -148,7 +149,7 @@ def pack_shard(chunks: Sequence[bytes | None], shard_rows: int) -> tuple[bytes, 
     """Join encoded chunks (None: no data) into a shard object.
 
     Returns:
-        The object's bytes, and where in it each of ``chunks`` lies: (offset, size) in bytes.
+        The bytes of the object, and the (offset, size) in bytes of each of ``chunks`` in it.
     """
     index = np.full((shard_rows, 2), _ABSENT, dtype="<u8")
     places: list[tuple[int, int] | None] = []
@@ -168,17 +169,17 @@ def unpack_shard_index(data: bytes, shard_rows: int) -> list[tuple[int, int] | N
     """Read the index at the end of a shard object: (offset, size) of each chunk, None where there is no data.
 
     Raises:
-        ValueError: the object is too short, or the index does not fit its checksum.
+        ValueError: the object is too short, or the checksum of the index does not match.
     """
     size = shard_rows * 16 + _CRC_BYTES
     if len(data) < size:
-        raise ValueError(f"the shard object has {len(data)} bytes, fewer than the {size} of its index: it was cut off")
+        raise ValueError(f"the shard object has {len(data)} bytes, fewer than the {size} of its index: it is truncated")
     index = np.frombuffer(_without_crc(data[-size:], "the shard index"), dtype="<u8").reshape(shard_rows, 2)
     return [None if offset == _ABSENT else (int(offset), int(nbytes)) for offset, nbytes in index]
 
 
 def dequantize(codes: npt.NDArray[Any], step: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32]:
-    """Stored values [k, …] as float32: ``code * step`` for int8 (``step`` [k]), the value itself for float16."""
+    """Convert stored values [k, …] to float32: ``code * step`` for int8 (``step`` [k]), unchanged for float16."""
     if step is None:
         return codes.astype(np.float32)
     return codes * step.reshape(-1, *[1] * (codes.ndim - 1))
@@ -191,5 +192,5 @@ def _with_crc(data: bytes) -> bytes:
 def _without_crc(data: bytes, what: str) -> bytes:
     body, crc = data[:-_CRC_BYTES], int.from_bytes(data[-_CRC_BYTES:], "little")
     if google_crc32c.value(body) != crc:
-        raise ValueError(f"{what} does not fit its crc32c checksum: its bytes changed after they were written")
+        raise ValueError(f"{what} does not match its crc32c checksum: its bytes changed after they were written")
     return body

@@ -1,4 +1,4 @@
-"""The JSON documents of a store, and its small arrays: read, and checked for what the reader relies on."""
+"""Read the JSON documents and small arrays of a store, and check what the reader relies on."""
 
 import json
 from typing import Any
@@ -16,26 +16,26 @@ from densefeat.storage.objects import Objects
 
 __all__ = ["own_attributes", "read_attributes", "read_layout", "read_root", "read_small_array"]
 
-# What the reader and the pipeline take for granted; whatever else is there is for them to look at.
+# Attributes that the reader and the pipeline require; their users check the others.
 _ATTRIBUTE_TYPES: dict[str, type] = {"configuration": dict, "configuration_hash": str, "setup_complete": bool}
 _ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-_BEGIN_ANEW = "copy it from a copy of the store, or make the store anew with --overwrite"
+_RESTORE = "restore it from a copy of the store, or create the store again with --overwrite"
 
 
 def read_attributes(objects: Objects) -> dict[str, Any]:
-    """The store's own attributes, whether or not it is finished (see schemas/attributes.py for what they hold).
+    """Read the densefeat attributes of a store, finished or not (schemas/attributes.py defines them).
 
     Raises:
-        StoreError: there is no densefeat store, its attributes are damaged, or its format version is another one.
+        StoreError: there is no densefeat store, its attributes are damaged, or its format version is unknown.
     """
     return own_attributes(objects.uri, read_root(objects))
 
 
 def read_root(objects: Objects) -> dict[str, Any]:
-    """The document of the root group.
+    """Read the metadata document of the root group.
 
     Raises:
-        StoreError: there is none, or it is damaged.
+        StoreError: the document is missing or damaged.
     """
     try:
         return _json_object(objects.get(layout.ATTRIBUTES))
@@ -46,7 +46,7 @@ def read_root(objects: Objects) -> dict[str, Any]:
 
 
 def own_attributes(uri: str, root: dict[str, Any]) -> dict[str, Any]:
-    """What `read_attributes` gives, of the root's document."""
+    """Extract the densefeat attributes from the root document; errors as for `read_attributes`."""
     attributes = root.get("attributes", {})
     if not isinstance(attributes, dict):
         raise _no_store(uri, f"its attributes are {_shown(attributes)}")
@@ -58,28 +58,28 @@ def own_attributes(uri: str, root: dict[str, Any]) -> dict[str, Any]:
     version = own.get("format_version")
     if type(version) is not int or version != layout.FORMAT_VERSION:
         raise StoreError(
-            f"{uri} has format version {version}, this densefeat knows {layout.FORMAT_VERSION}: use the densefeat "
-            "release that made it"
+            f"{uri} has format version {version}, this densefeat supports {layout.FORMAT_VERSION}: use the densefeat "
+            "release that wrote it"
         )
     for name, kind in _ATTRIBUTE_TYPES.items():
         if not isinstance(own.get(name), kind):
             raise StoreError(
                 f"{uri}: the attribute {name} in {layout.ATTRIBUTES} is {_shown(own.get(name))}, expected "
-                f"{kind.__name__}; {_BEGIN_ANEW}"
+                f"{kind.__name__}; {_RESTORE}"
             )
     return own
 
 
 def read_layout(objects: Objects, root: dict[str, Any]) -> FeatureLayout:
-    """Shape and cutting of the features.
+    """Read shape and sharding of the features.
 
     Args:
         objects: the store.
-        root: its root's document. The copy of the array's metadata in it, which stores made by early versions do not
-            have, must say the same: rows of a store that is cut otherwise would be found in the wrong places.
+        root: its root document. The copy of the array's metadata in it (absent in stores of early versions) must
+            agree: with different sharding, rows would be read from the wrong places.
 
     Raises:
-        StoreError: the array's metadata is missing, damaged, or not what this package reads.
+        StoreError: the array's metadata is missing, damaged, or not supported by this package.
     """
     key = f"{layout.FEATURES}/{layout.ATTRIBUTES}"
     try:
@@ -87,19 +87,19 @@ def read_layout(objects: Objects, root: dict[str, Any]) -> FeatureLayout:
         if root.get("consolidated_metadata") is not None:
             copy = root["consolidated_metadata"]["metadata"][layout.FEATURES]
             if FeatureLayout.from_metadata(copy) != features:
-                raise ValueError(f"its copy in {layout.ATTRIBUTES} says otherwise")
+                raise ValueError(f"its copy in {layout.ATTRIBUTES} differs")
     except _ABSENT:
-        raise StoreError(f"{objects.uri}: {key} is missing; {_BEGIN_ANEW}") from None
+        raise StoreError(f"{objects.uri}: {key} is missing; {_RESTORE}") from None
     except (ValueError, LookupError, TypeError) as error:
-        raise StoreError(f"{objects.uri}: {key} is damaged: {error}; {_BEGIN_ANEW}") from error
+        raise StoreError(f"{objects.uri}: {key} is damaged: {error}; {_RESTORE}") from error
     return features
 
 
 def read_small_array(objects: Objects, name: str) -> npt.NDArray[np.float32]:
-    """An array of one chunk, as float32. Nothing is listed: some storages cannot.
+    """Read an array of one chunk as float32, without listing, which some storages do not support.
 
     Raises:
-        StoreError: it is missing, damaged, or has several chunks.
+        StoreError: the array is missing, damaged, or has several chunks.
     """
     keys = [f"{name}/{layout.ATTRIBUTES}"]
     try:
@@ -107,22 +107,22 @@ def read_small_array(objects: Objects, name: str) -> npt.NDArray[np.float32]:
         metadata = _json_object(documents[0])
         shape = metadata.get("shape")
         if not isinstance(shape, list) or metadata.get("chunk_grid", {}).get("configuration") != {"chunk_shape": shape}:
-            raise ValueError(f"an array of one chunk is expected: it has the shape {_shown(shape)}")
+            raise ValueError(f"expected an array of one chunk: got the shape {_shown(shape)}")
         keys.append("/".join([name, "c", *["0"] * len(shape)]))
         documents.append(objects.get(keys[1]))
     except _ABSENT:
         part = "" if len(keys) == 1 else "a part of "
-        raise StoreError(f"{objects.uri}: {part}the array {name} is missing ({keys[-1]}); {_BEGIN_ANEW}") from None
+        raise StoreError(f"{objects.uri}: {part}the array {name} is missing ({keys[-1]}); {_RESTORE}") from None
     except (ValueError, AttributeError) as error:
-        raise StoreError(f"{objects.uri}: the array {name} is damaged: {error}; {_BEGIN_ANEW}") from error
+        raise StoreError(f"{objects.uri}: the array {name} is damaged: {error}; {_RESTORE}") from error
     buffer = default_buffer_prototype().buffer
     store = MemoryStore({key: buffer.from_bytes(data) for key, data in zip(keys, documents, strict=True)})
     try:
         array = np.asarray(zarr.open_array(store, path=name, mode="r", zarr_format=3)[...], dtype=np.float32)
-    except Exception as error:  # of zarr's parser, in memory: a damaged document can raise anything
-        raise StoreError(f"{objects.uri}: the array {name} is damaged: {error}; {_BEGIN_ANEW}") from error
+    except Exception as error:  # from zarr's parser, in memory: a damaged document can raise anything
+        raise StoreError(f"{objects.uri}: the array {name} is damaged: {error}; {_RESTORE}") from error
     if not np.isfinite(array).all():
-        raise StoreError(f"{objects.uri}: the array {name} is damaged: not all of it is finite; {_BEGIN_ANEW}")
+        raise StoreError(f"{objects.uri}: the array {name} is damaged: it has non-finite values; {_RESTORE}")
     return array
 
 

@@ -1,4 +1,4 @@
-"""Reading a feature store: rows as arrays, in whole, in part, or at points."""
+"""Read a feature store: whole rows, boxes, or values at points, as arrays."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -24,11 +24,11 @@ Floats = npt.NDArray[np.float32]
 class FeatureStore:
     """Dense features of an image dataset, read lazily.
 
-    Opening reads a few kilobytes; the index is read when it is first needed; then every image is one range request.
-    Works from many threads, survives ``fork`` and pickles to ``spawn`` workers (see ``densefeat.TorchFeatures``).
+    Opening reads a few kilobytes; the index is read when first needed; after that, every image is one range request.
+    Thread-safe, fork-safe, and picklable for ``spawn`` workers (see ``densefeat.TorchFeatures``).
 
     Args:
-        uri: folder (``str`` or ``Path``), ``s3://…``, ``gs://…``, ``https://…``: whatever fsspec opens.
+        uri: folder (``str`` or ``Path``), ``s3://…``, ``gs://…``, ``https://…`` or any other fsspec URI.
         storage_options: passed to fsspec, e.g. ``{"anon": True}`` or ``{"endpoint_url": …}``.
 
     Attributes:
@@ -37,8 +37,9 @@ class FeatureStore:
 
     Raises:
         StoreError: there is no store, it is still being set up, its metadata is damaged, or its format version is
-            another one.
-        OSError: the storage's own, here and in all that follows: no permission, no connection.
+            unknown.
+        OSError: storage errors such as a missing permission, here and in all methods.
+        StorageUnavailable: the storage does not answer, here and in all methods.
     """
 
     def __init__(self, uri: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> None:
@@ -48,13 +49,13 @@ class FeatureStore:
         self.attributes = own_attributes(self.uri, root)
         if not self.attributes["setup_complete"]:
             raise StoreError(
-                f"{self.uri} is still being set up; if the job that did it died, run it again with --resume"
+                f"{self.uri} is still being set up; if the job that started it died, run it again with --resume"
             )
         self.layout = read_layout(self._objects, root)
         self.shape = self.layout.image_shape
 
     def __len__(self) -> int:
-        """Rows, failed ones included."""
+        """Number of rows, including failed ones."""
         return self.layout.rows
 
     def __repr__(self) -> str:
@@ -62,16 +63,16 @@ class FeatureStore:
         return f"FeatureStore({self.uri!r}: {len(self):,} rows of {k}×{height}×{width} {self.layout.dtype})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # The index can be large: every process reads its own rather than being sent one.
+        # The index can be large: every process reads it again instead of receiving a copy.
         dropped = ("index", "_row_of_key", "_places")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     @cached_property
     def index(self) -> pa.Table:
-        """One record a row: key, uri, label, status, error, original size, affine map, valid box (schemas/index.py).
+        """One record per row: key, uri, label, status, error, original size, affine map, valid box (schemas/index.py).
 
-        Of a store that is not finished: what the shards done so far recorded. A damaged record is logged, and its rows
-        are pending.
+        In an unfinished store, rows of unfinished shards are pending. A damaged record is logged, and its rows are
+        pending.
 
         Raises:
             StoreError: the index is missing or damaged.
@@ -102,7 +103,7 @@ class FeatureStore:
         """[k] float32 for int8 stores: feature = code × step. None for float16.
 
         Raises:
-            StoreError: it is missing or damaged.
+            StoreError: the array is missing or damaged.
         """
         return self._array_of_k(layout.STEP) if self.layout.dtype == "int8" else None
 
@@ -117,12 +118,12 @@ class FeatureStore:
         return self._array_of_k(f"{layout.PCA}/components")
 
     def row_of(self, row_or_key: int | str) -> int:
-        """Row number, 0 … len − 1, of a key (``str``) or of a row, which may be counted from the end (−1).
+        """Row number, 0 … len − 1, of a key (``str``) or of a row, which may be negative to count from the end.
 
         Raises:
             KeyError: no such key, or several rows have it.
             IndexError: no such row.
-            TypeError: neither a string nor an integer (of Python, NumPy or torch).
+            TypeError: neither a string nor a Python, NumPy or torch integer.
         """
         if isinstance(row_or_key, str):
             row = self._row_of_key.get(row_or_key)
@@ -137,7 +138,7 @@ class FeatureStore:
         return row % len(self)
 
     def read_codes(self, row_or_key: int | str) -> npt.NDArray[Any]:
-        """[k, H, W] as stored, int8 or float16: for those who multiply by ``step`` on their own device. Read-only.
+        """Read [k, H, W] as stored (int8 or float16, read-only array), to multiply by ``step`` on another device.
 
         Raises:
             KeyError, IndexError, TypeError: as `row_of`.
@@ -155,15 +156,15 @@ class FeatureStore:
                 raise ValueError(f"{nbytes:,} bytes are recorded at {offset:,}, and the object has {len(data):,} there")
             return layout.decode_chunk(data, self.layout)
         except FileNotFoundError as error:
-            raise StoreError(f"{self.uri}: the shard object {key} of row {row} is gone; {_REPAIR}") from error
+            raise StoreError(f"{self.uri}: the shard object {key} of row {row} is missing; {_REPAIR}") from error
         except (ValueError, RuntimeError) as error:
             raise StoreError(f"{self.uri}: row {row} in {key} is damaged: {error}; {_REPAIR}") from error
 
     def read(self, row_or_key: int | str, box: Iterable[int] | None = None) -> Floats:
-        """[k, H, W] float32, or the part ``box`` = (y0, x0, y1, x1) of it in feature pixels: [k, y1 − y0, x1 − x0].
+        """Read [k, H, W] float32, or only ``box`` = (y0, x0, y1, x1) in feature pixels: [k, y1 − y0, x1 − x0].
 
         Raises:
-            KeyError, IndexError, TypeError: as `row_of`; TypeError also if the box is not made of integers.
+            KeyError, IndexError, TypeError: as `row_of`; TypeError also if the box does not consist of integers.
             MissingFeatures: the row failed, or its shard is not done.
             StoreError: the row or the index is damaged.
             ValueError: the box does not have four sides, is empty or lies outside.
@@ -174,19 +175,19 @@ class FeatureStore:
         return layout.dequantize(self.read_codes(row_or_key)[:, rows, columns], self.step)
 
     def sample(self, row_or_key: int | str, points_xy: npt.ArrayLike, *, coordinates: str = "features") -> Floats:
-        """Features at points, bilinear between pixel centres, [points, k] float32.
+        """Sample features at points, bilinearly between pixel centres: [points, k] float32.
 
         Args:
             row_or_key: the row.
             points_xy: [points, 2], (x, y) with corners at integers: the first pixel's centre is (0.5, 0.5). Points
                 outside take the value at the border. An empty list gives [0, k].
             coordinates: ``"features"``: pixels of the stored features. ``"image"``: pixels of the original image as
-                displayed (after EXIF rotation); the recorded affine map takes them to the features.
+                displayed (after EXIF rotation), converted by the recorded affine map.
 
         Raises:
             KeyError, IndexError, MissingFeatures, StoreError: as ``read``.
             TypeError: the points are not real numbers, or as `row_of`.
-            ValueError: not [points, 2], not finite, or unknown coordinates.
+            ValueError: the points are not [points, 2] or not finite, or ``coordinates`` is unknown.
         """
         points = points_of(points_xy)
         if coordinates not in ("features", "image"):
@@ -198,7 +199,7 @@ class FeatureStore:
         return _bilinear(codes, points, self.step)
 
     def reconstruct(self, features: npt.ArrayLike) -> Floats:
-        """Backbone channels from components: [k, …] → [C, …] float32, up to what PCA left out.
+        """Reconstruct backbone channels from components: [k, …] → [C, …] float32, without the variance PCA dropped.
 
         Raises:
             ValueError: the first axis does not have k entries.
@@ -210,7 +211,7 @@ class FeatureStore:
         return np.asarray(channels + self.mean.reshape(-1, *[1] * (components.ndim - 1)), dtype=np.float32)
 
     def _affine(self, row: int) -> npt.NDArray[np.float64]:
-        """[2, 3], from pixels of the original to pixels of the features."""
+        """Affine map [2, 3] from original pixels to feature pixels."""
         affine = np.array(self.index["affine"][row].as_py(), dtype=np.float64)
         if affine.shape != (6,) or not np.isfinite(affine).all():
             raise StoreError(f"{self.uri}: {layout.INDEX} is damaged: row {row} has the affine map {affine}; {_REPAIR}")
@@ -220,23 +221,23 @@ class FeatureStore:
         status, error = (self.index[name][row].as_py() for name in ("status", "error"))
         key = self.index["key"][row].as_py()
         if status == "ok":
-            return StoreError(f"{self.uri}: {layout.INDEX} is damaged: row {row} is ok and has no place; {_REPAIR}")
+            return StoreError(f"{self.uri}: {layout.INDEX} is damaged: row {row} is ok but has no chunk; {_REPAIR}")
         if status == "pending":
             return MissingFeatures(
-                row, status, f"row {row} ({key}): its shard is not done yet; resume the job to make it"
+                row, status, f"row {row} ({key}): its shard is not done yet; resume the job to compute it"
             )
         return MissingFeatures(row, status, f"row {row} ({key}) has no features: {status}: {error}")
 
     def array(self, name: str) -> Floats:
-        """A small array of the store as float32, e.g. ``"pca/explained_variance"``.
+        """Read a small array of the store as float32, e.g. ``"pca/explained_variance"``.
 
         Raises:
-            StoreError: it is missing or damaged, or a part of it is.
+            StoreError: the array, or a part of it, is missing or damaged.
         """
         return read_small_array(self._objects, name)
 
     def _array_of_k(self, name: str) -> Floats:
-        """An array with one entry a component along its first axis."""
+        """Read an array whose first axis has one entry per component."""
         array = self.array(name)
         if array.shape[:1] != (self.layout.components,):
             raise StoreError(
@@ -246,11 +247,11 @@ class FeatureStore:
         return array
 
 
-_REPAIR = "verify the store with jobs/verify_store.py --repair and make it again with --resume"
+_REPAIR = "verify the store with jobs/verify_store.py --repair and compute the lost rows again with --resume"
 
 
 def _bilinear(codes: npt.NDArray[Any], points: npt.NDArray[np.float64], step: Floats | None) -> Floats:
-    """Interpolate [k, H, W] at (x, y) points, corners at integers; dequantizes only the pixels it needs."""
+    """Interpolate [k, H, W] at (x, y) points, corners at integers; dequantize only the pixels needed."""
     height, width = codes.shape[1:]
     x = np.clip(points[:, 0] - 0.5, 0, width - 1)
     y = np.clip(points[:, 1] - 0.5, 0, height - 1)

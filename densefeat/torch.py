@@ -14,19 +14,18 @@ from densefeat.store import FeatureStore
 class TorchFeatures(Dataset[Any]):
     """Map-style dataset of the rows that have features.
 
-    Safe with ``fork`` and ``spawn`` workers: a store handle is opened anew in each process, and pickles small.
+    Each sample is a dict: ``features`` [k, H, W] tensor, ``row`` int, ``key`` str, ``label`` int (−1 if unknown).
+    Failed and pending rows are left out: ``len(dataset)`` counts the others, ``dataset.rows`` ([len] int64) lists them.
+    Works with ``fork`` and ``spawn`` workers: each process opens the store itself, and pickles are small.
 
     Args:
-        store: a ``FeatureStore``, or where it is (``str`` or ``Path``).
+        store: a ``FeatureStore``, or its location (``str`` or ``Path``).
         transform: applied to each sample in the worker.
-        dequantize: False gives the stored codes (int8 or float16) instead of float32: a quarter of the bytes between
-            worker and device; multiply by ``dataset.step`` there.
-
-    Each sample is a dict: ``features`` [k, H, W] tensor, ``row`` int, ``key`` str, ``label`` int (−1 if unknown).
-    Rows that failed are left out: ``len(dataset)`` counts the others, ``dataset.rows`` ([len] int64) lists them.
+        dequantize: False returns the stored codes (int8 or float16) instead of float32: a quarter (int8) or half
+            (float16) of the bytes from worker to device. Multiply int8 codes by ``dataset.step`` there.
 
     Raises:
-        StoreError: there is no store, or its index is damaged; of an item: its row is.
+        StoreError: there is no store, or its index is damaged; when reading an item: its row is damaged.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class TorchFeatures(Dataset[Any]):
         self.dequantize = dequantize
         index = self.store.index
         usable = (index["chunk_offset"].is_valid()).to_numpy()
-        # Arrays, not lists: forked workers share their pages, where reference counts would copy them.
+        # Arrays, not lists: forked workers share the pages of arrays; reference counts would copy those of lists.
         self.rows = torch.from_numpy(usable.nonzero()[0])
         self._labels = torch.from_numpy(index["label"].fill_null(-1).to_numpy().copy())
 

@@ -1,4 +1,4 @@
-"""The two ways in which input can be bad: the whole job's, or one image's."""
+"""Errors of bad input: of the whole job, or of one image."""
 
 from densefeat.errors import DensefeatError
 
@@ -6,20 +6,20 @@ __all__ = ["ImageError", "JobError", "TrainingDiverged"]
 
 
 class JobError(DensefeatError):
-    """The job cannot run as asked. Raised before work starts where that is possible; jobs exit with code 2."""
+    """The job cannot run as requested. Raised before work starts if possible; jobs exit with code 2."""
 
 
 class TrainingDiverged(JobError):  # noqa: N818 - says what happened
-    """The loss or its gradient is not finite; what was kept, and which images it was, is in the text."""
+    """The loss or its gradient is not finite; the message says what was kept and which images were involved."""
 
 
 class ImageError(DensefeatError):
-    """One image cannot be used; its row is marked failed and everything else goes on.
+    """One image cannot be used; its row is marked as failed and the job continues.
 
     Attributes:
         status: one of ``schemas.index.FAILED``: ``unreadable`` (bytes could not be fetched), ``corrupt``,
-            ``unsupported``, ``too_large``, ``too_small``, ``nonfinite`` (its features are), ``constant`` (nothing in
-            it to fit), ``diverged`` (the fit of its features did).
+            ``unsupported``, ``too_large``, ``too_small``, ``nonfinite`` (non-finite features), ``constant`` (no
+            variation to fit), ``diverged`` (the fit of its features diverged).
     """
 
     def __init__(self, status: str, message: str) -> None:
@@ -27,5 +27,5 @@ class ImageError(DensefeatError):
         self.status = status
 
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
-        """Pickle whole: errors cross Ray workers."""
+        """Pickle with all arguments, because errors are passed between Ray workers."""
         return (type(self), (self.status, str(self)))

@@ -1,4 +1,4 @@
-"""The attributes of a store: its configuration and origin, readable by a person, and a hash for the machine."""
+"""The attributes of a store: its configuration and origin in readable form, and a hash to compare."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,12 +14,12 @@ class StoreAttributes:
 
     Attributes:
         configuration: everything that the features depend on.
-        versions: of the software that set the store up.
-        class_names: of the labels in the index, empty without labels.
+        versions: of the software that set up the store.
+        class_names: names of the labels in the index; empty if there are none.
         explained_variance: share of the low-resolution features' variance that the k components keep, 0 … 1.
-        step_sha256: of the quantization steps (hex), None for float16.
-        setup_complete: False from the moment the store is claimed until arrays and index are written.
-        format_version: of the layout.
+        step_sha256: SHA-256 (hex) of the quantization steps; None for float16.
+        setup_complete: False from the claim of the store until arrays and index are written.
+        format_version: version of the layout.
     """
 
     configuration: StoreConfiguration
@@ -36,21 +36,21 @@ class StoreAttributes:
         return self.configuration.hash
 
     def completed(self) -> "StoreAttributes":
-        """The same, with setup complete."""
+        """Return a copy with ``setup_complete`` set."""
         return replace(self, setup_complete=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """As the group's ``attributes``."""
+        """Convert to the ``attributes`` of the root group."""
         own = dict(self.__dict__)
         own |= {"configuration": self.configuration.to_dict(), "class_names": list(self.class_names)}
         return {ATTRIBUTES_KEY: {**own, "configuration_hash": self.hash}}
 
     @classmethod
     def from_dict(cls, own: Mapping[str, Any]) -> "StoreAttributes":
-        """Read what ``densefeat.store.read_attributes`` returns.
+        """Build from the result of ``densefeat.store.read_attributes``.
 
         Raises:
-            ValueError: they are damaged; says which field.
+            ValueError: the attributes are damaged; the message says what is wrong.
         """
         fields = {name: value for name, value in own.items() if name != "configuration_hash"}
         try:

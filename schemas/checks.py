@@ -15,7 +15,7 @@ def parse_size(option: str, text: str) -> tuple[int, int]:
     """ "224" → (224, 224); "224x336" → (224, 336): height, width.
 
     Raises:
-        ValueError: not a size.
+        ValueError: ``text`` is not a size.
     """
     match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
     if not match:
@@ -48,14 +48,14 @@ def positive(option: str, value: float) -> None:
 
 
 def own_options(config: object, kind: type[Options]) -> Options:
-    """The options of one method, taken from a configuration that holds those of several.
+    """Extract the options of one method from a configuration that holds those of several.
 
     Args:
-        config: has the attributes of ``kind``, by the same names.
-        kind: a dataclass.
+        config: has the attributes of ``kind``, with the same names.
+        kind: dataclass of the method's options.
 
     Raises:
-        ValueError: as the checks of ``kind``.
+        ValueError: from the checks of ``kind``.
     """
     named: Any = {field.name: getattr(config, field.name) for field in fields(kind)}  # type: ignore[arg-type]
     return kind(**named)
@@ -67,10 +67,10 @@ def check_method_options(config: object, chosen: str, methods: Mapping[str, type
     Args:
         config: has the attributes of all the dataclasses in ``methods``.
         chosen: value of --upsampler.
-        methods: options of each upsampler that has any, by its name. An option may belong to several.
+        methods: upsampler name -> dataclass of its options. An option may belong to several.
 
     Raises:
-        ValueError: a value is out of range; or an option that ``chosen`` does not have is not at its default.
+        ValueError: a value is out of range, or an option that ``chosen`` does not have differs from its default.
     """
     takers: dict[str, list[str]] = {}
     defaults = {}

@@ -1,7 +1,7 @@
 """The configuration of a store: everything that its features depend on, and nothing else.
 
-Two stores with the same hash hold the same features, up to floating-point differences between devices. What was *asked*
-decides whether a job may work on a store; what *came of it* (a fitted basis, measured steps) is adopted from the store.
+Two stores with the same hash hold the same features, up to floating-point differences between devices. Only *requested*
+values determine whether a job may work on a store; *results* (a fitted basis, measured steps) are taken from the store.
 """
 
 import hashlib
@@ -25,34 +25,34 @@ __all__ = [
 ]
 
 
-MAX_PIXELS = 178_956_970  # of an image, by default: where Pillow refuses it as a decompression bomb
-MIN_SIDE = 8  # of an image in pixels, by default
+MAX_PIXELS = 178_956_970  # default maximum per image: Pillow refuses more as a decompression bomb
+MIN_SIDE = 8  # default minimum side of an image, in pixels
 
-Fit = Literal["crop", "pad", "squash"]  # crop to the aspect ratio, pad to it, or leave it
+Fit = Literal["crop", "pad", "squash"]  # crop to the aspect ratio, pad to it, or distort to it
 SourceKind = Literal["folder", "list", "tar", "parquet"]
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of the configuration: flat, of JSON types; optional fields are left out where they are None."""
+    """A part of the configuration: flat, with JSON types. Fields with default None are omitted if None."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` wrote.
+        """Invert `to_dict`.
 
         Raises:
-            ValueError: a field is missing, or unknown.
+            ValueError: a field is missing or unknown.
         """
         known = {field.name: field.default for field in fields(cls)}
         if unknown := sorted(values.keys() - known.keys()):
-            raise ValueError(f"unknown fields {', '.join(unknown)}: the store was made by a newer densefeat")
+            raise ValueError(f"unknown fields {', '.join(unknown)}: the store was written by a newer densefeat")
         try:
             return cls(**{name: _frozen(value) for name, value in values.items()})
-        except TypeError as error:  # names what is missing
+        except TypeError as error:  # its message names the missing fields
             raise ValueError(str(error)) from error
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Convert to JSON types."""
         optional = {field.name for field in fields(self) if field.default is None}
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -63,15 +63,15 @@ class _Part:
 
 @dataclass(frozen=True)
 class SourceConfiguration(_Part):
-    """Which images.
+    """The images of the store.
 
     Attributes:
-        images: absolute path or URI of the dataset, as it was given.
-        limit: of the number of images, None: all.
-        kind: how they are stored.
-        image_column: of a table, None elsewhere.
+        images: absolute path or URI of the dataset, as given.
+        limit: maximum number of images; None: all.
+        kind: how the images are stored.
+        image_column: Parquet: the column that holds the images; tar: the requested extension; else None.
         rows: number of images.
-        keys_sha256: digest of their keys, in order.
+        keys_sha256: SHA-256 (hex) of their keys, in order.
     """
 
     images: str
@@ -87,11 +87,11 @@ class GeometryConfiguration(_Part):
     """How images are placed on the grid of the features.
 
     Attributes:
-        size: (height, width) in pixels that the backbone sees.
-        fit: what becomes of the aspect ratio.
+        size: (height, width) in pixels of the backbone's input.
+        fit: how images of another aspect ratio are adapted.
         output_size: (height, width) of the stored features.
-        max_pixels: larger images are failed rows.
-        min_side: smaller images are failed rows.
+        max_pixels: images with more pixels are failed rows.
+        min_side: images with a shorter side are failed rows.
     """
 
     size: tuple[int, int]
@@ -107,7 +107,7 @@ class PcaConfiguration(_Part):
 
     Attributes:
         components: k.
-        fitted_on_images: size of the sample that it was to be fitted on; None: the basis was given.
+        fitted_on_images: requested size of the sample for the fit; None: the basis was given.
         basis: digest of the basis; None: not fitted yet.
     """
 
@@ -118,12 +118,12 @@ class PcaConfiguration(_Part):
 
 @dataclass(frozen=True)
 class StorageConfiguration(_Part):
-    """How features become bytes.
+    """How features are encoded.
 
     Attributes:
         dtype: int8 or float16.
-        shard_images: rows of a shard.
-        zstd_level: of the compression.
+        shard_images: rows per shard.
+        zstd_level: compression level.
         error_floor: of the quantization steps, as a share of the features' root mean square; None for float16.
     """
 
@@ -135,15 +135,15 @@ class StorageConfiguration(_Part):
 
 @dataclass(frozen=True)
 class StoreConfiguration:
-    """What a store's features depend on.
+    """Everything that a store's features depend on.
 
     Attributes:
-        source: which images.
+        source: the images.
         backbone: `Backbone.identity`, JSON types.
-        geometry: how they are placed.
+        geometry: how images are placed on the grid of the features.
         pca: the basis.
         upsampler: `Upsampler.identity`, JSON types.
-        storage: how features become bytes.
+        storage: how features are encoded.
     """
 
     source: SourceConfiguration
@@ -159,21 +159,21 @@ class StoreConfiguration:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def with_basis(self, digest: str) -> "StoreConfiguration":
-        """The same, once the basis is there."""
+        """Return a copy with the digest of the basis."""
         return replace(self, pca=replace(self.pca, basis=digest))
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """As JSON."""
+        """Convert to JSON types."""
         return {
             name: value.to_dict() if isinstance(value, _Part) else dict(value) for name, value in self.__dict__.items()
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "StoreConfiguration":
-        """Read what `to_dict` wrote.
+        """Invert `to_dict`.
 
         Raises:
-            ValueError: it is no configuration of a store; says which part and field.
+            ValueError: not a configuration of a store; the message names the parts or fields.
         """
         if missing := [field.name for field in fields(cls) if not isinstance(values.get(field.name), Mapping)]:
             raise ValueError(f"the configuration has no {', '.join(missing)}")
@@ -197,14 +197,14 @@ _PARTS: dict[str, type[_Part]] = {
 
 
 def incompatibilities(stored: StoreConfiguration, asked: StoreConfiguration) -> list[str]:
-    """Why a job must not work on a store, a line each; none if it may: the one rule wherever two jobs or runs meet.
+    """Reasons why a job must not work on a store, one line each; empty if it may. All jobs use this rule.
 
-    A basis that was fitted here or there can differ in a bit, so a fitted basis is not compared: whoever comes later
-    takes the one in the store.
+    A fitted basis is not compared, because fits on different machines can differ in a bit: later jobs use the basis in
+    the store.
 
     Args:
-        stored: the store's configuration.
-        asked: the job's, with a basis only if it was given one.
+        stored: configuration of the store.
+        asked: configuration of the job, with a basis only if one was given.
     """
     if stored.pca.fitted_on_images is not None:
         stored = replace(stored, pca=replace(stored.pca, basis=None))
@@ -212,7 +212,7 @@ def incompatibilities(stored: StoreConfiguration, asked: StoreConfiguration) -> 
 
 
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two JSON objects, a line each: ``backbone.layer: stored 11, asked 9``."""
+    """Differences between two JSON objects, one line each: ``backbone.layer: stored 11, asked 9``."""
     lines = []
     for name in sorted({*stored, *asked}):
         old, new = stored.get(name), asked.get(name)

@@ -1,6 +1,7 @@
-"""The index: one record a row of the store, in the order of the rows.
+"""The index: one record per row of the store, in row order.
 
-Written before the first shard with what the source tells; completed with each row's outcome when all shards are done.
+Written before the first shard with the references of the source; completed with the outcome of each row when all shards
+are done.
 """
 
 import pyarrow as pa
@@ -9,17 +10,17 @@ OK = "ok"
 PENDING = "pending"  # its shard is not done
 FAILED = ("unreadable", "corrupt", "unsupported", "too_large", "too_small", "nonfinite", "constant", "diverged")
 
-# What a source gives: where the image is, and what is known before it is opened.
+# Fields from the source: where the image is, and what is known before it is opened.
 REFERENCE_FIELDS: tuple[pa.Field, ...] = (
     pa.field("key", pa.string(), nullable=False),
     pa.field("uri", pa.string(), nullable=False),  # absolute: a plain path if local, else with its protocol
     pa.field("offset", pa.int64()),  # tar: byte offset of the member's data; Parquet: row in the file
-    pa.field("nbytes", pa.int64()),  # encoded image, where the listing tells
+    pa.field("nbytes", pa.int64()),  # size of the encoded image, if the listing reports it
     pa.field("label", pa.int64()),
 )
 REFERENCES = pa.schema(REFERENCE_FIELDS)
 
-# What becomes of it in its shard.
+# Fields set when the shard is computed.
 OUTCOME_FIELDS: tuple[pa.Field, ...] = (
     pa.field("status", pa.string(), nullable=False),  # OK, PENDING or one of FAILED
     pa.field("error", pa.string()),
@@ -27,9 +28,9 @@ OUTCOME_FIELDS: tuple[pa.Field, ...] = (
     pa.field("width", pa.int32()),
     # Row-major 2×3 map from original pixels (x, y, 1) to feature pixels (x, y), both with corners at integers:
     # pixel i covers [i, i + 1).
-    pa.field("affine", pa.list_(pa.float64())),  # six; pyarrow before 26 reads no lists of fixed size with nulls
+    pa.field("affine", pa.list_(pa.float64())),  # 6 values; pyarrow before 26 cannot read fixed-size lists with nulls
     pa.field("valid_box", pa.list_(pa.int32())),  # y0, x0, y1, x1 in feature pixels; outside it is padding
-    pa.field("chunk_offset", pa.int64()),  # where the row's chunk lies in its shard object: one range request reads it
+    pa.field("chunk_offset", pa.int64()),  # byte offset of the row's chunk in its shard object, for a range request
     pa.field("chunk_nbytes", pa.int64()),
 )
 OUTCOMES = pa.schema([pa.field("row", pa.int64(), nullable=False), *OUTCOME_FIELDS])
@@ -38,7 +39,7 @@ INDEX = pa.schema([pa.field("row", pa.int64(), nullable=False), *REFERENCE_FIELD
 
 
 def pending_index(references: pa.Table) -> pa.Table:
-    """The index as it is before any shard is done: ``references`` numbered, every outcome pending."""
+    """The index before any shard is done: ``references`` with row numbers, and every outcome pending."""
     rows = references.num_rows
     outcomes = [
         pa.array([PENDING] * rows) if field.name == "status" else pa.nulls(rows, field.type) for field in OUTCOME_FIELDS
@@ -47,10 +48,10 @@ def pending_index(references: pa.Table) -> pa.Table:
 
 
 def with_outcomes(index: pa.Table, outcomes: pa.Table) -> pa.Table:
-    """``index`` with the outcomes of all its rows, given in the order of the rows.
+    """Return ``index`` with the outcomes of all its rows, given in row order.
 
     Raises:
-        ValueError: the rows are not the same.
+        ValueError: the row numbers of ``index`` and ``outcomes`` differ.
     """
     if not index["row"].equals(outcomes["row"]):
         raise ValueError(

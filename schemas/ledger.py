@@ -1,7 +1,7 @@
-"""The ledger: one record a finished shard, written after its object. A shard without a record is not done.
+"""The ledger: one record per finished shard, written after its object. A shard without a record is not done.
 
-A record is a small Parquet file: the outcome of each of its rows as a table (``schemas.index.OUTCOMES``), and what is
-true of the whole shard in the file's metadata. All records together make the manifest.
+A record is a small Parquet file: a table with the outcome of each row (``schemas.index.OUTCOMES``), and facts about the
+whole shard in the file's metadata. All records together form the manifest.
 """
 
 import json
@@ -38,14 +38,14 @@ class LedgerRecord:
     Attributes:
         shard: its number.
         rows_ok: rows with features.
-        rows_failed: rows without, each with its error in ``outcomes``.
+        rows_failed: rows without features, each with its error in ``outcomes``.
         nbytes: size of the shard object.
         sha256: hex digest of the shard object.
-        configuration_hash: of the configuration that made it.
-        clipped: values that lay outside the int8 range (always 0 for float16).
+        configuration_hash: hash of the configuration the shard was computed with.
+        clipped: number of values outside the int8 range (always 0 for float16).
         seconds: busy time by stage; stages overlap, so the sum exceeds the wall time.
-        made_by: host, device, batch size and versions: what may differ between shards of one store.
-        outcomes: table of ``schemas.index.OUTCOMES``, one record a row.
+        made_by: host, device, batch size and versions, which may differ between shards of one store.
+        outcomes: table of ``schemas.index.OUTCOMES``, one record per row.
     """
 
     shard: int
@@ -60,17 +60,17 @@ class LedgerRecord:
     outcomes: pa.Table = field(compare=False)
 
     def facts(self) -> dict[str, Any]:
-        """Everything but the outcomes, JSON-able; a row of the manifest."""
+        """All fields except the outcomes, JSON-serializable; a row of the manifest."""
         return {name: value for name, value in self.__dict__.items() if name != "outcomes"}
 
     def to_bytes(self) -> bytes:
-        """The record as the bytes of a Parquet file."""
+        """Encode the record as a Parquet file."""
         table = self.outcomes.replace_schema_metadata({_METADATA_KEY: json.dumps(self.facts())})
         return parquet_bytes(table)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "LedgerRecord":
-        """Read a record.
+        """Decode a record.
 
         Raises:
             ValueError: the bytes are not a ledger record.
@@ -85,7 +85,7 @@ class LedgerRecord:
 
 @dataclass
 class RowOutcome:
-    """What became of one row; becomes a record of ``schemas.index.OUTCOMES``."""
+    """The outcome of one row, a record of ``schemas.index.OUTCOMES``."""
 
     row: int
     status: str
@@ -104,12 +104,12 @@ class RowOutcome:
 
 
 def outcomes_table(outcomes: Sequence[RowOutcome]) -> pa.Table:
-    """Outcomes as a table of ``schemas.index.OUTCOMES``."""
+    """Convert outcomes to a table of ``schemas.index.OUTCOMES``."""
     return pa.Table.from_pylist([asdict(outcome) for outcome in outcomes], schema=OUTCOMES)
 
 
 def manifest(records: Sequence[LedgerRecord]) -> pa.Table:
-    """All records, one row a shard, in the order of the shards."""
+    """Convert records to the manifest: one row per shard, in shard order."""
     rows = []
     for record in sorted(records, key=lambda record: record.shard):
         facts = record.facts()

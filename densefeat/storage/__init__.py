@@ -1,1 +1,1 @@
-"""Places and objects: from a text to a file system, from a key to bytes, with retries."""
+"""Storage access: open paths and URIs as file systems, and read and write objects by key, with retries."""

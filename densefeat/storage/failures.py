@@ -1,8 +1,8 @@
-"""What an error of a storage is about: the object that was asked for, or the way to it.
+"""Classify storage errors: whether they concern the requested object, or the access to it.
 
-Every client has errors of its own, so they are told by names and numbers: no client has to be installed, or imported,
-for that. File systems translate what their client raised; then the innermost cause that says something decides
-(fsspec turns a 503 at the opening of a file into ``FileNotFoundError``).
+Every client has its own exceptions, so they are recognised by class names and codes; no client has to be installed or
+imported. File systems translate their client's exceptions, so the innermost informative cause decides (fsspec turns a
+503 when opening a file into ``FileNotFoundError``).
 """
 
 import email.utils
@@ -29,7 +29,7 @@ _TRANSIENT_HTTP = frozenset({408, 425, 429, *range(500, 600)}) - {501, 505}
 
 
 def _errnos(*names: str) -> frozenset[int]:
-    return frozenset(getattr(errno, name) for name in names if hasattr(errno, name))  # not all systems have all
+    return frozenset(getattr(errno, name) for name in names if hasattr(errno, name))  # not every system has all
 
 
 _TRANSIENT_ERRNO = _errnos(
@@ -41,11 +41,11 @@ _TRANSIENT_ERRNO = _errnos(
     # this machine, at this moment
     "EAGAIN", "EINTR", "ECANCELED", "ENOBUFS", "ENOMEM", "ENOSR", "EMFILE", "ENFILE", "EUSERS",
 )  # fmt: skip
-_CREDENTIAL_ERRNO = _errnos("ENOKEY", "EKEYEXPIRED", "EKEYREVOKED", "EKEYREJECTED")  # of NFS and AFS with Kerberos
+_CREDENTIAL_ERRNO = _errnos("ENOKEY", "EKEYEXPIRED", "EKEYREVOKED", "EKEYREJECTED")  # NFS and AFS with Kerberos
 
 _NAME_UNKNOWN = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 
-# By package, names of classes; those derived from them count as well.
+# Class names by package; subclasses count as well.
 _TRANSIENT_CLASSES = {
     "aiohttp": {"ClientConnectionError", "ClientPayloadError", "HttpProcessingError"},
     "azure": {"ServiceRequestError", "ServiceResponseError", "IncompleteReadError"},
@@ -74,7 +74,7 @@ _CREDENTIAL_CLASSES = {
 }  # fmt: skip
 _UNREACHABLE_CLASSES = {"aiohttp": {"ClientConnectorError", "ConnectionTimeoutError", "HttpProcessingError"}}
 
-# Codes of S3 and of what speaks like it. They say more than the status: S3 answers 400 to a RequestTimeout.
+# Error codes of S3 and compatible servers. They are more specific than the status: RequestTimeout has status 400.
 _TRANSIENT_CODES = frozenset({
     "BadDigest", "BandwidthLimitExceeded", "ConditionalRequestConflict", "EC2ThrottledException", "IncompleteBody",
     "InternalError", "InternalFailure", "InternalServerError", "OperationAborted", "PriorRequestNotComplete",
@@ -92,32 +92,32 @@ _CREDENTIAL_CODES = frozenset({
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether trying again may help: what failed is the way to the object, not the object.
+    """Whether retrying may help, because the access to the object failed, not the object.
 
-    A name that no name server knows counts too: that is also what a machine sees that has lost its network.
+    An unknown host name counts too: a machine that has lost its network sees the same error.
     """
     causes = list(_causes(error))
-    if any(isinstance(cause, StorageUnavailable) for cause in causes):  # that was tried for long enough
+    if any(isinstance(cause, StorageUnavailable) for cause in causes):  # already retried long enough
         return False
     verdicts = (_passes(cause) for cause in reversed(causes))
     return next((verdict for verdict in verdicts if verdict is not None), False)
 
 
 def lacks_credentials(error: BaseException) -> bool:
-    """Whether whoever asks is refused, whatever is asked for: no credentials, expired or unknown ones, a wrong clock.
+    """Whether every request of this client is refused: missing, expired or unknown credentials, or a wrong clock.
 
-    Unlike "access denied", which can be true of one object.
+    Unlike "access denied", which can concern a single object.
     """
     return any(_refuses_everything(cause) for cause in _causes(error))
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether a host could not be talked to over HTTP at all: name, connection, certificate, protocol."""
+    """Whether no HTTP communication with the host was possible: name, connection, certificate or protocol."""
     return any(_is_a(cause, _UNREACHABLE_CLASSES) for cause in _causes(error))
 
 
 def is_unreachable_for_good(error: BaseException) -> bool:
-    """Whether waiting will not help, unless it is this machine that is cut off: an unknown name, a bad certificate."""
+    """Whether waiting does not help, unless this machine is offline: an unknown name, or a bad certificate."""
     for cause in _causes(error):
         if isinstance(cause, socket.gaierror) and cause.errno in _NAME_UNKNOWN:
             return True
@@ -127,13 +127,13 @@ def is_unreachable_for_good(error: BaseException) -> bool:
 
 
 def http_status(error: BaseException) -> int | None:
-    """The status that a server answered with, innermost first; None if it did not come to that."""
+    """HTTP status of the response, innermost cause first; None if there was no response."""
     statuses = (_status(cause) for cause in reversed(list(_causes(error))))
     return next((status for status in statuses if status is not None), None)
 
 
 def retry_after(error: BaseException) -> float | None:
-    """Seconds that the server asks to be left alone (``Retry-After``: a number, or a date); at least 0."""
+    """Seconds to wait according to ``Retry-After`` (a number or a date), at least 0; None without that header."""
     for cause in _causes(error):
         text = _header(cause, "Retry-After")
         if text is None:
@@ -151,7 +151,7 @@ def retry_after(error: BaseException) -> float | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on."""
+    """Yield the error and its chain of causes."""
     seen: set[int] = set()
     current: Any = error
     while isinstance(current, BaseException) and id(current) not in seen:
@@ -161,8 +161,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _passes(error: BaseException) -> bool | None:
-    """None: this one does not say."""
-    if isinstance(error, ssl.CertificateError):  # aiohttp's is one, too, and a connection error
+    """Whether this exception alone is transient; None if it does not tell."""
+    if isinstance(error, ssl.CertificateError):  # aiohttp's class is also a connection error
         return False
     if _is_a(error, _CREDENTIAL_CLASSES):
         return _is_a(error, {"google": _TRANSIENT_CLASSES["google"]})
@@ -171,7 +171,7 @@ def _passes(error: BaseException) -> bool | None:
     status = _status(error)
     if status is not None:
         return status in _TRANSIENT_HTTP
-    # asyncio's, fsspec's and socket's time-outs are TimeoutError. The numbers of the last two are not errno's.
+    # Timeouts of asyncio, fsspec and socket are TimeoutError. The numbers of SSLError and gaierror are not errno's.
     if isinstance(error, TimeoutError | ConnectionError | ssl.SSLError | socket.gaierror):
         return True
     if isinstance(error, OSError) and error.errno is not None:
@@ -194,22 +194,22 @@ def _is_a(error: BaseException, classes: Mapping[str, set[str]]) -> bool:
 
 
 def _code(error: BaseException) -> str | None:
-    """Of botocore's ``ClientError``."""
+    """Error code of botocore's ``ClientError``."""
     response = getattr(error, "response", None)
     code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
     return code if isinstance(code, str) else None
 
 
 def _status(error: BaseException) -> int | None:
-    """Of botocore (``response`` is a dictionary), requests and httpx (an object), aiohttp, azure, gcsfs and urllib."""
-    if _is_a(error, {"aiohttp": {"HttpProcessingError"}}):  # aiohttp's own number for what is not HTTP
+    """HTTP status in an error of botocore (``response`` is a dict), requests, httpx, aiohttp, azure, gcsfs, urllib."""
+    if _is_a(error, {"aiohttp": {"HttpProcessingError"}}):  # aiohttp's own number for an invalid response
         return None
     response: Any = getattr(error, "response", None)
     if isinstance(response, dict):
         values = iter((response.get("ResponseMetadata", {}).get("HTTPStatusCode"), _code(error)))
     else:
         places = [(error, "status"), (error, "status_code"), (response, "status_code")]
-        if not hasattr(error, "status"):  # aiohttp, which has one, warns of its "code"
+        if not hasattr(error, "status"):  # aiohttp has a status, and warns if "code" is used
             places.append((error, "code"))
         values = (getattr(place, name, None) for place, name in places)
     numbers = (int(value) for value in map(str, values) if value.isdigit() and len(value) == 3)
@@ -220,7 +220,7 @@ def _header(error: BaseException, name: str) -> str | None:
     response: Any = getattr(error, "response", None)
     if isinstance(response, dict):
         headers = response.get("ResponseMetadata", {}).get("HTTPHeaders")
-        name = name.lower()  # as botocore writes them
+        name = name.lower()  # botocore's header names are lower case
     else:
         headers = getattr(error, "headers", None) or getattr(response, "headers", None)
     try:

@@ -1,7 +1,7 @@
-"""Reading objects over http(s), where servers differ: in ranges, in listings, in what they say of an absent object.
+"""Read objects over http(s), where servers differ in ranges, in listings and in the status of a missing object.
 
-fsspec takes whatever body comes for the range that was asked, and any failure of ``exists`` for "no". Here a range is
-the right bytes or an error, and only 404 and 410 mean that an object is not there.
+fsspec accepts any body as the requested range, and treats every failure of ``exists`` as "no". Here a range is the
+right bytes or an error, and only 404 and 410 mean that an object does not exist.
 """
 
 import logging
@@ -30,7 +30,7 @@ def get(fs: Any, url: str) -> bytes:
 
     Raises:
         FileNotFoundError: 404 or 410.
-        PermissionError: 401 or 403, which some servers (S3 without ``s3:ListBucket``) say of absent objects too.
+        PermissionError: 401 or 403, which some servers (S3 without ``s3:ListBucket``) also return for missing objects.
         OSError: any other failure.
     """
     return _run(fs, url, {}, ClientResponse.read)
@@ -39,14 +39,14 @@ def get(fs: Any, url: str) -> bytes:
 def get_range(fs: Any, url: str, start: int, end: int) -> bytes:
     """Bytes ``start`` (inclusive) to ``end`` (exclusive) of the object, fewer if it ends before.
 
-    Of a server without ranges everything up to ``end`` is transferred, and only the range is kept.
+    If the server does not support ranges, everything up to ``end`` is transferred and only the range is kept.
 
     Raises:
         OSError: as `get`.
     """
 
     async def take(response: ClientResponse) -> bytes:
-        if response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # the object ends before
+        if response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # the object ends before ``start``
             return b""
         skip = start - _first_byte(response, start)
         if skip < 0:
@@ -65,10 +65,10 @@ def get_range(fs: Any, url: str, start: int, end: int) -> bytes:
 
 
 def exists(fs: Any, url: str) -> bool:
-    """Whether the object is there.
+    """Whether the object exists.
 
     Raises:
-        OSError: the server does not tell.
+        OSError: the response does not tell.
     """
 
     async def nothing(response: ClientResponse) -> bytes:
@@ -82,12 +82,12 @@ def exists(fs: Any, url: str) -> bool:
 
 
 def _run(fs: Any, url: str, headers: dict[str, str], take: Any) -> bytes:
-    """What ``take`` makes of the response to a GET."""
+    """Send a GET request, and return the result of ``take`` for its response."""
 
     async def request() -> bytes:
         session = await fs.set_session()
         options = dict(fs.kwargs)
-        # Of compressed bytes a range would be another one.
+        # A range of a compressed body would be different bytes.
         options["headers"] = {**options.get("headers", {}), "Accept-Encoding": "identity", **headers}
         async with session.get(fs.encode_url(url), **options) as response:
             _check_status(response, url)
@@ -97,12 +97,12 @@ def _run(fs: Any, url: str, headers: dict[str, str], take: Any) -> bytes:
         return bytes(sync(fs.loop, request))
     except OSError:
         raise
-    except ClientError as error:  # most of aiohttp's are no OSError: a body that ends early, a server that hangs up
+    except ClientError as error:  # most of aiohttp's are not OSErrors, e.g. a truncated body or a closed connection
         raise ConnectionError(f"{url}: {type(error).__name__}: {error}") from error
 
 
 def _check_status(response: ClientResponse, url: str) -> None:
-    status, text = response.status, f"{url}: the server says {response.status} {response.reason}"
+    status, text = response.status, f"{url}: the server answered {response.status} {response.reason}"
     if status < 400 or status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
         return
     if status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
@@ -112,23 +112,23 @@ def _check_status(response: ClientResponse, url: str) -> None:
     try:
         response.raise_for_status()
     except ClientError as error:
-        raise OSError(text) from error  # the cause holds the status: densefeat.storage.retries asks for it
+        raise OSError(text) from error  # the cause has the status, which densefeat.storage.retries needs
 
 
 def _first_byte(response: ClientResponse, asked: int) -> int:
-    """Where in the object the body begins."""
+    """Offset in the object of the first byte of the body."""
     if response.status != HTTPStatus.PARTIAL_CONTENT:
         if asked:
-            _warn_of_no_ranges(urlsplit(str(response.url)).netloc)
+            _warn_about_missing_ranges(urlsplit(str(response.url)).netloc)
         return 0
-    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    return int(found[1]) if found else asked
+    match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    return int(match[1]) if match else asked
 
 
 @cache
-def _warn_of_no_ranges(host: str) -> None:
+def _warn_about_missing_ranges(host: str) -> None:
     logger.warning(
-        "%s has no range requests: to read a row, its shard is transferred from its beginning to the end of the row. "
-        "For more than a look, copy the store, or serve it with ranges (object stores, nginx, Caddy)",
+        "%s does not support range requests: to read a row, its shard is transferred from the start to the end of the "
+        "row. For regular use, copy the store, or serve it with range requests (object stores, nginx, Caddy)",
         host,
     )

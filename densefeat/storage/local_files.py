@@ -1,8 +1,8 @@
-"""A folder of this machine as a store of bytes by key, for `densefeat.storage.objects` where storage is local.
+"""A local folder as storage of bytes by key, for `densefeat.storage.objects`.
 
-A file is written whole under a temporary name beside its target, synced, and then put in place by one call of the file
-system: a reader finds the old content or the new, whenever a writer is killed. Temporary names hold a UUID, so that
-nobody on any host mistakes another's for its own; what killed writers leave is removed by age (`LocalFolder.sweep`).
+A file is written under a temporary name beside its target, synced, and then moved into place by one system call, so
+that readers see the old or the new content even if a writer is killed. Temporary names contain a UUID, so that writers
+on any host never share one; leftovers of killed writers are removed by age (`LocalFolder.sweep`).
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from pathlib import Path
 
 __all__ = ["STALE_S", "LocalFolder", "is_temporary"]
 
-STALE_S = 24 * 3600.0  # age at which a temporary file is nobody's any more: no write takes a day
+STALE_S = 24 * 3600.0  # age at which a temporary file is stale: no write takes a day
 _CLAIM_STALE_S = 60.0  # the same for a claim on a name, which is held for a few milliseconds
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{32}|creating)\.partial")
-_NAME_BYTES = 150  # of the target's name that a temporary one repeats: names have 255 at most
+_NAME_BYTES = 150  # of the target's name in a temporary name; names have at most 255
 _TRIES = 10
-# What file systems without hard links say: FAT and exFAT, gcsfuse, SMB and s3fs-fuse, mergerfs.
+# Errors of file systems without hard links: FAT and exFAT, gcsfuse, SMB and s3fs-fuse, mergerfs.
 _NO_HARD_LINKS = frozenset(
     getattr(errno, name)
     for name in ("EPERM", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EMLINK", "EXDEV")
@@ -31,14 +31,14 @@ _NO_SYNC = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUP
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name is one that is being written, or was when its writer was killed."""
+    """Whether the name is that of a temporary file: one being written, or left by a killed writer."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
 class LocalFolder:
-    """Files below ``root``, by their path relative to it, with ``/``. The folder is made when it is first written to.
+    """Files below ``root`` by relative path, with ``/``. The folder is created on the first write.
 
-    Errors are those of the operating system.
+    Methods raise the errors of the operating system.
     """
 
     def __init__(self, root: Path) -> None:
@@ -46,48 +46,48 @@ class LocalFolder:
         self._made: list[Path] | None = None
 
     def get(self, key: str) -> bytes:
-        """The whole file."""
+        """Read the whole file."""
         return self._path(key).read_bytes()
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
-        """Bytes ``start`` (inclusive) to ``end`` (exclusive); fewer where the file ends before."""
+        """Read bytes ``start`` (inclusive) to ``end`` (exclusive); fewer if the file ends before."""
         with self._path(key).open("rb") as file:
             file.seek(start)
             return file.read(end - start)
 
     def size(self, key: str) -> int | None:
-        """Bytes of the file; None if there is none."""
+        """Size of the file in bytes; None if it does not exist."""
         try:
             return self._path(key).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def exists(self, key: str) -> bool:
-        """As ``Objects.exists``."""
+        """Whether the file exists."""
         return self.size(key) is not None
 
     def list(self, prefix: str) -> dict[str, int]:
-        """Keys and sizes of all files below the folder ``prefix`` but temporary ones; linked folders are entered."""
-        found = {}
+        """Keys and sizes of all files below the folder ``prefix`` except temporary ones; linked folders are entered."""
+        sizes = {}
         for entry in _walk(self._path(prefix)):
             if not is_temporary(entry.name):
                 with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                    found[Path(entry.path).relative_to(self.root).as_posix()] = _size(entry)
-        return dict(sorted(found.items()))
+                    sizes[Path(entry.path).relative_to(self.root).as_posix()] = _size(entry)
+        return dict(sorted(sizes.items()))
 
     def put(self, key: str, data: bytes) -> None:
-        """Write the file, replacing what was there."""
+        """Write the file, replacing an existing one."""
         target = self._path(key)
         with self._temporary(target, data) as temporary:
             temporary.replace(target)
             _sync_folder(target.parent)
 
     def create(self, key: str, data: bytes) -> None:
-        """Write the file, or raise ``FileExistsError`` if there is one.
+        """Write the file, or raise ``FileExistsError`` if it exists.
 
-        Where there are hard links this is one step. Elsewhere a claim on the name, a file that is created with O_EXCL,
-        makes sure that one writer at a time looks whether the target is there and puts it in place: as exclusive as
-        O_EXCL is there, and whole for a reader all the same. The claim of a killed writer is void after a minute.
+        With hard links this is one atomic step. Otherwise a claim file, created with O_EXCL, ensures that only one
+        writer at a time checks for the target and moves it into place: as exclusive as O_EXCL is on that file system,
+        and readers still never see a partial file. The claim of a killed writer expires after a minute.
         """
         target = self._path(key)
         with self._temporary(target, data) as temporary:
@@ -102,18 +102,18 @@ class LocalFolder:
             _sync_folder(target.parent)
 
     def delete(self, key: str) -> None:
-        """Remove the file; an absent one is no error."""
+        """Delete the file; a missing file is not an error."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             self._path(key).unlink()
 
     def delete_folder(self, key: str) -> None:
-        """Remove a folder if it is there and empty."""
+        """Delete a folder if it exists and is empty."""
         with contextlib.suppress(OSError):
             self._path(key).rmdir()
 
     @contextlib.contextmanager
     def leaving_no_folders(self) -> Iterator[None]:
-        """Folders that are made in the block go at its end, if they are empty by then; those of others stay."""
+        """On exit, delete the folders that this object created in the block, if they are empty."""
         made: list[Path] = []
         self._made = made
         try:
@@ -121,22 +121,22 @@ class LocalFolder:
         finally:
             self._made = None
             for folder in reversed(made):
-                with contextlib.suppress(OSError):  # somebody else uses it now
+                with contextlib.suppress(OSError):  # in use by another writer
                     folder.rmdir()
 
     def sweep(self, prefix: str, *, deep: bool) -> None:
-        """Remove temporary files older than `STALE_S` from the folder ``prefix``, and if ``deep``, from those below.
+        """Delete temporary files older than `STALE_S` from the folder ``prefix``, and if ``deep``, from those below.
 
-        Ages are told by the clock of the file system that has the files. What cannot be removed stays.
+        Ages are measured by the clock of the file system. Files that cannot be deleted are left.
         """
         folder = self._path(prefix)
         with contextlib.suppress(OSError):
-            found = [Path(entry.path) for entry in _walk(folder, deep=deep) if is_temporary(entry.name)]
-            if not found:
+            temporaries = [Path(entry.path) for entry in _walk(folder, deep=deep) if is_temporary(entry.name)]
+            if not temporaries:
                 return
             with self._temporary(folder / "now", b"") as clock:
                 now = clock.stat().st_mtime
-            for path in found:
+            for path in temporaries:
                 with contextlib.suppress(OSError):
                     if now - path.stat().st_mtime > STALE_S:
                         path.unlink()
@@ -146,7 +146,7 @@ class LocalFolder:
 
     @contextlib.contextmanager
     def _temporary(self, target: Path, data: bytes) -> Iterator[Path]:
-        """``data`` on disk (synced), under a name beside ``target``; that name is gone afterwards."""
+        """Write ``data`` to disk (synced) under a temporary name beside ``target``; delete that name on exit."""
         path = _beside(target, uuid.uuid4().hex)
         descriptor = self._open_new(path)
         try:
@@ -164,11 +164,11 @@ class LocalFolder:
                 path.unlink(missing_ok=True)
 
     def _open_new(self, path: Path) -> int:
-        """A new file, with the rights that the umask or the folder's ACL give, in a folder that is made if need be."""
+        """Create a file with the permissions of the umask or the folder's ACL; create its folder if needed."""
         for _ in range(_TRIES):
             with contextlib.suppress(FileNotFoundError):
                 return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            self._make_folder(path.parent)  # another job may remove it again, if it made it too
+            self._make_folder(path.parent)  # another job that also created it may delete it again
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
     def _make_folder(self, folder: Path) -> None:
@@ -194,10 +194,10 @@ def _beside(target: Path, what: str) -> Path:
 
 
 def _create_claimed(temporary: Path, target: Path) -> None:
-    """Move a file to a name that is free, by way of a claim on that name (see `LocalFolder.create`).
+    """Move a file to an unused name, protected by a claim on that name (see `LocalFolder.create`).
 
     Raises:
-        FileExistsError: it is not free.
+        FileExistsError: the name is in use.
     """
     claim, own = _beside(target, "creating"), uuid.uuid4().bytes
     while True:
@@ -212,7 +212,7 @@ def _create_claimed(temporary: Path, target: Path) -> None:
             file.write(own)
         try:
             _refuse_existing(target)
-            # Two writers can find the same stale claim, and one remove what the other has just put in its place.
+            # Two writers can find the same stale claim, and one of them delete the other's new claim.
             if claim.read_bytes() == own:
                 temporary.replace(target)
                 return
@@ -232,7 +232,7 @@ def _refuse_existing(target: Path) -> None:
 
 
 def _drop_stale(claim: Path, temporary: Path) -> None:
-    """Remove a claim whose holder was killed; ``temporary`` tells the file system's time."""
+    """Delete a claim whose owner was killed; ``temporary`` gives the file system's time."""
     with contextlib.suppress(FileNotFoundError):
         os.utime(temporary)
         if temporary.stat().st_mtime - claim.stat().st_mtime > _CLAIM_STALE_S:
@@ -240,7 +240,7 @@ def _drop_stale(claim: Path, temporary: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where folders can be synced."""
+    """Make the names in a folder durable, if the file system can sync folders."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -250,9 +250,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _walk(folder: Path, *, deep: bool = True) -> Iterator["os.DirEntry[str]"]:
-    """All files, none if the folder is absent.
+    """Yield all files; none if the folder does not exist.
 
-    Not fsspec's walk, which leaves a whole folder out when one of its files is deleted meanwhile.
+    fsspec's walk is not used, because it skips a whole folder if one of its files is deleted meanwhile.
     """
     waiting, seen = [str(folder)], set[tuple[int, int]]()
     while waiting:
@@ -263,7 +263,7 @@ def _walk(folder: Path, *, deep: bool = True) -> Iterator["os.DirEntry[str]"]:
         except (FileNotFoundError, NotADirectoryError):
             continue
         with entries:
-            if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+            if (status.st_dev, status.st_ino) in seen:  # a link to a visited folder
                 continue
             seen.add((status.st_dev, status.st_ino))
             for entry in entries:
@@ -277,7 +277,7 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
     except OSError as error:
-        if error.errno != errno.ELOOP:  # a link to itself
+        if error.errno != errno.ELOOP:  # a circular link
             raise
         return False
 

@@ -1,8 +1,8 @@
-"""Objects below one URI (a folder, ``s3://``, ``gs://`` …) as bytes by key: all the storage that a store needs.
+"""Objects below one URI (a folder, ``s3://``, ``gs://`` …) as bytes by key: the storage layer of a store.
 
-A thin layer over fsspec, and over the file system itself where it is local (`densefeat.storage.local_files`), that
-adds what fsspec leaves open: a local write is atomic and durable, an object can be created if and only if it is not
-there, failures that pass are waited out, and a handle can cross into another process, forked or spawned.
+A thin layer over fsspec, or over the local file system (`densefeat.storage.local_files`), that adds guarantees which
+fsspec lacks: local writes are atomic and durable, objects can be created only if they do not exist, transient failures
+are retried, and a handle can be used in another process, forked or spawned.
 """
 
 import contextlib
@@ -27,18 +27,18 @@ Result = TypeVar("Result")
 class Objects:
     """Bytes by key below ``uri``.
 
-    Keys are relative paths with ``/``. Errors are those of the file system: ``FileNotFoundError`` for an absent key,
-    ``PermissionError``, ``OSError``; one that may pass is tried again, and ``StorageUnavailable`` if it does not.
-    Picklable, and safe to use in a forked child: the connection is opened anew in every process (s3fs refuses a handle
-    that was opened in the parent).
+    Keys are relative paths with ``/``. Methods raise the errors of the file system: ``FileNotFoundError`` for a missing
+    key, ``PermissionError``, ``OSError``. Transient errors are retried, and become ``StorageUnavailable`` if they
+    persist. Picklable, and safe in a forked child: every process opens its own connection (s3fs refuses a handle that
+    was opened in the parent).
 
     Args:
         uri: as for `absolute_place`.
-        storage_options: for the file system, as fsspec takes them.
-        patience_s: how long what fails is tried again; None: `densefeat.storage.retries.PATIENCE_S`.
+        storage_options: for the file system, passed to fsspec.
+        patience_s: how long to retry; None: `densefeat.storage.retries.PATIENCE_S`.
 
     Raises:
-        PlaceError: ``uri`` names no place.
+        PlaceError: ``uri`` is not a valid path or URI.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Objects:
         *,
         patience_s: float | None = None,
     ) -> None:
-        self.uri = absolute_place(uri)  # a worker on another machine, or in another folder, must find the same place
+        self.uri = absolute_place(uri)  # must mean the same on another machine, or in another working directory
         self.storage_options = storage_options
         self.patience_s = PATIENCE_S if patience_s is None else patience_s
         self._opened: tuple[int, LocalFolder | _Remote] | None = None
@@ -58,46 +58,46 @@ class Objects:
 
     @property
     def local_path(self) -> Path | None:
-        """The folder, if the objects lie on a local file system."""
+        """The folder, if the objects are on a local file system; else None."""
         return Path(self.uri) if is_local(self.uri) else None
 
     @property
     def can_list(self) -> bool:
-        """False over http(s): few servers list, each in its own way."""
+        """Whether objects can be listed. False over http(s): few servers list, each in its own format."""
         return not self.uri.startswith(("http://", "https://"))
 
     def get(self, key: str) -> bytes:
-        """The whole object."""
+        """Read the whole object."""
         return self._retried(key, lambda storage: storage.get(key))
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
-        """Bytes ``start`` (inclusive) to ``end`` (exclusive) of the object, fewer if it ends before."""
+        """Read bytes ``start`` (inclusive) to ``end`` (exclusive) of the object; fewer if it ends before."""
         return self._retried(key, lambda storage: storage.get_range(key, start, end))
 
     def size(self, key: str) -> int | None:
-        """Bytes of the object; None if it is not there."""
+        """Size of the object in bytes; None if it does not exist."""
         return self._retried(key, lambda storage: storage.size(key))
 
     def exists(self, key: str) -> bool:
-        """Whether the object is there."""
+        """Whether the object exists."""
         return self._retried(key, lambda storage: storage.exists(key))
 
     def list(self, prefix: str = "") -> dict[str, int]:
-        """Keys and sizes in bytes of all objects below the folder ``prefix``, none if it is absent.
+        """Keys and sizes in bytes of all objects below the folder ``prefix``; none if it does not exist.
 
-        Local files that are being written are not among them.
+        Local files that are being written are not included.
         """
         return self._retried(prefix, lambda storage: storage.list(prefix))
 
     def put(self, key: str, data: bytes) -> None:
-        """Write the object whole, replacing what was there: it is the old one or the new one, never a part."""
+        """Write the object atomically, replacing an existing one: readers see the old or the new one, never a part."""
         self._retried(key, lambda storage: storage.put(key, data))
 
     def create(self, key: str, data: bytes) -> None:
-        """Write the object whole, or raise ``FileExistsError`` if there is one (on S3: If-None-Match).
+        """Write the object atomically, or raise ``FileExistsError`` if it exists (on S3 with If-None-Match).
 
-        One with the same bytes is taken for ours: a first try whose answer was lost looks like that. Where it matters
-        who was first, the bytes must name the writer.
+        An existing object with the same bytes counts as created by this call: it may be from a first try whose response
+        was lost. If it matters which writer was first, the bytes must identify the writer.
         """
 
         def create(storage: "LocalFolder | _Remote") -> None:
@@ -110,33 +110,33 @@ class Objects:
         self._retried(key, create)
 
     def delete(self, key: str) -> None:
-        """Remove the object; an absent one is no error."""
+        """Delete the object; a missing object is not an error."""
         self._retried(key, lambda storage: storage.delete(key))
 
     def delete_folder(self, key: str) -> None:
-        """Remove a folder of a local file system if it is empty; elsewhere there are none."""
+        """Delete a folder of a local file system if it is empty; other storages have no folders."""
         storage = self._storage()
         if isinstance(storage, LocalFolder):
             storage.delete_folder(key)
 
     def leaving_no_folders(self) -> AbstractContextManager[None]:
-        """Local folders that this handle makes in the block go at its end, if they are empty by then."""
+        """On exit, delete the local folders that this handle created in the block, if they are empty."""
         storage = self._storage()
         return storage.leaving_no_folders() if isinstance(storage, LocalFolder) else contextlib.nullcontext()
 
     def sweep(self, prefix: str = "", *, deep: bool = True) -> None:
-        """Remove what killed processes left half-written a day ago or earlier. Safe while others write.
+        """Delete temporary local files at least a day old, left by killed processes. Safe while others write.
 
         Args:
-            prefix: the folder to look in.
-            deep: whether to look in the folders below it, too.
+            prefix: the folder to search.
+            deep: whether to search the folders below it, too.
         """
         storage = self._storage()
         if isinstance(storage, LocalFolder):
             storage.sweep(prefix, deep=deep)
 
     def _retried(self, key: str, operation: Callable[["LocalFolder | _Remote"], Result]) -> Result:
-        # Opening is a part of it: some file systems connect when they are made.
+        # Opening is retried too: some file systems connect on creation.
         place = f"{self.uri}/{key}".rstrip("/")
         return retried(lambda: operation(self._storage()), place, patience_s=self.patience_s)
 
@@ -149,10 +149,10 @@ class Objects:
 
 
 class _Remote:
-    """The same by way of fsspec. A put or create is one request there, whole or not at all."""
+    """The same operations through fsspec. A put or create is one request, and atomic."""
 
     def __init__(self, uri: str, storage_options: dict[str, Any] | None) -> None:
-        # Listings change under us (other workers write), and instances cached by fsspec may be a parent's.
+        # Listings change (other workers write), and instances cached by fsspec may belong to a parent process.
         options = {"skip_instance_cache": True, "use_listings_cache": False, **(storage_options or {})}
         self._fs: AbstractFileSystem
         self._fs, root = open_place(uri, options)
@@ -164,7 +164,7 @@ class _Remote:
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
         if start >= end:
-            return b""  # for which s3fs fetches the whole object
+            return b""  # s3fs would fetch the whole object
         try:
             return bytes(self._fs.cat_file(self._root + key, start=start, end=end))
         except Exception as error:
@@ -176,7 +176,7 @@ class _Remote:
         return self.size(key) is not None
 
     def size(self, key: str) -> int | None:
-        try:  # not fs.exists, which says no to whatever goes wrong
+        try:  # not fs.exists, which returns False for any failure
             info = self._fs.info(self._root + key)
         except FileNotFoundError:
             return None
@@ -188,7 +188,7 @@ class _Remote:
     def _found(self, prefix: str) -> Iterator[tuple[str, int]]:
         for path, info in self._fs.find(f"{self._root}{prefix}".rstrip("/"), detail=True).items():
             key = path.removeprefix(self._root)
-            # The place itself as an object, and objects that stand for folders, as consoles make them.
+            # Skip the root itself as an object, and placeholder objects for folders, as web consoles create them.
             if path.startswith(self._root) and key and not key.endswith("/"):
                 yield key, int(info["size"])
 
@@ -200,7 +200,7 @@ class _Remote:
             self._fs.pipe_file(self._root + key, data, mode="create")
         except (FileExistsError, PermissionError):
             raise
-        except Exception as error:  # the clients name a failed precondition in different ways
+        except Exception as error:  # clients report a failed precondition in different ways
             if is_transient(error) or self.size(key) is None:
                 raise
             raise FileExistsError(self._root + key) from error
@@ -211,7 +211,7 @@ class _Remote:
 
 
 class _Http(_Remote):
-    """A store that somebody serves: nothing is listed, and ranges may not be known. Nothing is written."""
+    """Objects on a web server: read-only, no listing, and range requests may not be supported."""
 
     def get(self, key: str) -> bytes:
         return bytes(_http().get(self._fs, self._root + key))
@@ -224,11 +224,11 @@ class _Http(_Remote):
 
 
 def _http() -> Any:
-    from densefeat.storage import http  # it imports aiohttp, which only this needs
+    from densefeat.storage import http  # imports aiohttp, which is needed only here
 
     return http
 
 
 def _is_beyond_the_end(error: Exception) -> bool:
-    """Whether a storage says that a range begins behind the object: s3fs by its errno, gcsfs by HTTP's code."""
+    """Whether the range begins after the end of the object: s3fs reports it by errno, gcsfs by the HTTP status."""
     return getattr(error, "errno", None) == errno.EINVAL or str(getattr(error, "code", None)) == "416"

@@ -1,8 +1,8 @@
-"""From a text that names a place (a path, ``s3://…``, ``zip://…::…``) to its file system and the path there.
+"""Resolve a path or URI (``s3://…``, ``zip://…::…``) to its file system and the path in it.
 
-The only such function: images, stores, weights, bases and outputs all go through it, so that a text means the same
-place to whoever reads, writes, compares or deletes what lies there. A text that is probably a slip of the pen (an empty
-one, ``s3:/bucket``) is refused, rather than taken for a folder of that name.
+Images, stores, weights, bases and outputs are all resolved here, so that a text means the same location for every
+reader, writer, comparison and deletion. A probable typo (an empty text, ``s3:/bucket``) is refused rather than treated
+as the name of a folder.
 """
 
 import inspect
@@ -20,30 +20,30 @@ from densefeat.errors import PlaceError
 __all__ = ["absolute_place", "encloses", "is_local", "open_place", "open_uri", "split_place"]
 
 _LOCAL_PROTOCOLS = ("file", "local")
-# The first part of a path is a bucket: there is nothing to write above it, and no path begins with a slash.
+# The first part of a path is a bucket: nothing can be written above it, and no path begins with a slash.
 _BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "tos")
-_OTHER_NAMES = {"s3a": "s3", "gcs": "gs", "az": "abfs", "abfss": "abfs"}  # of the same file system
-# In a URL a second slash can mean something, and nothing is ever written there.
+_OTHER_NAMES = {"s3a": "s3", "gcs": "gs", "az": "abfs", "abfss": "abfs"}  # aliases of the same file system
+# Double slashes in a URL can be significant, and nothing is ever written there.
 _SLASHES_KEPT = ("http", "https")
-# Constructor arguments of file systems that lie in another one (archives, caches): only these make a chain.
+# Constructor arguments of file systems inside another one (archives, caches); only these allow a chain.
 _WRAPPING_ARGUMENTS = frozenset({"fo", "fs", "target_protocol"})
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/(?!/)")
 
 
 def absolute_place(place: str | os.PathLike[str]) -> str:
-    """The same text for the same place, whatever the working directory.
+    """Normalize a path or URI, independent of the working directory.
 
     Args:
-        place: a local path, ``file://…``, or a URI of any file system that fsspec knows.
+        place: a local path, ``file://…``, or a URI of any file system that fsspec supports.
 
     Returns:
-        A local path is absolute, without ``~``, ``..``, double slashes and ``file://``; a URI has its protocol in
-        lower case, single slashes, none at its end, no ``.`` and no ``..`` (``http(s)`` keeps all but the last slash).
+        A local path is absolute, without ``~``, ``..``, double slashes and ``file://``. A URI has a lower-case
+        protocol, single slashes, no trailing slash, no ``.`` and no ``..`` (``http(s)`` loses only trailing slashes).
         Nothing is decoded: ``%``, ``#``, ``?`` and spaces are parts of names.
 
     Raises:
-        PlaceError: the text names no place.
+        PlaceError: ``place`` is not a valid path or URI.
     """
     text = _checked(place)
     if is_local(text):
@@ -53,7 +53,7 @@ def absolute_place(place: str | os.PathLike[str]) -> str:
         return _absolute_chain(text)
     if protocol in _SLASHES_KEPT:
         return f"{protocol}://{rest.rstrip('/')}"
-    # Of hdfs:///path the host is left out; of s3:///bucket there is one slash too many.
+    # hdfs:///path omits the host; s3:///bucket has one slash too many.
     root = "/" if rest.startswith("/") and protocol not in (*_BUCKET_PROTOCOLS, "memory") else ""
     parts = _parts(rest, text, kept=int(not root))
     if not parts and protocol in _BUCKET_PROTOCOLS:
@@ -62,7 +62,7 @@ def absolute_place(place: str | os.PathLike[str]) -> str:
 
 
 def is_local(place: str | os.PathLike[str]) -> bool:
-    """Whether the text names a path on this machine, ``file://`` included. A name may hold ``::`` and ``://``."""
+    """Whether ``place`` is a path on this machine, including ``file://``. Names may contain ``::`` and ``://``."""
     match = _URI.match(os.fspath(place))
     return match is None or match[1].lower() in _LOCAL_PROTOCOLS
 
@@ -70,24 +70,24 @@ def is_local(place: str | os.PathLike[str]) -> bool:
 def open_place(
     place: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
 ) -> tuple[AbstractFileSystem, str]:
-    """The file system of a place that a person named, and the path as that file system writes it.
+    """Open the file system of a path or URI given by a user; return it and the path in its own notation.
 
-    ``::`` makes a chain (``zip://photos/*.jpg::s3://bucket/photos.zip``) only behind a file system that lies in
-    another one and is written with ``://``; anywhere else it is a part of a name.
+    ``::`` forms a chain (``zip://photos/*.jpg::s3://bucket/photos.zip``) only after a file system that is inside
+    another one and is written with ``://``; anywhere else it is part of a name.
 
     Args:
         place: as for `absolute_place`.
-        storage_options: keyword arguments for a remote file system, as fsspec takes them.
+        storage_options: keyword arguments for a remote file system, passed to fsspec.
 
     Raises:
-        ImportError: the package behind the protocol is not installed.
-        PlaceError: the text names no place, or its protocol is unknown.
+        ImportError: the package for the protocol is not installed.
+        PlaceError: ``place`` is not a valid path or URI, or its protocol is unknown.
     """
     return open_uri(absolute_place(place), storage_options)
 
 
 def open_uri(uri: str, storage_options: Mapping[str, Any] | None = None) -> tuple[AbstractFileSystem, str]:
-    """As `open_place`, for the URI of one object as a listing or a table has it: its slashes are part of its name."""
+    """Like `open_place`, for the exact URI of an object from a listing or a table: its slashes are part of its name."""
     if is_local(uri):
         return LocalFileSystem(), _local_path(_checked(uri))
     options = dict(storage_options or {})
@@ -97,17 +97,17 @@ def open_uri(uri: str, storage_options: Mapping[str, Any] | None = None) -> tupl
     cls = _filesystem_class(uri)
     try:
         filesystem = cls(**{**cls._get_kwargs_from_urls(uri), **options})
-    except TypeError as error:  # zip://photos.zip: it lies in another one, which is not named
+    except TypeError as error:  # e.g. zip://photos.zip: the file system that contains it is not named
         raise PlaceError(f"{uri!r} cannot be opened: {error}") from error
     protocol, rest = _split_uri(uri)
     return filesystem, cls._strip_protocol(f"{protocol}://{rest}")
 
 
 def split_place(place: str | os.PathLike[str]) -> tuple[str, str]:
-    """Folder and name of a file, e.g. for ``Objects(folder).get(name)``.
+    """Split a path or URI into folder and file name, e.g. for ``Objects(folder).get(name)``.
 
     Raises:
-        PlaceError: it has no folder: it is the root, or a bucket.
+        PlaceError: ``place`` has no folder, because it is the root or a bucket.
     """
     text = absolute_place(place)
     if is_local(text):
@@ -120,12 +120,12 @@ def split_place(place: str | os.PathLike[str]) -> tuple[str, str]:
             name = ""
         folder = f"{protocol}://{folder}{separator}{rest}"
     if not name:
-        raise PlaceError(f"{os.fspath(place)!r} names no file: expected one in a folder or a bucket")
+        raise PlaceError(f"{os.fspath(place)!r} names no file: expected a file in a folder or bucket")
     return folder, name
 
 
 def encloses(outer: str | os.PathLike[str], inner: str | os.PathLike[str]) -> bool:
-    """Whether ``inner`` is the place ``outer``, or lies below it; symbolic links are followed."""
+    """Whether ``inner`` is ``outer`` or below it; symbolic links are followed."""
     top, place = _identity(outer), _identity(inner)
     return place == top or place.startswith(f"{top.rstrip('/')}/")
 
@@ -139,28 +139,28 @@ def _identity(place: str | os.PathLike[str]) -> str:
 
 
 def _checked(place: str | os.PathLike[str]) -> str:
-    """The text, if it does not look like a slip."""
+    """Return ``place`` as text, unless it looks like a typo."""
     text = os.fspath(place)
     if not isinstance(text, str):
-        raise TypeError(f"a place is named by a str or a path of str: got {place!r}")
+        raise TypeError(f"expected a path or URI as str or pathlib.Path: got {place!r}")
     if not text.strip():
-        raise PlaceError(f"{text!r} names no place: expected a path, or a URI such as s3://bucket/folder")
+        raise PlaceError(f"{text!r} is not a path or URI: expected a path, or a URI such as s3://bucket/folder")
     if "\0" in text:
-        raise PlaceError(f"{text!r} names no place: it has a null character in it")
+        raise PlaceError(f"{text!r} is not a path or URI: it contains a null character")
     if not _URI.match(text) and _URI.match(text.strip()):
-        raise PlaceError(f"{text!r} begins with a blank: leave that out, or write ./ before it if it is a file's name")
+        raise PlaceError(f"{text!r} begins with whitespace: remove it, or put ./ in front if it is a file name")
     slip = _ONE_SLASH.match(text)
     if slip and slip[1].lower() not in _LOCAL_PROTOCOLS and slip[1].lower() in fsspec.available_protocols():
         uri = f"{slip[1]}://{text[slip.end() :]}"
         raise PlaceError(
-            f"{text!r} has one slash where a URI has two: write {uri} (as a str: a pathlib.Path drops a slash), or "
-            f"./{text} if that is a folder's name"
+            f"{text!r} has one slash where a URI has two: write {uri} (as a str: pathlib.Path drops a slash), or "
+            f"./{text} if that is a folder name"
         )
     return text
 
 
 def _split_uri(text: str) -> tuple[str, str]:
-    """Protocol in lower case, and what follows its ``://``."""
+    """Split a URI into its protocol in lower case, and the part after ``://``."""
     match = _URI.match(text)
     assert match is not None
     return match[1].lower(), match[2]
@@ -171,24 +171,24 @@ def _local_path(text: str) -> str:
     path = text
     if match:
         path = match[2]
-        if path == "localhost" or path.startswith("localhost/"):  # this machine, as file URIs may say
+        if path == "localhost" or path.startswith("localhost/"):  # file URIs may name this machine
             path = path.removeprefix("localhost") or "/"
         if not path:
-            raise PlaceError(f"{text!r} names no path: expected file:///…")
+            raise PlaceError(f"{text!r} has no path: expected file:///…")
     elif text[:6].lower() == "file:/":
         path = text[5:]
     path = os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - pathlib keeps ".." and refuses "~nobody"
-    # POSIX leaves the meaning of two leading slashes open; here they mean one, and would compare as another place.
+    # In POSIX the meaning of two leading slashes is undefined; here they mean one, so that paths compare equal.
     return f"/{path.lstrip('/')}" if path.startswith("//") else path
 
 
 def _parts(rest: str, text: str, *, kept: int) -> list[str]:
-    """The names in a URI's path, the first ``kept`` of which ``..`` does not leave."""
+    """The parts of a URI's path; ``..`` cannot remove the first ``kept`` of them."""
     parts: list[str] = []
     for part in rest.split("/"):
         if part == "..":
             if len(parts) <= kept:
-                raise PlaceError(f"{text!r} names no place: its '..' leads out of it")
+                raise PlaceError(f"{text!r} is not a valid URI: its '..' leads above the root or bucket")
             parts.pop()
         elif part not in ("", "."):
             parts.append(part)
@@ -196,10 +196,10 @@ def _parts(rest: str, text: str, *, kept: int) -> list[str]:
 
 
 def _absolute_chain(text: str) -> str:
-    """Each link as such: what it lies in must be found from another working directory too."""
+    """Normalize a chain, so that the file it is in is found from any working directory."""
     first, *links = text.split("::")
     if not links[-1]:
-        raise PlaceError(f"{text!r} does not say in what it lies: expected a path or a URI behind the last '::'")
+        raise PlaceError(f"{text!r} is incomplete: expected a path or a URI after the last '::'")
     protocol, rest = _split_uri(first)
     inner = re.sub("/{2,}", "/", rest).rstrip("/")
     return "::".join([f"{protocol}://{inner}", *links[:-1], absolute_place(links[-1])])
@@ -213,7 +213,7 @@ def _filesystem_class(text: str) -> type[AbstractFileSystem]:
     except ValueError as error:
         raise PlaceError(
             f"{text!r} has the unknown protocol {protocol}://: expected a path, s3://, gs://, http(s):// or another "
-            "that fsspec has; write ./ before it if it is a file's name"
+            "fsspec protocol; put ./ in front if it is a file name"
         ) from error
 
 

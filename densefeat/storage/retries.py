@@ -1,8 +1,8 @@
-"""Waiting for failures of storage to pass.
+"""Retry transient storage failures.
 
-An outage, a throttled request, a stale handle say nothing about the object that was asked for. They are tried again
-for a minute or more; what still fails then is `StorageUnavailable`, never "this object is bad". Which errors these are:
-`densefeat.storage.failures`.
+An outage, a throttled request or a stale handle says nothing about the requested object. Such errors are retried for a
+minute or more; if they persist, `StorageUnavailable` is raised, which never means that the object is bad.
+`densefeat.storage.failures` defines which errors are transient.
 """
 
 import logging
@@ -19,7 +19,7 @@ __all__ = ["PATIENCE_S", "is_transient", "retried"]
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 75.0  # after the first failure; S3's and GCS's own advice is to back off for up to a minute
+PATIENCE_S = 75.0  # after the first failure; S3 and GCS recommend backing off for up to a minute
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 10.0
 
 Result = TypeVar("Result")
@@ -33,21 +33,21 @@ def retried(
     when: Callable[[BaseException], bool] = is_transient,
     stop: threading.Event | None = None,
 ) -> Result:
-    """The result of ``operation``, tried again with growing, random waits while it fails in a way that passes.
+    """Return the result of ``operation``, retrying transient errors with exponential backoff and jitter.
 
-    A server that says when to come back (``Retry-After``) is not asked before, as far as the patience reaches. At the
-    end of the patience comes a last try.
+    ``Retry-After`` of a server is respected, but never beyond ``patience_s``. The last try is at the end of
+    ``patience_s``.
 
     Args:
-        operation: reads, or writes something that may be written twice.
-        place: what it is about, for the message.
-        patience_s: how long after the first failure it is tried again.
-        when: whether an error is worth another try.
-        stop: once set, there is no other try, and no wait.
+        operation: reads, or writes idempotently.
+        place: object in question, for the message.
+        patience_s: how long to retry after the first failure.
+        when: whether an error is worth retrying.
+        stop: once set, retries and waits end.
 
     Raises:
-        StorageUnavailable: it still fails, or was stopped.
-        Exception: any other error of ``operation``, as it is.
+        StorageUnavailable: the operation still fails, or was stopped.
+        Exception: any other error of ``operation``, unchanged.
     """
     wait, end = _FIRST_WAIT_S, None
     while True:
@@ -61,17 +61,15 @@ def retried(
         end = now + patience_s if end is None else end
         if now >= end:
             raise StorageUnavailable(_message(place, failure, patience_s)) from failure
-        pause = wait * random.uniform(0.5, 1.5)  # so that many workers do not come back at the same moment
+        pause = wait * random.uniform(0.5, 1.5)  # so that workers do not all retry at once
         pause = min(max(pause, retry_after(failure) or 0), end - now)
         logger.debug("%s: %s: %s; trying again in %.1f s", place, type(failure).__name__, failure, pause)
         if stop is None:
             time.sleep(pause)
         elif stop.wait(pause):
-            raise StorageUnavailable(f"{place}: stopped while waiting for it to answer") from failure
+            raise StorageUnavailable(f"{place}: stopped while waiting for an answer") from failure
         wait = min(2 * wait, _LONGEST_WAIT_S)
 
 
 def _message(place: str, failure: Exception, patience_s: float) -> str:
-    return (
-        f"{place} did not answer, though it was asked again for {patience_s:.0f} s: {type(failure).__name__}: {failure}"
-    )
+    return f"{place} did not answer, although retried for {patience_s:.0f} s: {type(failure).__name__}: {failure}"

@@ -1,5 +1,5 @@
-"""Which images a dataset has, their bytes and their pixels.
+"""List a dataset's images, read their bytes and decode their pixels.
 
-Folders in the order of the data: ``listing`` (a dataset to a table of references), ``reading`` (a reference to bytes),
+Subpackages in data-flow order: ``listing`` (dataset to a table of references), ``reading`` (reference to bytes),
 ``decoding`` (bytes to pixels). May import ``pipeline.io``, ``pipeline.reporting``, schemas and the reader.
 """

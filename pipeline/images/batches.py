@@ -1,4 +1,4 @@
-"""References -> decoded batches: reading and decoding, ahead of whoever computes on them."""
+"""Turn references into decoded batches: reads and decodes ahead of the consumer."""
 
 import threading
 from collections import deque
@@ -18,16 +18,17 @@ from pipeline.images.reading.read import read_images
 from pipeline.reporting.seconds import StageSeconds
 from schemas.configuration import SourceKind
 
-_PLACEHOLDER_GREY = 128  # pixels of a row that failed: computed with its batch, and thrown away
+_PLACEHOLDER_GREY = 128  # pixel value of failed rows: they are computed with their batch, then discarded
 
 
 @dataclass
 class Batch:
-    """Consecutive rows.
+    """A batch of consecutive rows.
 
     Attributes:
-        pixels: uint8 [B, 3, H, W]. A row that failed keeps its place, so that the others' features do not depend on it.
-        decoded: of each row, what was decoded or why not.
+        pixels: uint8 [B, 3, H, W]. Failed rows keep their position, so the features of other rows do not depend on
+            them.
+        decoded: one entry per row: the decoded image, or the error.
     """
 
     pixels: Tensor
@@ -35,15 +36,15 @@ class Batch:
 
     @property
     def usable_rows(self) -> Tensor:
-        """[B] bool."""
+        """Mask [B] bool of the rows that were decoded."""
         return torch.tensor([isinstance(image, Decoded) for image in self.decoded])
 
     def valid_cells(self, grid: tuple[int, int], output_size: tuple[int, int]) -> Tensor:
-        """[B, h, w] bool: the cells of a feature grid whose centre lies on the image, not on padding.
+        """Mask [B, h, w] bool of the feature-grid cells whose centre lies on the image, not on padding.
 
         Args:
             grid: (h, w).
-            output_size: (height, width) that the valid boxes refer to.
+            output_size: (height, width) of the grid in which the valid boxes are given.
         """
         y, x = ((torch.arange(cells) + 0.5) * (pixels / cells) for cells, pixels in zip(grid, output_size, strict=True))
         valid = torch.zeros(len(self.decoded), *grid, dtype=torch.bool)
@@ -55,24 +56,24 @@ class Batch:
 
 
 class WorkStopped(Exception):  # noqa: N818 - says what happened
-    """Somebody asked the work to stop; nothing is wrong with it."""
+    """The work was asked to stop; this is not a failure."""
 
 
 class BatchLoader:
-    """Makes batches; its thread pools are shared by all the shards that are in the worker.
+    """Produces batches; its thread pools are shared by all shards that the worker processes.
 
     Args:
-        geometry: to decode to.
-        batch_size: rows in a batch; the last one may have fewer.
+        geometry: target of decoding.
+        batch_size: rows per batch; the last one may have fewer.
         source_kind: ``Source.kind``.
         image_column: ``Source.image_column``.
-        max_pixels: as ``decode``.
-        min_side: as ``decode``.
-        threads: to decode with.
+        max_pixels: see ``decode``.
+        min_side: see ``decode``.
+        threads: number of decoding threads.
 
     Attributes:
-        stop: once set, no further batch is made, and all that is being read ends at once with ``StorageUnavailable``,
-            waits for a storage included.
+        stop: once set, no further batch is produced and all reads in progress, including waits for a storage, end at
+            once with ``StorageUnavailable``.
     """
 
     def __init__(
@@ -96,11 +97,11 @@ class BatchLoader:
         self.stop = threading.Event()
 
     def batches(self, references: pa.Table, seconds: StageSeconds) -> Iterator[Batch]:
-        """Batches of the rows of ``references``, in order; at most two are decoded ahead of the consumer.
+        """Yield the rows of ``references`` in batches, in order; at most two are decoded ahead of the consumer.
 
         Raises:
-            StorageUnavailable, JobError: as ``read_images``: nothing is known of the images from there on.
-            WorkStopped: before a batch, after ``stop`` was set.
+            StorageUnavailable, JobError: see ``read_images``; the state of the remaining images is unknown.
+            WorkStopped: ``stop`` was set before the next batch.
         """
         reads = self._reads(references, seconds)
         pending: deque[Future[Decoded | ImageError]] = deque()
@@ -118,11 +119,11 @@ class BatchLoader:
             references, image_column=self._image_column, kind=self._source_kind, pool=self._readers, stop=self.stop
         )
         while True:
-            with seconds.stage("read"):  # what is waited for; most of the reading happens meanwhile
+            with seconds.stage("read"):  # counts only the waiting; most reading overlaps with other work
                 try:
                     data = next(images, None)
                 except StorageUnavailable:
-                    if self.stop.is_set():  # a read that was stopped, not a storage that was down
+                    if self.stop.is_set():  # the read was stopped; the storage is not down
                         raise WorkStopped from None
                     raise
             if data is None:

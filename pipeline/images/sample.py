@@ -1,7 +1,7 @@
-"""A sample of a dataset, spread by a fixed hash, that goes on until enough of its images are usable.
+"""Sample a dataset in the order of a fixed hash until enough images are usable.
 
-By a hash and not at a stride: datasets have a period (a depth map before each photograph, an icon after it), and a
-stride that shares it meets only the one or the other.
+A hash rather than a stride, because datasets can be periodic (a depth map before each photograph, an icon after it):
+a stride with the same period would pick only one kind.
 """
 
 import math
@@ -20,16 +20,16 @@ from pipeline.images.decoding.decode import Decoded
 
 __all__ = ["FixedTree", "Part", "next_wave", "sample_rows", "usable_images"]
 
-# Images tried for each one wanted before a sample stays smaller than asked for. A dataset with fewer usable images
-# exceeds any sensible --max-failed-share; reading all of it first would take hours.
+# Images tried per image wanted, before the sample is left smaller than requested. A dataset with fewer usable images
+# exceeds any sensible --max-failed-share, and reading all of it would take hours.
 _MOST_TRIED = 16
 
 
 class Mergeable(Protocol):
-    """Sums over images that add up in any grouping, up to rounding."""
+    """Sums over images that can be merged in any grouping, up to rounding."""
 
     def merged(self, other: Self) -> Self:
-        """Both together."""
+        """Return the sum of both."""
         ...
 
 
@@ -41,9 +41,9 @@ class Part(Generic[Sums]):
     """The result of a task over some images of a sample.
 
     Attributes:
-        sums: over its usable images.
+        sums: over the usable images.
         images: number of usable images.
-        first_error: of the first image that was not usable, if any.
+        first_error: error of the first unusable image, if any.
     """
 
     sums: Sums
@@ -51,16 +51,16 @@ class Part(Generic[Sums]):
     first_error: str | None
 
     def merged(self, other: "Part[Sums]") -> "Part[Sums]":
-        """Both together; ``other`` comes after this one."""
+        """Merge with ``other``, which comes after this part."""
         first_error = self.first_error or other.first_error
         return Part(self.sums.merged(other.sums), self.images + other.images, first_error)
 
 
 class FixedTree(Generic[Sums]):
-    """Merges N parts in one binary tree, whatever their order of arrival: always the same bits.
+    """Merges N parts in a fixed binary tree, so the result is bitwise the same for any order of arrival.
 
-    Neighbours are merged as soon as both are there, so that a part that is late leaves O(log N) others waiting for
-    it. Kept until the end, the moments of ImageNet (384 to 768 channels, 40,000 tasks) would take 47 to 190 GB.
+    Neighbours are merged as soon as both have arrived, so that a late part leaves only O(log N) others waiting. Kept
+    until the end, the moments of ImageNet (384 to 768 channels, 40,000 tasks) would take 47 to 190 GB.
 
     Args:
         parts: N, at least 1.
@@ -74,7 +74,7 @@ class FixedTree(Generic[Sums]):
 
     @property
     def waiting(self) -> int:
-        """Number of merged parts that wait for a neighbour."""
+        """Number of merged parts waiting for a neighbour."""
         return len(self._nodes)
 
     def add(self, position: int, part: Part[Sums]) -> None:
@@ -90,18 +90,18 @@ class FixedTree(Generic[Sums]):
             elif width == 1:
                 self._nodes[level, 0] = part
                 return
-            position //= 2  # the odd one out goes up as it is
+            position //= 2  # a part without a neighbour moves up unchanged
 
     @property
     def root(self) -> Part[Sums]:
-        """All parts together, when all were added."""
+        """The merged result, once all parts were added."""
         return self._nodes[len(self._widths) - 1, 0]
 
 
 def sample_rows(rows: int, count: int, first: int = 0) -> list[int]:
-    """Rows number ``first`` to ``first + count`` of a dataset in the order of a fixed hash, ascending.
+    """Rows at positions ``first`` to ``first + count`` (exclusive) in the order of a fixed hash, sorted by row number.
 
-    Ascending, because neighbours in a tar or a Parquet file are read together.
+    Sorted, because neighbours in a tar or a Parquet file are read together.
     """
     # SplitMix64's finaliser (Steele, Lea, Flood 2014) of the row number: a bijection, so no two rows tie.
     mixed = np.arange(1, rows + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -113,13 +113,13 @@ def sample_rows(rows: int, count: int, first: int = 0) -> list[int]:
 
 
 def next_wave(rows: int, wanted: int, tried: int, usable: int) -> list[int]:
-    """Rows to try next, none when enough images are usable or there is no sense in going on.
+    """Rows to try next; none if enough images are usable or the limit of tries is reached.
 
     Args:
-        rows: of the dataset.
-        wanted: usable images; 0 or more than there are rows: all rows, once.
-        tried: rows so far.
-        usable: usable images among them.
+        rows: number of rows in the dataset.
+        wanted: number of usable images wanted; 0, or more than there are rows, means all rows once.
+        tried: number of rows tried so far.
+        usable: number of usable images among them.
     """
     wanted = min(wanted, rows) or rows
     most = min(rows, _MOST_TRIED * wanted)
@@ -132,15 +132,16 @@ def next_wave(rows: int, wanted: int, tried: int, usable: int) -> list[int]:
 def usable_images(
     references: pa.Table, count: int, batches: Callable[[pa.Table], Iterable[Batch]]
 ) -> tuple[Tensor, str | None]:
-    """Decoded pixels of the first ``count`` usable images of the sample, for who computes in this process.
+    """Decode the first ``count`` usable images of the sample in this process.
 
     Args:
         references: of the dataset.
-        count: images wanted.
-        batches: decodes.
+        count: number of images wanted.
+        batches: decodes references.
 
     Returns:
-        [at most count, 3, H, W] uint8, and the error of the first image that was not usable, if any.
+        uint8 [at most count, 3, H, W] ([0, 3, 0, 0] if no image is usable), and the error of the first unusable image,
+        if any.
     """
     usable: list[Tensor] = []
     first_error: str | None = None

@@ -1,4 +1,4 @@
-"""Places that a job writes to, checked before the work; and the one explainer of storage errors.
+"""Checks of the outputs of a job before the work, and messages for storage errors.
 
-Imports the reader alone.
+Imports only the reader.
 """

@@ -1,4 +1,4 @@
-"""What to do about the errors of a storage that waiting does not mend: the one place that words them."""
+"""Messages for storage errors that retrying does not fix; defined only here."""
 
 import errno
 from typing import Literal
@@ -15,20 +15,23 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def explain_storage_error(
     error: BaseException, place: str, access: Literal["read", "write"] = "write"
 ) -> JobError | None:
-    """What to do about an error of a storage; None for one that may pass, says so itself, or is not of a storage.
+    """Turn a storage error into a ``JobError`` that says what to do.
 
     Args:
-        error: as the file system raised it.
-        place: what it was about, as its user wrote it.
-        access: what was tried.
+        error: raised by the file system.
+        place: path, URI or option in question, as the user wrote it.
+        access: the kind of access that failed.
+
+    Returns:
+        None if the error is transient, already explains itself, or is not from a storage.
     """
     if isinstance(error, DensefeatError) or is_transient(error):
         return None
     if lacks_credentials(error):
         return JobError(
-            f"{place}: no credentials that are accepted ({type(error).__name__}: {error}). Set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY or AWS_PROFILE (GOOGLE_APPLICATION_CREDENTIALS for gs://), give the machine a role, "
-            "or set FSSPEC_S3_ANON=true if it is public; on a cluster, on every node. Renew those that have expired, "
+            f"{place}: no credentials, or they were refused ({type(error).__name__}: {error}). Set AWS_ACCESS_KEY_ID "
+            "and AWS_SECRET_ACCESS_KEY or AWS_PROFILE (GOOGLE_APPLICATION_CREDENTIALS for gs://), give the machine a "
+            "role, or set FSSPEC_S3_ANON=true if it is public; on a cluster, on every node. Renew expired credentials, "
             "and check the clock"
         )
     if isinstance(error, ImportError):
@@ -38,19 +41,19 @@ def explain_storage_error(
         )
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return JobError(
-            f"no space left for {place} ({error.strerror}): free some and run the job again with --resume; what is "
-            "finished is kept"
+            f"no space left for {place} ({error.strerror}): free some space and run the job again with --resume; "
+            "finished work is kept"
         )
     if isinstance(error, PermissionError) or getattr(error, "errno", None) in (errno.EROFS, errno.EACCES):
         if access == "read":
             return JobError(
-                f"{place}: not allowed to read: {error}. Give this user the permission to list and to read, or other "
+                f"{place}: no permission to read: {error}. Grant this user permission to list and read, or use other "
                 "credentials"
             )
-        return JobError(f"no permission to write {place}: {error}; choose another place, or ask for the right to write")
+        return JobError(f"no permission to write {place}: {error}; choose another location, or request write access")
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         if access == "read":
             missing = error.filename or (error.args[-1] if error.args else place)
             return JobError(f"{place}: {missing} does not exist. Check the spelling")
-        return JobError(f"{place} cannot be written: {error}; the bucket or the file system must be there")
+        return JobError(f"{place} cannot be written: {error}; the bucket or file system must exist")
     return None

@@ -1,4 +1,4 @@
-"""The one file that a job is asked to write: whether it can, before the work; the file itself, after it."""
+"""Output files of a job: checked before the work, written after it."""
 
 from densefeat.storage.objects import Objects
 from densefeat.storage.places import split_place
@@ -8,23 +8,30 @@ __all__ = ["check_output_file", "write_output_file"]
 
 
 def check_output_file(option: str, uri: str) -> None:
-    """Try the folder of a file.
+    """Check that the folder of an output file can be written to.
 
     Args:
-        option: that names the file, for the message.
-        uri: local path or URI.
+        option: the option that names the file, for the message.
+        uri: local path or URI of the file.
 
     Raises:
-        JobError: it cannot be written to.
+        JobError: the folder cannot be written to.
+        StorageUnavailable: the storage does not answer.
     """
     check_writable(Objects(split_place(uri)[0]), f"{option} {uri}")
 
 
 def write_output_file(option: str, uri: str, data: bytes) -> None:
-    """Write a file whole, or not at all; arguments as for `check_output_file`.
+    """Write a file atomically.
+
+    Args:
+        option: the option that names the file, for the message.
+        uri: local path or URI of the file.
+        data: content of the file.
 
     Raises:
-        JobError: it cannot be written.
+        JobError: the file cannot be written.
+        StorageUnavailable: the storage does not answer.
     """
     folder, name = split_place(uri)
     with storage_explained(f"{option} {uri}"):

@@ -1,4 +1,4 @@
-"""Storage that a job writes to: whether it can all that will be needed, and what to do when it cannot."""
+"""Storage that a job writes to: checks of the required operations, and messages if one fails."""
 
 import tempfile
 import uuid
@@ -13,34 +13,36 @@ from pipeline.io.errors import explain_storage_error
 
 __all__ = ["CHECK", "check_writable", "storage_explained", "temporary_folder"]
 
-CHECK = "_check"  # the folder of the objects that `check_writable` writes
+CHECK = "_check"  # folder of the objects written by `check_writable`
 _BEFORE, _AFTER = b"densefeat", b"densefeat!"
 
 
 def check_writable(objects: Objects, place: str) -> None:
-    """Try everything that writing needs: create, replace, read, read a part, list, delete. Nothing of it stays.
+    """Try every operation that writing a store needs: create, replace, read, read a range, list, delete.
+
+    All test objects are deleted.
 
     Args:
-        objects: the place to write to.
-        place: what the message calls it, e.g. ``"--store s3://…"``.
+        objects: the storage to write to.
+        place: its name in messages, e.g. ``"--store s3://…"``.
 
     Raises:
-        JobError: something does not work; it says what.
+        JobError: an operation fails; the message names it.
         StorageUnavailable: the storage does not answer.
     """
-    key = f"{CHECK}/{uuid.uuid4().hex}"  # of its own: other jobs may try at the same moment
+    key = f"{CHECK}/{uuid.uuid4().hex}"  # unique, because other jobs may run this check at the same time
     with objects.leaving_no_folders():
         try:
             with _tried(place, "create an object"):
                 objects.create(key, _BEFORE)
             with _tried(
                 place,
-                "keep two jobs from creating the same object (on S3 by If-None-Match, which not every compatible "
-                "server has)",
+                "prevent two jobs from creating the same object (on S3 with If-None-Match, which not every compatible "
+                "server supports)",
             ):
                 with suppress(FileExistsError):
                     objects.create(key, _AFTER)
-                    raise OSError("a second one replaced the first")
+                    raise OSError("a second create replaced the first object")
                 _expect(objects.get(key), _BEFORE)
             with _tried(place, "replace an object"):
                 objects.put(key, _AFTER)
@@ -54,7 +56,7 @@ def check_writable(objects: Objects, place: str) -> None:
                 objects.delete(key)
                 _expect(objects.size(key), None)
         except BaseException:
-            with suppress(Exception):  # something else is being told already
+            with suppress(Exception):  # do not hide the error that is being raised
                 objects.delete(key)
             raise
 
@@ -65,7 +67,7 @@ def _tried(place: str, what: str) -> Iterator[None]:
         yield
     except StorageUnavailable:
         raise
-    except Exception as error:  # each client has its own kinds
+    except Exception as error:  # each client has its own exception types
         explained = explain_storage_error(error, place)
         if explained is None and not isinstance(error, OSError):
             raise
@@ -79,22 +81,22 @@ def _expect(got: object, expected: object) -> None:
 
 @contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
-    """A new folder on this machine, gone afterwards.
+    """Create a local folder, and delete it on exit.
 
     Raises:
-        JobError: there is no place for one.
+        JobError: it cannot be created.
     """
     try:
         folder = tempfile.TemporaryDirectory(prefix=prefix)
     except OSError as error:
-        raise JobError(f"no folder for temporary files: {error}; set TMPDIR to one that can be written to") from error
+        raise JobError(f"no folder for temporary files: {error}; set TMPDIR to a writable folder") from error
     with folder as path:
         yield Path(path)
 
 
 @contextmanager
 def storage_explained(uri: str) -> Iterator[None]:
-    """Turn storage errors in the block that trying again will not mend into a ``JobError`` about ``uri``."""
+    """Turn storage errors in the block that retrying does not fix into a ``JobError`` about ``uri``."""
     try:
         yield
     except Exception as error:

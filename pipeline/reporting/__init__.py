@@ -1,1 +1,1 @@
-"""What a job says while it runs and at its end. Imports no other room."""
+"""Progress while a job runs, and the report at its end. Imports no other subpackage of ``pipeline``."""

@@ -1,4 +1,4 @@
-"""Progress for a person: of the main job a live bar on a terminal; of all work that is counted, a line now and then."""
+"""Progress display: a live bar on a terminal for the main job, and periodic log lines for other counted work."""
 
 import logging
 import sys
@@ -18,9 +18,9 @@ class ProgressLine:
     """Logs the progress of a piece of work, at most every five seconds.
 
     Args:
-        what: the work.
-        total: steps.
-        unit: of the steps, in the plural.
+        what: name of the work.
+        total: number of steps.
+        unit: name of the steps, in the plural.
     """
 
     def __init__(self, what: str, total: int, unit: str) -> None:
@@ -28,18 +28,18 @@ class ProgressLine:
         self._done, self._log = 0, _Every(_LINE_EVERY_S)
 
     def advance(self, steps: int = 1) -> None:
-        """So many more steps are done."""
+        """Record that ``steps`` more steps are done."""
         self._done += steps
         if steps and self._log.is_due():
             logger.info("%s: %d/%d %s", self._what, self._done, self._total, self._unit)
 
 
 class Progress:
-    """Shards and images done and to do, rates, failures, time left.
+    """Shards and images done and remaining, rates, failures, time left.
 
     Args:
-        shards: to do in all.
-        images: to do in all.
+        shards: total number of shards.
+        images: total number of images.
         records: of the shards that an earlier run finished.
     """
 
@@ -69,8 +69,8 @@ class Progress:
             logger.info("%s", self.line())
 
     def advance(self, images: int) -> None:
-        """``images`` more were computed."""
-        # A shard that is tried again counts its images again: never show more than there are.
+        """Record that ``images`` more images were computed."""
+        # A retried shard counts its images again: never show more than the total.
         images = min(images, self._images - self._images_done)
         self._images_done += images
         if self._bar is not None:
@@ -79,10 +79,10 @@ class Progress:
             logger.info("%s", self.line())
 
     def shard_done(self, record: LedgerRecord) -> None:
-        """A shard was committed."""
+        """Record that a shard was committed."""
         self._shards_done += 1
         self._images_committed += record.rows_ok + record.rows_failed
-        # Images are counted now and then, shards as they end: do not fall behind what is written.
+        # Images are counted periodically, shards when they end: catch up with the committed images.
         self.advance(max(0, self._images_committed - self._images_done))
         self._failed += record.rows_failed
         self._nbytes += record.nbytes
@@ -90,7 +90,7 @@ class Progress:
             self._bar.set_postfix_str(self._rest())
 
     def line(self) -> str:
-        """Where the job stands, in a line."""
+        """Progress of the job as one line."""
         elapsed = time.monotonic() - self._started
         rate = (self._images_done - self._images_before) / max(elapsed, 1e-9)
         left = (self._images - self._images_done) / rate if rate else float("inf")
@@ -105,7 +105,7 @@ class Progress:
 
 
 class _Every:
-    """Whether so many seconds have passed since it was last due, or was made."""
+    """Timer: due once ``seconds`` have passed since it was last due, or since its creation."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._last = seconds, time.monotonic()

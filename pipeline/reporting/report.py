@@ -1,4 +1,4 @@
-"""What a job says at its end: what was made, what could not be, and where the time went."""
+"""The report at the end of a job: what was written, what failed, and where the time went."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ class Report:
     """The outcome of a job.
 
     Attributes:
-        store: its URI.
-        shards: that the store has in all.
-        own: those that were this job's to make.
-        records: of all shards that are done, by this job or before.
-        made: numbers of the shards that this job made.
+        store: URI of the store.
+        shards: total number of shards in the store.
+        own: shards assigned to this job.
+        records: of all finished shards, by this job or earlier ones.
+        made: numbers of the shards that this job wrote.
         given_up: shard -> reason.
-        explained_variance: share kept by PCA.
+        explained_variance: share kept by PCA, 0 … 1.
         seconds: wall time of this job.
-        making_seconds: of that, the making of shards: without start, PCA and setup.
+        making_seconds: the part of it spent on shards, without startup, PCA and setup.
         keys: of all rows of the store.
-        max_failed_share: of the rows, 0 … 1, that may fail.
+        max_failed_share: share of the rows that may fail, 0 … 1.
     """
 
     store: str
@@ -65,17 +65,17 @@ class Report:
 
     @property
     def too_many_failed(self) -> bool:
-        """Whether more rows failed than may."""
+        """Whether more rows failed than allowed."""
         return self.failed_share > self.max_failed_share
 
     def describe(self) -> str:
-        """The report for a person."""
+        """The report as text."""
         nbytes = sum(record.nbytes for record in self.records)
         lines = [
             f"store       {self.store}: {len(self.records):,} of {self.shards:,} shards done"
             + (f", {len(self.made):,} by this job in {self.seconds:.1f} s" if self.made else ", none by this job"),
             f"rows        {self.rows_ok:,} with features, {self.rows_failed:,} failed",
-            f"bytes       {nbytes / 1e6:,.1f} MB, {nbytes / 1e6 / max(self.rows_ok, 1):.2f} MB an image",
+            f"bytes       {nbytes / 1e6:,.1f} MB, {nbytes / 1e6 / max(self.rows_ok, 1):.2f} MB per image",
         ]
         if self.explained_variance is not None:
             lines.append(f"variance    {100 * self.explained_variance:.1f} % explained")
@@ -83,14 +83,14 @@ class Report:
         lines += [f"given up    shard {shard}: {reason}" for shard, reason in sorted(self.given_up.items())]
         done = {record.shard for record in self.records}
         if missing := len(set(self.own) - done):
-            lines.append(f"not done    {missing:,} shards: run the same command with --resume to make them")
+            lines.append(f"not done    {missing:,} shards: run the same command with --resume to compute them")
         if others := len(set(range(self.shards)) - set(self.own) - done):
-            lines.append(f"not done    {others:,} shards that were not this job's (--shards)")
+            lines.append(f"not done    {others:,} shards not assigned to this job (--shards)")
         return "\n".join(lines)
 
     @property
     def images_per_second(self) -> float:
-        """Rows of this job's shards by the time their making took; 0 if it made none."""
+        """Rows of this job's shards divided by ``making_seconds``; 0 if it wrote none."""
         images = sum(record.rows_ok + record.rows_failed for record in self._own_records)
         return images / self.making_seconds if images else 0.0
 
@@ -122,7 +122,7 @@ class Report:
         ]
 
     def _failures(self) -> list[str]:
-        """Failed rows by reason, the first few of each by key."""
+        """Failed rows by reason, with the keys of the first few of each."""
         lines = []
         failed = self._failed_rows()
         for status, count in sorted(
@@ -137,7 +137,7 @@ class Report:
         if self.too_many_failed:
             lines.append(
                 f"            {100 * self.failed_share:.3g} % of the rows failed, more than --max-failed-share "
-                f"{self.max_failed_share:g} allows: the exit code is 1. Give a greater share to accept that"
+                f"{self.max_failed_share:g} allows: the exit code is 1. Set a greater share to accept this"
             )
         clipped = sum(record.clipped for record in self.records)
         return [*lines, f"clipped     {clipped:,} values beyond the int8 range"] if clipped else lines

@@ -1,4 +1,4 @@
-"""Where the time goes: busy seconds by stage of the pipeline."""
+"""Busy seconds by stage of the pipeline."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class StageSeconds:
-    """Busy seconds by stage, added up from any thread."""
+    """Busy seconds by stage, summed over threads. Thread-safe."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -16,7 +16,7 @@ class StageSeconds:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the time inside the block for the stage."""
+        """Add the time spent in the block to the stage."""
         start = time.perf_counter()
         try:
             yield
@@ -25,6 +25,6 @@ class StageSeconds:
                 self._seconds[name] += time.perf_counter() - start
 
     def total(self) -> dict[str, float]:
-        """Seconds by stage, in milliseconds' precision."""
+        """Seconds by stage, rounded to milliseconds."""
         with self._lock:
             return {name: round(seconds, 3) for name, seconds in self._seconds.items()}

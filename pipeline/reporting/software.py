@@ -1,4 +1,4 @@
-"""Which software makes something: for the attributes of a store and the metadata of trained weights."""
+"""Software versions, for the attributes of a store and the metadata of trained weights."""
 
 import importlib.metadata
 import platform
@@ -11,17 +11,17 @@ _SOFTWARE = ("densefeat", "torch", "timm", "numpy", "pillow", "zarr", "numba", "
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on, by name."""
+    """Versions of Python and of the packages that affect results, by name."""
     return {"python": platform.python_version(), **{name: _version(name) for name in _SOFTWARE}}
 
 
 def commit() -> str:
-    """The commit of this checkout, with ``+changes`` if files differ from it; ``unknown`` where git cannot tell."""
+    """The commit of this checkout, with ``+changes`` if tracked files differ; ``unknown`` if git cannot tell."""
     try:
         head = _git("rev-parse", "HEAD")
         return f"{head}+changes" if _git("status", "--porcelain", "--untracked-files=no") else head
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"  # shipped to a cluster without .git
+        return "unknown"  # e.g. copied to a cluster without .git
 
 
 def _git(*arguments: str) -> str:
@@ -33,4 +33,4 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"  # densefeat itself, where the job's checkout is shipped and not installed
+        return "not installed"  # densefeat itself, if the checkout is copied to the node and not installed

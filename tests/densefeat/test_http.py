@@ -62,7 +62,7 @@ def test_a_server_without_ranges_is_told_of_once(known: KnownStore, caplog: pyte
         store = FeatureStore(server.uri)
         for row in GOOD_ROWS:
             store.read(row)
-    assert [record.message for record in caplog.records if "has no range requests" in record.message] == [
+    assert [record.message for record in caplog.records if "does not support range requests" in record.message] == [
         caplog.records[0].message
     ]
 

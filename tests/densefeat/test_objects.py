@@ -170,7 +170,7 @@ def test_a_disk_that_fails_for_a_moment(tmp_path: Path, monkeypatch: pytest.Monk
     ("method", "within", "fault", "words"),
     [
         ("PUT", "", "403", "cannot create an object"),
-        ("PUT", "", "drop-If-None-Match", "cannot keep two jobs from creating the same object"),
+        ("PUT", "", "drop-If-None-Match", "cannot prevent two jobs from creating the same object"),
         ("GET", "/_check/", "403", "cannot "),
         ("GET", "/_check/", "drop-Range", "cannot read a part"),
         ("GET", "list-type=2", "403", "cannot list objects"),

@@ -105,11 +105,12 @@ def test_uris(here: Path, text: str, place: str, folder: str | None, name: str) 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "names no place"), ("  ", "names no place"), ("file://", "names no path"), ("a\0b", "null character"),
+        ("", "is not a path or URI"), ("  ", "is not a path or URI"), ("file://", "has no path"),
+        ("a\0b", "null character"),
         ("s3://", "names no bucket"), ("s3:///", "names no bucket"), ("gs:////", "names no bucket"),
-        ("s3://b/..", "leads out"), ("s3://b/a/../../c", "leads out"), ("s3:/b/x", r"write s3://b/x \(as a str"),
-        ("GS:/b", "GS://b"), (Path("s3://b/x"), "pathlib.Path drops a slash"), (" s3://b/x", "begins with a blank"),
-        ("\ts3://b", "begins with a blank"), ("zip://a.jpg::", "does not say in what"),
+        ("s3://b/..", "leads above"), ("s3://b/a/../../c", "leads above"), ("s3:/b/x", r"write s3://b/x \(as a str"),
+        ("GS:/b", "GS://b"), (Path("s3://b/x"), "pathlib.Path drops a slash"), (" s3://b/x", "begins with whitespace"),
+        ("\ts3://b", "begins with whitespace"), ("zip://a.jpg::", "is incomplete"),
     ],
 )  # fmt: skip
 def test_slips_are_refused(here: Path, text: str | Path, words: str) -> None:

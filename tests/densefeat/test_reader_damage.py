@@ -216,7 +216,7 @@ def test_arrays_that_are_not_there_or_not_small(known: KnownStore) -> None:
     store = FeatureStore(known.uri)
     with pytest.raises(StoreError, match=r"the array nothing is missing"):
         store.array("nothing")
-    with pytest.raises(StoreError, match="one chunk is expected"):
+    with pytest.raises(StoreError, match="expected an array of one chunk"):
         store.array("features")
 
 

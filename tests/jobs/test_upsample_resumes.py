@@ -63,7 +63,7 @@ def test_a_shard_that_fails_is_given_up_by_this_run_and_made_by_the_next(
         patch.setattr(ShardWorker, "make_shard", failing)
         assert upsample(job) == 1
     assert f"given up    shard 2: tried 1 times; the last time: {reason}" in caplog.text
-    assert "not done    1 shards: run the same command with --resume to make them" in caplog.text
+    assert "not done    1 shards: run the same command with --resume to compute them" in caplog.text
     assert upsample(replace(job, resume=True)) == 0
     assert set(FeatureStore(job.store).index["status"].to_pylist()) == {"ok"}
 

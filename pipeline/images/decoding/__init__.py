@@ -1,1 +1,1 @@
-"""From the bytes of an image to pixels, placed on the grid of the features. Imports no other room of images."""
+"""Decode image bytes to pixels on the target geometry. Imports no other subpackage of ``pipeline.images``."""

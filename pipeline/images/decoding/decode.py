@@ -1,4 +1,4 @@
-"""Bytes -> uint8 RGB on the target geometry: bounded in memory, and safe with any bytes."""
+"""Decode bytes to uint8 RGB on the target geometry; memory is bounded and any input bytes are safe."""
 
 import math
 import warnings
@@ -16,9 +16,9 @@ from schemas.configuration import MAX_PIXELS, MIN_SIDE, Fit
 
 __all__ = ["Decoded", "Geometry", "decode"]
 
-# ImageNet's mean colour: what a normalised network sees as zero.
+# ImageNet's mean colour, which normalisation maps to zero.
 _PAD_RGB = (124, 116, 104)
-# EXIF orientation (TIFF 6.0, tag 274) -> what turns the stored image into the displayed one.
+# EXIF orientation (TIFF 6.0, tag 274) -> the transpose from the stored to the displayed image.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -29,19 +29,20 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow warns of odd metadata in files that it goes on to decode. Silenced once here, because
-# warnings.catch_warnings around each image is not thread-safe.
+# Pillow warns about odd metadata in files that it can decode. Silenced once here, because warnings.catch_warnings
+# around each image is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Which part of an image is used, at which size, and on which grid its features lie.
+    """Which part of an image is used, at which size, and the grid of its features.
 
     Attributes:
-        size: (height, width) in pixels of what the network sees.
-        fit: how an image comes to that size. ``crop``: scaled until it covers it, the centre is kept; ``pad``: scaled
-            until it fits, put at the top left, the rest ImageNet's mean colour; ``squash``: each axis on its own.
+        size: (height, width) in pixels of the network's input.
+        fit: how an image is brought to that size. ``crop``: scale to cover it and keep the centre; ``pad``: scale to
+            fit, place at the top left, fill the rest with ImageNet's mean colour; ``squash``: scale each axis on its
+            own.
         output_size: (height, width) in pixels of the stored features, which cover the same area as ``size``.
 
     Raises:
@@ -62,16 +63,16 @@ class Geometry:
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """One image on the target geometry, and where it lies there.
+    """One image on the target geometry, and its position there.
 
     Attributes:
         pixels: uint8 RGB, [3, H, W] with (H, W) = ``Geometry.size``, C-contiguous.
         height: of the original in pixels, as displayed (after EXIF orientation).
-        width: likewise.
-        affine: (a, b, c, d, e, f): from displayed original pixels (x, y) to the grid of the stored features,
+        width: of the original in pixels, as displayed.
+        affine: (a, b, c, d, e, f): map from displayed original pixels (x, y) to the grid of the stored features,
             x_f = a·x + b·y + c and y_f = d·x + e·y + f. Coordinates are continuous: pixel i covers [i, i + 1), and the
             corner of the image is (0, 0).
-        valid_box: (y0, x0, y1, x1), half open, in stored-feature pixels: those whose centre lies on the image, not on
+        valid_box: (y0, x0, y1, x1), half open: the stored-feature pixels whose centre lies on the image, not on
             padding. Never empty.
     """
 
@@ -86,27 +87,26 @@ def decode(data: bytes, geometry: Geometry, *, max_pixels: int = MAX_PIXELS, min
     """Decode one image and bring it to ``geometry`` with a single bicubic, antialiased resampling.
 
     Crop and scale are one call of Pillow's ``resize(box=...)`` with a fractional box, so ``affine`` describes the
-    pixels exactly. ``pad`` rounds the scaled sides to whole pixels; the affine map has the scale of each axis after
-    that. Samples of d bits become value * 255 / (2^d - 1), rounded; where 16-bit RGB is not exact, ``open_png`` says by
-    how much. Transparency is composited over white, of an animation the first frame is taken (of an animated PNG the
-    image that viewers without animation show), CMYK is converted without a colour profile (profiles are ignored
-    throughout), and EXIF orientation is applied. Metadata that cannot be parsed counts as none, as it does in image
-    viewers. Safe to call from many threads.
+    pixels exactly. ``pad`` rounds the scaled sides to whole pixels; the affine map holds the scale of each axis after
+    rounding. Samples of d bits become value * 255 / (2^d - 1), rounded; see ``open_png`` for the error of 16-bit RGB.
+    Transparency is composited over white. The first frame of an animation is used; for an animated PNG, the image that
+    viewers without animation show. CMYK is converted without a colour profile (profiles are ignored throughout), and
+    EXIF orientation is applied. Metadata that cannot be parsed is ignored, as in image viewers. Thread-safe.
 
     Args:
         data: a whole JPEG (MPO), PNG, WebP, GIF, BMP, TIFF, PPM/PGM/PBM, JPEG 2000 or AVIF file.
         geometry: the target.
-        max_pixels: images with more are refused from their header, before memory is taken for them.
+        max_pixels: images with more pixels are refused by their header, before memory is allocated.
         min_side: images with a shorter side, in pixels, are refused.
 
     Returns:
-        The pixels and where they come from.
+        The pixels and their position in the original.
 
     Raises:
         ImageError: ``corrupt`` (empty, truncated or damaged), ``unsupported`` (another format, or pixels without
             defined colours: signed, float, 32-bit, L*a*b* ...), ``too_large``, or ``too_small`` (also: so narrow that
-            ``pad`` leaves no feature pixel on it). Nothing else is raised, whatever the bytes.
-        MemoryError: the machine has no memory left, which says nothing about the image.
+            ``pad`` leaves no feature pixel on it). Nothing else is raised for any bytes.
+        MemoryError: the machine is out of memory, which says nothing about the image.
     """
     try:
         source = _load(data, geometry, max_pixels=max_pixels, min_side=min_side)
@@ -114,13 +114,13 @@ def decode(data: bytes, geometry: Geometry, *, max_pixels: int = MAX_PIXELS, min
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_large", f"Refused by Pillow: {error}") from error
-    except Exception as error:  # Pillow's plugins raise what comes: SyntaxError, struct.error, KeyError, zlib.error ...
+    except Exception as error:  # Pillow's plugins raise SyntaxError, struct.error, KeyError, zlib.error ...
         raise ImageError("corrupt", f"Cannot be decoded: {type(error).__name__}: {error}") from error
     return _resample(source, geometry)
 
 
 class _Source(NamedTuple):
-    """A decoded image as stored (not yet turned), perhaps at a reduced scale."""
+    """A decoded image as stored (EXIF orientation not applied), possibly at a reduced scale."""
 
     image: Image.Image  # RGB
     reduced: int  # one pixel of `image` covers reduced x reduced pixels of the file
@@ -130,7 +130,7 @@ class _Source(NamedTuple):
 
 
 class _Placement(NamedTuple):
-    """Which box of the displayed original fills which top-left part of the target."""
+    """The box of the displayed original, and the top-left part of the target that it fills."""
 
     box: tuple[float, float, float, float]  # x0, y0, x1, y1 in displayed original pixels
     content: tuple[int, int]  # height, width in target pixels
@@ -171,10 +171,9 @@ def _check_size(size: tuple[int, int], *, max_pixels: int, min_side: int) -> Non
 
 
 def _draft(stored: Stored, geometry: Geometry) -> int:
-    """Let libjpeg decode at 1/2, 1/4 or 1/8, which is where most of the time goes; return that divisor.
+    """Make libjpeg decode at 1/2, 1/4 or 1/8, since decoding takes most of the time; return the divisor.
 
-    Only while at least twice the needed resolution is left: then the antialiased resize, not the DCT, still decides
-    how the result looks.
+    At least twice the needed resolution is kept, so that the antialiased resize, not the DCT, determines the result.
     """
     if stored.jpeg is None:
         return 1
@@ -198,7 +197,7 @@ def _resample(source: _Source, geometry: Geometry) -> Decoded:
     x0, y0, x1, y1 = (edge / source.reduced for edge in placement.box)
     if source.orientation >= 5:
         size, (x0, y0, x1, y1) = size[::-1], (y0, x0, y1, x1)
-    # The box is centred or whole, so mirroring leaves it in place: the few target pixels are turned, not the many
+    # The box is centred or whole, so mirroring does not move it: transpose the few target pixels, not the many
     # original ones.
     image = source.image.resize(size, Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
     if source.orientation in _TURNS:
@@ -219,12 +218,12 @@ def _affine(geometry: Geometry, placement: _Placement) -> tuple[float, float, fl
 def _valid_box(geometry: Geometry, placement: _Placement) -> tuple[int, int, int, int]:
     sides = []
     for content, size, output in zip(placement.content, geometry.size, geometry.output_size, strict=True):
-        # Centres i + 1/2 below content * output / size, in whole numbers: rounding must not move a border.
+        # Count the centres i + 1/2 below content * output / size, in integers: rounding must not move a border.
         sides.append(-((size - 2 * content * output) // (2 * size)))
     if min(sides) < 1:
         raise ImageError(
             "too_small",
-            f"So narrow that it fills {placement.content} (height, width) of {geometry.size} pixels, and no pixel of "
-            f"the {geometry.output_size} features.",
+            f"Too narrow: it fills {placement.content} (height, width) of {geometry.size} pixels, but no pixel of the "
+            f"{geometry.output_size} features.",
         )
     return (0, 0, sides[0], sides[1])

@@ -1,4 +1,4 @@
-"""Which format bytes are of, and how a file of it is opened."""
+"""Detect the format of image bytes, and open files of each format."""
 
 import io
 import re
@@ -16,20 +16,20 @@ from pipeline.images.decoding.tiff import open_tiff
 
 __all__ = ["open_stored"]
 
-# What may be opened, most frequent first. Pillow knows more, but some of it runs programs (EPS starts Ghostscript).
+# Supported formats, most frequent first. Pillow has more, but some run external programs (EPS starts Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-# Registers the formats now: doing so at the first image would race between threads.
+# Register the formats now: at the first image, threads would race.
 Image.init()
 
 
 def open_stored(data: bytes) -> Stored:
     """Read the header of an image file.
 
-    Not by Image.open: that checks the size against a global, and warns where we accept.
+    Does not use ``Image.open``, which checks the size against a global and warns about images accepted here.
 
     Raises:
         ImageError: ``corrupt`` or ``unsupported``.
-        Exception: whatever Pillow raises for a damaged header.
+        Exception: any error that Pillow raises for a damaged header.
     """
     if not data:
         raise ImageError("corrupt", "The file is empty (0 bytes).")
@@ -60,7 +60,7 @@ def _open_webp(data: bytes) -> Stored:
 
 
 def _open_gif(data: bytes) -> Stored:
-    """Of an animation the first frame. What it does not cover of the image is transparent, as viewers show it."""
+    """Open the first frame of a GIF. Parts of the image outside the frame are transparent, as in viewers."""
     image = _opened("GIF", data)
     frame = image.tile[0].extents
 
@@ -80,7 +80,7 @@ def _open_avif(data: bytes) -> Stored:
     try:
         image = _opened("AVIF", data)
     except Exception:
-        # Pillow parses EXIF while it opens. As an item of no known type, broken EXIF costs nothing.
+        # Pillow parses EXIF when it opens a file. Renaming the item to an unknown type makes it skip broken EXIF.
         hidden = re.sub(rb"(infe.{8,10})Exif", rb"\1none", data, flags=re.DOTALL)
         if hidden == data:
             raise
@@ -89,7 +89,7 @@ def _open_avif(data: bytes) -> Stored:
 
 
 def _open_jpeg2000(data: bytes) -> Stored:
-    """Pillow shifts components to 8 or 16 bits, which is right where the shift is small beside the range."""
+    """Open JPEG 2000. Pillow shifts components to 8 or 16 bits, accurate only if the shift is small for the range."""
     at = data.find(b"\xff\x4f\xff\x51")  # start of the codestream, and its size segment
     channels = int.from_bytes(data[at + 40 : at + 42], "big") if at >= 0 else 0
     depths = {(component & 127) + 1 for component in data[at + 42 : at + 42 + 3 * channels : 3]}
@@ -97,14 +97,14 @@ def _open_jpeg2000(data: bytes) -> Stored:
     if signed or len(depths) > 1 or not depths <= set(range(8, 17)):
         raise ImageError(
             "unsupported",
-            f"Got JPEG 2000 with {' and '.join(map(str, sorted(depths)))} {'signed ' if signed else ''}bits a sample, "
-            "expected the same of 8 to 16, unsigned, for all.",
+            f"Got JPEG 2000 with {' and '.join(map(str, sorted(depths)))} {'signed ' if signed else ''}bits per "
+            "sample, expected one unsigned depth of 8 to 16 bits for all channels.",
         )
     return _stored(_opened("JPEG2000", data))
 
 
 def _open_pnm(data: bytes) -> Stored:
-    """PGM and PPM with an odd maximum: Pillow's decoder takes them one pixel at a time, and rounds twice."""
+    """Open PNM. Pillow decodes PGM and PPM with an odd maximum pixel by pixel and rounds twice, so decode them here."""
     image = _opened("PPM", data)
     tile = image.tile[0]
     if tile.codec_name != "ppm" or not isinstance(tile.args, tuple):
@@ -116,7 +116,7 @@ def _open_pnm(data: bytes) -> Stored:
         dtype = np.dtype(">u2" if maximum > 255 else "u1")
         samples: Samples = np.frombuffer(data, dtype, shape[0] * shape[1] * shape[2], offset).reshape(shape)
         if samples.max() > maximum:
-            raise ImageError("corrupt", f"Got a sample of {samples.max()}, expected 0..{maximum} as the header says.")
+            raise ImageError("corrupt", f"Got a sample of {samples.max()}, expected 0..{maximum} as in the header.")
         return _image(to_8_bits(samples, maximum))
 
     return _stored(image, load)
@@ -128,9 +128,9 @@ def _image(pixels: Samples) -> Image.Image:
 
 
 def _open_bmp(data: bytes) -> Stored:
-    """Pillow drops a palette of grays and then takes pixels for as many bits as the number of grays suggests."""
+    """Open BMP. Pillow drops a palette of grays, then infers the bits per pixel from the number of grays."""
     image = _opened("BMP", data)
-    core = int.from_bytes(data[14:18], "little") == 12  # OS/2's header has shorter sides, and no number of colours
+    core = int.from_bytes(data[14:18], "little") == 12  # OS/2 header: 16-bit sides, no number of colours
     bits = int.from_bytes(data[24:26] if core else data[28:30], "little")
     colours = (0 if core else int.from_bytes(data[46:50], "little")) or 1 << bits
     tile = image.tile[0]
@@ -141,7 +141,7 @@ def _open_bmp(data: bytes) -> Stored:
     height, width = image.height, image.width
     stride = (width * bits + 31) // 32 * 4
     offset, top_down = tile.offset, tile.args[-1] == 1
-    table = np.zeros(256, np.uint8)  # an index without a colour is black
+    table = np.zeros(256, np.uint8)  # indices without a colour are black
     table[:colours] = (0, 255)[:colours] if image.mode == "1" else np.arange(min(colours, 256))
 
     def load() -> Image.Image:

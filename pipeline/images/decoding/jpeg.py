@@ -1,4 +1,4 @@
-"""JPEG: Pillow's decoder, whatever the metadata around the pixels is worth."""
+"""JPEG: Pillow's decoder, made tolerant of damaged metadata."""
 
 import io
 import struct
@@ -20,13 +20,13 @@ _EXIF = b"Exif\0\0"
 
 
 def open_jpeg(data: bytes) -> Stored:
-    """Read the header of a JPEG; of an MPO, that of its first image.
+    """Read the header of a JPEG, or of the first image of an MPO.
 
-    Metadata that Pillow cannot parse (a profile cut short, say) is left out and the file read again.
+    If Pillow cannot parse the metadata (e.g. a truncated profile), the file is read again without it.
 
     Raises:
-        ImageError: ``unsupported``: not 8 bits a sample, or not 1, 3 or 4 channels.
-        Exception: what Pillow raises for a damaged header.
+        ImageError: ``unsupported``: not 8 bits per sample, or not 1, 3 or 4 channels.
+        Exception: any error that Pillow raises for a damaged header.
     """
     try:
         image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))  # not its factory, which reads an MPO's index too
@@ -45,11 +45,11 @@ def open_jpeg(data: bytes) -> Stored:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of the segments before the first scan; the last is that scan and all that follows."""
+    """Yield (marker, start, end) of the segments before the first scan; the last one is the scan and the rest."""
     at = 2
     while (at := data.find(b"\xff", at)) >= 0 and at + 1 < len(data):
         marker = data[at + 1]
-        if marker in (0x00, 0xFF, *_BARE):  # an escaped 255, a fill byte, or nothing inside
+        if marker in (0x00, 0xFF, *_BARE):  # an escaped 255, a fill byte, or a marker without a body
             at += 1 if marker == 0xFF else 2
             continue
         if marker == _SCAN or at + 4 > len(data):
@@ -67,18 +67,18 @@ def _check_frame(data: bytes) -> None:
             if bits != 8 or channels not in (1, 3, 4):
                 raise ImageError(
                     "unsupported",
-                    f"Got a JPEG of {bits} bits a sample and {channels} channels, expected 8 bits and 1, 3 or 4.",
+                    f"Got a JPEG of {bits} bits per sample and {channels} channels, expected 8 bits and 1, 3 or 4.",
                 )
 
 
 def _without_metadata(data: bytes) -> tuple[bytes, bytes]:
-    """A copy with only what decides pixels, and the EXIF apart (empty if there is none)."""
+    """Return a copy with only the segments that affect pixels, and the EXIF data (empty if there is none)."""
     kept, exif = [data[:2]], b""
     for marker, start, end in _segments(data):
         body = data[start + 4 : end]
         if marker == _EXIF_SEGMENT and body.startswith(_EXIF):
             exif = exif or body.removeprefix(_EXIF)
-        # libjpeg learns the colour space from JFIF's and Adobe's segments, if they are whole.
+        # libjpeg takes the colour space from the JFIF and Adobe segments, if they are complete.
         colour = (marker == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 14) or (
             marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12
         )

@@ -1,4 +1,4 @@
-"""PNG: the chunks that decide pixels go to Pillow, the others cannot cost an image."""
+"""PNG: only the chunks that affect pixels are passed to Pillow, so a damaged other chunk cannot fail an image."""
 
 import io
 import struct
@@ -16,14 +16,14 @@ __all__ = ["open_png"]
 
 _SIGNATURE = 8  # bytes
 _GRAY, _RGB, _PALETTE, _GRAY_ALPHA, _RGBA = 0, 2, 3, 4, 6
-# PNG 3, table 12: which depths a colour type has.
+# PNG 3, table 12: the depths allowed for each colour type.
 _DEPTHS = {_GRAY: (1, 2, 4, 8, 16), _RGB: (8, 16), _PALETTE: (1, 2, 4, 8), _GRAY_ALPHA: (8, 16), _RGBA: (8, 16)}
 _CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
-_MAX_EXIF = 1 << 20  # bytes: an orientation stands in far less
+_MAX_EXIF = 1 << 20  # bytes; an orientation needs far less
 
 
 class _Parts(NamedTuple):
-    """What of a file decides its pixels."""
+    """The parts of a file that affect its pixels."""
 
     data: bytes  # signature and critical chunks
     header: tuple[int, int, int, int, int, int, int]  # width, height, depth, colour type, three methods
@@ -35,13 +35,13 @@ class _Parts(NamedTuple):
 def open_png(data: bytes) -> Stored:
     """Read the header of a PNG.
 
-    Pillow gets the critical chunks alone. Ancillary ones (profiles, text, times, later frames of an animation, private
-    ones) are passed over without being unpacked, whatever they hold; of them, tRNS and eXIf count if they are sound.
-    Of 16 bits Pillow keeps the high byte, except of gray: within 1 of the exact value, with alpha within 2.
+    Pillow receives only the critical chunks. Ancillary ones (profiles, text, timestamps, later frames of an animation,
+    private ones) are skipped without being unpacked; of them, only tRNS and EXIF are used, if their CRC matches. Pillow
+    keeps the high byte of 16-bit samples, except gray: within 1 of the exact value, or within 2 with alpha.
 
     Raises:
-        ImageError: ``corrupt``: a critical chunk is damaged, missing, or against the specification; ``unsupported``:
-            there is a critical chunk that the specification does not know.
+        ImageError: ``corrupt``: a critical chunk is damaged, missing, or violates the specification; ``unsupported``:
+            a critical chunk is not in the specification.
     """
     parts = _read_chunks(data)
     width, height, *_ = parts.header
@@ -50,7 +50,7 @@ def open_png(data: bytes) -> Stored:
 
 def _read_chunks(data: bytes) -> _Parts:
     view = memoryview(data)
-    kept = [[0, _SIGNATURE]]  # from, to: runs of critical chunks
+    kept = [[0, _SIGNATURE]]  # [start, end] of runs of critical chunks
     header, palette, transparency, exif = b"", b"", b"", b""
     has_pixels = False
     at = _SIGNATURE
@@ -58,7 +58,7 @@ def _read_chunks(data: bytes) -> _Parts:
         length, name = struct.unpack_from(">I4s", data, at)
         end = at + 12 + length
         if not name.isalpha() or end > len(data):
-            if has_pixels and name != b"IDAT":  # cut off, or noise, behind what decides pixels
+            if has_pixels and name != b"IDAT":  # truncated, or garbage, after the pixels
                 break
             raise ImageError("corrupt", f"Got {len(data)} bytes; the PNG chunk {name!r} at {at} would end at {end}.")
         body = view[at + 8 : end - 4]
@@ -71,7 +71,7 @@ def _read_chunks(data: bytes) -> _Parts:
             if name == b"IEND":
                 break
             if (name == b"IHDR") == bool(header) or (name == b"PLTE" and palette):
-                raise ImageError("corrupt", f"The PNG chunk {name!r} at {at} is out of its place.")
+                raise ImageError("corrupt", f"The PNG chunk {name!r} at {at} is out of order.")
             if name == b"IHDR":
                 header = bytes(body)
             elif name == b"PLTE" and not has_pixels:
@@ -92,12 +92,12 @@ def _read_chunks(data: bytes) -> _Parts:
 
 
 def _raw_exif(name: bytes, text: bytes) -> bytes:
-    """EXIF as ImageMagick writes it into text: hexadecimal, below three lines. Empty if ``text`` is something else."""
+    """Decode EXIF as ImageMagick writes it to text: hexadecimal after three lines. Empty for any other ``text``."""
     keyword, _, value = text.partition(b"\0")
     if keyword != b"Raw profile type exif":
         return b""
     try:
-        if name == b"zTXt":  # a byte that says "deflate" comes first
+        if name == b"zTXt":  # the first byte is the compression method, deflate
             value = zlib.decompressobj().decompress(value[1:], 2 * _MAX_EXIF + 4096)
         return bytes.fromhex("".join(value.decode("latin-1").split("\n")[3:]))
     except (zlib.error, ValueError):
@@ -105,14 +105,14 @@ def _raw_exif(name: bytes, text: bytes) -> bytes:
 
 
 def _is_sound(chunk: memoryview) -> bool:
-    """Whether the CRC that ends ``chunk`` (from its name on) is that of its bytes."""
+    """Whether ``chunk`` (from its name to its CRC) matches the CRC at its end."""
     return zlib.crc32(chunk[:-4]) == int.from_bytes(chunk[-4:], "big")
 
 
 def _check_sum(chunk: memoryview) -> None:
-    """Pillow leaves IDAT unchecked, and stops before the checksum of the pixels: flipped bits would pass."""
+    """Check a CRC here: Pillow neither checks IDAT nor reads the pixels' checksum, so bit flips would pass."""
     if not _is_sound(chunk):
-        raise ImageError("corrupt", f"The checksum of the PNG chunk {bytes(chunk[:4])!r} is not that of its bytes.")
+        raise ImageError("corrupt", f"The checksum of the PNG chunk {bytes(chunk[:4])!r} does not match its bytes.")
 
 
 def _check_header(header: bytes, palette: bytes, *, has_pixels: bool) -> tuple[int, int, int, int, int, int, int]:
@@ -121,9 +121,9 @@ def _check_header(header: bytes, palette: bytes, *, has_pixels: bool) -> tuple[i
     fields = struct.unpack(">IIBBBBB", header)
     _, _, depth, colour, compression, filtering, interlace = fields
     if depth not in _DEPTHS.get(colour, ()) or compression or filtering or interlace > 1:
-        raise ImageError("corrupt", f"Got the PNG header {header!r}, which is against the specification.")
+        raise ImageError("corrupt", f"Got the PNG header {header!r}, which violates the specification.")
     if colour == _PALETTE and (not palette or len(palette) % 3 or len(palette) > 768):
-        raise ImageError("corrupt", f"Got a PNG palette of {len(palette)} bytes, expected 3 to 768, by threes.")
+        raise ImageError("corrupt", f"Got a PNG palette of {len(palette)} bytes, expected a multiple of 3, 3 to 768.")
     return fields
 
 
@@ -150,16 +150,16 @@ def _load(parts: _Parts) -> Image.Image:
 
 
 def _transparent_samples(transparency: bytes, depth: int, channels: int) -> tuple[int, ...]:
-    """The samples of the one transparent colour; none if there is none. Bits above ``depth`` do not count."""
+    """Samples of the transparent colour; empty if there is none. Bits above ``depth`` are ignored."""
     if len(transparency) != 2 * channels:
         return ()
     return tuple(value & ((1 << depth) - 1) for value in struct.unpack(f">{channels}H", transparency))
 
 
 def _without_key16(image: Image.Image, data: bytes, key: tuple[int, ...]) -> Image.Image:
-    """16-bit RGB with the colour ``key`` white. Pillow keeps high bytes only, so the low ones are decoded besides."""
+    """Make the colour ``key`` of 16-bit RGB white. Pillow keeps only high bytes, so the low ones are decoded too."""
     other = _open(data)
-    other.tile = [tile._replace(args="RGB;16L") for tile in other.tile]  # taken for little-endian: the other byte
+    other.tile = [tile._replace(args="RGB;16L") for tile in other.tile]  # little-endian: yields the low byte
     high, low = np.array(image), np.asarray(other)
     wanted = np.array(key, np.uint16)
     transparent = np.logical_and((high == wanted >> 8).all(-1), (low == wanted & 255).all(-1))

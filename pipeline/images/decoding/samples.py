@@ -1,4 +1,4 @@
-"""Samples as files hold them -> uint8 RGB: what full scale is, and what is transparent."""
+"""Convert samples as stored in files to uint8 RGB: scaling and transparency."""
 
 import functools
 from typing import Any
@@ -22,19 +22,19 @@ def _table(maximum: int) -> NDArray[np.uint8]:
 
 
 def to_8_bits(samples: Samples, maximum: int) -> NDArray[np.uint8]:
-    """Samples in 0..maximum -> 0..255: ``value * 255 / maximum``, rounded. Of 16 bits that is ``value / 257``.
+    """Scale samples from 0..maximum to 0..255: ``value * 255 / maximum``, rounded (``value / 257`` for 16 bits).
 
     Args:
         samples: unsigned, any shape; none above ``maximum``.
-        maximum: what stands for full intensity, 1..65535.
+        maximum: value of full intensity, 1..65535.
     """
     if maximum == 255:
         return samples.astype(np.uint8, copy=False)
-    return np.take(_table(maximum), samples, mode="clip")  # "clip" has no pass over the data to check it
+    return np.take(_table(maximum), samples, mode="clip")  # "clip" needs no pass to check the data
 
 
 def unpack_bits(rows: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
-    """Samples of 1, 2 or 4 bits, the first in the highest bits: [rows, bytes] -> [rows, count]."""
+    """Unpack samples of 1, 2 or 4 bits, highest bits first: [rows, bytes] -> [rows, count]."""
     shifts = np.arange(8 - bits, -1, -bits, dtype=np.uint8)
     values = (rows[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
     return values.reshape(len(rows), -1)[:, :count]
@@ -53,13 +53,13 @@ def over_white(colour: NDArray[Any], alpha: NDArray[Any], *, premultiplied: bool
     """
     alpha = alpha[..., None]
     seen = colour if premultiplied else colour * alpha
-    # A premultiplied colour above its alpha is a writer's mistake; it must not wrap around.
+    # A premultiplied colour above its alpha is a bug of the writer; it must not wrap around.
     composited: NDArray[np.uint8] = np.rint(255 * np.minimum(seen + (1 - alpha), 1)).astype(np.uint8)
     return composited
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Bring any of Pillow's modes that has a defined range to RGB, transparency over white.
+    """Convert any Pillow mode with a defined range to RGB, compositing transparency over white.
 
     Raises:
         ImageError: ``unsupported``: float or 32-bit pixels, or a mode without a conversion.
@@ -81,7 +81,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def gray16_to_rgb(image: Image.Image, transparent: int | None = None) -> Image.Image:
-    """16-bit gray to RGB; ``transparent``, if given, is the one value that becomes white."""
+    """Convert 16-bit gray to RGB; pixels of the value ``transparent``, if given, become white."""
     samples = np.asarray(image)
     gray = to_8_bits(samples, 65535)
     if transparent is not None:

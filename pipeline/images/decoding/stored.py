@@ -1,4 +1,4 @@
-"""An image file whose header has been read, and whose pixels have not."""
+"""An image file whose header has been read but not its pixels."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,13 +9,13 @@ __all__ = ["Stored", "orientation_of"]
 
 
 class Stored(NamedTuple):
-    """What a format's module gives for the bytes of a file.
+    """An opened image file of any format.
 
     Attributes:
         size: (width, height) in pixels, as stored.
-        orientation: EXIF's: how the stored image is turned for display, 1..8.
-        load: decode the pixels: an RGB image of ``size`` (or as drafted), not turned.
-        jpeg: the file Pillow will load, where it can be drafted.
+        orientation: EXIF orientation, 1..8.
+        load: decodes the pixels to an RGB image of ``size`` (or as drafted), orientation not applied.
+        jpeg: the file that Pillow will load, if it can be drafted.
     """
 
     size: tuple[int, int]
@@ -25,7 +25,7 @@ class Stored(NamedTuple):
 
 
 def orientation_of(source: Image.Image | bytes) -> int:
-    """The orientation in the EXIF of an opened image, or in EXIF's bytes; 1 if there is none that can be read."""
+    """EXIF orientation of an opened image, or of EXIF bytes; 1 if it is missing or cannot be read."""
     try:
         if isinstance(source, bytes):
             exif = Image.Exif()
@@ -33,6 +33,6 @@ def orientation_of(source: Image.Image | bytes) -> int:
         else:
             exif = source.getexif()
         value = exif.get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged metadata around what may be a sound image
+    except Exception:  # damaged metadata; the image itself may be intact
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1

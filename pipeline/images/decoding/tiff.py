@@ -1,4 +1,4 @@
-"""TIFF: samples -> RGB. Pillow's modes carry only some of what TIFF holds, and take some of the rest for it."""
+"""TIFF: samples to RGB. Pillow's modes cover only a part of TIFF, and misread some of the rest."""
 
 import io
 import struct
@@ -15,18 +15,18 @@ from pipeline.images.decoding.tiff_tags import Tag
 
 __all__ = ["open_tiff"]
 
-_ROWS_BYTES = 1 << 22  # of samples converted at a time
+_ROWS_BYTES = 1 << 22  # samples converted at a time
 
 
 def open_tiff(data: bytes) -> Stored:
-    """Read the header of a TIFF; of several images the first.
+    """Read the header of the first image in a TIFF.
 
-    Unsigned samples of 1, 2, 4, 8, 12 and 16 bits: gray either way round, RGB, palette, CMYK and YCbCr, with or
-    without alpha, in strips, tiles or planes, in either byte and bit order, not compressed or by LZW, deflate,
-    PackBits, LZMA or Zstandard; besides what JPEG and fax hold. Everything else is refused.
+    Supported: unsigned samples of 1, 2, 4, 8, 12 and 16 bits; gray (black or white is zero), RGB, palette, CMYK and
+    YCbCr; with or without alpha; strips, tiles or planes; either byte and bit order; uncompressed, LZW, deflate,
+    PackBits, LZMA or Zstandard; also JPEG and fax. Everything else is refused.
 
     Raises:
-        ImageError: ``unsupported``, ``corrupt``: as ``read_header``.
+        ImageError: ``unsupported`` or ``corrupt``, see ``read_header``.
     """
     header = read_header(data)
     orientation = header.value(Tag.ORIENTATION, 1)
@@ -38,9 +38,9 @@ def open_tiff(data: bytes) -> Stored:
 
 
 def _by_pillow(data: bytes, header: Header) -> Image.Image:
-    """Pillow's decoder, on a directory of nothing but the tags in ``Tag``: others cannot cost the image.
+    """Decode with Pillow from a directory reduced to the tags in ``Tag``, so that others cannot fail the image.
 
-    The orientation is left out too, since Pillow would turn the image.
+    The orientation is dropped too, since Pillow would apply it.
     """
     order, big, _, records, start, size = header.directory
     kept = [record for tag, record in sorted(records.items()) if tag != Tag.ORIENTATION]
@@ -88,11 +88,11 @@ def _rgb(samples: Samples, header: Header, palette: NDArray[np.uint8]) -> NDArra
 
 
 def _palette(header: Header) -> NDArray[np.uint8]:
-    """uint8 [colours, 3], of no colours where there is no palette.
+    """Palette as uint8 [colours, 3]; no colours if there is no palette.
 
-    The high byte of 16 is exact both for writers that fill the low one and for those that do not.
+    The high byte of 16 bits is exact, whether or not the writer fills the low byte.
     """
     table = np.array(header.tags.get(Tag.COLOR_MAP, ()), np.uint16)
-    if table.max(initial=0) > 255:  # else written with 8 bits, against the specification and not rarely
+    if table.max(initial=0) > 255:  # otherwise written with 8 bits, a common violation of the specification
         table >>= 8
     return table.astype(np.uint8).reshape(3, len(table) // 3).T

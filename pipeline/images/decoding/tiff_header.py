@@ -1,4 +1,4 @@
-"""TIFF: which combinations of tags have a meaning here, and which are refused."""
+"""TIFF: which combinations of tags are supported, and which are refused."""
 
 from enum import IntEnum
 from typing import NamedTuple
@@ -12,7 +12,7 @@ _Values = dict[Tag, tuple[int, ...]]
 
 
 class Compression(IntEnum):
-    """How pixels may be packed: every value of the tag that can be read."""
+    """Supported values of the Compression tag."""
 
     NONE = 1
     FAX_RLE = 2
@@ -29,7 +29,7 @@ class Compression(IntEnum):
 
 
 class Photometric(IntEnum):
-    """What samples stand for: every value of the tag that can be read."""
+    """Supported values of the PhotometricInterpretation tag."""
 
     WHITE_IS_ZERO = 0
     BLACK_IS_ZERO = 1
@@ -40,14 +40,14 @@ class Photometric(IntEnum):
 
 
 class Alpha(IntEnum):
-    """Whether there is an alpha channel, and whether colours have been multiplied by it; values as in ExtraSamples."""
+    """Whether there is an alpha channel, and whether colours are premultiplied by it; values as in ExtraSamples."""
 
     NONE = 0
     ASSOCIATED = 1
     UNASSOCIATED = 2
 
 
-# How many channels the colour takes; those after it are "extra samples".
+# Number of colour channels; those after them are "extra samples".
 _COLOUR_CHANNELS = {
     Photometric.WHITE_IS_ZERO: 1,
     Photometric.BLACK_IS_ZERO: 1,
@@ -68,12 +68,12 @@ _FULL_RANGE = (0, 255, 128, 255, 128, 255)
 
 
 class Header(NamedTuple):
-    """The first image of a file, checked: its combination of tags has a meaning here.
+    """The checked header of the first image of a file: its combination of tags is supported.
 
     Attributes:
         directory: the tags.
-        bits: of each sample.
-        channels: samples of a pixel, extra ones included.
+        bits: per sample.
+        channels: samples per pixel, including extra ones.
     """
 
     directory: Directory
@@ -88,12 +88,12 @@ class Header(NamedTuple):
 
     @property
     def colour_channels(self) -> int:
-        """Samples that make the colour; an alpha channel is the one after them."""
+        """Number of colour channels; an alpha channel follows them."""
         return _COLOUR_CHANNELS[self.photometric]
 
     @property
     def is_image_codec(self) -> bool:
-        """Whether what is compressed are pixels (JPEG, fax), not bytes."""
+        """Whether the compression works on pixels (JPEG, fax) rather than bytes."""
         return self.compression in _IMAGE_CODECS
 
     @property
@@ -102,7 +102,7 @@ class Header(NamedTuple):
         return self.directory.values
 
     def value(self, tag: Tag, default: int) -> int:
-        """The first value of ``tag``."""
+        """The first value of ``tag``, or ``default`` if it is missing."""
         return self.tags.get(tag, (default,))[0]
 
 
@@ -111,8 +111,8 @@ def read_header(data: bytes) -> Header:
 
     Raises:
         ImageError: ``corrupt``: tags are missing or contradict each other; ``unsupported``: the combination of tags
-            has no defined colours, or none that can be decoded here.
-        Exception: of struct and numpy, where the directory points outside the file.
+            has no defined colours, or cannot be decoded here.
+        Exception: from struct or numpy, if the directory points outside the file.
     """
     directory = read_directory(data)
     tags = directory.values
@@ -151,7 +151,7 @@ def _compression(tags: _Values) -> Compression:
 
 def _photometric(tags: _Values) -> Photometric:
     if Tag.PHOTOMETRIC not in tags:
-        raise _refuse("no PhotometricInterpretation", "one: without it, black and white may be swapped")
+        raise _refuse("no PhotometricInterpretation", "one; without it, black and white may be swapped")
     value = tags[Tag.PHOTOMETRIC][0]
     if value not in _PHOTOMETRICS:
         name = _PHOTOMETRIC_NAMES.get(value, "unknown")
@@ -162,14 +162,14 @@ def _photometric(tags: _Values) -> Photometric:
 
 def _bits(tags: _Values, channels: int) -> int:
     if not 1 <= channels <= _MAX_CHANNELS:
-        raise _refuse(f"{channels} samples a pixel", f"1 to {_MAX_CHANNELS}")
+        raise _refuse(f"{channels} samples per pixel", f"1 to {_MAX_CHANNELS}")
     bits = tags.get(Tag.BITS, (1,))[:channels]
     formats = tags.get(Tag.SAMPLE_FORMAT, (1,))[:channels]
     if set(formats) != {1}:
         names = ", ".join(_SAMPLE_FORMATS.get(value, str(value)) for value in dict.fromkeys(formats))
-        raise _refuse(f"{bits[0]}-bit samples that are {names}", "unsigned ones: the range of others is not defined")
+        raise _refuse(f"{bits[0]}-bit samples that are {names}", "unsigned ones; the range of others is not defined")
     if len(set(bits)) != 1 or len(bits) not in (1, channels) or bits[0] not in _BITS:
-        raise _refuse(f"{bits} bits a sample", f"the same of {', '.join(map(str, _BITS))} for all {channels}")
+        raise _refuse(f"{bits} bits per sample", f"one of {', '.join(map(str, _BITS))}, equal for all {channels}")
     return bits[0]
 
 
@@ -177,19 +177,20 @@ def _alpha(tags: _Values, photometric: Photometric, channels: int) -> Alpha:
     colours = _COLOUR_CHANNELS[photometric]
     extra = tags.get(Tag.EXTRA_SAMPLES, ())
     if channels < colours:
-        raise ImageError("corrupt", f"Got a TIFF with {channels} samples a pixel, {photometric.name} has {colours}.")
+        raise ImageError("corrupt", f"Got a TIFF with {channels} samples per pixel; {photometric.name} has {colours}.")
     if not extra and channels == 4 and photometric == Photometric.RGB:
         return Alpha.UNASSOCIATED  # writers that leave the tag out mean RGBA
     if len(extra) != channels - colours:
         raise _refuse(
-            f"{channels} samples a pixel, {photometric.name} and {len(extra)} extra ones", "each to have a meaning"
+            f"{channels} samples per pixel, {photometric.name} and {len(extra)} extra samples",
+            "ExtraSamples for every further one",
         )
     alphas = [value for value in extra if value]
     if len(alphas) > 1 or (alphas and not extra[0]) or any(value not in _ALPHAS for value in alphas):
         raise _refuse(f"extra samples {extra}", "0 (ignored), or one alpha channel (1 or 2) right after the colour")
     alpha = Alpha(alphas[0]) if alphas else Alpha.NONE
     if alpha == Alpha.ASSOCIATED and photometric not in (Photometric.BLACK_IS_ZERO, Photometric.RGB):
-        raise _refuse(f"{photometric.name} multiplied by alpha", "that of BLACK_IS_ZERO or RGB alone")
+        raise _refuse(f"{photometric.name} premultiplied by alpha", "premultiplied BLACK_IS_ZERO or RGB only")
     return alpha
 
 
@@ -208,19 +209,19 @@ def _check_samples(header: Header) -> None:
         if header.bits != 8 or subsampling != (1, 1) or not _is_standard_ycbcr(tags):
             raise _refuse(
                 f"YCbCr of {header.bits} bits, subsampled {subsampling}",
-                "8 bits, not subsampled, full range and the standard's coefficients; or JPEG",
+                "8 bits, not subsampled, full range and the standard coefficients; or JPEG",
             )
 
 
 def _is_standard_ycbcr(tags: _Values) -> bool:
-    """Whether YCbCr is JFIF's: ITU-R BT.601, full range."""
+    """Whether YCbCr is as in JFIF: ITU-R BT.601, full range."""
     weights = tags.get(Tag.YCBCR_COEFFICIENTS, _BT601)
     range_ = tags.get(Tag.REFERENCE_BLACK_WHITE, _FULL_RANGE)
     return weights == _BT601 and range_ in (_FULL_RANGE, tuple(1000 * value for value in _FULL_RANGE))
 
 
 def _check_image_codec(header: Header) -> None:
-    """What Pillow and libtiff decode right, of pixels that are compressed as such."""
+    """Refuse combinations with JPEG and fax that Pillow and libtiff do not decode correctly."""
     colour = (header.photometric, header.bits, header.channels)
     if header.compression in (Compression.JPEG, Compression.OLD_JPEG):
         allowed = [(Photometric.RGB, 8, 3), (Photometric.YCBCR, 8, 3)]
@@ -229,10 +230,10 @@ def _check_image_codec(header: Header) -> None:
     else:
         allowed = [(Photometric.WHITE_IS_ZERO, 1, 1), (Photometric.BLACK_IS_ZERO, 1, 1)]
     if header.directory.big and header.directory.order == ">":
-        raise _refuse(f"BigTIFF's format in big-endian order and compression {header.compression.name}", "classic TIFF")
+        raise _refuse(f"a big-endian BigTIFF with compression {header.compression.name}", "classic TIFF")
     if colour not in allowed or header.planar:
         raise _refuse(
-            f"{header.photometric.name} of {header.bits} bits, {header.channels} samples a pixel"
+            f"{header.photometric.name} of {header.bits} bits, {header.channels} samples per pixel"
             f"{' in planes' if header.planar else ''}, and compression {header.compression.name}",
             " or ".join(f"{name.name} of {bits} bits, {channels} samples" for name, bits, channels in allowed),
         )

@@ -1,4 +1,4 @@
-"""TIFF: the tags that decide pixels, read from a file's first directory."""
+"""TIFF: the tags that affect pixels, read from a file's first directory."""
 
 import struct
 from enum import IntEnum
@@ -12,7 +12,7 @@ __all__ = ["Directory", "Tag", "read_directory"]
 
 
 class Tag(IntEnum):
-    """The tags that decide pixels."""
+    """The tags that affect pixels."""
 
     WIDTH = 256
     HEIGHT = 257
@@ -51,7 +51,7 @@ class Tag(IntEnum):
     REFERENCE_BLACK_WHITE = 532
 
 
-# These have a meaning only with one PhotometricInterpretation: RGB, palette, CMYK, YCbCr are 2, 3, 5, 6.
+# Tags that are valid with only one PhotometricInterpretation: RGB, palette, CMYK, YCbCr are 2, 3, 5, 6.
 _ONLY_WITH = {
     Tag.COLOR_MAP: 3,
     Tag.INK_SET: 5,
@@ -59,11 +59,11 @@ _ONLY_WITH = {
     Tag.YCBCR_SUBSAMPLING: 6,
     Tag.REFERENCE_BLACK_WHITE: 6,
 }
-# Only libtiff looks at these.
+# Tags that only libtiff uses.
 _LIBTIFF = frozenset(
     tag for tag in Tag if tag.name.startswith(("FAX", "JPEG", "OLD_JPEG")) or tag == Tag.YCBCR_POSITIONING
 )
-# Pixels can be had without these, so damaged ones count as missing.
+# Pixels can be decoded without these tags, so damaged ones count as missing.
 _DISPENSABLE = (Tag.ORIENTATION, Tag.STRIP_BYTES, Tag.TILE_BYTES)
 _INTEGERS = {1: "u1", 3: "u2", 4: "u4", 7: "u1", 13: "u4", 16: "u8", 18: "u8"}  # type of a tag -> numpy's
 _RATIONAL = 5
@@ -72,15 +72,15 @@ _TAGS = frozenset(Tag)
 
 
 class Directory(NamedTuple):
-    """Those tags of a directory that are in ``Tag`` and have a meaning beside the others.
+    """The tags of a directory that are in ``Tag`` and are valid for its PhotometricInterpretation.
 
     Attributes:
-        order: "<" or ">".
+        order: byte order, "<" or ">".
         big: whether the file is a BigTIFF.
-        values: of the tags, except those that only libtiff looks at; fractions in thousandths.
-        records: of all the tags, as they stand in the file.
-        start: of the directory in the file.
-        size: its bytes, the link that ends it included.
+        values: of the tags, except those that only libtiff uses; fractions in thousandths.
+        records: of all these tags, as raw bytes from the file.
+        start: byte offset of the directory in the file.
+        size: of the directory in bytes, including the link at its end.
     """
 
     order: str
@@ -95,8 +95,8 @@ def read_directory(data: bytes) -> Directory:
     """Read the first directory of a TIFF or BigTIFF.
 
     Raises:
-        ImageError: ``corrupt``: a tag has values that are not numbers.
-        Exception: of struct and numpy, where something lies outside the file.
+        ImageError: ``corrupt``: a tag has values that are not integers.
+        Exception: from struct or numpy, if an offset lies outside the file.
     """
     order = "<" if data[:2] == b"II" else ">"
     big = 43 in data[2:4]
@@ -109,7 +109,7 @@ def read_directory(data: bytes) -> Directory:
     for place in range(first, first + count * record_size, record_size):
         record = data[place : place + record_size]
         number = struct.unpack_from(order + "H", record)[0]
-        if number in _TAGS and any(record[4 : 12 if big else 8]):  # a tag without values is none
+        if number in _TAGS and any(record[4 : 12 if big else 8]):  # a tag without values counts as missing
             records.setdefault(Tag(number), record)
     values: dict[Tag, tuple[int, ...]] = {}
     for tag in sorted(records, key=lambda tag: tag != Tag.PHOTOMETRIC):
@@ -131,7 +131,7 @@ def _values(data: bytes, order: str, tag: Tag, record: bytes, *, big: bool) -> t
     kind, length = struct.unpack_from(order + "H" + wide, record, 2)
     form = "u4" if kind == _RATIONAL and tag in _FRACTIONS else _INTEGERS.get(kind)
     if form is None:
-        raise ImageError("corrupt", f"Got the TIFF tag {tag.name} with values of type {kind}, expected whole numbers.")
+        raise ImageError("corrupt", f"Got the TIFF tag {tag.name} with values of type {kind}, expected integers.")
     dtype = np.dtype(order + form)
     numbers = length * 2 if kind == _RATIONAL else length
     if numbers * dtype.itemsize > (8 if big else 4):

@@ -1,1 +1,1 @@
-"""From the place of a dataset (folder, list, tars, Parquet) to a table of references, ``schemas.index.REFERENCES``."""
+"""List a dataset (folder, tars, Parquet) as a table of references, ``schemas.index.REFERENCES``."""

@@ -1,4 +1,4 @@
-"""The files behind a path, a pattern or a URL, and scanning them in order."""
+"""Find the files of a path, a pattern or a URL, and scan them in order."""
 
 import itertools
 import re
@@ -27,12 +27,12 @@ __all__ = ["File", "Found", "Scan", "ScanMap", "explained", "find_files", "scan_
 _PARALLEL_SCANS = 8
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-# Whose exceptions derive from neither OSError nor ValueError.
+# Packages whose exceptions derive from neither OSError nor ValueError.
 _STORAGE_PACKAGES = ("aiohttp", "botocore", "aiobotocore", "gcsfs", "google")
 
 
 class File(NamedTuple):
-    """One file of a dataset: its path in the filesystem, the same relative to the dataset's root, its size if known."""
+    """One file of a dataset: path in the filesystem, path relative to the dataset's root, and size if known."""
 
     path: str
     relative: str
@@ -40,25 +40,25 @@ class File(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The visible files behind one path or pattern, in the order asked for, and the filesystem that has them."""
+    """The visible files of one path or pattern, in the requested order, and their filesystem."""
 
     filesystem: AbstractFileSystem
     files: list[File]
 
     @property
     def is_local(self) -> bool:
-        """Whether they are on this machine."""
+        """Whether the files are on this machine."""
         return isinstance(self.filesystem, LocalFileSystem)
 
 
 class Scan(NamedTuple):
-    """What one tar or Parquet file holds.
+    """The contents of one tar or Parquet file.
 
     Attributes:
-        references: ``schemas.index.REFERENCES``; ``label`` is null, as it depends on all files.
-        labels: of the rows, as they stand there.
+        references: ``schemas.index.REFERENCES``; ``label`` is null, because it depends on all files.
+        labels: of the rows, as stored in the file.
         findings: what was not used.
-        candidates: images that were found, those beyond a limit included.
+        candidates: number of images found, including those beyond a limit.
     """
 
     references: pa.Table
@@ -67,12 +67,12 @@ class Scan(NamedTuple):
     candidates: int
 
 
-# Runs a function that can be pickled on every path, and gives the results in the order of the paths.
+# Runs a picklable function on every path, and returns the results in the order of the paths.
 ScanMap = Callable[[Callable[[str], Scan], Sequence[str]], Iterable[Scan]]
 
 
 def uri_of(filesystem: AbstractFileSystem, path: str) -> str:
-    """Return the absolute URI of a path: plain if local (and `escaped`), with its protocol otherwise."""
+    """Return the absolute URI of a path: the `escaped` path if local, otherwise with its protocol."""
     if isinstance(filesystem, LocalFileSystem):
         return escaped(path)
     return str(filesystem.unstrip_protocol(path))
@@ -80,7 +80,7 @@ def uri_of(filesystem: AbstractFileSystem, path: str) -> str:
 
 @contextmanager
 def explained(images: str) -> Iterator[None]:
-    """Turn what storage raises while a dataset is listed into a JobError that says what to do."""
+    """Turn storage errors during a listing into a ``JobError`` that says what to do."""
     try:
         yield
     except DensefeatError:
@@ -89,7 +89,7 @@ def explained(images: str) -> Iterator[None]:
         missing = error.filename or (error.args[-1] if error.args else images)
         raise JobError(
             f"Images {images!r}: {missing} does not exist. Check the spelling; for a brace pattern, every file it "
-            "spells out must be there."
+            "expands to must exist."
         ) from error
     except Exception as error:
         known = explain_storage_error(error, f"Images {images!r}", "read")
@@ -99,30 +99,30 @@ def explained(images: str) -> Iterator[None]:
         if not isinstance(error, OSError | ValueError) and package not in _STORAGE_PACKAGES:
             raise
         raise JobError(
-            f"Images {images!r}: could not be listed: {type(error).__name__}: {error}. Expected a local path, or an "
-            "s3://, gs:// or http(s):// URI that answers."
+            f"Images {images!r}: could not be listed: {type(error).__name__}: {error}. Expected a local path, or a "
+            "reachable s3://, gs:// or http(s):// URI."
         ) from error
 
 
 def find_files(
     images: str, *, suffixes: frozenset[str], tally: Tally, storage_options: Mapping[str, Any] | None = None
 ) -> Found:
-    """List the files behind a folder, a file, a glob, or a pattern with ``{000..099}`` or ``{a,b}``.
+    """List the files of a folder, a file, a glob, or a pattern with ``{000..099}`` or ``{a,b}``.
 
-    A name that exists as it is written is never read as a pattern. A folder that a pattern names is listed as it is
-    without a pattern: to any depth, links followed, hidden files and folders (a leading ``.``) left out.
+    A name that exists literally is never treated as a pattern. A folder that matches a pattern is listed like one named
+    directly: recursively, following links, without hidden files and folders (a leading ``.``).
 
     Args:
         images: what to list.
-        suffixes: what names a file rather than a folder; decides over http, where both look alike.
-        tally: gets what is left out.
+        suffixes: suffixes of files; over http they distinguish files from folders.
+        tally: counts what is left out.
         storage_options: for the filesystem.
 
     Returns:
-        Folders and globs sorted by path (code points); the alternatives of braces in the order written. Each path once.
+        Each path once: folders and globs sorted by path (code points), brace alternatives in the order written.
 
     Raises:
-        OSError: as the storage raises it; FileNotFoundError names what a brace pattern spells out but is missing.
+        OSError: from the storage; FileNotFoundError names the missing file of a brace pattern.
     """
     filesystem, path = open_place(images, storage_options)
     path = path.rstrip("/") or path
@@ -147,15 +147,15 @@ def find_files(
 def scan_in_order(
     scan: Callable[[str, int | None], Scan], paths: Sequence[str], limit: int | None, scan_map: ScanMap | None
 ) -> list[Scan]:
-    """Run ``scan(path, limit)`` for every path, several at once; the results are in the order of ``paths``.
+    """Run ``scan(path, limit)`` for every path in parallel; results are in the order of ``paths``.
 
-    With a ``limit`` the paths are taken one after the other, and none beyond what fills it.
+    With a ``limit``, paths are scanned one by one until it is reached.
 
     Args:
-        scan: can be pickled.
+        scan: picklable.
         paths: of the files.
-        limit: rows.
-        scan_map: where scans run; None: in threads of this process.
+        limit: maximum number of rows.
+        scan_map: runs the scans; None: threads of this process.
     """
     if limit is None:
         if scan_map is not None and len(paths) > 1:
@@ -177,7 +177,7 @@ def _unlimited(scan: Callable[[str, int | None], Scan], path: str) -> Scan:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    """``{000..099}`` (zeros kept) and ``{a,b}``, any number of them, the last one varying fastest."""
+    """Expand any number of ``{000..099}`` (zeros kept) and ``{a,b}``; the last one varies fastest."""
     match = _BRACES.search(pattern)
     if not match:
         return [pattern]
@@ -201,7 +201,7 @@ def _fixed_part(path: str, magic: str) -> str:
 def _find(
     filesystem: AbstractFileSystem, path: str, pattern: str | None, root: str | None, suffixes: frozenset[str]
 ) -> tuple[list[File], Tally]:
-    """What lies behind one path or pattern, relative to ``root``: by default the folder, or the file's parent."""
+    """Files of one path or pattern, relative to ``root``: by default the folder, or the file's parent."""
     tally = Tally()
     local = isinstance(filesystem, LocalFileSystem)
     if pattern is not None:
@@ -218,14 +218,14 @@ def _find(
 
 
 def _is_folder(filesystem: AbstractFileSystem, path: str, suffixes: frozenset[str]) -> bool:
-    if path.startswith("http"):  # every URL claims to be a file
+    if path.startswith("http"):  # over http every URL is reported as a file
         filesystem.info(path)
         return suffix_of(path) not in suffixes
     return bool(filesystem.info(path)["type"] == "directory")
 
 
 def _glob_remote(filesystem: AbstractFileSystem, pattern: str, root: str, tally: Tally) -> Iterator[Entry]:
-    """As ``glob_local``; what such storages call folders are the prefixes of their keys."""
+    """Like ``glob_local``; in remote storages, folders are key prefixes."""
     infos = filesystem.glob(pattern, detail=True)
     paths = [entry.path for entry in _visible(infos, None if "/." in pattern.removeprefix(root) else root, tally)]
     by_name = {info["name"]: info for info in infos.values()}
@@ -237,7 +237,7 @@ def _glob_remote(filesystem: AbstractFileSystem, pattern: str, root: str, tally:
 
 
 def _visible(infos: Mapping[str, Mapping[str, Any]], root: str | None, tally: Tally) -> Iterator[Entry]:
-    """Those without a leading "." in what follows ``root``; None: all of them."""
+    """Yield the paths without a leading "." in any part after ``root``; all paths if ``root`` is None."""
     for info in infos.values():
         path = info["name"]
         if root is None or not any(part.startswith(".") for part in path.removeprefix(root).split("/")):

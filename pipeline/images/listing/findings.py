@@ -1,4 +1,4 @@
-"""What a listing did not use, counted by reason: no image and no label goes missing without a word."""
+"""Count what a listing did not use, by reason, so that no image or label is dropped silently."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -10,13 +10,13 @@ from pipeline.images.listing.names import looks_like_image, suffix_of
 
 __all__ = ["About", "Finding", "Tally", "add_unused", "describe_findings", "refuse_losses"]
 
-# image: looks like one, and is not in the list. row: in the list, and known to fail. other: not missed. label: a label
-# that is not used.
+# image: looks like an image but is not listed. row: listed, but known to fail. other: not needed. label: a label that
+# is not used.
 About = Literal["image", "row", "other", "label"]
 
-_HEADINGS: dict[About, str] = {"image": "left out", "row": "will fail", "other": "passed over", "label": "no label"}
+_HEADINGS: dict[About, str] = {"image": "left out", "row": "will fail", "other": "skipped", "label": "no label"}
 _SUFFIX = re.compile(r"\.[a-z_][a-z0-9_+-]{0,11}", re.ASCII)
-_LINES = 6  # of one heading
+_LINES = 6  # per heading
 _EXAMPLE_CHARACTERS = 120
 
 
@@ -26,9 +26,9 @@ class Finding:
 
     Attributes:
         about: what it means for the list.
-        reason: what they are, to be read after a number.
+        reason: description, to be read after a number.
         count: how many.
-        example: the name of the first.
+        example: name of the first one.
     """
 
     about: About
@@ -41,7 +41,7 @@ class Finding:
 
 
 class Tally:
-    """Counts findings; the first of each reason is its example."""
+    """Counts findings; the first one of each reason is its example."""
 
     def __init__(self, findings: Iterable[Finding] = ()) -> None:
         self._counts: dict[tuple[About, str], int] = {}
@@ -50,7 +50,7 @@ class Tally:
             self.add(finding.about, finding.reason, finding.example, finding.count)
 
     def add(self, about: About, reason: str, example: str, count: int = 1) -> None:
-        """Count ``count`` more."""
+        """Add ``count`` to the finding of this kind and reason."""
         if count:
             key = (about, reason)
             self._counts[key] = self._counts.get(key, 0) + count
@@ -59,43 +59,43 @@ class Tally:
                 self._examples[key] = example if short else f"{example[:_EXAMPLE_CHARACTERS]}…"
 
     def findings(self) -> tuple[Finding, ...]:
-        """All of them: what is about images first, then by count."""
+        """All findings: those about images first, then by count."""
         keys = sorted(self._counts, key=lambda key: (list(_HEADINGS).index(key[0]), -self._counts[key], key[1]))
         return tuple(Finding(*key, self._counts[key], self._examples[key]) for key in keys)
 
 
 def add_unused(tally: Tally, name: str, example: str) -> None:
-    """Count a file or member without one of the suffixes that are read."""
+    """Count a file or member with an unsupported suffix."""
     suffix = suffix_of(name)
     known = suffix if _SUFFIX.fullmatch(suffix) else "without a suffix"
     if looks_like_image(name):
-        tally.add("image", f"images of a format that is not read ({known})", example)
+        tally.add("image", f"images of an unsupported format ({known})", example)
     else:
-        tally.add("other", f"files that are no images ({known})", example)
+        tally.add("other", f"files that are not images ({known})", example)
 
 
 def describe_findings(findings: Sequence[Finding]) -> list[str]:
-    """Lines for a plan: of each kind of finding the most frequent ones, and how many more there are."""
+    """Lines for a plan: the most frequent findings of each kind, and how many more there are."""
     lines = []
     for about, heading in _HEADINGS.items():
-        some = [finding for finding in findings if finding.about == about]
-        lines += [f"{heading:11} {finding}" for finding in some[:_LINES]]
-        if rest := some[_LINES:]:
+        of_kind = [finding for finding in findings if finding.about == about]
+        lines += [f"{heading:11} {finding}" for finding in of_kind[:_LINES]]
+        if rest := of_kind[_LINES:]:
             lines.append(f"{heading:11} {sum(f.count for f in rest):,} more, for {len(rest)} other reasons")
     return lines
 
 
 def refuse_losses(images: str, findings: Sequence[Finding], candidates: int, max_share: float) -> None:
-    """Refuse a job that would lose more than a share of its images, before it begins.
+    """Refuse a job that would lose more than a given share of its images, before it starts.
 
     Args:
-        images: as they were asked for.
+        images: the dataset, as the user named it.
         findings: of the listing.
-        candidates: images, and what looks like one, in what was listed.
+        candidates: number of files or rows listed that are, or look like, images.
         max_share: 0 … 1.
 
     Raises:
-        JobError: more than that would be lost; it says how many, why, and what to do.
+        JobError: a greater share would be lost; it says how many, why, and what to do.
     """
     losses = [finding for finding in findings if finding.about in ("image", "row")]
     lost = sum(finding.count for finding in losses)
@@ -105,6 +105,6 @@ def refuse_losses(images: str, findings: Sequence[Finding], candidates: int, max
     raise JobError(
         f"Images {images!r}: {lost:,} of {candidates:,} images ({lost / candidates:.1%}) cannot be used, more than "
         f"--max-failed-share {max_share:g}:\n  {reasons}\n"
-        "Convert or repair them, leave them out with a pattern such as '…/*.jpg' (in tars: --image-column jpg), or "
-        "give a greater --max-failed-share to go on without them."
+        "Convert or repair them, exclude them with a pattern such as '…/*.jpg' (in tars: --image-column jpg), or "
+        "set a greater --max-failed-share to continue without them."
     )

@@ -1,4 +1,4 @@
-"""Images that are a text: a ``data:`` URI, or base64."""
+"""Images encoded as text: a ``data:`` URI, or base64."""
 
 import base64
 import binascii
@@ -8,8 +8,8 @@ from urllib.parse import unquote_to_bytes
 __all__ = ["inline_image", "is_inline_image"]
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+=*\s*")
-_HEAD = 64  # characters that are decoded to see what it is
-_SHORTEST = 40  # characters: the smallest images have some 30 bytes
+_HEAD = 64  # characters decoded to detect an image
+_SHORTEST = 40  # characters; the smallest images have about 30 bytes
 _FIRST_BYTES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|P[1-6]\s"
     rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftypavi[fs]",
@@ -20,8 +20,8 @@ _FIRST_BYTES = re.compile(
 def is_inline_image(text: str) -> bool:
     """Whether a text is an image rather than the path or URI of one.
 
-    That is a ``data:`` URI; or base64 (either alphabet) of bytes that begin as those of an image do, which no path
-    with a suffix is, as base64 has no dot.
+    True for a ``data:`` URI, or base64 (either alphabet) of bytes that begin like an image. A path with a suffix is
+    never base64, which has no dot.
     """
     if text[:5].lower() == "data:":
         return True
@@ -34,10 +34,10 @@ def is_inline_image(text: str) -> bool:
 
 
 def inline_image(text: str) -> bytes:
-    """The bytes of a text that `is_inline_image`.
+    """Decode a text for which `is_inline_image` is true.
 
     Raises:
-        ValueError: it is not valid base64.
+        ValueError: the text is not valid base64.
     """
     if text[:5].lower() == "data:":
         header, _, data = text.partition(",")

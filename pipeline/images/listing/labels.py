@@ -1,4 +1,4 @@
-"""Labels as they stand in a dataset -> one int64 an image, and the names of the classes."""
+"""Convert the labels of a dataset to one int64 per image, and the names of the classes."""
 
 import math
 import re
@@ -28,7 +28,7 @@ __all__ = [
 LABEL_COLUMNS = ("label", "cls", "labels")
 
 _INTEGER = re.compile(r"\s*[+-]?\d{1,19}(\.0*)?\s*", re.ASCII)
-_LONGEST_NAME = 256  # characters; what is longer is a text about the image rather than the name of a class
+_LONGEST_NAME = 256  # characters; a longer text describes the image rather than names a class
 _MOST_NAMES = 100_000
 _INT64 = range(-(2**63), 2**63)
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
@@ -37,15 +37,15 @@ _TEXTS = (
     pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary,
     pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary,
 )  # fmt: skip
-_EMPTY = ("", b"")  # no label, as null
+_EMPTY = ("", b"")  # no label, like null
 
 
 class Labels(NamedTuple):
-    """The labels of one file's rows as they stand there.
+    """The labels of one file's rows, as stored in the file.
 
     Attributes:
-        values: [rows] int64 or string; null where there is none.
-        names: of integers: what they are called, as the file declares it (Hugging Face's ClassLabel).
+        values: [rows] int64 or string; null if a row has no label.
+        names: class names of integer labels, if the file declares them (Hugging Face's ClassLabel).
     """
 
     values: pa.Array
@@ -53,12 +53,12 @@ class Labels(NamedTuple):
 
 
 def no_labels(rows: int) -> Labels:
-    """Labels of ``rows`` images that have none."""
+    """Null labels for ``rows`` images."""
     return Labels(pa.nulls(rows, pa.int64()))
 
 
 def folder_label(path: str) -> str | None:
-    """The label in a path as Hive writes it: ``…/label=3/part.parquet``; the innermost, None if there is none."""
+    """The innermost label in a Hive-style path such as ``…/label=3/part.parquet``; None if there is none."""
     for part in reversed(path.split("/")[:-1]):
         name, equals, value = part.partition("=")
         if equals and name in LABEL_COLUMNS:
@@ -70,14 +70,14 @@ def column_labels(column: pa.ChunkedArray, name: str, uri: str, tally: Tally) ->
     """The labels in a column of a Parquet file.
 
     Integers, whole numbers of any other type and booleans (0 and 1) are labels; text, binary and dictionaries of text
-    are names of classes. A value that is neither (1.5, NaN, more than 63 bits) is counted, and so is a column of
-    another type (a list, a struct, a date).
+    are class names. Other values (1.5, NaN, more than 63 bits) and columns of other types (list, struct, date) are
+    counted as not used.
 
     Args:
-        column: its values.
+        column: values of the column.
         name: of the column.
         uri: of the file.
-        tally: gets what is not used.
+        tally: counts what is not used.
     """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
@@ -86,9 +86,9 @@ def column_labels(column: pa.ChunkedArray, name: str, uri: str, tally: Tally) ->
         return no_labels(len(column))
     if any(is_kind(kind) for is_kind in _NUMBERS):
         values = (column.cast(pa.float32()) if pa.types.is_float16(kind) else column).combine_chunks()
-        return Labels(_translated(values, _whole, pa.int64(), "labels that are no whole number", where, tally))
+        return Labels(_translated(values, _whole, pa.int64(), "labels that are not whole numbers", where, tally))
     if any(is_kind(kind) for is_kind in _TEXTS):
-        # By way of bytes, as a text can hold some that are not UTF-8.
+        # Cast to bytes first, since strings may contain invalid UTF-8.
         plain = column.cast(pa.string()) if pa.types.is_string_view(kind) else column
         values = plain.cast(pa.binary()).combine_chunks()
         return Labels(_translated(values, class_name, pa.string(), "labels that are too long for a name", where, tally))
@@ -97,23 +97,24 @@ def column_labels(column: pa.ChunkedArray, name: str, uri: str, tally: Tally) ->
 
 
 def text_labels(texts: Sequence[str | None]) -> Labels:
-    """Labels that are texts, such as those of ``.cls`` members; an empty one is none."""
+    """Labels given as text, such as those of ``.cls`` members; an empty text counts as no label."""
     return Labels(pa.array([text or None for text in texts], pa.string()))
 
 
 def unify_labels(parts: Sequence[Labels], tally: Tally) -> tuple[pa.ChunkedArray, tuple[str, ...]]:
-    """One numbering for all files of a dataset.
+    """Number the labels of all files of a dataset consistently.
 
-    * Where files declare names of their integers, the classes are these names in the order in which they come; a file
-      that declares others, or the same in another order, is renumbered. A label below 0 is none: a hidden one.
-    * Texts are integers if most of them are. Otherwise they are names of classes: sorted, their place is the label.
+    * If files declare names for their integers, the classes are these names in order of first appearance; files that
+      declare other names, or another order, are renumbered. A label below 0 (hidden) counts as no label.
+    * Texts are parsed as integers if most of them are. Otherwise they are class names, and the label is the index in
+      the sorted names.
 
     Args:
-        parts: one a file.
-        tally: gets the labels that do not fit: of another kind than most, or beyond the declared names.
+        parts: one per file.
+        tally: counts labels that do not fit: of another kind than most, or beyond the declared names.
 
     Returns:
-        The labels of all rows, int64, null where there is none; and the names of the classes, empty if they have none.
+        The labels of all rows (int64, null if there is none), and the class names (empty if there are none).
     """
     declared = tuple(dict.fromkeys(name for part in parts for name in part.names))
     texts = Counter[str]()
@@ -129,27 +130,27 @@ def unify_labels(parts: Sequence[Labels], tally: Tally) -> tuple[pa.ChunkedArray
         return pa.chunked_array([_numbers(part, tally) for part in parts], pa.int64()), ()
     names = tuple(sorted(texts))
     if len(names) > _MOST_NAMES:
-        tally.add("label", f"labels that are texts, {len(names):,} different ones: no classes", names[0], words)
+        tally.add("label", f"text labels with {len(names):,} different values, too many for classes", names[0], words)
         return pa.chunked_array([pa.nulls(len(part.values), pa.int64()) for part in parts], pa.int64()), ()
     return pa.chunked_array([_named(part, names, tally) for part in parts], pa.int64()), names
 
 
 def _named(part: Labels, names: tuple[str, ...], tally: Tally) -> pa.Array:
-    """Texts as places in ``names``."""
+    """Texts as indices into ``names``."""
     place = {name: label for label, name in enumerate(names)}
     if pa.types.is_string(part.values.type):
-        return _translated(part.values, place.get, pa.int64(), "labels that are none of the classes", "", tally)
+        return _translated(part.values, place.get, pa.int64(), "labels that are not a known class", "", tally)
     return _translated(
         part.values, lambda number: None, pa.int64(), "labels that are numbers, where most are text", "", tally
     )
 
 
 def _declared(part: Labels, names: tuple[str, ...], tally: Tally) -> pa.Array:
-    """Integers by what their file calls them, as places in ``names``."""
+    """Integers as indices into ``names``, by the names that their file declares."""
     if pa.types.is_string(part.values.type):
         return _named(part, names, tally)
     place = {name: label for label, name in enumerate(names)}
-    own = [place[name] for name in part.names or names]  # a file can lack the declaration that the others have
+    own = [place[name] for name in part.names or names]  # a file may lack the declaration of the others
     shown = pc.if_else(pc.less(part.values, 0), pa.scalar(None, pa.int64()), part.values)
 
     def renumbered(label: int) -> int | None:
@@ -167,14 +168,14 @@ def _numbers(part: Labels, tally: Tally) -> pa.Array:
 def _translated(
     values: pa.Array, translate: Callable[[Any], Any], kind: pa.DataType, reason: str, where: str, tally: Tally
 ) -> pa.Array:
-    """Each value by what ``translate`` makes of it; where that is None, it is counted. Asks once a different value."""
+    """Map each value by ``translate``, called once per distinct value; values that give None are counted."""
     encoded = values.dictionary_encode()
     different = encoded.dictionary.to_pylist()
     new = [None if value is None or value in _EMPTY else translate(value) for value in different]
     lost = {place for place, value in enumerate(different) if new[place] is None and value not in (None, *_EMPTY)}
     if lost:
-        some = pc.sum(pc.is_in(encoded.indices, pa.array(sorted(lost), encoded.indices.type))).as_py()
-        tally.add("label", reason, " in ".join(filter(None, [str(different[min(lost)]), where])), some or 0)
+        count = pc.sum(pc.is_in(encoded.indices, pa.array(sorted(lost), encoded.indices.type))).as_py()
+        tally.add("label", reason, " in ".join(filter(None, [str(different[min(lost)]), where])), count or 0)
     return pa.array(new, kind).take(encoded.indices)
 
 
@@ -198,6 +199,6 @@ def _parsed(text: str) -> int | None:
 
 
 def class_name(text: bytes) -> str | None:
-    """A text as the name of a class; None if it is too long for one."""
+    """Decode a class name; None if it is too long."""
     name = escaped(text.decode("utf-8", "surrogateescape"))
     return name if len(name) <= _LONGEST_NAME else None

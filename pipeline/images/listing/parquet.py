@@ -1,4 +1,4 @@
-"""Parquet files as references: one row an image; only the schema, the labels and the keys are read here."""
+"""List Parquet files as references, one row per image; reads only the schema, labels and keys."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +25,11 @@ IMAGE_COLUMNS = (
     "image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes", "uri", "url", "path", "file_name",
 )  # fmt: skip
 KEY_COLUMNS = ("__key__", "key", "id", "image_id")
-_LONGEST_KEY = 1024  # bytes, as in S3
+_LONGEST_KEY = 1024  # bytes, the limit of S3
 
 
 class _Columns(NamedTuple):
-    """Which columns of a file are what."""
+    """The columns of a file that hold images, labels and keys."""
 
     image: str
     label: str | None
@@ -38,12 +38,13 @@ class _Columns(NamedTuple):
 
 
 def image_column_of(filesystem: AbstractFileSystem, path: str, image_column: str | None) -> str:
-    """Decide from one file's schema which column holds the images: the one asked for, or the first of usual names.
+    """Find the image column in one file's schema: the requested one, or the first with a usual name.
 
-    It is binary, a string (a path, a URI, base64 or ``data:``), or Hugging Face's ``struct<bytes, path>``.
+    Its type is binary, string (a path, a URI, base64 or ``data:``), or Hugging Face's ``struct<bytes, path>``.
 
     Raises:
-        JobError: there is no such column (it lists those there are), several have its name, or it is not Parquet.
+        JobError: there is no such column (the message lists all columns), several have its name, or the file is not
+            Parquet.
     """
     uri = uri_of(filesystem, path)
     names = IMAGE_COLUMNS if image_column is None else (image_column,)
@@ -64,16 +65,16 @@ def scan_parquet(
 ) -> Scan:
     """List the rows of one Parquet file.
 
-    The label is the column ``label``, ``cls`` or ``labels``, or the only one that Hugging Face's metadata calls a
-    ClassLabel; see `column_labels`. The key is ``__key__``, ``key``, ``id`` or ``image_id``, else the path in the image
-    column; where there is none, or a text that is an image or has more than 1,024 bytes, it is ``<file>:<row>``.
+    The label column is ``label``, ``cls`` or ``labels``, or the only ClassLabel in Hugging Face's metadata; see
+    `column_labels`. The key column is ``__key__``, ``key``, ``id`` or ``image_id``, else the path in the image column.
+    If a row has no key, or the key is an inline image or longer than 1,024 bytes, the key is ``<file>:<row>``.
 
     Args:
-        filesystem: where the file is; it can be pickled, as this is a task.
-        path: its path there.
-        limit: rows.
+        filesystem: of the file; picklable, because this runs as a task.
+        path: of the file.
+        limit: maximum number of rows.
         image_column: from `image_column_of`.
-        names: of each path, what keys call it.
+        names: path -> name of the file in keys.
 
     Returns:
         At most ``limit`` rows; ``offset`` is the row in the file.
@@ -94,7 +95,7 @@ def scan_parquet(
             elif key is None and _is_uri_type(image_type):
                 key = columns.image
             if key is not None and _mean_bytes(file.metadata, key) > _LONGEST_KEY:
-                key = None  # images as text: all bytes of the dataset would be read for nothing
+                key = None  # images as text: would read all bytes of the dataset for nothing
             wanted = [name for name in (columns.label, key) if name is not None]
             rows = file.metadata.num_rows if limit is None else min(limit, file.metadata.num_rows)
             table = _read_rows(file, wanted, rows)
@@ -115,8 +116,8 @@ def _opened(filesystem: AbstractFileSystem, path: str) -> Iterator[pq.ParquetFil
             yield pq.ParquetFile(raw)
         except pa.ArrowInvalid as error:
             raise JobError(
-                f"Parquet {uri_of(filesystem, path)}: truncated, damaged, or not Parquet ({error}). Copy or make it "
-                "again, or leave it out; nothing has been computed yet."
+                f"Parquet {uri_of(filesystem, path)}: truncated, damaged, or not Parquet ({error}). Copy or create it "
+                "again, or exclude it; nothing has been computed yet."
             ) from error
 
 
@@ -133,10 +134,10 @@ def _columns_of(schema: pa.Schema, image: str, uri: str) -> _Columns:
 
 
 def _first(schema: pa.Schema, names: Sequence[str], accepts: Callable[[pa.DataType], bool], uri: str) -> str | None:
-    """The first of the names that a column of an accepted type has.
+    """The first of ``names`` for which there is a column of an accepted type.
 
     Raises:
-        JobError: several columns have it.
+        JobError: several columns have that name.
     """
     for name in names:
         fields = [field for field in schema if field.name == name]
@@ -144,15 +145,15 @@ def _first(schema: pa.Schema, names: Sequence[str], accepts: Callable[[pa.DataTy
             if len(fields) > 1:
                 types = ", ".join(str(field.type) for field in fields)
                 raise JobError(
-                    f"Parquet {uri}: {len(fields)} columns are called {name!r} (of the types {types}): expected one. "
-                    "Rename or drop all but one; if it is the images', another can be named as --image-column."
+                    f"Parquet {uri}: {len(fields)} columns are called {name!r} (of types {types}): expected one. "
+                    "Rename or drop all but one; to use another image column, set --image-column."
                 )
             return name
     return None
 
 
 def _is_uri_type(kind: pa.DataType) -> bool:
-    """Tell whether values of this type name an image rather than hold it."""
+    """Whether values of this type can be the path or URI of an image."""
     if pa.types.is_dictionary(kind):
         return _is_uri_type(kind.value_type)
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
@@ -173,12 +174,12 @@ def _no_image_column(uri: str, schema: pa.Schema, names: Sequence[str]) -> JobEr
     there = ", ".join(f"{field.name}: {field.type}" for field in schema)
     return JobError(
         f"Parquet {uri}: no image column. Expected {' or '.join(map(repr, names))} of type binary, string or "
-        f"struct<bytes, path>; got the columns {there}. Name the right one as image_column."
+        f"struct<bytes, path>; got the columns {there}. Set image_column to the right one."
     )
 
 
 def _declared_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
-    """Class names by column: Hugging Face's ClassLabels, which keep them as JSON in the schema's metadata."""
+    """Class names by column, from Hugging Face's ClassLabels (JSON in the schema's metadata)."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return {
@@ -201,7 +202,7 @@ def _read_rows(file: pq.ParquetFile, columns: list[str], rows: int) -> pa.Table:
 
 
 def _mean_bytes(metadata: pq.FileMetaData, column: str) -> float:
-    """Of a value of a column, before compression."""
+    """Mean uncompressed bytes per row of a column."""
     chunks = [
         chunk
         for group in range(metadata.num_row_groups)
@@ -222,7 +223,7 @@ def _keys(table: pa.Table, columns: _Columns, rows: int) -> list[str | None]:
         if index < 0:
             return [None] * rows
         values = pc.struct_field(values, index)
-    # By way of bytes, as a text can hold some that are not UTF-8.
+    # Cast to bytes first, since strings may contain invalid UTF-8.
     return [None if key is None else _key(key) for key in values.cast(pa.string()).cast(pa.binary()).to_pylist()]
 
 

@@ -1,4 +1,4 @@
-"""A file behind ranged reads, for readers that skip most of it, as tarfile does between two headers."""
+"""A file object over range requests, for readers that skip most of a file, as tarfile does between headers."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -13,9 +13,9 @@ __all__ = ["Ahead", "RangedFile", "open_ranged"]
 
 
 class Ahead:
-    """How far to read ahead, in bytes: ``least`` after a skip of ``skip`` or more, up to ``most`` while there is none.
+    """Read-ahead in bytes: ``least`` after a skip of at least ``skip``, otherwise doubling up to ``most``.
 
-    A request to a remote storage takes as long as some hundred kB of data, so shorter stretches are read, not skipped.
+    A remote request takes as long as a few hundred kB of data, so shorter gaps are read rather than skipped.
     """
 
     def __init__(self, least: int, most: int, skip: int) -> None:
@@ -27,11 +27,11 @@ _REMOTE = Ahead(least=16 << 10, most=4 << 20, skip=512 << 10)
 
 
 class RangedFile(io.RawIOBase):
-    """Reads ranges as they are needed.
+    """Fetches ranges on demand.
 
     Args:
-        fetch: gives the bytes from a start to an end; fewer where the file ends.
-        ahead: how many more than asked for to fetch.
+        fetch: returns the bytes from a start to an end; fewer at the end of the file.
+        ahead: how far to read ahead.
     """
 
     def __init__(self, fetch: Callable[[int, int], bytes], ahead: Ahead = _REMOTE) -> None:
@@ -39,15 +39,15 @@ class RangedFile(io.RawIOBase):
         self._ahead = ahead
         self._more = ahead.least
         self._position = 0
-        self._start = 0  # of the bytes that are held
+        self._start = 0  # position of the buffered bytes
         self._held = b""
 
     def readable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def tell(self) -> int:
@@ -55,16 +55,16 @@ class RangedFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a byte, counted from the start or from where it is; fetches nothing."""
+        """Move to a byte, relative to the start or the current position; fetches nothing."""
         if whence == io.SEEK_END:
-            raise io.UnsupportedOperation("the end is not known")
+            raise io.UnsupportedOperation("the size of the file is not known")
         self._position = offset + (self._position if whence == io.SEEK_CUR else 0)
         return self._position
 
     def read(self, size: int = -1) -> bytes:
-        """The next ``size`` bytes; fewer only where the file ends."""
+        """Read the next ``size`` bytes; fewer only at the end of the file."""
         if size < 0:
-            raise io.UnsupportedOperation("read needs a size")
+            raise io.UnsupportedOperation("read requires a size")
         start, end = self._position, self._position + size
         if not self._start <= start <= end <= self._start + len(self._held):
             gap = start - self._start - len(self._held)
@@ -78,19 +78,19 @@ class RangedFile(io.RawIOBase):
 
 @contextmanager
 def open_ranged(filesystem: AbstractFileSystem, path: str, place: str) -> Iterator[RangedFile]:
-    """A file of a file system; what passes of its failures is waited for.
+    """Open a file for ranged reads; transient failures are retried.
 
     Args:
-        filesystem: where it is.
-        path: there.
-        place: the same for a person.
+        filesystem: of the file.
+        path: of the file.
+        place: name of the file in messages.
     """
     local = isinstance(filesystem, LocalFileSystem)
 
     def opened() -> io.RawIOBase:
-        # Without buffers of their own: what is held is held in RangedFile.
+        # Unbuffered: RangedFile has its own buffer.
         if local:
-            return open(path, "rb", buffering=0)  # noqa: PTH123 - a string, with what is not UTF-8 in it
+            return open(path, "rb", buffering=0)  # noqa: PTH123 - a string that may not be UTF-8
         file: io.RawIOBase = filesystem.open(path, "rb", cache_type="none")
         return file
 
@@ -99,7 +99,7 @@ def open_ranged(filesystem: AbstractFileSystem, path: str, place: str) -> Iterat
         def fetch(start: int, end: int) -> bytes:
             raw.seek(start)
             parts = []
-            while start < end and (data := raw.read(end - start)):  # a raw file may give less than asked for
+            while start < end and (data := raw.read(end - start)):  # a raw file may return less than requested
                 parts.append(data)
                 start += len(data)
             return b"".join(parts)

@@ -1,4 +1,4 @@
-"""A dataset as a table of references to its images; no pixels yet."""
+"""List a dataset as a table of references to its images; pixels are not read."""
 
 import hashlib
 from collections import Counter
@@ -31,15 +31,15 @@ class Source:
     """The images of one dataset, in a fixed order.
 
     Attributes:
-        kind: how they are stored.
-        references: ``schemas.index.REFERENCES``, one row an image: ``key`` (string), ``uri``
+        kind: how the images are stored.
+        references: ``schemas.index.REFERENCES``, one row per image: ``key`` (string), ``uri``
             (string, absolute), ``offset`` (int64; tar: byte, Parquet: row, folder: null), ``nbytes`` (int64, null if
-            not known), ``label`` (int64, null if none). Keys of a folder are unique, others need not be. In keys and
-            local paths, bytes that are not UTF-8 are written as ``pipeline.images.listing.names.escaped`` says.
+            not known), ``label`` (int64, null if none). Keys of a folder are unique; others may not be. In keys and
+            local paths, bytes that are not UTF-8 are escaped by ``pipeline.images.listing.names.escaped``.
         class_names: name of each label; empty if there are no names.
-        image_column: Parquet, CSV: the column that holds the images; tar: the extension asked for; else None.
-        findings: what was not used of what was looked at, by reason: nothing is left out without being in here.
-        candidates: images that were looked at, with those beyond a limit and those that findings call an "image".
+        image_column: Parquet, CSV: the column that holds the images; tar: the requested extension; else None.
+        findings: everything that was examined but not used, by reason.
+        candidates: number of images examined, including those beyond a limit and findings of kind "image".
     """
 
     kind: SourceKind
@@ -61,10 +61,10 @@ def list_images(
     """List a dataset: a folder of images, a list of their paths, WebDataset tars, or Parquet files.
 
     ``images`` is a folder (searched to any depth, linked folders too), a file, a glob, or a pattern with
-    ``{000..099}`` or ``{a,b}``; local, or ``s3://``, ``gs://``, ``http(s)://`` and whatever else fsspec has. A folder
-    that a pattern names is searched like one that is named itself, and a file that it names twice is listed once.
-    Which kind it is follows from the suffixes of the files (case does not matter). Other files are left out and
-    counted in ``Source.findings``, and so are hidden ones.
+    ``{000..099}`` or ``{a,b}``; local, or ``s3://``, ``gs://``, ``http(s)://`` or any other fsspec protocol. A folder
+    that matches a pattern is searched like one named directly, and a file that matches twice is listed once. The kind
+    of dataset follows from the suffixes of the files (case-insensitive). Other files and hidden files are left out and
+    counted in ``Source.findings``.
 
     * Images: sorted by path relative to the root, which is also the key. If all lie exactly one folder deep, as in
       ImageNet, the sorted names of the folders are the classes.
@@ -72,24 +72,23 @@ def list_images(
     * Tars: in the order given; see ``scan_tar``.
     * Parquet: in the order given; see ``scan_parquet``.
 
-    Labels of tars and Parquet are one numbering for all files, see ``unify_labels``; files without labels of their own
-    that lie in a folder ``label=…`` have that one.
+    Labels of tars and Parquet are numbered consistently over all files, see ``unify_labels``; a file without labels
+    in a folder ``label=…`` takes the label of the folder.
 
     Args:
         images: what to list.
-        limit: take the first so many images; no further tar or Parquet file is opened than that needs.
+        limit: maximum number of images, from the start; only the tar or Parquet files needed for it are opened.
         image_column: Parquet, CSV: the column with the images; tar: the extension (``jpg``, ``left.png``). By default
             the first usual one.
-        storage_options: keyword arguments for the filesystem, as fsspec takes them.
-        scan_map: where tars and Parquet files are scanned, if there are several and they are remote; None: in threads
-            of this process.
+        storage_options: keyword arguments for the filesystem, passed to fsspec.
+        scan_map: runs the scans of several remote tars or Parquet files; None: threads of this process.
 
     Returns:
-        The references, in an order that depends on the dataset alone.
+        The references, in an order that depends only on the dataset.
 
     Raises:
-        JobError: there is nothing there, no permission or credentials, no image, several kinds at once, or a file
-            that cannot be used (a compressed or truncated tar, Parquet without an image column).
+        JobError: the dataset does not exist, permission or credentials are missing, it has no images or mixes kinds,
+            or a file cannot be used (a compressed or truncated tar, Parquet without an image column).
         StorageUnavailable: the storage does not answer.
         ValueError: ``limit`` is below 1.
     """
@@ -104,7 +103,7 @@ def list_images(
         if kind == "folder" and image_column is not None:
             raise JobError(
                 f"Images {images!r}: got image_column={image_column!r} for a folder of images, expected None. It "
-                "selects a column of Parquet files or an extension in tars; leave it out."
+                "selects a column of Parquet files or an extension in tars; omit it."
             )
         files = [file for file in found.files if _has_kind(file, kind, tally)]
         if kind == "folder":
@@ -139,7 +138,7 @@ def _from_list(
 
 
 def keys_digest(references: pa.Table) -> str:
-    """SHA-256 (hex) of the keys in their order: names a list of images in a configuration."""
+    """SHA-256 (hex) of the keys in order; identifies the list of images in a configuration."""
     return hashlib.sha256("\n".join(references["key"].to_pylist()).encode()).hexdigest()
 
 
@@ -173,7 +172,7 @@ def _has_kind(file: File, kind: SourceKind, tally: Tally) -> bool:
 
 
 def _list_folder(found: Found, files: list[File], limit: int | None, tally: Tally) -> Source:
-    # Sorted here too: the alternatives of a brace pattern come in the order written.
+    # Sort again: the alternatives of a brace pattern come in the order written.
     files = sorted(files, key=lambda file: file.relative)
     folders = [file.relative.split("/")[:-1] for file in files]
     class_names: list[str] = []
@@ -185,7 +184,7 @@ def _list_folder(found: Found, files: list[File], limit: int | None, tally: Tall
     if found.is_local:
         for file in files:
             if file.nbytes is None:
-                tally.add("row", "files that cannot be reached, such as links to nothing", escaped(file.relative))
+                tally.add("row", "files that cannot be accessed, such as broken links", escaped(file.relative))
     columns = [
         [escaped(file.relative) for file in files],
         [uri_of(found.filesystem, file.path) for file in files],
@@ -235,7 +234,7 @@ def _source(
 
 
 def _labels_of(scan: Scan, path: str) -> Labels:
-    """A file's own labels, or if it has none, that of the folder it lies in."""
+    """The labels of a file; if it has none, the label of its folder."""
     text = folder_label(path)
     rows = scan.references.num_rows
     if text is None or scan.labels.values.null_count < rows:
@@ -244,7 +243,7 @@ def _labels_of(scan: Scan, path: str) -> Labels:
 
 
 def _names_in_keys(files: Sequence[File]) -> dict[str, str]:
-    """What keys call each file: its name without the suffix, or if that is not unique, its path."""
+    """Name of each file in keys: its stem, or its path without the suffix if stems are not unique."""
     stems = Counter(PurePosixPath(file.path).stem for file in files)
     unique = max(stems.values()) == 1
     names = (PurePosixPath(file.path).stem if unique else file.relative.rpartition(".")[0] for file in files)

@@ -1,4 +1,4 @@
-"""WebDataset tars as references: every image's byte range, found by reading the headers."""
+"""List WebDataset tars as references: the byte range of each image, found by reading the headers."""
 
 import os
 from collections.abc import Sequence
@@ -18,36 +18,37 @@ from schemas.index import REFERENCES
 
 __all__ = ["scan_tar"]
 
-_MARGIN = 1000  # members read beyond the images asked for, that have their labels, or are a better choice
+_MARGIN = 1000  # members read after the limit, which may be labels of these images or preferred images
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 def scan_tar(
     filesystem: AbstractFileSystem, path: str, limit: int | None, *, image_extension: str | None = None
 ) -> Scan:
-    """List the images in one tar; `choose_images` says which members they are and what their keys are.
+    """List the images in one tar; `choose_images` defines which members are images and what their keys are.
 
-    Only headers are read where members are large: what lies between is skipped, unless it is shorter than a request
-    takes. Labels are the texts of ``.cls`` members, wherever they lie in the tar; ``.json`` members are not read.
+    If members are large, only headers are read: the data between them is skipped, unless reading it is faster than
+    another request. Labels are the texts of ``.cls`` members, anywhere in the tar; ``.json`` members are not read.
 
-    Links lead to other members, as they do when the tar is unpacked. An image that is not one range of bytes (a sparse
-    member) and a link that leads to nothing have the offset of their own header, and no ``nbytes``:
-    ``pipeline.images.reading.tar_members`` reads the one, and says what the other is.
+    Links refer to other members, as if the tar were unpacked. Sparse members, whose data is not one byte range, and
+    broken links have the offset of their own header and no ``nbytes``; ``pipeline.images.reading.tar_members`` reads
+    the former and reports an error for the latter.
 
-    Of several members with one path, the last counts, as it does when the tar is unpacked. Hidden members (a leading
-    "." in their path) are left out, as hidden files are.
+    Of several members with the same path, the last one is used, as if the tar were unpacked. Hidden members (a leading
+    "." in their path) are left out, like hidden files.
 
     Args:
-        filesystem: where the tar is; it can be pickled, as this is a task.
-        path: its path there.
-        limit: stop after this many images and the thousand members that follow; the rest is then not checked.
+        filesystem: of the tar; picklable, because this runs as a task.
+        path: of the tar.
+        limit: stop after this many images and the next thousand members; the rest is then not checked.
         image_extension: e.g. ``jpg`` or ``left.png``.
 
     Returns:
         The rows in the order of the members.
 
     Raises:
-        JobError: the tar is compressed, truncated or damaged; it names the file and the byte.
+        JobError: the tar is compressed, truncated or damaged; the message names the file and, except for a compressed
+            one, the byte.
     """
     uri = uri_of(filesystem, path)
     tally = Tally()
@@ -57,7 +58,7 @@ def scan_tar(
         files = _Files(tree, uri, tally)
         candidates = choose_images([member.name for member in files.members], image_extension, tally)
         chosen = candidates[:limit]
-        labels = files.labels(chosen, file, tell_unused=limit is None)
+        labels = files.labels(chosen, file, count_unused=limit is None)
     return Scan(files.rows(chosen), labels, tally.findings(), len(candidates))
 
 
@@ -76,12 +77,12 @@ def _tree(file: RangedFile, uri: str, limit: int | None, image_extension: str | 
 
 
 class _Files:
-    """Members that are files or lead to one, each path once; what else has the name of an image is counted.
+    """Members that are files or links to one, each path once; other members with an image's name are counted.
 
     Args:
         tree: all members.
         uri: of the tar.
-        tally: gets the counts.
+        tally: counts what is not used.
     """
 
     def __init__(self, tree: TarTree, uri: str, tally: Tally) -> None:
@@ -104,12 +105,12 @@ class _Files:
                 self._count("other", "links to folders, not entered", member)
         elif latest != index:
             if is_image and self._tree.data_of(latest) == data:
-                self._count("other", "members that are there twice, used once", member)
+                self._count("other", "duplicate members, used once", member)
             elif is_image:
-                self._count("image", "members that a later one of the same name replaces", member)
+                self._count("image", "members replaced by a later one of the same name", member)
         elif member.kind == "other":
             if is_image or looks_like_image(member.name):
-                self._count("image", "members with an image's name that are no files (a pipe, a device)", member)
+                self._count("image", "members with an image's name that are not files (a pipe, a device)", member)
         else:
             if not is_image and suffix_of(member.name) != ".cls":
                 add_unused(self._tally, member.name, self._example(member))
@@ -130,7 +131,7 @@ class _Files:
         for _, index in chosen:
             member, data = self.members[index], self._data[index]
             if data is None:
-                self._count("row", "links that lead to no file in their tar", member)
+                self._count("row", "links to no file in their tar", member)
             whole = data is not None and data.kind == "file"
             offsets.append(data.start if data and whole else (data or member).header)
             sizes.append(data.nbytes if data and whole else None)
@@ -143,8 +144,8 @@ class _Files:
         ]
         return pa.table(columns, schema=REFERENCES)
 
-    def labels(self, chosen: Sequence[Chosen], file: RangedFile, *, tell_unused: bool) -> Labels:
-        """The texts of the images' ``.cls`` members; those of no image are counted if all images are chosen."""
+    def labels(self, chosen: Sequence[Chosen], file: RangedFile, *, count_unused: bool) -> Labels:
+        """The texts of the images' ``.cls`` members; with ``count_unused``, those of no image are counted."""
         places = {m.name[: -len(".cls")]: place for place, m in enumerate(self.members) if suffix_of(m.name) == ".cls"}
         used: set[int] = set()
         texts: list[str | None] = []
@@ -154,8 +155,8 @@ class _Files:
             texts.append(None if place is None else self._label(place, file))
             used.add(-1 if place is None else place)
         for place in places.values():
-            if tell_unused and place not in used:
-                self._count("label", ".cls members of no image", self.members[place])
+            if count_unused and place not in used:
+                self._count("label", ".cls members without an image", self.members[place])
         return text_labels(texts)
 
     def _label(self, place: int, file: RangedFile) -> str | None:
@@ -166,7 +167,7 @@ class _Files:
             text = file.read(min(data.nbytes, LABEL_BYTES))
         name = class_name((text or b"").strip())
         if name is None:
-            self._count("label", ".cls members that are too long for the name of a class", member)
+            self._count("label", ".cls members that are too long for a class name", member)
         return name
 
 
@@ -174,6 +175,6 @@ def _refuse_compressed(head: bytes, uri: str) -> None:
     for magic, name in _COMPRESSED.items():
         if head.startswith(magic):
             raise JobError(
-                f"Tar {uri}: compressed with {name}, which allows no random access; expected a plain .tar. Decompress "
-                f"it (images hardly shrink): {os.path.basename(uri)} -> .tar."  # noqa: PTH119 - a URI
+                f"Tar {uri}: compressed with {name}, which does not support random access; expected a plain .tar. "
+                f"Decompress it (images hardly shrink): {os.path.basename(uri)} -> .tar."  # noqa: PTH119 - a URI
             )

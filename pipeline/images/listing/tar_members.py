@@ -1,4 +1,4 @@
-"""The members of a tar from its headers, and what links among them lead to."""
+"""Read the members of a tar from its headers, and resolve links among them."""
 
 import posixpath
 import tarfile
@@ -13,10 +13,10 @@ from pipeline.images.listing.ranged_file import RangedFile
 __all__ = ["LABEL_BYTES", "Member", "TarTree", "kind_of_member", "open_tar", "path_of", "read_members"]
 
 _BLOCK_BYTES = 512
-_PADDING_BYTES = 1 << 20  # zeros after the end of an archive that are looked through for another one
-LABEL_BYTES = 1 << 10  # of a .cls member that are read
-_MOST_LINKS = 40  # as Linux follows
-_NOT_FILES = (b"D", b"M", b"V", b"N")  # GNU's: contents of folders, continued from another volume, volume label, names
+_PADDING_BYTES = 1 << 20  # zeros after the end of an archive that are searched for another archive
+LABEL_BYTES = 1 << 10  # read from a .cls member
+_MOST_LINKS = 40  # the limit of Linux
+_NOT_FILES = (b"D", b"M", b"V", b"N")  # GNU: folder contents, continued from another volume, volume label, long names
 
 MemberKind = Literal["file", "sparse", "symlink", "link", "folder", "other"]
 
@@ -25,13 +25,13 @@ class Member(NamedTuple):
     """One member.
 
     Attributes:
-        name: as it stands there; bytes that are not UTF-8 are surrogates.
-        kind: file: its data is one range of bytes; sparse: it is not; other: a pipe, a device, a part of a file.
-        header: byte where its first header begins.
-        start: byte where its data begins.
-        nbytes: of its data.
+        name: as stored; bytes that are not UTF-8 are surrogates.
+        kind: file: its data is one byte range; sparse: its data is not; other: a pipe, a device, a part of a file.
+        header: byte offset of its first header.
+        start: byte offset of its data.
+        nbytes: size of its data.
         target: of a link.
-        label: text of a ``.cls`` member.
+        label: first ``LABEL_BYTES`` of a ``.cls`` member; None for others.
     """
 
     name: str
@@ -44,12 +44,12 @@ class Member(NamedTuple):
 
 
 def open_tar(file: RangedFile) -> tarfile.TarFile:
-    """A plain tar whose first header is where ``file`` stands."""
+    """Open a plain tar whose first header is at the current position of ``file``."""
     return tarfile.TarFile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")
 
 
 def kind_of_member(member: tarfile.TarInfo) -> MemberKind:
-    """What a member is; one of an unknown type is a file, as POSIX asks for."""
+    """Kind of a member; an unknown type is treated as a file, as POSIX requires."""
     if member.isdir():
         return "folder"
     if member.issym():
@@ -62,15 +62,15 @@ def kind_of_member(member: tarfile.TarInfo) -> MemberKind:
 
 
 def read_members(file: RangedFile, uri: str, tally: Tally) -> Iterator[Member]:
-    """Members in order, of all archives in the file (``cat a.tar b.tar``).
+    """Yield the members of all archives in the file (``cat a.tar b.tar``), in order.
 
     Args:
         file: the tar.
-        uri: its name for messages.
-        tally: gets what follows the end of the archive.
+        uri: name of the tar in messages.
+        tally: counts data after the end of the archive.
 
     Raises:
-        JobError: it is truncated or damaged; it names the file and the byte.
+        JobError: the tar is truncated or damaged; the message names the file and the byte.
     """
     start: int | None = 0
     while start is not None:
@@ -79,7 +79,7 @@ def read_members(file: RangedFile, uri: str, tally: Tally) -> Iterator[Member]:
 
 
 def _read_archive(file: RangedFile, uri: str, start: int) -> Generator[Member, None, int]:
-    """Members of the archive that begins at a byte; returns where it ends."""
+    """Yield the members of the archive that begins at byte ``start``; return where it ends."""
     position = start
     try:
         file.seek(start)
@@ -91,7 +91,7 @@ def _read_archive(file: RangedFile, uri: str, start: int) -> Generator[Member, N
             position = tar.offset
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise _broken(uri, position, str(error)) from error
-    # tarfile takes a header that is cut off or damaged for the end; the end is a block of zeros.
+    # tarfile treats a truncated or damaged header as the end; the real end is a block of zeros.
     file.seek(position)
     block = file.read(_BLOCK_BYTES)
     if block != bytes(_BLOCK_BYTES):
@@ -110,7 +110,7 @@ def _member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Member:
 
 
 def _next_archive(file: RangedFile, uri: str, end: int, tally: Tally) -> int | None:
-    """Where the archive begins that was appended to one that ends at a byte."""
+    """Start of an archive appended to the one that ends at byte ``end``; None if there is none."""
     for position in range(end, end + _PADDING_BYTES, _BLOCK_BYTES):
         file.seek(position)
         block = file.read(_BLOCK_BYTES)
@@ -121,7 +121,7 @@ def _next_archive(file: RangedFile, uri: str, end: int, tally: Tally) -> int | N
                 tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             except tarfile.TarError:
                 tally.add(
-                    "other", "tars with data after their end that is no further archive", f"{uri}, byte {position}"
+                    "other", "tars with data after their end that is not another archive", f"{uri}, byte {position}"
                 )
                 return None
             return position
@@ -130,56 +130,56 @@ def _next_archive(file: RangedFile, uri: str, end: int, tally: Tally) -> int | N
 
 def _broken(uri: str, position: int, reason: str) -> JobError:
     return JobError(
-        f"Tar {uri}: truncated or damaged at or after byte {position} ({reason}). Copy or make it again, or leave it "
-        "out; nothing has been computed yet."
+        f"Tar {uri}: truncated or damaged at or after byte {position} ({reason}). Copy or create it again, or exclude "
+        "it; nothing has been computed yet."
     )
 
 
 def path_of(name: str) -> str:
-    """The path of a member below the folder it is unpacked into; the same for ``./a.png`` and ``a.png``."""
+    """Normalized path of a member, relative to the folder it is unpacked into: ``./a.png`` becomes ``a.png``."""
     return posixpath.normpath("/" + name).lstrip("/")
 
 
 class TarTree:
-    """Members by path, to follow links among them as if all were unpacked into one folder."""
+    """Members by path; resolves links as if all were unpacked into one folder."""
 
     def __init__(self) -> None:
         self.members: list[Member] = []
-        self.latest: dict[str, int] = {}  # path -> the last member that has it
-        self._linked: dict[int, int] = {}  # hard link -> the member that had the path when it was written
+        self.latest: dict[str, int] = {}  # path -> the last member with that path
+        self._linked: dict[int, int] = {}  # hard link -> the member with the target path when the link was added
         self._folders: set[str] | None = None
 
     def add(self, member: Member) -> None:
-        """Take the next member."""
+        """Add the next member."""
         if member.kind == "link" and (index := self.latest.get(path_of(member.target))) is not None:
             self._linked[len(self.members)] = index
         self.latest[path_of(member.name)] = len(self.members)
         self.members.append(member)
 
     def data_of(self, index: int) -> int | Literal["folder"] | None:
-        """The member that has a member's data: itself, or what its links lead to, which may be a folder.
+        """The member that holds the data of a member: itself, or the target of its links, which may be a folder.
 
-        None: a link that leads to nothing, to itself, or out of the tar.
+        None for a link that is broken, circular, or leads out of the tar.
         """
         for _ in range(_MOST_LINKS):
             member = self.members[index]
             if member.kind not in ("link", "symlink"):
                 return "folder" if member.kind == "folder" else index
-            found: int | None
+            target: int | None
             if member.kind == "link":
-                found = self._linked.get(index, self.latest.get(path_of(member.target)))
+                target = self._linked.get(index, self.latest.get(path_of(member.target)))
             else:
                 path = self._resolved(path_of(member.name).rpartition("/")[0], member.target)
                 if path is not None and path not in self.latest and self._is_folder(path):
                     return "folder"
-                found = None if path is None else self.latest.get(path)
-            if found is None or found == index:
+                target = None if path is None else self.latest.get(path)
+            if target is None or target == index:
                 return None
-            index = found
+            index = target
         return None
 
     def _resolved(self, folder: str, target: str) -> str | None:
-        """The path that a symbolic link in a folder names, with all links on the way followed; None: out of the tar."""
+        """The target path of a symbolic link in a folder, with all links on the way followed; None: out of the tar."""
         todo = deque(("" if target.startswith("/") else folder).split("/") + target.split("/"))
         done: list[str] = []
         links = 0

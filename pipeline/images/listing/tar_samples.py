@@ -1,4 +1,4 @@
-"""Names of members -> samples, as WebDataset means them, without losing images whose names have dots."""
+"""Group member names into WebDataset samples, without losing images whose names contain dots."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ from pipeline.images.listing.names import IMAGE_SUFFIXES, escaped, suffix_of
 
 __all__ = ["Chosen", "choose_images", "label_names", "split_name"]
 
-_FURTHER = "further images of a sample, of which one is used"
-_AMBIGUOUS = "images of a sample with several, none of which comes first: name the extension as --image-column"
-_NOT_ASKED = "images with another extension than the one asked for"
+_FURTHER = "further images of a sample, of which only one is used"
+_AMBIGUOUS = "images of samples with several, none of which is preferred: select the extension with --image-column"
+_NOT_ASKED = "images with another extension than the requested one"
 
 
 class Chosen(NamedTuple):
-    """An image: its key, and the place of its name among all names."""
+    """An image: its key, and the index of its name among all names."""
 
     key: str
     place: int
@@ -30,10 +30,10 @@ class _Sample:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """The path of a member as stem and extension.
+    """Split the path of a member into stem and extension.
 
-    The name is cut at its first dot, as WebDataset does (``a.seg.png`` → ``a``, ``seg.png``), unless a part after it
-    begins with a digit: no extension does, so the stem reaches through the last such part (``shot.0001.png`` →
+    The name is split at its first dot, as in WebDataset (``a.seg.png`` → ``a``, ``seg.png``), unless a later part
+    begins with a digit: extensions do not, so the stem extends through the last such part (``shot.0001.png`` →
     ``shot.0001``, ``png``; ``DJI_0.5x.left.png`` → ``DJI_0.5x``, ``left.png``).
     """
     folder, slash, base = name.rpartition("/")
@@ -43,7 +43,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def label_names(name: str) -> Iterator[str]:
-    """Names that a ``.cls`` member for an image can have, without that suffix, the image's own before its sample's."""
+    """Possible names of an image's ``.cls`` member, without the suffix; the image's own name before its sample's."""
     folder, slash, base = name.rpartition("/")
     while "." in base:
         base = base.rpartition(".")[0]
@@ -51,18 +51,19 @@ def label_names(name: str) -> Iterator[str]:
 
 
 def choose_images(names: Sequence[str], asked: str | None, tally: Tally) -> list[Chosen]:
-    """Which members are the images of a dataset, in the order of the members.
+    """Choose the members that are the images of a dataset, in the order of the members.
 
     Members of one folder with the same stem (`split_name`) are a sample if one of them has a plain extension, without
-    a dot (``a.cls``, ``a.png``). Its key is the stem, and one image of it is used: the one whose plain extension comes
-    first in ``IMAGE_SUFFIXES`` (``a.jpg`` before ``a.png``), or the only one (``a.left.png``); of several others the
-    first, and the rest is counted as lost. Members with the same stem of which none has a plain extension
-    (``St.Peter.jpg``, ``St.Paul.jpg``) are images of their own; their key is the name without the suffix.
+    a dot (``a.cls``, ``a.png``). Its key is the stem, and one of its images is used: the one whose plain extension is
+    first in ``IMAGE_SUFFIXES`` (``a.jpg`` before ``a.png``), or the only one (``a.left.png``). If there are several
+    and none has a plain extension, the first is used and the rest are counted as lost. Members with the same stem and
+    no plain extension among them (``St.Peter.jpg``, ``St.Paul.jpg``) are separate images; their key is the name
+    without the suffix.
 
     Args:
-        names: of the members that are files or lead to one.
-        asked: use the members with this extension, e.g. ``left.png``: all after the first dot, or after the key.
-        tally: gets every member with the name of an image that is not chosen.
+        names: of the members that are files or links to one.
+        asked: use the members with this extension, e.g. ``left.png``: everything after the first dot, or after the key.
+        tally: counts every member with an image's name that is not chosen.
     """
     samples: dict[str, _Sample] = {}
     for index, name in enumerate(names):
@@ -86,7 +87,7 @@ def choose_images(names: Sequence[str], asked: str | None, tally: Tally) -> list
 def _one_of(key: str, images: list[tuple[str, int]], names: Sequence[str], tally: Tally) -> list[Chosen]:
     if not images:
         return []
-    best = min(images, key=_preference)  # the first of equals
+    best = min(images, key=_preference)  # the first if several are equal
     is_first_choice = "." not in best[0]
     for image in images:
         if image is not best:
@@ -116,7 +117,7 @@ def _asked(stem: str, sample: _Sample, names: Sequence[str], asked: str, tally: 
 
 
 def _own_images(sample: _Sample, names: Sequence[str]) -> dict[str, list[tuple[str, int]]]:
-    """Images by their names without the suffix; their extension is the suffix alone."""
+    """Images by name without the suffix; the extension is only the suffix."""
     images: dict[str, list[tuple[str, int]]] = {}
     for _, index in sample.images:
         stem, _, suffix = names[index].rpartition(".")

@@ -1,4 +1,4 @@
-"""Local folders and patterns: what lies there, links included, each file once."""
+"""List local folders and patterns, following links."""
 
 import fnmatch
 import os
@@ -17,30 +17,30 @@ _Identity = tuple[int, int]
 
 
 class Entry(NamedTuple):
-    """A file: its path, and its size unless it cannot be reached."""
+    """A file: its path and its size; the size is None if the file cannot be accessed."""
 
     path: str
     nbytes: int | None
 
 
 def walk_local(folder: str, tally: Tally, ancestors: tuple[_Identity, ...] | None = None) -> Iterator[Entry]:
-    """Every file below a folder, in no order. Links are followed, but for one to a folder that it lies in.
+    """Yield every file below a folder, unordered. Links are followed, except to a folder that contains the link.
 
-    A link to nothing or to itself is an entry without a size, so that it is reported as unreadable and not overlooked.
+    A broken or circular link is an entry without a size, so that it is reported as unreadable rather than overlooked.
 
     Args:
-        folder: where to begin.
-        tally: gets what is hidden (a leading ".", as of the "._photo.jpg" in which macOS keeps a file's attributes),
-            and what is no file but has an image's name.
-        ancestors: the folders that this one lies in, if they are known.
+        folder: where to start.
+        tally: counts hidden files (a leading ".", such as the "._photo.jpg" in which macOS stores a file's
+            attributes), and entries with an image's name that are not files.
+        ancestors: the folders that contain this one, if known.
 
     Raises:
-        PermissionError: a folder cannot be listed; it has its name.
+        PermissionError: a folder cannot be listed; the error names it.
     """
     ancestors = _lineage(folder) if ancestors is None else ancestors
     identity = _identity(folder)
     if identity in ancestors:
-        tally.add("other", "links to folders that they lie in", escaped(folder))
+        tally.add("other", "links to a folder that contains them", escaped(folder))
         return
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -49,39 +49,39 @@ def walk_local(folder: str, tally: Tally, ancestors: tuple[_Identity, ...] | Non
                 _count_hidden(entry, is_folder, tally)
             elif is_folder:
                 yield from walk_local(entry.path, tally, (*ancestors, identity))
-            elif found := _file(entry.path, tally):
-                yield found
+            elif file := _file(entry.path, tally):
+                yield file
 
 
 def glob_local(pattern: str, tally: Tally) -> Iterator[Entry]:
-    """Every file that a shell's pattern names, and every file below the folders that it names, in no order.
+    """Yield every file that matches a shell pattern, and every file below matching folders, unordered.
 
     As in a shell, ``*`` enters linked folders, ``**`` is any number of folders, and a name with a leading "." is
-    matched only by a part that begins with one.
+    matched only by a pattern part that begins with one.
 
     Args:
         pattern: an absolute path with ``*``, ``?``, ``[…]`` or ``**``.
-        tally: as for `walk_local`.
+        tally: see `walk_local`.
     """
     first, *parts = pattern.split("/")
     for path in outermost(_matches(first or "/", parts)):
         if os.path.isdir(path):  # noqa: PTH112
             yield from walk_local(path, tally)
-        elif found := _file(path, tally):
-            yield found
+        elif file := _file(path, tally):
+            yield file
 
 
 def outermost(paths: Iterable[str]) -> Iterator[str]:
-    """Those that lie in none of the others, in order: the others are found with the folders that they lie in."""
+    """Yield, sorted, the paths that are not below another one; those below are found with their folder."""
     last = None
-    for path in sorted(paths, key=lambda path: path.replace("/", "\0")):  # what lies in a folder comes right after it
+    for path in sorted(paths, key=lambda path: path.replace("/", "\0")):  # a folder's contents follow it directly
         if last is None or not path.startswith(last):
             yield path
             last = path.rstrip("/") + "/"
 
 
 def _matches(folder: str, parts: list[str], ancestors: tuple[_Identity, ...] = ()) -> Iterator[str]:
-    """Paths below ``folder`` that match. ``ancestors``: the folders it lies in, if ``**`` has led here."""
+    """Yield matching paths below ``folder``. ``ancestors``: the folders that contain it, if reached through ``**``."""
     if not parts:
         yield folder
         return
@@ -116,7 +116,7 @@ def _identity(folder: str) -> _Identity:
 
 
 def _lineage(folder: str) -> tuple[_Identity, ...]:
-    """The folders that a folder lies in."""
+    """The folders that contain a folder."""
     names = folder.split("/")[1:-1]
     return tuple(_identity("/" + "/".join(names[:end])) for end in range(len(names) + 1)) if names else ()
 
@@ -133,7 +133,7 @@ def _join(folder: str, name: str) -> str:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, or into a folder that may not be entered: reading it says so
+    except OSError:  # a circular link, or one into a folder without permission: reported when it is read
         return False
 
 
@@ -145,7 +145,7 @@ def _file(path: str, tally: Tally) -> Entry | None:
     if stat.S_ISREG(status.st_mode):
         return Entry(path, status.st_size)
     if suffix_of(path) in IMAGE_SUFFIXES:
-        tally.add("image", "that have an image's name but are no file (a pipe, a device)", escaped(path))
+        tally.add("image", "entries with an image's name that are not files (a pipe, a device)", escaped(path))
     return None
 
 

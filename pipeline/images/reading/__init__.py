@@ -1,1 +1,1 @@
-"""From a reference to the bytes of its image, patient with the storage. Imports names from ``listing``."""
+"""Read the bytes of referenced images, with retries. Imports names from ``listing``."""

@@ -1,8 +1,8 @@
-"""One object, or a range of it, as bytes; patient with the storage, and with what is wrong with an image as outcome.
+"""Fetch an object, or a range of it, as bytes, with retries; errors of an image are returned as its outcome.
 
-What is true of the image (it is missing, forbidden, too large) fails its row, for good. What is true of the world (the
-storage does not answer, the file system is not mounted, the credentials have expired, memory is full) is raised: the
-rows are made later.
+Errors of the image (missing, forbidden, too large) fail its row permanently. Errors of the environment (the storage
+does not answer, the file system is not mounted, credentials have expired, memory is full) are raised, so that the rows
+are processed later.
 """
 
 import os
@@ -27,7 +27,7 @@ from pipeline.io.errors import explain_storage_error
 
 __all__ = ["Fetch", "Outcome"]
 
-# Of this process or of this program, whatever was read.
+# Errors of this process or program, independent of the image.
 _NOT_OF_THE_IMAGE = (MemoryError, RuntimeError, TypeError, AttributeError, NameError, AssertionError)
 
 Outcome = bytes | ImageError
@@ -35,16 +35,16 @@ Result = TypeVar("Result")
 
 
 class Fetch:
-    """Reads one object or a range of it. Keeps nothing open: fsspec does. Safe to use from many threads.
+    """Reads an object or a range of it. Keeps no connections itself; fsspec does. Thread-safe.
 
     Args:
-        uri: any of the dataset: `storage_options` are for its protocol.
+        uri: any URI of the dataset; `storage_options` apply to its protocol.
         max_bytes: images with more encoded bytes are not read.
         storage_options: for the dataset's file system.
-        patience_s: as `densefeat.storage.retries.retried`.
+        patience_s: see `densefeat.storage.retries.retried`.
         bounds: of each request.
-        stop: once set, nothing is waited for any more.
-        folder: local folder of all images; if it is gone, that is not taken for missing images.
+        stop: once set, all waits end.
+        folder: local folder of all images; if it is missing or empty, images are not reported as missing.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class Fetch:
         self._folder = folder
 
     def open_filesystem(self, uri: str) -> tuple[AbstractFileSystem, str]:
-        """The options are for the dataset's filesystem; a column of URIs can lead to another, with its defaults."""
+        """Open the file system of a URI. The options apply only to the dataset's protocol; others use defaults."""
         if is_local(uri):
-            return open_uri(unescaped(uri))  # as source_names.escaped wrote it
+            return open_uri(unescaped(uri))  # listing.names.escaped escaped it
         return open_uri(uri, self._storage_options if _protocol(uri) == self._protocol else None)
 
     def __call__(
@@ -78,7 +78,7 @@ class Fetch:
         """Read ``uri``, or its bytes from ``start`` to ``end``; ``nbytes`` is how many that is, if known.
 
         Raises:
-            StorageUnavailable: the storage did not answer for as long as it was asked.
+            StorageUnavailable: the storage did not answer within the retry period.
             JobError: there are no credentials, or a package is missing.
         """
         if (nbytes or 0) > self.max_bytes:
@@ -91,26 +91,27 @@ class Fetch:
             return self.outcome(uri, error)
 
     def read(self, uri: str, start: int | None = None, end: int | None = None, expected: int | None = None) -> bytes:
-        """As `read_bytes`, patiently; raises what `outcome` takes."""
-        return self._patiently(uri, partial(self._read, start=start, end=end, expected=expected))
+        """Call `read_bytes` with retries; pass its errors to `outcome`."""
+        return self._with_retries(uri, partial(self._read, start=start, end=end, expected=expected))
 
     def size(self, uri: str) -> int:
-        """Bytes of an object; raises what `outcome` takes."""
-        size = self._patiently(uri, lambda filesystem, path: object_size(filesystem, path, self._bounds, self._stop))
+        """Size of an object in bytes, with retries; pass its errors to `outcome`."""
+        size = self._with_retries(uri, lambda filesystem, path: object_size(filesystem, path, self._bounds, self._stop))
         if size is None:
-            raise ValueError("its server does not say how long it is")
+            raise ValueError("the server does not report its size")
         return size
 
     def check(self, data: bytes, uri: str) -> Outcome:
-        """Bytes that were read otherwise, held to the same bound."""
+        """Apply the limit ``max_bytes`` to bytes that were read in another way."""
         return self._too_large(uri, len(data)) if len(data) > self.max_bytes else data
 
     def outcome(self, uri: str, error: Exception) -> ImageError:
-        """What an error of reading says of the image.
+        """Turn a read error into the outcome of the image.
 
         Raises:
-            DensefeatError: it says nothing of the image: `StorageUnavailable`, or a ``JobError`` that says what to do.
-            Exception: the error itself, if it is none of a storage.
+            DensefeatError: the error says nothing about the image: `StorageUnavailable`, or a ``JobError`` that says
+                what to do.
+            Exception: the error itself, if it is not from a storage.
         """
         if isinstance(error, ImageError):
             return error
@@ -129,9 +130,9 @@ class Fetch:
             raise error
         return _unreadable(uri, error)
 
-    def _patiently(self, uri: str, operation: Callable[[AbstractFileSystem, str], Result]) -> Result:
+    def _with_retries(self, uri: str, operation: Callable[[AbstractFileSystem, str], Result]) -> Result:
         once = partial(self._once, uri, operation)
-        return retried(once, uri, patience_s=self._patience_s, when=_is_worth_waiting, stop=self._stop)
+        return retried(once, uri, patience_s=self._patience_s, when=_is_worth_retrying, stop=self._stop)
 
     def _once(self, uri: str, operation: Callable[[AbstractFileSystem, str], Result]) -> Result:
         if self._stop.is_set():
@@ -145,7 +146,7 @@ class Fetch:
             if host_of(uri) and is_answer(error):
                 HOSTS.answered(uri)
             if lacks_credentials(error):
-                filesystem.clear_instance_cache()  # the next try looks for credentials anew
+                filesystem.clear_instance_cache()  # so that the next try looks up credentials again
             if (HOSTS.is_known_dead(uri) or is_unreachable_for_good(error)) and self._host_is_dead(uri, error):
                 raise _unreadable(uri, error) from None
             raise
@@ -162,7 +163,7 @@ class Fetch:
         )  # fmt: skip
 
     def _refuse_missing_folder(self, error: OSError) -> None:
-        """A missing image in a missing or empty folder says that its file system is not mounted here."""
+        """Raise `_FolderGoneError` for a missing image in a missing or empty folder: it may not be mounted here."""
         if self._folder is None or not isinstance(error, FileNotFoundError | NotADirectoryError):
             return
         _, folder = self.open_filesystem(self._folder)
@@ -175,7 +176,7 @@ class Fetch:
         raise _FolderGoneError(f"{error}, and its folder {folder} is gone or empty: is it mounted here?") from None
 
     def _host_is_dead(self, uri: str, error: BaseException) -> bool:
-        """Of a URL in a column; the dataset's own host is never given up for dead."""
+        """Whether the host of a URL in a column is dead; the dataset's own host never counts as dead."""
         if host_of(uri) in ("", self._host) or not is_unreachable(error):
             return False
         return HOSTS.is_dead(uri, lambda other: self._read(*self.open_filesystem(other), start=0, end=1, expected=None))
@@ -186,10 +187,10 @@ class Fetch:
 
 
 class _FolderGoneError(ConnectionError):
-    """Nothing is known of the files in it."""
+    """The folder is missing or empty; the state of its files is unknown."""
 
 
-def _is_worth_waiting(error: BaseException) -> bool:
+def _is_worth_retrying(error: BaseException) -> bool:
     if isinstance(error, DensefeatError):
         return False
     return is_transient(error) or is_unreachable(error) or lacks_credentials(error)

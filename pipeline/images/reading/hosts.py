@@ -1,8 +1,8 @@
-"""A dead host in a column of URLs, told from a dead network.
+"""Distinguish a dead host in a column of URLs from a dead network.
 
-A URL whose host is gone is a failed row: no waiting brings it back, and a column of URLs has many such. But a host can
-seem gone because this machine has lost its network, or its name server, and then nothing is known of any URL. So no
-host counts as gone unless another one answers at that moment.
+A URL whose host is gone is a failed row: retrying does not help, and columns of URLs contain many of them. But a host
+can also seem gone because this machine has lost its network or its name server; then the state of every URL is
+unknown. So a host counts as gone only if another one answers at that moment.
 """
 
 import threading
@@ -21,15 +21,15 @@ _DEAD_FOR_S = 600.0
 
 
 class Hosts:
-    """Which hosts answered lately, and which are known to be gone. Safe to use from many threads."""
+    """Hosts that answered recently, and hosts known to be gone. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._answered: OrderedDict[str, str] = OrderedDict()  # host -> a URL of it, the latest last
-        self._dead: OrderedDict[str, float] = OrderedDict()  # host -> when it may be asked patiently again
+        self._answered: OrderedDict[str, str] = OrderedDict()  # host -> one of its URLs, most recent last
+        self._dead: OrderedDict[str, float] = OrderedDict()  # host -> time from which requests are retried again
 
     def answered(self, uri: str) -> None:
-        """Note that the host of a URL has just answered."""
+        """Record that the host of a URL has just answered."""
         host = host_of(uri)
         with self._lock:
             self._dead.pop(host, None)
@@ -39,16 +39,16 @@ class Hosts:
                 self._answered.popitem(last=False)
 
     def is_known_dead(self, uri: str) -> bool:
-        """Whether `is_dead` said so of the URL's host in the last minutes."""
+        """Whether `is_dead` was true for the URL's host within the last ten minutes."""
         with self._lock:
             return self._dead.get(host_of(uri), 0.0) > time.monotonic()
 
     def is_dead(self, uri: str, ask: Callable[[str], object]) -> bool:
-        """Whether another host answers now, so that it is this URL's host that does not.
+        """Whether another host answers now, so that only this URL's host is unreachable.
 
         Args:
-            uri: whose host could not be reached.
-            ask: reads from a URL; raises as the storage does.
+            uri: URL whose host could not be reached.
+            ask: reads from a URL; raises the storage's errors.
         """
         host = host_of(uri)
         with self._lock:
@@ -62,20 +62,20 @@ class Hosts:
         return True
 
 
-HOSTS = Hosts()  # of this process: what one shard met helps the next
+HOSTS = Hosts()  # shared by all shards of this process
 
 
 def host_of(uri: str) -> str:
-    """Host and port of an ``http(s)://`` URL; "" of anything else."""
+    """Host and port of an ``http(s)://`` URL; "" for anything else."""
     protocol, _, _ = uri.partition("://")
     try:
         return urlsplit(uri).netloc.rpartition("@")[2].lower() if protocol in ("http", "https") else ""
-    except ValueError:  # no URL
+    except ValueError:  # not a URL
         return ""
 
 
 def is_answer(error: BaseException) -> bool:
-    """Whether a host has answered, e.g. 404; not that something in between has failed."""
+    """Whether the host itself has answered (e.g. 404), rather than something in between having failed."""
     status = 404 if isinstance(error, FileNotFoundError) else http_status(error)
     return status is not None and status < 500 and not is_unreachable(error)
 

@@ -1,6 +1,6 @@
-"""One object, or a range of it, over HTTP: streamed, within bounds of time and size.
+"""Read an object, or a range of it, over HTTP: streamed, with limits on time and size.
 
-fsspec's own ``cat_file`` holds whatever comes for as long as it comes, and takes any answer for the range asked for.
+fsspec's own ``cat_file`` has no such limits, and accepts any response as the requested range.
 """
 
 import asyncio
@@ -20,23 +20,23 @@ _NOT_DECODED = ("br", "zstd", "compress", "x-compress")
 
 
 async def read_http(filesystem: Any, url: str, start: int | None, end: int | None, limit: int, bounds: Bounds) -> bytes:
-    """The body of ``url``, or its bytes from ``start`` (inclusive) to ``end`` (exclusive).
+    """Read the body of ``url``, or its bytes from ``start`` (inclusive) to ``end`` (exclusive).
 
     Args:
-        filesystem: fsspec's for HTTP: its session, headers and other options of requests are used.
-        url: what to get.
-        start: None for all of it; with ``end``.
-        end: with ``start``; fewer bytes come where the object ends before.
-        limit: of bytes, for all of it.
-        bounds: of time.
+        filesystem: fsspec's HTTP file system; its session, headers and other request options are used.
+        url: to read.
+        start: start of the range; None, as ``end``, for the whole body.
+        end: end of the range; fewer bytes are returned if the object ends before it.
+        limit: maximum number of bytes of a whole body.
+        bounds: time limits.
 
     Raises:
         FileNotFoundError: status 404.
-        TooLarge: there are more than ``limit`` bytes.
+        TooLarge: the whole body has more than ``limit`` bytes.
         TimeoutError: the server sends nothing, or too slowly.
-        StorageUnavailable: the server does not read ranges.
-        ValueError: its content encoding is damaged, or an unknown one.
-        aiohttp.ClientError: any other status of failure; a connection that cannot be had, or is cut.
+        StorageUnavailable: the server does not support range requests.
+        ValueError: the content encoding is damaged or unknown.
+        aiohttp.ClientError: any other error status; no connection, or a dropped one.
     """
     begun = asyncio.get_running_loop().time()
     deadline = asyncio.timeout_at(begun + bounds.for_bytes(0))
@@ -52,7 +52,7 @@ async def read_http(filesystem: Any, url: str, start: int | None, end: int | Non
                 received += len(data)
                 deadline.reschedule(begun + bounds.for_bytes(received))
                 body.add(data)
-                if body.is_full and start is not None:  # a server that ignores the end of a range
+                if body.is_full and start is not None:  # the server ignores the end of the range
                     break
                 if body.is_full:
                     raise TooLarge(None)
@@ -61,7 +61,7 @@ async def read_http(filesystem: Any, url: str, start: int | None, end: int | Non
         if not deadline.expired():
             raise
         seconds = asyncio.get_running_loop().time() - begun
-        raise TimeoutError(f"only {received} bytes in {seconds:.0f} s, and no end") from error
+        raise TimeoutError(f"incomplete response: only {received} bytes in {seconds:.0f} s") from error
 
 
 async def _request(filesystem: Any, url: str, start: int | None, end: int | None, bounds: Bounds) -> Any:
@@ -73,7 +73,7 @@ async def _request(filesystem: Any, url: str, start: int | None, end: int | None
         headers["Range"] = f"bytes={start}-{end - 1}"
     session = await filesystem.set_session()
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=bounds.connect_s, sock_read=bounds.between_bytes_s)
-    # Decompressed here, bounded: a megabyte can become a gigabyte.
+    # Decompressed here, with a limit: a megabyte can expand to a gigabyte.
     return await session.get(
         filesystem.encode_url(url), **{"timeout": timeout, **options}, headers=headers, auto_decompress=False
     )
@@ -84,30 +84,30 @@ def _encoding(response: Any) -> str:
 
 
 def _wanted_bytes(response: Any, url: str, start: int | None, end: int | None, limit: int) -> int:
-    """How many bytes of the body are wanted, if it is the one asked for."""
+    """Check that the response is the requested one; return the number of bytes to read from the body."""
     if start is None or end is None:
         length = response.headers.get("Content-Length", "")
         if length.isdigit() and int(length) > limit:
             raise TooLarge(int(length))
         return limit
-    found = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
-    begins = int(found[1]) if found else 0
-    if begins != start or _encoding(response) in _DECODED + _NOT_DECODED:  # a range of what is encoded is no use
+    match = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
+    first = int(match[1]) if match else 0
+    if first != start or _encoding(response) in _DECODED + _NOT_DECODED:  # a range of encoded bytes is useless
         raise StorageUnavailable(
-            f"{url}: asked for the bytes from {start} on, got those from {begins} on (status {response.status}, "
-            f"content encoding {_encoding(response) or 'none'}). Its server, or a proxy before it, does not read "
-            "ranges: use one that does, or copy the dataset"
+            f"{url}: requested the bytes from {start}, got those from {first} (status {response.status}, content "
+            f"encoding {_encoding(response) or 'none'}). The server, or a proxy before it, does not support range "
+            "requests: use one that does, or copy the dataset"
         )
     return end - start
 
 
 class _Body:
-    """What has come of it, decoded, at most one byte more than wanted."""
+    """The part of a body received so far, decoded; at most one byte more than wanted."""
 
     def __init__(self, encoding: str, wanted: int) -> None:
         if encoding in _NOT_DECODED:
-            raise ValueError(f"its server sends it encoded as {encoding}, although asked for none")
-        self._decoder = zlib.decompressobj(wbits=47) if encoding in _DECODED else None  # 47: gzip's or zlib's header
+            raise ValueError(f"the server sends content encoding {encoding}, although none was requested")
+        self._decoder = zlib.decompressobj(wbits=47) if encoding in _DECODED else None  # 47: gzip or zlib header
         self._wanted = wanted
         self._data = io.BytesIO()
 
@@ -116,16 +116,16 @@ class _Body:
         return self._data.tell() > self._wanted
 
     def add(self, data: bytes) -> None:
-        room = self._wanted + 1 - self._data.tell()
+        remaining = self._wanted + 1 - self._data.tell()
         if self._decoder is not None:
             try:
-                data = self._decoder.decompress(data, room)
+                data = self._decoder.decompress(data, remaining)
             except zlib.error as error:
-                raise ValueError(f"its content encoding is damaged: {error}") from error
-        self._data.write(data[:room])
+                raise ValueError(f"the content encoding is damaged: {error}") from error
+        self._data.write(data[:remaining])
 
     def finished(self) -> bytes:
         if self._decoder is not None and not self._decoder.eof and not self.is_full:
-            raise ValueError("its content encoding is cut off")
+            raise ValueError("the content encoding is truncated")
         self._data.truncate(min(self._data.tell(), self._wanted))
         return self._data.getvalue()

@@ -1,4 +1,4 @@
-"""Cells of a Parquet column of images, streamed from the row groups that are needed."""
+"""Stream the cells of a Parquet image column from the row groups that are needed."""
 
 import io
 from bisect import bisect_left
@@ -16,13 +16,13 @@ from pipeline.images.reading.fetch import Fetch, Outcome
 
 __all__ = ["Reference", "read_batches"]
 
-# Of a column chunk, which may be hundreds of megabytes, so much is read at a time.
+# Read size; a column chunk may have hundreds of megabytes.
 _BUFFER_BYTES = 4 << 20
-_LONGEST_URI = 8192  # characters: signed URLs have thousands
+_LONGEST_URI = 8192  # characters; signed URLs have thousands
 
 
 class Reference(NamedTuple):
-    """A row of ``Source.references``, without its key and label."""
+    """A row of ``Source.references`` without key and label."""
 
     uri: str
     offset: int | None
@@ -34,20 +34,20 @@ def read_batches(
 ) -> Iterator[list[Outcome | str]]:
     """Yield the cells of ``rows`` in order, at most ``batch_size`` at a time.
 
-    Only row groups with one of the rows are read, each from its start to the last row needed, by ranges that are
-    fetched as patiently as an image.
+    Only row groups that contain a requested row are read, each from its start to the last row needed, by range
+    requests that are retried like those for images.
 
     Args:
         rows: references into Parquet files; ``offset`` is the row in the file.
-        column: binary, a string, or ``struct<bytes, path>``.
-        fetch: reads ranges, and has the bound on an image's bytes.
-        batch_size: rows.
+        column: name of a column of type binary, string, or ``struct<bytes, path>``.
+        fetch: reads ranges, and limits the bytes of an image.
+        batch_size: maximum number of rows per list.
 
     Yields:
         For every row the image's bytes, the absolute URI to read them from, or an ``ImageError``.
 
     Raises:
-        Exception: as ``Fetch``.
+        Exception: see ``Fetch``.
     """
     for run in _runs(rows):
         uri, numbers = run[0].uri, [row.offset or 0 for row in run]
@@ -56,12 +56,12 @@ def read_batches(
             for cells in _stream(uri, numbers, column, fetch, batch_size):
                 done += len(cells)
                 yield cells
-        except Exception as error:  # of pyarrow, or of any storage package
+        except Exception as error:  # from pyarrow, or from any storage package
             yield [fetch.outcome(uri, error)] * (len(run) - done)
 
 
 def _runs(rows: Sequence[Reference]) -> Iterator[list[Reference]]:
-    """Stretches within one file that one pass can read: rows ascending."""
+    """Split rows into runs that one pass over a file can read: same file, rows ascending."""
     run: list[Reference] = []
     for row in rows:
         if row.offset is None:
@@ -77,16 +77,16 @@ def _runs(rows: Sequence[Reference]) -> Iterator[list[Reference]]:
 def _stream(
     uri: str, numbers: Sequence[int], column: str, fetch: Fetch, batch_size: int
 ) -> Iterator[list[Outcome | str]]:
-    """One pass over a file for the rows of these numbers, ascending; raises whatever storage or pyarrow does."""
+    """Read the rows ``numbers`` (ascending) in one pass over a file; raises any error of the storage or pyarrow."""
     raw = io.BufferedReader(_Ranges(uri, fetch), _BUFFER_BYTES)
-    # Without pre_buffer, which would hold whole column chunks.
+    # No pre_buffer: it would hold whole column chunks in memory.
     with raw, pq.ParquetFile(raw, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
         if numbers[-1] >= file.metadata.num_rows:
             raise EOFError(f"row {numbers[-1]} was listed, but the file has {file.metadata.num_rows}: it has changed")
         groups, in_groups = _groups(file.metadata, numbers)
         wanted, missing = frozenset(numbers), len(numbers)
         for batch in file.iter_batches(batch_size, row_groups=groups, columns=[column], use_threads=False):
-            # The batch comes first in zip: the other way round, its end would cost a number.
+            # The batch must come first in zip: otherwise its end would consume one row number too many.
             cells = [
                 _cell(value, uri, fetch) for value, n in zip(batch.column(0), in_groups, strict=False) if n in wanted
             ]
@@ -98,7 +98,7 @@ def _stream(
 
 
 class _Ranges(io.RawIOBase):
-    """A file whose every read is a range that is fetched: patiently, and whole or not at all."""
+    """A file object whose every read is a fetched range: with retries, and complete or an error."""
 
     def __init__(self, uri: str, fetch: Fetch) -> None:
         self._uri, self._fetch = uri, fetch
@@ -127,7 +127,7 @@ class _Ranges(io.RawIOBase):
 
 
 def _groups(metadata: pq.FileMetaData, numbers: Sequence[int]) -> tuple[list[int], Iterator[int]]:
-    """The row groups that hold any of the rows, and the numbers of all rows in them, in order."""
+    """The row groups that contain any of the rows, and the numbers of all their rows, in order."""
     groups, ranges = [], []
     first = 0
     for group in range(metadata.num_row_groups):
@@ -152,12 +152,12 @@ def _cell(value: pa.Scalar, parquet_uri: str, fetch: Fetch) -> Outcome | str:
         try:
             return fetch.check(inline_image(content), parquet_uri)
         except ValueError as error:
-            return ImageError("corrupt", f"{parquet_uri}: the row's image is a text, {error}.")
+            return ImageError("corrupt", f"{parquet_uri}: the row's image is text, but {error}.")
     if len(content) > _LONGEST_URI:
         return ImageError(
             "unreadable",
-            f"{parquet_uri}: the row's image is a text of {len(content)} characters, {content[:40]!r}…: expected a "
-            "path, a URI, or an image as base64.",
+            f"{parquet_uri}: the row's image is a text of {len(content)} characters, {content[:40]!r}…; expected a "
+            "path, a URI, or a base64 image.",
         )
     if "://" in content:
         return content
@@ -166,7 +166,7 @@ def _cell(value: pa.Scalar, parquet_uri: str, fetch: Fetch) -> Outcome | str:
 
 
 def _content(value: pa.Scalar) -> str | bytes | None:
-    """The bytes, the text, or of Hugging Face's struct whichever it has; a text can hold bytes that are not UTF-8."""
+    """Bytes or text of a cell (in a Hugging Face struct, whichever it has); text may contain invalid UTF-8."""
     if isinstance(value, pa.StructScalar):
         fields = [field.name for field in value.type]
         content = _content(value["bytes"]) if value.is_valid else None

@@ -1,4 +1,4 @@
-"""One try to read an object, or a range of it, from any file system, within bounds of time and size."""
+"""Read an object, or a range of it, from any file system once, with limits on time and size."""
 
 import os
 import stat
@@ -16,7 +16,7 @@ __all__ = ["object_size", "read_bytes"]
 
 
 class _CutShortError(ConnectionError):
-    """Fewer bytes came than there are, without an error."""
+    """Fewer bytes were received than the object has, without an error."""
 
 
 def read_bytes(
@@ -30,22 +30,22 @@ def read_bytes(
     bounds: Bounds,
     stop: threading.Event,
 ) -> bytes:
-    """All of an object, or its bytes from ``start`` (inclusive) to ``end`` (exclusive).
+    """Read a whole object, or its bytes from ``start`` (inclusive) to ``end`` (exclusive).
 
     Args:
-        filesystem: where it is.
-        path: there.
-        start: None, with ``end``, for all of it.
-        end: fewer bytes come only where the object ends before.
-        limit: of bytes, for all of it.
-        expected: how many bytes there should be, if known; fewer are only believed if the object ends there.
-        bounds: of time; for a file system that has none of its own (local, in memory), they do not apply.
-        stop: ends the wait for an answer.
+        filesystem: of the object.
+        path: of the object.
+        start: start of the range; None, as ``end``, for the whole object.
+        end: end of the range; fewer bytes are returned only if the object ends before it.
+        limit: maximum number of bytes of a whole object.
+        expected: expected number of bytes, if known; fewer are accepted only if the object ends there.
+        bounds: time limits; not applied to synchronous file systems (local, in memory).
+        stop: ends the wait for a response.
 
     Raises:
-        TooLarge: there are more than ``limit`` bytes.
-        TimeoutError: no complete answer in time.
-        Exception: what the storage raises.
+        TooLarge: the whole object has more than ``limit`` bytes.
+        TimeoutError: no complete response in time.
+        Exception: any error of the storage.
     """
     if isinstance(filesystem, LocalFileSystem):
         return _read_local(path, start, end, limit)
@@ -53,18 +53,18 @@ def read_bytes(
     if start is None and len(data) > limit:
         raise TooLarge(None)
     if expected is not None and len(data) < expected:
-        filesystem.invalidate_cache()  # of listings
+        filesystem.invalidate_cache()  # cached listings
         size = object_size(filesystem, path, bounds, stop)
         if size is None or size > (start or 0) + len(data):
-            raise _CutShortError(f"got {len(data)} of {expected} bytes, and then no more")
+            raise _CutShortError(f"incomplete response: got {len(data)} of {expected} bytes")
     return data
 
 
 def object_size(filesystem: AbstractFileSystem, path: str, bounds: Bounds, stop: threading.Event) -> int | None:
-    """Bytes of an object; None if its storage does not say.
+    """Size of an object in bytes; None if the storage does not report it.
 
     Raises:
-        Exception: what the storage raises.
+        Exception: any error of the storage.
     """
     if not _is_async(filesystem):
         size: int | None = filesystem.size(path)
@@ -72,14 +72,14 @@ def object_size(filesystem: AbstractFileSystem, path: str, bounds: Bounds, stop:
     try:
         info: dict[str, Any] = run_bounded(filesystem, filesystem._info(path), bounds.for_bytes(0), stop)
     except Exception as error:
-        if http_status(error) in (400, 403):  # the answer to HEAD has no body that says why: expired, or forbidden
+        if http_status(error) in (400, 403):  # HEAD has no body that gives the reason (expired or forbidden): use GET
             run_bounded(filesystem, filesystem._cat_file(path, start=0, end=1), bounds.for_bytes(0), stop)
         raise
     return info.get("size")
 
 
 def _read_local(path: str, start: int | None, end: int | None, limit: int) -> bytes:
-    status = os.stat(path)  # noqa: PTH116 - before it is opened: a pipe would make that wait for ever
+    status = os.stat(path)  # noqa: PTH116 - before opening: opening a pipe would block forever
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(f"{path} is a folder")
     if not stat.S_ISREG(status.st_mode):
@@ -107,7 +107,7 @@ def _read_remote(
         return run_bounded(filesystem, read_http(filesystem, path, start, end, limit, bounds), bounds.in_all_s, stop)
     try:
         if _is_async(filesystem):
-            # A range, for all of it too: a bound on the answer, and no request before it that asks for the size.
+            # Always request a range: it limits the response, and avoids a request for the size.
             work = filesystem._cat_file(path, start=start or 0, end=limit + 1 if end is None else end)
             seconds = bounds.in_all_s if expected is None else bounds.for_bytes(expected)
             return bytes(run_bounded(filesystem, work, seconds, stop))
@@ -115,7 +115,7 @@ def _read_remote(
             start, end = start or 0, limit + 1 if end is None else end
         return bytes(filesystem.cat_file(path, start=start, end=end))
     except Exception as error:
-        if http_status(error) == 416:  # there is nothing from the start on: an empty object, or the end of one
+        if http_status(error) == 416:  # the range begins at or after the end of the object
             return b""
         raise
 

@@ -1,4 +1,4 @@
-"""References -> the encoded bytes of every image, read ahead of the consumer."""
+"""Read the encoded bytes of referenced images, ahead of the consumer."""
 
 import os
 import threading
@@ -22,16 +22,16 @@ from schemas.configuration import SourceKind
 __all__ = ["read_images"]
 
 _MAX_BYTES = 512 << 20
-# One ranged read over members that lie this close costs less than two requests.
+# Reading a gap of this size costs less than a second request.
 _GAP_BYTES = 64 << 10
 _RUN_BYTES = 16 << 20
 
 
-_Cell = Outcome | str  # str: the URI to read it from
+_Cell = Outcome | str  # str: the URI to read the image from
 
 
 class _Range(NamedTuple):
-    """Where a member's data lies in a tar: half open, in bytes."""
+    """Byte range (half open) of a member's data in a tar."""
 
     uri: str
     start: int
@@ -39,7 +39,7 @@ class _Range(NamedTuple):
 
 
 class _Task(NamedTuple):
-    """Work for the pool that gives the outcomes of consecutive rows."""
+    """Work for the pool that returns the outcomes of consecutive rows."""
 
     num_rows: int
     fetch: Callable[[], list[Outcome]]
@@ -58,32 +58,34 @@ def read_images(
     bounds: Bounds | None = None,
     stop: threading.Event | None = None,
 ) -> Iterator[Outcome]:
-    """Yield the encoded bytes of every row, in the order of the rows, while later ones are fetched.
+    """Yield the encoded bytes of every row, in order, while later ones are fetched.
 
-    A storage that does not answer is asked again, for `patience_s`; then there are no outcomes but an error, as nothing
-    is known of the images. Filesystems are opened in the process that iterates, so a table of references can be sent
-    to another. Stopping early (closing the iterator) cancels what has not begun and ends every wait.
+    Requests to a storage that does not answer are retried for `patience_s`; after that an error is raised instead of
+    returning outcomes, because the state of the images is unknown. Filesystems are opened in the process that iterates,
+    so a table of references can be sent to another process. Closing the iterator early cancels pending work and ends
+    every wait.
 
     Args:
         references: a slice of ``Source.references``.
-        image_column: ``Source.image_column``; needed for Parquet.
+        image_column: ``Source.image_column``; required for Parquet.
         kind: ``Source.kind``.
-        pool: threads that fetch; they are never made to wait for each other.
-        ahead: how many rows' bytes are held or being fetched beyond the one the consumer has.
+        pool: threads that fetch; their tasks never wait for each other.
+        ahead: number of rows held or being fetched beyond the consumer's current one.
         max_bytes: images with more encoded bytes are not fetched.
         storage_options: keyword arguments for the filesystem of the references.
-        patience_s: how long after its first failure something is tried again.
-        bounds: on the time of each request; by default `Bounds`'s own.
-        stop: ends it when set, with `StorageUnavailable`.
+        patience_s: how long to retry after the first failure.
+        bounds: time limits of each request; by default those of `Bounds`.
+        stop: when set, ends the iteration with `StorageUnavailable`.
 
     Returns:
-        An iterator with one item a row: ``bytes`` (an empty file gives ``b""``), or an ``ImageError`` with the status
-        ``unreadable`` or ``too_large``, which is given and not raised.
+        An iterator with one item per row: ``bytes`` (``b""`` for an empty file), or an ``ImageError`` with the status
+        ``unreadable``, ``too_large`` or ``corrupt`` (damaged base64), which is returned, not raised.
 
     Raises:
-        ValueError: ``ahead`` is below 1, or ``image_column`` is missing for Parquet.
+        ValueError: ``ahead`` is below 1, or ``image_column`` is missing for Parquet; (while iterating) a row of a tar
+            or of Parquet has no offset.
         StorageUnavailable: (while iterating) the storage of the next image did not answer, or its folder is gone.
-        JobError: (while iterating) there are no credentials, they have expired, or a package is missing.
+        JobError: (while iterating) credentials are missing or expired, or a package is missing.
     """
     if ahead < 1:
         raise ValueError(f"read_images: got ahead={ahead}, expected at least 1 row.")
@@ -102,7 +104,7 @@ def read_images(
         folder=_common_folder(rows),
     )
     if kind == "parquet":
-        # Of the rows ahead, half may lie in the batch that is being read and the one that is being handed out.
+        # Up to half of the rows ahead are in two batches: the one being read and the one being yielded.
         batch_size = max(1, ahead // 4)
         batches = _read_ahead(read_batches(rows, str(image_column), fetch, batch_size), pool)
         tasks = (_Task(1, partial(_fetch_cell, cell, fetch)) for batch in batches for cell in batch)
@@ -113,7 +115,7 @@ def read_images(
 
 
 def _common_folder(rows: list[Reference]) -> str | None:
-    """Of files of this machine: the lowest folder that holds them all."""
+    """The lowest folder that contains all rows, if all are local; else None."""
     folders = {row.uri.rpartition("/")[0] for row in rows}
     if not folders or not all(map(is_local, folders)):
         return None
@@ -121,7 +123,7 @@ def _common_folder(rows: list[Reference]) -> str | None:
 
 
 def _in_order(tasks: Iterable[_Task], pool: Executor, ahead: int, ended: Stop) -> Iterator[Outcome]:
-    """Run tasks in the pool, yield their outcomes in order; at most ``ahead`` rows are begun beyond the consumer's."""
+    """Run tasks in the pool and yield their outcomes in order; at most ``ahead`` rows run ahead of the consumer."""
     waiting = iter(tasks)
     task = next(waiting, None)
     running: deque[Future[list[Outcome]]] = deque()
@@ -152,7 +154,7 @@ def _fetch_cell(cell: _Cell, fetch: Fetch) -> list[Outcome]:
 
 
 def _read_ahead(batches: Iterator[list[_Cell]], pool: Executor) -> Iterator[list[_Cell]]:
-    """Take the next batch in the pool while this one is handed out."""
+    """Read the next batch in the pool while the current one is consumed."""
     future = pool.submit(next, batches, None)
     while (batch := future.result()) is not None:
         future = pool.submit(next, batches, None)
@@ -160,12 +162,12 @@ def _read_ahead(batches: Iterator[list[_Cell]], pool: Executor) -> Iterator[list
 
 
 def _tar_tasks(rows: Iterable[Reference], fetch: Fetch, *, max_rows: int) -> Iterator[_Task]:
-    """Join neighbouring members of one tar to ranged reads."""
+    """Merge neighbouring members of a tar into one range request."""
     run: list[_Range] = []
     for row in rows:
         if row.offset is None:
             raise ValueError(f"read_images: got a row of {row.uri} without offset, expected it for a tar.")
-        if row.nbytes is None:  # not one range of bytes
+        if row.nbytes is None:  # not a single byte range
             if run:
                 yield _Task(len(run), partial(_fetch_run, run, fetch))
                 run = []
@@ -205,7 +207,7 @@ def _member(data: bytes, member: _Range, start: int) -> Outcome:
     if len(image) < member.end - member.start:
         return ImageError(
             "unreadable",
-            f"{member.uri} has changed or is cut off: got {len(image)} of the {member.end - member.start} bytes at "
+            f"{member.uri} has changed or is truncated: got {len(image)} of the {member.end - member.start} bytes at "
             f"byte {member.start}.",
         )
     return image

@@ -1,4 +1,4 @@
-"""Members of tars that are not one range of bytes: sparse files, and links that lead to nothing."""
+"""Read tar members that are not a single byte range: sparse files, and broken links."""
 
 import tarfile
 from io import UnsupportedOperation
@@ -16,15 +16,16 @@ _HEADERS = Ahead(least=4 << 10, most=64 << 10, skip=1 << 20)
 
 
 def read_member(uri: str, header: int, fetch: Fetch) -> Outcome:
-    """The bytes of one member, with zeros in its holes.
+    """Read one member, with zeros in its holes.
 
     Args:
         uri: of the tar.
-        header: byte where the member's first header begins.
-        fetch: reads ranges; its ``max_bytes`` is held to before the member's size is allocated.
+        header: byte offset of the member's first header.
+        fetch: reads ranges; its ``max_bytes`` is checked before memory for the member is allocated.
 
     Returns:
-        The bytes; or an ``ImageError``: ``too_large``, or ``unreadable`` for what is no file, or no longer there.
+        The bytes; or an ``ImageError``: ``too_large``, or ``unreadable`` if the member is not a file, is damaged, or
+        no longer exists.
     """
     file = RangedFile(lambda start, end: _range(uri, start, end, fetch), _HEADERS)
     file.seek(header)
@@ -44,13 +45,13 @@ def _read(uri: str, member: tarfile.TarInfo, end: int, fetch: Fetch) -> Outcome:
     name, kind = escaped(member.name), kind_of_member(member)
     if kind in ("symlink", "link"):
         target = escaped(member.linkname)
-        return ImageError("unreadable", f"{uri}: the member {name} is a link to {target}: no file in this tar.")
+        return ImageError("unreadable", f"{uri}: the member {name} is a link to {target}, not a file in this tar.")
     if kind not in ("file", "sparse"):
         return ImageError("unreadable", f"{uri}: the member {name} is not a file.")
     if member.size > fetch.max_bytes:
         message = f"{uri}: the member {name} has {member.size} bytes, more than max_bytes={fetch.max_bytes}."
         return ImageError("too_large", message)
-    sparse: Any = member.sparse  # a list of starts and lengths, whatever typeshed says
+    sparse: Any = member.sparse  # a list of (start, length); typeshed is wrong
     segments = [(0, member.size)] if sparse is None else [(start, n) for start, n in sparse if n]
     stored = sum(n for _, n in segments)
     last = 0
@@ -61,7 +62,8 @@ def _read(uri: str, member: tarfile.TarInfo, end: int, fetch: Fetch) -> Outcome:
         last = start + n
     packed = memoryview(_range(uri, member.offset_data, member.offset_data + stored, fetch))
     if len(packed) < stored:
-        return ImageError("unreadable", f"{uri} is cut off in the member {name}: got {len(packed)} of {stored} bytes.")
+        message = f"{uri} is truncated in the member {name}: got {len(packed)} of {stored} bytes."
+        return ImageError("unreadable", message)
     data = bytearray(member.size)
     for start, n in segments:
         data[start : start + n], packed = packed[:n], packed[n:]
@@ -69,10 +71,10 @@ def _read(uri: str, member: tarfile.TarInfo, end: int, fetch: Fetch) -> Outcome:
 
 
 def _range(uri: str, start: int, end: int, fetch: Fetch) -> bytes:
-    """Bytes of the tar; fewer where it ends.
+    """Read bytes of the tar; fewer at its end.
 
     Raises:
-        ImageError: they cannot be read.
+        ImageError: the bytes cannot be read.
     """
     if start == end:
         return b""
@@ -80,6 +82,8 @@ def _range(uri: str, start: int, end: int, fetch: Fetch) -> bytes:
     if isinstance(data, ImageError):
         raise data
     if len(data) > end - start:
-        message = f"Asked {uri} for the bytes {start} to {end}, got {len(data)}: its server does not read ranges."
+        message = (
+            f"Requested bytes {start} to {end} of {uri}, got {len(data)}: the server does not support range requests."
+        )
         raise ImageError("unreadable", message)
     return data

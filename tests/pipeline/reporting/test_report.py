@@ -41,4 +41,4 @@ def test_an_exit_code_of_1_says_why() -> None:
     assert not report(["ok"] * 3).too_many_failed
     given_up = report(["ok"], given_up={1: "tried 3 times; the last time: EIO"}).describe()
     assert "given up    shard 1: tried 3 times; the last time: EIO" in given_up
-    assert "not done    1 shards: run the same command with --resume to make them" in given_up
+    assert "not done    1 shards: run the same command with --resume to compute them" in given_up

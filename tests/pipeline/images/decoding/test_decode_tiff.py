@@ -221,8 +221,8 @@ class TestRefused:
         for photometric in (BLACK_IS_ZERO, RGB):
             part = samples[..., : COLOURS[photometric]]
             tags = {262: (photometric,), 258: (bits,) * part.shape[-1]}
-            assert "bits a sample" in refusal(tiff(part, 8, tags))
-        assert "bits a sample" in refusal(tiff(samples, 8, {262: (RGB,), 258: (5, 6, 5)}))
+            assert "bits per sample" in refusal(tiff(part, 8, tags))
+        assert "bits per sample" in refusal(tiff(samples, 8, {262: (RGB,), 258: (5, 6, 5)}))
 
     @pytest.mark.parametrize("photometric", [4, 8, 9, 10, 32803, 32844, 32845, 34892, 51177])
     def test_meanings(self, photometric: int) -> None:
@@ -235,15 +235,15 @@ class TestRefused:
             ({}, "no PhotometricInterpretation"),
             ({262: (RGB,), 259: (34712,)}, "compression 34712"),
             ({262: (RGB,), 259: (50001,)}, "compression 50001"),
-            ({262: (RGB,), 338: (0, 2)}, "extra ones"),
+            ({262: (RGB,), 338: (0, 2)}, "extra samples"),
             ({262: (BLACK_IS_ZERO,), 338: (0, 2)}, "extra samples"),
             ({262: (BLACK_IS_ZERO,), 338: (2, 2)}, "extra samples"),
             ({262: (BLACK_IS_ZERO,), 338: (7, 0)}, "extra samples"),
-            ({262: (BLACK_IS_ZERO,)}, "0 extra ones"),
+            ({262: (BLACK_IS_ZERO,)}, "0 extra samples"),
             ({262: (YCBCR,)}, "subsampled (2, 2)"),
             ({262: (YCBCR,), 530: (1, 1), 532: (15, 235, 128, 240, 128, 240)}, "full range"),
             ({262: (RGB,), 284: (3,)}, "PlanarConfiguration"),
-            ({262: (RGB,), 277: (100,), 258: (8,) * 100}, "100 samples a pixel"),
+            ({262: (RGB,), 277: (100,), 258: (8,) * 100}, "100 samples per pixel"),
             ({262: (RGB,), 322: (1 << 20,), 323: (1 << 20,), 324: (8,), 325: (768,)}, "far larger"),
         ],
     )

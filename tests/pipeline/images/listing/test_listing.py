@@ -111,7 +111,7 @@ class TestErrors:
             raise PermissionError("Access Denied")
 
         monkeypatch.setattr(MemoryFileSystem, "info", refuse)
-        with pytest.raises(JobError, match="not allowed to read: Access Denied"):
+        with pytest.raises(JobError, match="no permission to read: Access Denied"):
             list_images("memory://x")
 
     @pytest.mark.s3

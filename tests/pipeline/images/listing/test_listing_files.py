@@ -42,11 +42,11 @@ def test_a_folder_with_links(tree: Path) -> None:
     assert column(source, "key") == KEYS
     images = by_key(source)
     assert (images["linked/deep/8.jpg"], images["gone.jpg"], images["self.jpg"]) == (b"8", "unreadable", "unreadable")
-    assert found(source, "row") == {"files that cannot be reached, such as links to nothing": 2}
+    assert found(source, "row") == {"files that cannot be accessed, such as broken links": 2}
     assert found(source, "other") == {
         "hidden files with an image's name": 1,
         "hidden folders, not entered": 1,
-        "links to folders that they lie in": 1,
+        "links to a folder that contains them": 1,
     }
 
 
@@ -87,7 +87,7 @@ def test_remote_patterns(request: pytest.FixtureRequest, protocol: str) -> None:
     for pattern in ("", "/*", "/**", "/{*,a/*,a/b,c/3.jpg}"):
         source = list_images(root + pattern)
         assert column(source, "key") == keys
-        assert found(source, "image") == {"images of a format that is not read (.heic)": 1}
+        assert found(source, "image") == {"images of an unsupported format (.heic)": 1}
         assert sum(found(source, "other").values()) >= 1
     assert column(list_images(f"{root}/*/*.jpg"), "key") == ["a/1.jpg", "c/3.jpg"]
     if protocol == "memory":
@@ -159,9 +159,9 @@ def test_what_is_left_out_is_said_and_refused(tmp_path: Path) -> None:
     source = list_images(str(tmp_path), limit=2)
     assert source.candidates == 11
     lines = "\n".join(describe_findings(source.findings))
-    assert "left out    2 images of a format that is not read (.heic), e.g. x.heic" in lines
-    assert "passed over 2 files that are no images (.json), e.g. a.json" in lines
-    assert "files that are no images (without a suffix), e.g. Makefile" in lines
+    assert "left out    2 images of an unsupported format (.heic), e.g. x.heic" in lines
+    assert "skipped     2 files that are not images (.json), e.g. a.json" in lines
+    assert "files that are not images (without a suffix), e.g. Makefile" in lines
     refuse_losses("photos", source.findings, source.candidates, 0.28)
     with pytest.raises(JobError, match=r"3 of 11 images \(27.3%\) cannot be used.*0.27:\n.*heic.*\n.*pipe") as error:
         refuse_losses("photos", source.findings, source.candidates, 0.27)
@@ -174,7 +174,7 @@ def test_many_reasons_are_summed_up(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"")
     lines = describe_findings(list_images(str(tmp_path)).findings)
     assert len(lines) == 7
-    assert lines[-1] == "passed over 14 more, for 14 other reasons"
+    assert lines[-1] == "skipped     14 more, for 14 other reasons"
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="permissions of POSIX")
@@ -189,7 +189,7 @@ def test_a_folder_without_permission_is_named() -> None:
         try:
             if user == 0:  # who may read everything
                 os.seteuid(65534)
-            with pytest.raises(JobError, match=f"not allowed to read:.*Permission denied: '{closed}'"):
+            with pytest.raises(JobError, match=f"no permission to read:.*Permission denied: '{closed}'"):
                 list_images(folder)
         finally:
             os.seteuid(user)

@@ -16,7 +16,7 @@ from pipeline.images.listing.labels import Labels, folder_label, text_labels, un
 from pipeline.images.listing.source import Source, list_images
 from tests.helpers.datasets import column, found
 
-NOT_WHOLE = "labels that are no whole number"
+NOT_WHOLE = "labels that are not whole numbers"
 
 
 def listed(folder: Path, **files: pa.Table | pa.Array) -> Source:
@@ -91,7 +91,7 @@ def test_declared_names_that_differ_between_files(tmp_path: Path) -> None:
     assert column(source, "label") == [0, 1, None, 1, 2, 0, None, 1, 2, None]
     assert found(source, "label") == {
         "labels beyond the names of the classes": 1,
-        "labels that are none of the classes": 1,
+        "labels that are not a known class": 1,
     }
 
 

@@ -90,7 +90,7 @@ def columns(path: Path, *named: tuple[str, list[object]]) -> None:
 def test_several_columns_of_one_name_that_is_needed(tmp_path: Path, name: str) -> None:
     both = {"image": [b"1"], "label": [1], "id": ["a"]}
     columns(tmp_path / "x.parquet", *both.items(), (name, both[name]))
-    with pytest.raises(JobError, match=rf"x\.parquet: 2 columns are called '{name}' .of the types .*expected one"):
+    with pytest.raises(JobError, match=rf"x\.parquet: 2 columns are called '{name}' .of types .*expected one"):
         list_images(str(tmp_path))
 
 
@@ -112,7 +112,7 @@ def test_a_file_without_the_others_label_or_key(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("x")
     source = list_images(str(tmp_path))
     assert (column(source, "label"), column(source, "key")) == ([4, 5, None], ["a", "1:0", "2:0"])
-    assert found(source, "other") == {"files that are no images (.md)": 1}
+    assert found(source, "other") == {"files that are not images (.md)": 1}
 
 
 def test_a_large_text_column_is_not_read_for_keys(tmp_path: Path) -> None:

@@ -35,12 +35,12 @@ def test_the_plan_says_what_is_not_used(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", [(tar_info(name), data) for name, data in members])
     with pytest.raises(JobError, match=r"1 of 3 images .33.3%. cannot be used.*--max-failed-share 0.01") as error:
         plan(path)
-    assert f"images of a format that is not read (.heic), e.g. c.heic in {path}" in str(error.value)
+    assert f"images of an unsupported format (.heic), e.g. c.heic in {path}" in str(error.value)
     made = plan(path, max_failed_share=0.4)
     lines = made.describe().splitlines()
     assert lines[0] == f"images      2 from {path}, 1 with a label"
-    assert lines[1].startswith("left out    1 images of a format that is not read (.heic)")
-    assert lines[2] == "passed over 1 further images of a sample, of which one is used, e.g. a.png"
+    assert lines[1].startswith("left out    1 images of an unsupported format (.heic)")
+    assert lines[2] == "skipped     1 further images of a sample, of which only one is used, e.g. a.png"
     assert lines[3] == "no label    1 labels that are text, where most are numbers, e.g. x"
 
 
@@ -49,7 +49,7 @@ def test_links_to_nothing_are_refused_before_the_work(tmp_path: Path) -> None:
         (tmp_path / f"{i}.jpg").write_bytes(photo())
     (tmp_path / "x.jpg").symlink_to("nothing")
     with pytest.raises(
-        JobError, match=r"1 of 5 images .*\n  1 files that cannot be reached, such as links to nothing, e.g. x.jpg"
+        JobError, match=r"1 of 5 images .*\n  1 files that cannot be accessed, such as broken links, e.g. x.jpg"
     ):
         plan(tmp_path)
     assert plan(tmp_path, max_failed_share=0.2).features.rows == 5
@@ -63,7 +63,7 @@ def test_jobs_without_a_share_say_it(tmp_path: Path, caplog: pytest.LogCaptureFi
     )
     with caplog.at_level("INFO"):
         feature_spec(config)
-    assert "left out    1 images of a format that is not read (.heic), e.g. 2.heic" in caplog.text
+    assert "left out    1 images of an unsupported format (.heic), e.g. 2.heic" in caplog.text
 
 
 def test_scans_go_to_a_cluster_only_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

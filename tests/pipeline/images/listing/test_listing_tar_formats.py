@@ -33,7 +33,7 @@ class TestFormats:
         assert by_key(list_images(str(both))) == {"a": b"a", "b": b"b"}
         both.write_bytes((tmp_path / "a.tar").read_bytes() + b"x" * 512)
         source = list_images(str(both))
-        assert found(source, "other") == {"tars with data after their end that is no further archive": 1}
+        assert found(source, "other") == {"tars with data after their end that is not another archive": 1}
         both.write_bytes((tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes()[:600])
         with pytest.raises(JobError, match="truncated or damaged at or after byte"):
             list_images(str(both))
@@ -117,7 +117,7 @@ class TestLabels:
         assert dict(zip(column(source, "key"), column(source, "label"), strict=True)) == {
             "a": 7, "shot.0001": 8, "shot.0002": 9, "b": 10,
         }  # fmt: skip
-        assert found(source, "label") == {".cls members of no image": 1}
+        assert found(source, "label") == {".cls members without an image": 1}
 
     def test_texts_are_classes_over_all_tars(self, tmp_path: Path) -> None:
         for tar, labels in (("0", {"a": b"dog", "b": b"cat"}), ("1", {"c": b"ape\n", "d": b"dog", "e": b""})):

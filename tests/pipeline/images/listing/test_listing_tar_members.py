@@ -138,8 +138,8 @@ class TestLinks:
         source = list_images(str(path))
         keys = ["gone", "self", "one", "two", "out", "hard"]
         assert by_key(source) == {"ok": b"ok", **dict.fromkeys(keys, "unreadable")}
-        assert "gone.png is a link to nothing.png: no file in this tar" in str(read(source)[1])
-        assert found(source, "row") == {"links that lead to no file in their tar": 6}
+        assert "gone.png is a link to nothing.png, not a file in this tar" in str(read(source)[1])
+        assert found(source, "row") == {"links to no file in their tar": 6}
 
     def test_what_is_no_file_is_counted(self, tmp_path: Path) -> None:
         path = self.tar(
@@ -157,14 +157,14 @@ class TestLinks:
         source = list_images(str(path))
         assert by_key(source) == {"ok": b"ok", "unknown": b"as POSIX says"}
         assert found(source, "image") == {
-            "members with an image's name that are no files (a pipe, a device)": 1,
-            "images of a format that is not read (.cr2)": 1,
-            "images of a format that is not read (.jpg_large)": 1,
+            "members with an image's name that are not files (a pipe, a device)": 1,
+            "images of an unsupported format (.cr2)": 1,
+            "images of an unsupported format (.jpg_large)": 1,
         }
         assert found(source, "other") == {
             "links to folders, not entered": 1,
             "hidden members with an image's name": 1,
-            "files that are no images (.txt)": 1,
+            "files that are not images (.txt)": 1,
         }
         assert source.candidates == 5
 
@@ -179,8 +179,8 @@ class TestLinks:
         )
         source = list_images(str(path))
         assert by_key(source) == {"./a": b"new", "b": b"b"}
-        assert found(source, "image") == {"members that a later one of the same name replaces": 1}
-        assert found(source, "other") == {"members that are there twice, used once": 1}
+        assert found(source, "image") == {"members replaced by a later one of the same name": 1}
+        assert found(source, "other") == {"duplicate members, used once": 1}
 
     @settings(max_examples=60, deadline=None)
     @given(
@@ -193,7 +193,7 @@ class TestLinks:
             members = [(tar_info(name), str(number).encode()) for number, name in enumerate(["ok.jpg", *names])]
             source = list_images(str(write_tar(Path(folder, "x.tar"), members)))
             images = dict.fromkeys(column(source, "key"))
-            counted = [f for f in source.findings if f.about in ("image", "other") and "no images" not in f.reason]
+            counted = [f for f in source.findings if f.about in ("image", "other") and "not images" not in f.reason]
             assert len(images) == source.references.num_rows
             assert len(images) + sum(f.count for f in counted) == 1 + sum(map(is_image, names))
             for image in read(source):

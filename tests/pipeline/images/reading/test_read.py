@@ -274,7 +274,7 @@ class TestS3:
         ("code", "number"), [("ExpiredToken", 400), ("InvalidAccessKeyId", 403), ("RequestTimeTooSkewed", 403)]
     )
     def test_credentials_are_not_true_of_the_image(self, code: str, number: int) -> None:
-        with pytest.raises(JobError, match=r"s3://b/1\.jpg: no credentials that are accepted.*AWS_ACCESS_KEY_ID"):
+        with pytest.raises(JobError, match=r"s3://b/1\.jpg: no credentials, or they were refused.*AWS_ACCESS_KEY_ID"):
             self.read_one(s3_error(code, number))
 
     def test_credentials_that_are_renewed(self) -> None:
