@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import JobError
 from pipeline.features.checkpoints import load_strict, read_state_dict, state_digest
+from pipeline.features.hub import go_offline_if_unreachable
 
 __all__ = ["Backbone", "build_backbone"]
 
@@ -162,6 +163,8 @@ def build_backbone(name: str, *, size: tuple[int, int], weights: str = "pretrain
         JobError: unknown model, tag or layer; a size that the model does not accept; weights that cannot be had or do
             not fit.
     """
+    if weights == "pretrained":
+        go_offline_if_unreachable()
     _check_name(name, weights)
     if min(size) < 1:
         raise JobError(f"Backbone {name!r}: got the size {size}, expected (H, W) in pixels. Give positive numbers.")
