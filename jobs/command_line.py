@@ -38,8 +38,9 @@ def run(
         description: text for ``--help``.
         interrupted: message for an interrupted job, unless the ``KeyboardInterrupt`` that the job raises has a message.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("timm").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for ours in ("__main__", "densefeat", *_APPLICATION):
+        logging.getLogger(ours).setLevel(logging.INFO)
     logging.getLogger("huggingface_hub").propagate = False  # it has its own handler
     stop = _Stop()
     signal.signal(signal.SIGINT, stop)

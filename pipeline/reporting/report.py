@@ -1,5 +1,6 @@
 """The report at the end of a job: what was written, what failed, and where the time went."""
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +87,17 @@ class Report:
             lines.append(f"not done    {missing:,} shards: run the same command with --resume to compute them")
         if others := len(set(range(self.shards)) - set(self.own) - done):
             lines.append(f"not done    {others:,} shards not assigned to this job (--shards)")
+        if self.complete and self.rows_ok:
+            lines += self._next()
         return "\n".join(lines)
+
+    def _next(self) -> list[str]:
+        """Commands for the finished store."""
+        return [
+            f"read        from densefeat import FeatureStore; FeatureStore({self.store!r}).read(0)",
+            f"look        python -m jobs.show_features --store {shlex.quote(self.store)}",
+            f"verify      python -m jobs.verify_store --store {shlex.quote(self.store)}",
+        ]
 
     @property
     def images_per_second(self) -> float:
@@ -112,9 +123,7 @@ class Report:
             return []
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.stage_seconds.items())
         start = self.seconds - self.making_seconds
-        made_on = sorted(
-            {f"{r.made_by['device']}, upsampled by {r.made_by['upsampled_by']}" for r in self._own_records}
-        )
+        made_on = sorted({_made_on(record) for record in self._own_records})
         return [
             *(f"made on     {device}" for device in made_on),
             f"rate        {self.images_per_second:.1f} images/s, excluding {start:.1f} s of startup and PCA",
@@ -149,3 +158,9 @@ class Report:
             return pa.table({name: pa.array([], pa.string()) for name in columns})
         outcomes = pa.concat_tables(tables)
         return outcomes.filter(pc.not_equal(outcomes["status"], OK))
+
+
+def _made_on(record: LedgerRecord) -> str:
+    """The device of a shard, and the implementation that upsampled it, where its name says more."""
+    device, implementation = record.made_by["device"], record.made_by["upsampled_by"]
+    return device if implementation == device else f"{device}, upsampled by {implementation}"

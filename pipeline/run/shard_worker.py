@@ -65,7 +65,12 @@ class ShardWorker(FeatureWorker):
         assert self.stages.upsampler is not None
         self.upsampler = self.stages.upsampler
         self._upsampled_by = self.upsampler.explain(self.device)
-        logger.info("--upsampler %s runs on %s by %s", self.recipe.upsampler, self.device, self._upsampled_by)
+        slow = self._upsampled_by.startswith("reference")
+        message = "--upsampler %s runs on %s by %s"
+        logger.log(
+            logging.WARNING if slow else logging.DEBUG,
+            message, self.recipe.upsampler, self.device, self._upsampled_by,
+        )  # fmt: skip
         self._encoders = ThreadPoolExecutor(spec.threads, "encode")
         self._with_basis: tuple[str, Projected] | None = None
 
