@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from densefeat.index import stored_index
 from densefeat.layout import ZSTD_LEVEL, FeatureLayout
@@ -51,6 +52,7 @@ class Plan:
         config: options of the job.
         references: the images, one per row (``schemas.index.REFERENCES``).
         class_names: class names of the labels.
+        channels: of the backbone, before PCA.
         features: shape and sharding of the feature array.
         configuration: everything that the features depend on, except for a basis that is not fitted yet.
         basis: basis from ``--pca``; None: to be fitted.
@@ -63,6 +65,7 @@ class Plan:
     config: UpsampleConfig
     references: pa.Table
     class_names: tuple[str, ...]
+    channels: int
     features: FeatureLayout
     configuration: StoreConfiguration
     basis: Basis | None
@@ -93,16 +96,25 @@ class Plan:
             + (f", {labelled:,} with a label" if labelled else ", no labels"),
             *describe_findings(self.findings),
             f"store       {config.store}" + (" (resumed)" if config.resume and self.stored else ""),
-            f"features    {k} components, {height}×{width}, {layout.dtype}",
+            f"features    {k} components{self._all_channels()}, {height}×{width}, {layout.dtype}",
             f"shards      {layout.shards:,} of {layout.shard_rows} images"
             + (f", {len(self.shards):,} of them by this job ({config.shards})" if config.shards else ""),
-            f"bytes       at most {readable_size(nbytes)} (before compression)",
+            f"bytes       at most {readable_size(nbytes)} (before compression){self._source_size()}",
             "workers     " + ("on Ray" if self.stages is None else "this process, without Ray (--workers 1 to use it)"),
         ]
         for stage, settings in self.configuration.to_dict().items():
             text = ", ".join(f"{name} {_short(value)}" for name, value in settings.items() if name != "name")
             lines.append(f"{stage:11} " + " ".join(filter(None, [settings.get("name"), text and f"({text})"])))
         return "\n".join(lines)
+
+    def _all_channels(self) -> str:
+        whole = self.features.components == self.channels
+        return " (all channels: --components N keeps fewer)" if whole else f" of {self.channels} channels"
+
+    def _source_size(self) -> str:
+        sizes = self.references["nbytes"]
+        known = sizes.null_count == 0 and len(sizes)
+        return f"; the images are {readable_size(pc.sum(sizes).as_py())}" if known else ""
 
 
 def make_plan(config: UpsampleConfig) -> Plan:
@@ -120,16 +132,17 @@ def make_plan(config: UpsampleConfig) -> Plan:
     basis = None if config.pca is None else read_basis(config.pca, backbone)
     k = _components(config, backbone, basis)
     source, references, class_names, findings = _source(config, resumed)
-    recipe = _upsample_recipe(config, source, k, backbone, upsampler)
-    features = FeatureLayout(references.num_rows, k, *config.output_size_px, config.dtype, config.shard_rows)
+    features = _layout(config, references.num_rows, k, resumed)
+    recipe = _upsample_recipe(config, source, features, backbone, upsampler)
     own = config.shard_range(features.shards)
     if not own:
         raise JobError(f"--shards {config.shards} selects none of the {features.shards} shards of this dataset")
-    inline = fits_this_process(config.workers, config.device, len(own) * config.shard_rows)
+    inline = fits_this_process(config.workers, config.device, len(own) * features.shard_rows)
     plan = Plan(
         config=config,
         references=references,
         class_names=class_names,
+        channels=backbone.num_chs,
         features=features,
         configuration=_configuration(config, source, recipe, basis),
         basis=None if basis is None else basis.truncated(k),
@@ -166,7 +179,11 @@ def _image_recipe(config: FeatureConfig, kind: SourceKind, image_column: str | N
 
 
 def _upsample_recipe(
-    config: UpsampleConfig, source: SourceConfiguration, k: int, backbone: Backbone, upsampler: Upsampler
+    config: UpsampleConfig,
+    source: SourceConfiguration,
+    features: FeatureLayout,
+    backbone: Backbone,
+    upsampler: Upsampler,
 ) -> UpsampleRecipe:
     return UpsampleRecipe(
         images=_image_recipe(config, source.kind, source.image_column),
@@ -178,10 +195,10 @@ def _upsample_recipe(
         upsampler_weights=config.upsampler_weights,
         upsampler_options=config.upsampler_options,
         upsampler_identity=upsampler.identity(),
-        components=k,
+        components=features.components,
         dtype=config.dtype,
         error_floor=config.error_floor,
-        shard_rows=config.shard_rows,
+        shard_rows=features.shard_rows,
     )
 
 
@@ -200,6 +217,14 @@ def _configuration(
         upsampler=recipe.upsampler_identity,
         storage=StorageConfiguration(recipe.dtype, recipe.shard_rows, ZSTD_LEVEL, floor),
     )
+
+
+def _layout(config: UpsampleConfig, rows: int, k: int, resumed: StoreAttributes | None) -> FeatureLayout:
+    layout = FeatureLayout(rows, k, *config.output_size_px, config.dtype, shard_rows=1)
+    shard_rows = config.shard_rows(layout.image_nbytes)
+    if resumed and config.shard_images is None:
+        shard_rows = resumed.configuration.storage.shard_images
+    return replace(layout, shard_rows=shard_rows)
 
 
 def _spec(config: FeatureConfig, recipe: FeatureRecipe) -> WorkerSpec:

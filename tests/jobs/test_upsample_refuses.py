@@ -79,7 +79,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
 ) -> None:
     with caplog.at_level("INFO"):
         assert upsample(config(photographs, tmp_path / "store", dry_run=True)) == 0
-    for words in ("14 from", "8 components, 64×64, int8", "4 of 4 images", "at most 459 kB", "resnet18", "2 classes"):
+    for words in (
+        "14 from",
+        "8 components of 128 channels, 64×64, int8",
+        "4 of 4 images",
+        "at most 459 kB",
+        "resnet18",
+        "2 classes",
+    ):
         assert words in caplog.text
     assert not (tmp_path / "store").exists()
 

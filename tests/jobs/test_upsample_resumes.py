@@ -40,6 +40,16 @@ def test_resuming_completes_with_the_same_bytes(photographs: Path, tmp_path: Pat
     assert before == {path: path.stat().st_mtime_ns for path in Path(parts.store, "features/c").rglob("*")}
 
 
+def test_a_resume_keeps_the_shards_it_finds(photographs: Path, tmp_path: Path) -> None:
+    whole, parts = config(photographs, tmp_path / "whole"), config(photographs, tmp_path / "parts")
+    assert upsample(whole) == 0
+    assert upsample(replace(parts, shards="1:3")) == 0
+    assert upsample(replace(parts, shard_images=None, resume=True)) == 0
+    assert shard_bytes(Path(parts.store)) == shard_bytes(Path(whole.store))
+    with pytest.raises(JobError, match="shard_images"):
+        upsample(replace(parts, shard_images=5, resume=True))
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [

@@ -91,7 +91,14 @@ def test_options_of_upsamplers_are_checked(options: dict[str, object], words: st
 
 
 def test_shards_are_larger_for_smaller_values() -> None:
-    assert (config().shard_rows, config(dtype="float16").shard_rows, config(shard_images=5).shard_rows) == (64, 8, 5)
+    usual = 128 * 224 * 224
+    assert config().shard_rows(usual) == 64
+    assert config(dtype="float16").shard_rows(2 * usual) == 8
+    assert config(shard_images=5).shard_rows(usual) == 5
+    large = 384 * 448 * 448
+    assert config().shard_rows(large) == 6
+    assert config(dtype="float16").shard_rows(2 * large) == 3
+    assert config().shard_rows(10**10) == 1
 
 
 def test_differences_name_the_field() -> None:
