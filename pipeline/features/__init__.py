@@ -1,4 +1,4 @@
-"""From pixels to C channels of a timm backbone, and to k principal components.
+"""From pixels to C channels of a timm backbone, and from those to k principal components.
 
 May import ``pipeline.io``.
 """

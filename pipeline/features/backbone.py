@@ -1,4 +1,4 @@
-"""Pixels -> low-res features [B, C, h, w]: any timm model, cut off after one of its stages or blocks."""
+"""Pixels -> low-res features [B, C, h, w]: any timm model, truncated after one of its stages or blocks."""
 
 import contextlib
 import difflib
@@ -21,10 +21,10 @@ __all__ = ["Backbone", "build_backbone"]
 _logger = logging.getLogger(__name__)
 
 _RANDOM_SEED = 0
-# timm calls SAM's input size fixed, but its ViT resizes both of its position embeddings on each forward. Built for
-# another size it would have other shapes than its checkpoints, which no filter of timm's adapts.
+# timm declares SAM's input size fixed, but its ViT resizes both position embeddings in each forward pass. Built for
+# another size, its shapes would differ from its checkpoints', and no filter in timm adapts those.
 _SAM = "timm.models.vision_transformer_sam"
-# timm refuses norm=True for these: they normalise after pooling, like BEiT.
+# timm rejects norm=True for these: they normalise after pooling, like BEiT.
 _NO_NORM = ("timm.models.hiera", "timm.models.hieradet_sam2")
 
 
@@ -33,35 +33,35 @@ class Backbone(nn.Module):
 
     The features are taken *after the model's final norm* where timm has one for that layer: at every block of a plain
     ViT (the practice of DINOv2, ``get_intermediate_layers(norm=True)``), at the last stage of Swin, ConvNeXt and RDNet
-    (where timm's ``norm_pre`` may be the identity), after SAM's neck at its last block (256 channels; inner blocks
-    are raw). A ViT that pools by averaging (BEiT, EVA-02, MAE fine-tunes) normalises only what it has pooled, so its
-    dense features are raw. Class, distillation and register tokens are left out.
+    (where timm's ``norm_pre`` may be the identity), and after SAM's neck at its last block (256 channels; inner blocks
+    are raw). A ViT that pools by averaging (BEiT, EVA-02, MAE fine-tunes) normalises only the pooled features, so its
+    dense features are raw. Class, distillation and register tokens are dropped.
 
-    Always in evaluation mode, and without gradients: the same batch on the same device gives the same features.
+    Always in evaluation mode and without gradients: the same batch on the same device gives the same features.
 
     Attributes:
-        name: timm model name, ``arch`` or ``arch.tag``, as asked for.
-        layer: index of the layer, non-negative: as in timm's ``feature_info``.
+        name: timm model name as requested, ``arch`` or ``arch.tag``.
+        layer: index of the layer, non-negative, as in timm's ``feature_info``.
         num_chs: C, channels of the features.
         reduction: stride of the features in input pixels.
-        size: (H, W) in pixels that ``forward`` takes.
+        size: (H, W) in pixels that ``forward`` accepts.
         grid: (h, w) of the features. A ConvNet rounds up: h = ceil(H / reduction).
-        norm: whether the model's final norm was asked for (see above for where there is one).
+        norm: whether the model's final norm was requested (see above for where one exists).
     """
 
     def __init__(self, name: str, model: nn.Module, *, layer: int, size: tuple[int, int], norm: bool) -> None:
-        """Wrap a headless timm model; :func:`build_backbone` makes one from a name, and says what can go wrong."""
+        """Wrap a headless timm model. Use `build_backbone` to build from a name; it documents the errors."""
         super().__init__()
         self.name, self.layer, self.size, self.norm = name, layer, size, norm
-        # NHWC convolutions: lite0 takes 0.7 of the time on a CPU, and tensor cores want them on a GPU.
+        # NHWC convolutions: lite0 takes 0.7 of the time on a CPU, and tensor cores prefer them on a GPU.
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         cfg: dict[str, Any] = vars(model)["pretrained_cfg"]
         self._mean, self._std = tuple(cfg["mean"]), tuple(cfg["std"])
         self.register_buffer("mean", 255 * torch.tensor(self._mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(self._std).view(1, 3, 1, 1), persistent=False)
-        try:  # one black image: the only account of every family's strides, paddings and necks
+        try:  # one black image: the only reliable source of every family's strides, paddings and necks
             black = self(torch.zeros(1, 3, *size, dtype=torch.uint8))
-        except Exception as error:  # timm's families refuse a size with assertions, RuntimeErrors, ValueErrors …
+        except Exception as error:  # timm's families reject a size with AssertionError, RuntimeError, ValueError …
             raise _refused_size(name, size, error) from error
         self.num_chs: int = black.shape[1]
         self.grid: tuple[int, int] = (black.shape[2], black.shape[3])
@@ -69,17 +69,17 @@ class Backbone(nn.Module):
         if self.grid != (even := tuple(-(-length // self.reduction) for length in size)):
             raise JobError(
                 f"Backbone {name!r}: got a grid of {self.grid[0]}×{self.grid[1]} features from {size[0]}×{size[1]} "
-                f"pixels, expected {even[0]}×{even[1]} at its stride of {self.reduction}: they do not lie evenly on "
-                "the image, and could not be aligned with it. Give multiples of the stride, or take another model."
+                f"pixels, expected {even[0]}×{even[1]} at its stride of {self.reduction}: the grid does not cover the "
+                "image evenly, so features cannot be aligned with it. Use multiples of the stride, or another model."
             )
 
     @functools.cached_property
     def digest(self) -> str:
-        """`pipeline.features.checkpoints.state_digest` of the model's weights without its classifier; computed once."""
+        """`pipeline.features.checkpoints.state_digest` of the weights without the classifier; computed once."""
         return state_digest(self.model.state_dict())
 
     def identity(self) -> dict[str, object]:
-        """What the values of the features depend on, beside the pixels; JSON-able, for the configuration's hash."""
+        """All that features depend on besides the pixels, JSON-serialisable, for the configuration hash."""
         return {
             "name": self.name,
             "layer": self.layer,
@@ -90,17 +90,17 @@ class Backbone(nn.Module):
         }
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Stay in evaluation mode, whatever a containing module is set to: batch statistics are no features."""
+        """Stay in evaluation mode regardless of the containing module: features must not depend on the batch."""
         return super().train(False)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Scale pixels as the model was trained to see them: ``(images / 255 - mean) / std``.
+        """Normalise pixels as in the model's training: ``(images / 255 - mean) / std``.
 
         Args:
             images: [B, 3, H, W] uint8 RGB, on the backbone's device; any H and W.
 
         Returns:
-            [B, 3, H, W] float32, in the channels-last layout.
+            [B, 3, H, W] float32, channels_last.
         """
         pixels = images.to(torch.float32, memory_format=torch.channels_last)
         return (pixels - self.get_buffer("mean")) / self.get_buffer("std")
@@ -112,23 +112,23 @@ class Backbone(nn.Module):
             images: [B, 3, H, W] uint8 RGB, (H, W) = ``self.size``, on the backbone's device.
 
         Returns:
-            [B, C, h, w] float32, contiguous, detached; an ordinary tensor, which autograd may save.
+            [B, C, h, w] float32, contiguous, detached; not an inference tensor, so autograd may save it.
 
         Raises:
-            ValueError: another dtype or shape.
+            ValueError: the dtype or shape is not as above.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.size):
             raise ValueError(
                 f"images: got {list(images.shape)} {images.dtype}, expected [B, 3, {self.size[0]}, {self.size[1]}] "
-                "torch.uint8. Decode to the geometry that the backbone was built for."
+                "torch.uint8. Decode to the size that the backbone was built for."
             )
         with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
             features = self._features(self.normalise(images))
-        # Copied outside inference mode: autograd refuses to save tensors that were made inside.
+        # Copied outside inference mode: autograd cannot save inference tensors.
         return features.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     def _features(self, pixels: Tensor) -> Tensor:
-        # stop_early and one index: neither later layers nor other intermediates are computed or kept.
+        # stop_early and a single index: no later layers are computed and no other intermediates kept.
         run: Any = self.model.forward_intermediates
         return run(  # type: ignore[no-any-return]
             pixels,
@@ -141,27 +141,26 @@ class Backbone(nn.Module):
 
 
 def build_backbone(name: str, *, size: tuple[int, int], weights: str = "pretrained", layer: int = -1) -> Backbone:
-    """Build a backbone from a timm model name. All else is checked before any weights are fetched.
+    """Build a backbone from a timm model name. Everything else is checked before any weights are fetched.
 
-    A ViT's position embedding is resampled to the grid of ``size`` as timm does (bicubic, antialiased), Swin pads its
-    windows, other models with a fixed size are built for ``size``; a ConvNet takes any size.
+    A ViT's position embedding is resampled to the grid of ``size`` as in timm (bicubic, antialiased), Swin pads its
+    windows, and other models with a fixed size are built for ``size``; a ConvNet accepts any size.
 
     Args:
         name: timm model, ``arch`` or ``arch.tag`` (``vit_small_patch14_dinov2.lvd142m``). The tag, or timm's default
-            one, also says which mean and std the pixels are normalised with.
+            tag, also determines the mean and std for normalising pixels.
         size: (H, W) of the images in pixels.
         weights: ``"pretrained"`` (timm downloads them, or finds them in its cache), ``"random"`` (seed 0, for tests
-            and benchmarks), or a checkpoint's path or URI, with timm's names or those of an original release that timm
-            converts.
-        layer: which layer's features: an index into the model's stages (ConvNets, Swin) or blocks (ViTs), negative
-            from the end.
+            and benchmarks), or a checkpoint's path or URI, with timm's tensor names or those of an original release
+            that timm can convert.
+        layer: index into the model's stages (ConvNets, Swin) or blocks (ViTs); negative counts from the end.
 
     Returns:
         The backbone, on the CPU.
 
     Raises:
-        JobError: unknown model, tag or layer; a size that the model does not accept; weights that cannot be had or do
-            not fit.
+        JobError: the model, tag or layer is unknown; the model does not accept the size; or the weights cannot be
+            fetched or do not match.
     """
     if weights == "pretrained":
         go_offline_if_unreachable()
@@ -170,7 +169,7 @@ def build_backbone(name: str, *, size: tuple[int, int], weights: str = "pretrain
         raise JobError(f"Backbone {name!r}: got the size {size}, expected (H, W) in pixels. Give positive numbers.")
     try:
         model = _create(name, size)
-    except (AssertionError, RuntimeError, ValueError) as error:  # a model that is built for one size, and not for this
+    except (AssertionError, RuntimeError, ValueError) as error:  # a fixed-size model that does not support this size
         raise _refused_size(name, size, error) from error
     index = _resolve_layer(name, model, layer)
     _check_patches(name, model, size)
@@ -196,8 +195,8 @@ def _check_name(name: str, weights: str) -> None:
     known: Sequence[str] = timm.list_models() + timm.list_models(pretrained=True)
     if arch not in known:
         near = difflib.get_close_matches(name, known, n=5)
-        hint = f"Near it: {', '.join(near)}." if near else "timm.list_models() lists them."
-        raise JobError(f"Backbone {name!r}: got no model of timm {timm.__version__}, expected one. {hint}")
+        hint = f"Similar names: {', '.join(near)}." if near else "timm.list_models() lists them."
+        raise JobError(f"Backbone {name!r}: not a model of timm {timm.__version__}. {hint}")
     try:
         cfg = get_pretrained_cfg(name)
     except RuntimeError as error:  # a tag that this architecture does not have
@@ -208,13 +207,13 @@ def _check_name(name: str, weights: str) -> None:
         ) from error
     if weights == "pretrained" and not (cfg and cfg.has_weights):
         raise JobError(
-            f"Backbone {name!r}: timm publishes no pretrained weights for it, expected some. Give a checkpoint "
-            "(--weights FILE), or take another model."
+            f"Backbone {name!r}: timm publishes no pretrained weights for this model. Pass a checkpoint "
+            "(--weights FILE), or use another model."
         )
 
 
 def _create(name: str, size: tuple[int, int], *, pretrained: bool = False) -> nn.Module:
-    """The timm model; without a classifier, unless its pretrained weights are asked for."""
+    """Create the timm model, without a classifier unless its pretrained weights are requested."""
     import timm
     from timm.models import get_pretrained_cfg, model_entrypoint
 
@@ -223,24 +222,24 @@ def _create(name: str, size: tuple[int, int], *, pretrained: bool = False) -> nn
     fixed = cfg is not None and cfg.fixed_input_size and model_entrypoint(name).__module__ != _SAM
 
     def create(**geometry: Any) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to move
+        with torch.random.fork_rng(devices=[]):  # leave the caller's random state unchanged
             torch.manual_seed(_RANDOM_SEED)
             return timm.create_model(name, pretrained=pretrained, **head, **geometry)
 
     if not fixed:
         return create()
-    try:  # the shapes of the checkpoint, adapted to the input on each forward
+    try:  # keeps the checkpoint's shapes and adapts to the input in each forward pass
         return create(dynamic_img_size=True)
     except TypeError as error:
         if "dynamic_img_size" not in str(error):
             raise
-    return create(img_size=size)  # the shapes of this size, to which timm's checkpoint filter resamples
+    return create(img_size=size)  # has this size's shapes, to which timm's checkpoint filter resamples
 
 
 def _resolve_layer(name: str, model: nn.Module, layer: int) -> int:
     info = _feature_info(model)
     if not info or not hasattr(model, "forward_intermediates"):
-        raise JobError(f"Backbone {name!r}: timm gives no intermediate features of it. Take another model.")
+        raise JobError(f"Backbone {name!r}: timm provides no intermediate features for this model. Use another model.")
     if not -len(info) <= layer < len(info):
         rows = _listed([f"{i}: {row['num_chs']} channels, stride {row['reduction']}" for i, row in enumerate(info)], 48)
         raise JobError(
@@ -251,19 +250,19 @@ def _resolve_layer(name: str, model: nn.Module, layer: int) -> int:
 
 def _has_norm(model: nn.Module, layer: int) -> bool:
     family = type(model).__module__
-    if family == _SAM:  # its "norm" is the neck: convolutions trained on the last block, meaningless on another
+    if family == _SAM:  # its "norm" is the neck: convolutions trained on the last block, meaningless elsewhere
         return layer == len(_feature_info(model)) - 1
     return family not in _NO_NORM
 
 
 def _check_patches(name: str, model: nn.Module, size: tuple[int, int]) -> None:
-    """Refuse what is no multiple of the patch: timm would crop it silently where a model is built for the size."""
+    """Reject a size that is not a multiple of the patch: timm silently crops it in models built for the size."""
     if not vars(model)["pretrained_cfg"].get("fixed_input_size"):
-        return  # ConvNets; what some of them call patches overlap
+        return  # ConvNets; where they have "patches", these overlap
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
     patch = (patch, patch) if isinstance(patch, int) else patch
     axes = zip(("height", "width"), size, patch, strict=True)
-    wrong = [f"{axis} {length} take {_multiples(length, step)}" for axis, length, step in axes if length % step]
+    wrong = [f"{axis} {length} use {_multiples(length, step)}" for axis, length, step in axes if length % step]
     if wrong:
         raise JobError(
             f"Backbone {name!r}: got images of {size[0]}×{size[1]} pixels, expected multiples of its patch "
@@ -285,20 +284,20 @@ def _refused_size(name: str, size: tuple[int, int], error: Exception) -> JobErro
 
 
 def _pretrained_state(name: str, size: tuple[int, int]) -> dict[str, Tensor]:
-    """timm's own weights, loaded by it with their classifier: without one it does not load strictly."""
+    """Load timm's own weights, with the classifier: without it, timm does not load strictly."""
     try:
         with _quiet_resampling():
             return _create(name, size, pretrained=True).state_dict()
-    except Exception as error:  # network, hub, cache and disk: each library with its own kinds
+    except Exception as error:  # network, hub, cache and disk: each library raises its own types
         raise JobError(
             f"Backbone {name!r}: cannot download its pretrained weights ({type(error).__name__}: {error}). Check the "
-            "network, and that the folder where they are kept can be written (HF_HOME and TORCH_HOME name others); or "
-            "fetch them elsewhere and give the file (--weights FILE)."
+            "network, and that the cache folder is writable (HF_HOME and TORCH_HOME set another); or download them "
+            "elsewhere and pass the file (--weights FILE)."
         ) from error
 
 
 def _convert(model: nn.Module, state: dict[str, Tensor], size: tuple[int, int], uri: str) -> dict[str, Tensor]:
-    """Rename and resample a file's weights as timm does with those that it downloads."""
+    """Rename and resample a file's weights as timm does for weights that it downloads."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return state
@@ -306,13 +305,13 @@ def _convert(model: nn.Module, state: dict[str, Tensor], size: tuple[int, int], 
     resize: Any = getattr(model, "set_input_size", None)
     try:
         if got is not None and wanted is not None and got.shape != wanted.shape and resize is not None:
-            # Of another grid than timm's checkpoint: resample it once, to the grid in use, not there by way of timm's.
+            # The file's grid is not timm's: resample once, directly to the grid in use, not via timm's.
             resize(img_size=size)
         with _quiet_resampling():
             return dict(convert(state, model))
-    except Exception as error:  # it indexes and reshapes what it expects to find
+    except Exception as error:  # it indexes and reshapes tensors without checks
         raise JobError(
-            f"Weights {uri!r}: timm's converter for {type(model).__name__} does not take them ({type(error).__name__}: "
+            f"Weights {uri!r}: timm's converter for {type(model).__name__} rejects them ({type(error).__name__}: "
             f"{error}), expected this model's weights. Check that the file was made for this model."
         ) from error
 
@@ -320,15 +319,15 @@ def _convert(model: nn.Module, state: dict[str, Tensor], size: tuple[int, int], 
 @contextlib.contextmanager
 def _quiet_resampling() -> Iterator[None]:
     with warnings.catch_warnings():
-        # timm resizes tables of relative positions (BEiT) by code from which torch warns of a copy, and of an index
-        # that is a list: still read as a tuple, as timm means it. See tests/pipeline/features/test_backbone.py.
+        # timm's code that resizes relative position tables (BEiT) makes torch warn about a copy, and about a list used
+        # as an index. torch still reads it as a tuple, as intended: see tests/pipeline/features/test_backbone.py.
         warnings.filterwarnings("ignore", message=r"torch\.searchsorted\(\): input value tensor is non-contiguous")
         warnings.filterwarnings("ignore", message="Using a non-tuple sequence for multidimensional indexing")
         yield
 
 
 def _classifiers(model: nn.Module) -> list[str]:
-    """Where a checkpoint has its classifier: the outermost module of it that this headless model has nothing of."""
+    """Names of the classifier in checkpoints: its outermost modules that are absent from this headless model."""
     named = vars(model)["pretrained_cfg"].get("classifier") or ()
     names = [named] if isinstance(named, str) else list(named)
     roots = {key.partition(".")[0] for key in model.state_dict()}

@@ -1,4 +1,4 @@
-"""Checkpoints: read a file of weights safely, load it strictly, and name its contents by a digest."""
+"""Checkpoints: read a weights file safely, load it strictly, and identify its contents by a digest."""
 
 import hashlib
 import io
@@ -23,25 +23,25 @@ __all__ = ["load_strict", "read_metadata", "read_state_dict", "state_digest"]
 
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 _SUFFIXES = (".safetensors", *_PICKLED)
-# Under which key trainers put the weights. Averaged weights first, as in timm: they are what was evaluated.
+# Keys under which trainers store weights. Averaged weights come first, as in timm: they are the evaluated ones.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-# What DataParallel and torch.compile put before every name.
+# Prefixes that DataParallel and torch.compile add to every name.
 _PREFIXES = ("module.", "_orig_mod.")
 _LISTED = 8
 
 
 def read_state_dict(uri: str) -> dict[str, Tensor]:
-    """Read the weights in one checkpoint file, without running any code that is in it.
+    """Read the weights from a checkpoint file, without running any code in it.
 
-    Training checkpoints are unwrapped: the weights may lie under ``state_dict_ema``, ``model_ema``, ``state_dict`` or
-    ``model`` (tried in this order), and a ``module.`` or ``_orig_mod.`` that begins *every* name is removed.
+    Training checkpoints are unwrapped: the weights may be under ``state_dict_ema``, ``model_ema``, ``state_dict`` or
+    ``model`` (tried in this order), and a prefix ``module.`` or ``_orig_mod.`` of *every* name is removed.
 
     Args:
-        uri: a ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` or ``.ckpt`` file: a local path, or any URI that fsspec
-            reads (it is then read into memory first).
+        uri: a ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` or ``.ckpt`` file: a local path, or any URI that
+            fsspec supports (read into memory first).
 
     Returns:
-        Name -> tensor on the CPU, with the shapes and dtypes that are in the file; never empty.
+        Name -> tensor on the CPU, with the shapes and dtypes of the file; never empty.
 
     Raises:
         JobError: the file is missing, cannot be fetched, has another suffix, is damaged, holds pickled objects other
@@ -58,7 +58,7 @@ def read_state_dict(uri: str) -> dict[str, Tensor]:
 
 
 def read_metadata(uri: str) -> dict[str, str]:
-    """What a ``.safetensors`` file says about itself; empty for one that says nothing, and for other formats.
+    """Read the metadata of a ``.safetensors`` file; empty if it has none, and for other formats.
 
     Raises:
         JobError: the file is missing, cannot be fetched or is damaged.
@@ -74,19 +74,19 @@ def load_strict(
     """Copy every tensor of ``state`` into ``module``, in place, or change nothing and raise.
 
     Values are cast to the module's dtypes, so a float16 checkpoint fills a float32 module; a cast between floating
-    point and integers is refused. BatchNorm's ``num_batches_tracked`` may be absent, as in
-    ``nn.Module.load_state_dict``: checkpoints older than the counter lack it, and inference does not read it.
+    point and integers is an error. BatchNorm's ``num_batches_tracked`` may be absent, as in
+    ``nn.Module.load_state_dict``: checkpoints older than the counter lack it, and inference does not use it.
 
     Args:
         module: the module to fill; its device and dtypes are kept.
-        state: name -> tensor, as from :func:`read_state_dict`.
-        what: names both sides for the error, e.g. ``"weights s3://b/vit.pth into vit_small_patch14_dinov2"``.
-        ignore_unexpected: names that ``state`` may hold and ``module`` lacks: ``"head"`` stands for ``head`` itself and
-            everything below it (``head.weight``, ``head.bias``), and for nothing else (not ``head_dist.weight``).
+        state: name -> tensor, as from `read_state_dict`.
+        what: describes both sides in the error, e.g. ``"weights s3://b/vit.pth into vit_small_patch14_dinov2"``.
+        ignore_unexpected: names that may be in ``state`` but not in ``module``: ``"head"`` covers ``head`` itself and
+            everything below it (``head.weight``, ``head.bias``), and nothing else (not ``head_dist.weight``).
 
     Raises:
-        JobError: a tensor is missing, unexpected, not finite, or has another shape or kind of dtype; all kinds of
-            mismatch are listed together, the first few of each, with their counts.
+        JobError: a tensor is missing, unexpected, not finite, or has another shape or kind of dtype. All kinds of
+            mismatch are reported together, the first few of each, with counts.
     """
     wanted: dict[str, Tensor] = module.state_dict()
     missing = [n for n in wanted if n not in state and n.rpartition(".")[2] != "num_batches_tracked"]
@@ -102,15 +102,15 @@ def load_strict(
     if any(problems):
         raise JobError(
             f"Cannot load {what}: got {len(state)} tensors, expected the {len(wanted)} of the model; "
-            f"{'; '.join(p for p in problems if p)}. Check that the weights were made for this model, and are whole."
+            f"{'; '.join(p for p in problems if p)}. Check that the weights are for this model, and complete."
         )
     module.load_state_dict({n: t for n, t in state.items() if n in wanted}, strict=False)
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
-    """Name the contents of a state dictionary: equal exactly when names, dtypes, shapes and values are equal.
+    """Digest of a state dictionary: equal exactly if names, dtypes, shapes and values are equal.
 
-    Neither the file format, nor the order of the names, nor the device, nor the memory layout of a tensor matters.
+    It does not depend on the file format, the order of names, the devices or the memory layout.
 
     Args:
         state: name -> dense tensor, any dtypes, any devices.
@@ -121,19 +121,19 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
-        # One JSON line says how many bytes follow, so no two dictionaries share a byte stream.
+        # The JSON line implies how many bytes follow, so different dictionaries give different byte streams.
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _opened(uri: str) -> Path | bytes:
-    """A local file's path, of a file that can be opened; a remote file's contents, in memory: no disk is needed."""
+    """Path of a local file, after checking that it opens; or contents of a remote file, so no disk is needed."""
     try:
         filesystem, path = open_place(uri)
         if not isinstance(filesystem, LocalFileSystem):
             return bytes(retried(lambda: filesystem.cat_file(path), uri))
-        with Path(path).open("rb"):  # missing, a directory or unreadable: told apart here, not by the parsers
+        with Path(path).open("rb"):  # missing, a directory or unreadable: detected here, not by the parsers
             return Path(path)
     except FileNotFoundError as error:
         raise JobError(f"Weights {uri!r}: got no such file, expected a checkpoint. Check the path or URI.") from error
@@ -141,7 +141,7 @@ def _opened(uri: str) -> Path | bytes:
         raise JobError(f"Weights: {error}") from error
     except StorageUnavailable:
         raise
-    except Exception as error:  # whatever the client of this file system raises: each has its own kinds
+    except Exception as error:  # each file system's client raises its own types
         raise JobError(
             f"Weights {uri!r}: got {_line(error)} on opening it, expected a readable checkpoint file. Check the URI, "
             "the credentials, and that the fsspec client of its scheme is installed."
@@ -162,7 +162,7 @@ def _read_safetensors_metadata(file: Path | bytes, uri: str) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        if isinstance(file, bytes):  # a header of JSON behind its length
+        if isinstance(file, bytes):  # the length, then a JSON header
             header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
             return dict(header.get("__metadata__", {}))
         with safe_open(file, framework="pt") as opened:
@@ -174,11 +174,11 @@ def _read_safetensors_metadata(file: Path | bytes, uri: str) -> dict[str, str]:
 def _read_pickled(file: Path | bytes, uri: str) -> object:
     try:
         with warnings.catch_warnings():
-            # Other protocols than torch.save's own either parse or fail below: the warning adds nothing to that.
+            # Pickle protocols other than torch.save's either parse or fail below: the warning adds nothing.
             warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
             source = io.BytesIO(file) if isinstance(file, bytes) else file
             return torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises nearly anything: EOFError, KeyError, struct.error …
+    except Exception as error:  # a damaged pickle can raise nearly anything: EOFError, KeyError, struct.error …
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused is None:
             raise _damaged(uri, error) from error
@@ -190,7 +190,7 @@ def _read_pickled(file: Path | bytes, uri: str) -> object:
 
 
 def _clean(loaded: object, uri: str) -> dict[str, Tensor]:
-    """Take the wrappers and prefixes off, and check that what is left is a dictionary of tensors."""
+    """Remove wrappers and prefixes, and check that the rest is a dictionary of tensors."""
     while isinstance(loaded, Mapping):
         inner = next((loaded[k] for k in _WRAPPERS if isinstance(loaded.get(k), Mapping)), None)
         if inner is None:
@@ -221,22 +221,22 @@ def _not_a_state_dict(uri: str, got: str) -> JobError:
 
 def _damaged(uri: str, error: Exception) -> JobError:
     return JobError(
-        f"Weights {uri!r}: got a file that cannot be parsed ({_line(error)}), expected a whole "
-        f"{PurePosixPath(uri).suffix} checkpoint. It is damaged, cut short or of another format: fetch it again."
+        f"Weights {uri!r}: got a file that cannot be parsed ({_line(error)}), expected a complete "
+        f"{PurePosixPath(uri).suffix} checkpoint. It is damaged, truncated or of another format: fetch it again."
     )
 
 
 def _line(error: Exception) -> str:
-    """What an error says, on one line; of torch's page about ``weights_only`` the one sentence on this file."""
+    """An error on one line; for torch's long ``weights_only`` message, only the sentence about this file."""
     text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
     first = text.splitlines()[0] if text else ""
     return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
 
 
 def _listing(names: Iterable[str], label: str) -> str:
-    found = list(names)
-    more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-    return f"{len(found)} {label}: {', '.join(found[:_LISTED])}{more}" if found else ""
+    listed = list(names)
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return f"{len(listed)} {label}: {', '.join(listed[:_LISTED])}{more}" if listed else ""
 
 
 def _is_below(name: str, parents: Collection[str]) -> bool:

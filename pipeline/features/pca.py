@@ -1,7 +1,7 @@
 """PCA of the backbone's features: one basis for a whole dataset.
 
-Moments are gathered in float64, image batch by image batch on any number of workers, and merged exactly (Chan, Golub,
-LeVeque 1979); merged in the same order they give the same bits.
+Moments are gathered in float64, batch by batch on any number of workers, and merged exactly (Chan, Golub, LeVeque
+1979). Merging in the same order gives bit-identical results.
 """
 
 import hashlib
@@ -33,12 +33,12 @@ class Moments:
 
     @classmethod
     def none(cls, num_chs: int) -> "Moments":
-        """Of no vectors."""
+        """Moments of an empty set."""
         return cls(0, np.zeros(num_chs), np.zeros((num_chs, num_chs)))
 
     @classmethod
     def of(cls, features: Tensor, valid: Tensor) -> "Moments":
-        """Of the feature vectors [B, C, h, w] where ``valid`` [B, h, w] is True."""
+        """Moments of the feature vectors in [B, C, h, w] where ``valid`` [B, h, w] is True."""
         vectors = features.movedim(1, -1)[valid].double()
         if len(vectors) == 0:
             return cls.none(features.shape[1])
@@ -47,7 +47,7 @@ class Moments:
         return cls(len(vectors), mean.cpu().numpy(), (centred.T @ centred).cpu().numpy())
 
     def merged(self, other: "Moments") -> "Moments":
-        """Of both sets of vectors together."""
+        """Moments of the union of both sets."""
         count = self.count + other.count
         if count == 0:
             return self
@@ -63,10 +63,10 @@ class Basis:
 
     Attributes:
         mean: [C] float32.
-        components: [k, C] float32, orthonormal rows, by falling variance; of each row the entry of greatest magnitude
-            is positive, so that the signs are the same everywhere.
-        explained_variance: [k] float64, along each component.
-        explained_variance_ratio: [k] float64, the same as shares of the total.
+        components: [k, C] float32, orthonormal rows in order of decreasing variance. In each row the entry of largest
+            magnitude is positive, so that signs are reproducible.
+        explained_variance: [k] float64, variance along each component.
+        explained_variance_ratio: [k] float64, the same as shares of the total variance.
     """
 
     mean: npt.NDArray[np.float32]
@@ -76,7 +76,7 @@ class Basis:
 
     @classmethod
     def of_store(cls, store: FeatureStore) -> "Basis":
-        """The basis that a store's features are in."""
+        """The basis of a store's features."""
         variance, ratio = (
             store.array(f"{layout.PCA}/{name}").astype(np.float64)
             for name in ("explained_variance", "explained_variance_ratio")
@@ -95,7 +95,7 @@ class Basis:
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Mean and components as tensors."""
-        # Copies: arrays that came through Ray's object store are read-only, which tensors cannot be.
+        # Copies: arrays from Ray's object store are read-only, which tensors do not support.
         return torch.tensor(self.mean), torch.tensor(self.components)
 
     def truncated(self, k: int) -> "Basis":
@@ -109,17 +109,17 @@ class Basis:
         return Basis(self.mean, self.components[:k], self.explained_variance[:k], self.explained_variance_ratio[:k])
 
     def to_npz(self, provenance: dict[str, Any]) -> bytes:
-        """The basis as the bytes of a NumPy .npz file; ``provenance`` says what it was fitted on."""
+        """Serialise to the bytes of a NumPy .npz file; ``provenance`` records what the basis was fitted on."""
         buffer = io.BytesIO()
         np.savez(buffer, **self.__dict__, provenance=np.array(json.dumps(provenance)))
         return buffer.getvalue()
 
     @classmethod
     def from_npz(cls, data: bytes) -> tuple["Basis", dict[str, Any]]:
-        """The basis and its provenance.
+        """Read a basis and its provenance from the bytes of an .npz file.
 
         Raises:
-            ValueError: not such a file.
+            ValueError: not a file written by `to_npz`.
         """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
@@ -130,17 +130,17 @@ class Basis:
 
 
 def fit(moments: Moments, k: int, *, at_most: bool = False) -> Basis:
-    """The ``k`` components of greatest variance.
+    """Fit a basis of the ``k`` components of largest variance.
 
     Args:
-        moments: of the feature vectors.
+        moments: moments of the feature vectors.
         k: number of components.
-        at_most: take fewer where the vectors span fewer dimensions, as those of a small sample may.
+        at_most: return fewer components if the vectors, e.g. of a small sample, span fewer dimensions.
 
     Raises:
-        JobError: the vectors do not span k dimensions; with ``at_most``, they do not vary.
+        JobError: the vectors span fewer than k dimensions; with ``at_most``, they do not vary at all.
     """
-    # Divided by count, not count − 1: one or a million vectors alike, and variances are only compared.
+    # Divided by count, not count − 1: this also works for one vector, and variances are only compared.
     covariance = moments.scatter / max(moments.count, 1)
     values, vectors = np.linalg.eigh(covariance)  # ascending
     values, components = values[::-1].clip(min=0), vectors[:, ::-1].T
@@ -149,8 +149,8 @@ def fit(moments: Moments, k: int, *, at_most: bool = False) -> Basis:
         k = max(1, min(k, rank))
     if rank < k:
         raise JobError(
-            f"PCA found {rank} independent components in {moments.count:,} feature vectors, fewer than the {k} asked "
-            "for: lower --components, or fit on more images (--pca-images)"
+            f"PCA found {rank} independent components in {moments.count:,} feature vectors, fewer than the {k} "
+            "requested: lower --components, or fit on more images (--pca-images)"
         )
     strongest = np.abs(components[:k]).argmax(1)
     signs = np.sign(components[np.arange(k), strongest])

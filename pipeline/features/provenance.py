@@ -1,4 +1,4 @@
-"""The provenance of an upsampler's weights: the metadata of their .safetensors files, written, read and compared."""
+"""Provenance of an upsampler's weights: write, read and compare the metadata of their .safetensors files."""
 
 import json
 from collections.abc import Mapping
@@ -16,20 +16,20 @@ from schemas.configuration import differences
 __all__ = ["Provenance", "backbone_name", "check_pairing"]
 
 _FORMAT = "densefeat-upsampler-1"
-# Earlier files of jobs/fit_pooling.py have one JSON document under this key.
+# Older files from jobs/fit_pooling.py have a single JSON document under this key.
 _POOLING_KEY, _POOLING_FORMAT = "densefeat", 1
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Which upsampler and backbones weights are for. The metadata holds ``format``, and the fields by their names.
+    """The upsampler and backbones that weights are for. The metadata holds ``format``, and the fields by name.
 
     Attributes:
-        upsampler: name of the upsampler; None if the file does not say.
-        backbones: `Backbone.identity` of each backbone that they were made with, as JSON has it; empty if a file does
-            not say.
-        details: all other metadata, by name. With ``final`` "off" the weights serve every backbone, else those in
-            ``backbones``, at cells of ``patch`` pixels if that is given.
+        upsampler: name of the upsampler; None if the file does not record it.
+        backbones: `Backbone.identity` of each backbone used in training, as parsed from JSON; empty if the file does
+            not record them.
+        details: all other metadata, by name. With ``final`` "off" the weights work with every backbone, otherwise only
+            with ``backbones``, at cells of ``patch`` pixels if that is given.
     """
 
     upsampler: str | None
@@ -37,21 +37,21 @@ class Provenance:
     details: Mapping[str, str] = field(default_factory=dict)
 
     def to_metadata(self) -> dict[str, str]:
-        """The metadata of a .safetensors file."""
+        """Serialise to the metadata of a .safetensors file."""
         named = {} if self.upsampler is None else {"upsampler": self.upsampler}
         made_with = {"backbones": json.dumps(self.backbones)} if self.backbones else {}
         return {"format": _FORMAT, **named, **made_with, **self.details}
 
     def safetensors(self, tensors: Mapping[str, Tensor]) -> bytes:
-        """A .safetensors file of weights with this metadata: equal weights and metadata give equal bytes.
+        """Serialise weights with this metadata to a .safetensors file; equal inputs give equal bytes.
 
         Args:
-            tensors: contiguous, by name.
+            tensors: contiguous tensors by name.
         """
         written = save(dict(tensors), self.to_metadata())
         end = 8 + int.from_bytes(written[:8], "little")
         header = json.loads(written[8:end])
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors' own order is random
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors writes it in random order
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text + written[end:]
@@ -61,14 +61,14 @@ class Provenance:
         """Read the metadata of a .safetensors file.
 
         Args:
-            metadata: as `read_metadata` returns it.
-            uri: of the file, for errors.
+            metadata: as returned by `read_metadata`.
+            uri: URI of the file, for errors.
 
         Returns:
-            None for a file that densefeat did not write; its metadata may mean anything.
+            The provenance; None for a file not written by densefeat, whose metadata is undefined.
 
         Raises:
-            JobError: the metadata is damaged, or of a later version.
+            JobError: the metadata is damaged or of a later version.
         """
         if _POOLING_KEY in metadata:
             metadata = _pooling_metadata(metadata[_POOLING_KEY], uri)
@@ -80,28 +80,28 @@ class Provenance:
 
 
 def backbone_name(identity: Mapping[str, object]) -> str:
-    """A backbone for a person, by its identity: ``resnet18 at layer 2 (weights 0a1b2c3d4e5f…)``."""
+    """Human-readable name of a backbone, from its identity: ``resnet18 at layer 2 (weights 0a1b2c3d4e5f…)``."""
     return f"{identity['name']} at layer {identity['layer']} (weights {str(identity['weights'])[:12]}…)"
 
 
 def check_pairing(uri: str, upsampler: str, backbone: Backbone) -> None:
-    """Refuse weights for another upsampler or backbone. Weights without `Provenance` (published ones) pass.
+    """Check that weights are for this upsampler and backbone. Weights without `Provenance` (published ones) pass.
 
     Args:
-        uri: of the weights.
+        uri: URI of the weights.
         upsampler: name of the job's upsampler.
-        backbone: of the job.
+        backbone: the job's backbone.
 
     Raises:
         JobError: the weights are for another upsampler, backbone, layer or patch size (the message names both sides);
-            or the file cannot be read, or its metadata is damaged.
+            the file cannot be read; or its metadata is damaged.
     """
     known = Provenance.from_metadata(read_metadata(uri), uri)
     if known is None:
         return
     if known.upsampler not in (None, upsampler):
         raise JobError(
-            f"weights {uri} are of the upsampler {known.upsampler}, asked is {upsampler}: give --upsampler "
+            f"weights {uri} are for the upsampler {known.upsampler}, but this job uses {upsampler}: pass --upsampler "
             f"{known.upsampler}"
         )
     if known.details.get("final") == "off" or not known.backbones:
@@ -109,7 +109,7 @@ def check_pairing(uri: str, upsampler: str, backbone: Backbone) -> None:
     asked = backbone.identity()
     different = [] if asked in known.backbones else differences(known.backbones[0], asked)
     if (patch := known.details.get("patch", str(backbone.reduction))) != str(backbone.reduction):
-        different.append(f"pixels of a cell: stored {patch}, asked {backbone.reduction}")
+        different.append(f"pixels per cell: stored {patch}, asked {backbone.reduction}")
     if different:
         raise JobError(
             f"{upsampler} weights {uri} are for {' and '.join(map(backbone_name, known.backbones))}, the backbone is "
@@ -119,7 +119,7 @@ def check_pairing(uri: str, upsampler: str, backbone: Backbone) -> None:
 
 
 def _identities(text: str, uri: str) -> tuple[dict[str, Any], ...]:
-    """The identities of backbones in the metadata, at least one."""
+    """Parse the backbones' identities in the metadata; at least one."""
     try:
         identities = json.loads(text)
         for identity in identities:
@@ -135,7 +135,7 @@ def _identities(text: str, uri: str) -> tuple[dict[str, Any], ...]:
 
 
 def _pooling_metadata(text: str, uri: str) -> dict[str, str]:
-    """The metadata of today from the document in an earlier file of jobs/fit_pooling.py."""
+    """Convert the document in an older file from jobs/fit_pooling.py to current metadata."""
     try:
         document = json.loads(text)
         if document["format"] != _POOLING_FORMAT:

@@ -1,1 +1,1 @@
-"""Training an upsampler, one part a file: what is planned, prepared, minimised, measured, kept and written."""
+"""Training of upsamplers: plan, stages, data, objectives, loop, measurements, checkpoints and results."""

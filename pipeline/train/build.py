@@ -1,4 +1,4 @@
-"""From the plan of a training to what one of its processes computes with."""
+"""Build the stages of one training process from the plan."""
 
 import logging
 import math
@@ -33,14 +33,14 @@ _SAMPLE_IMAGES = 32
 
 @dataclass(frozen=True, eq=False)
 class TrainStages:
-    """What a process computes with.
+    """The stages of one training process.
 
     Attributes:
-        objective: on the device.
-        loader: of training batches.
-        backbones: trained on, at --size, on the device.
-        measured: those, and the one that is held out.
-        views: to measure on.
+        objective: the objective, on the device.
+        loader: loader of training batches.
+        backbones: backbones to train on, at --size, on the device.
+        measured: ``backbones``, plus the held-out one if any.
+        views: held-out views for measurements.
     """
 
     objective: Objective
@@ -51,20 +51,20 @@ class TrainStages:
 
 
 def build_stages(plan: TrainPlan, world: World, threads: int, built: list[Backbone] | None = None) -> TrainStages:
-    """Build them all, the same in every process.
+    """Build all stages, identically in every process.
 
     Args:
-        plan: of the job.
-        world: whose device to build on.
-        threads: to decode with.
-        built: the backbones trained on, at --size, if they are there already.
+        plan: plan of the training.
+        world: this process; its device is used.
+        threads: number of threads for decoding.
+        built: the backbones to train on, at --size, if already built.
 
     Raises:
-        JobError: a backbone is not the plan's (other weights on this machine); too few images can be used.
+        JobError: a backbone differs from the plan's (other weights on this machine), or too few images are usable.
     """
     config = plan.config
     by_scale = [
-        [one.to(world.device) for one in build_backbones(plan, choice, None if built is None else built[turn])]
+        [scaled.to(world.device) for scaled in build_backbones(plan, choice, None if built is None else built[turn])]
         for turn, choice in enumerate(config.backbone_choices)
     ]
     backbones = [scales[AT_SIZE if len(scales) > 1 else 0] for scales in by_scale]
@@ -98,19 +98,19 @@ def _feature_cache(plan: TrainPlan, world: World, backbones: list[Backbone]) -> 
     cache = FeatureCache(plan.train.references.num_rows, backbones, 1e9 * plan.config.cache_gb)
     if world.leads:
         logger.info(
-            "features of all images take %.3g GB in a worker: %s (--cache-gb %g)",
+            "features of all images take %.3g GB per worker: %s (--cache-gb %g)",
             cache.bytes / 1e9,
-            "kept from the first epoch on" if cache.keeps else "made anew in every epoch",
+            "kept from the first epoch on" if cache.keeps else "recomputed in every epoch",
             plan.config.cache_gb,
         )
     return cache
 
 
 def _samples(plan: TrainPlan, world: World, threads: int, backbones: list[Backbone]) -> list[FeatureSample]:
-    """Of each backbone's features, of the same training images.
+    """Sample each backbone's features, on the same training images.
 
     Raises:
-        JobError: none of the images can be used, or features are not finite.
+        JobError: none of the sampled images is usable, or features are not finite.
     """
     count = min(_sample_images(plan.config, backbones), plan.train.references.num_rows)
     loader = plan.train.loader(plan.config, count, threads)
@@ -122,7 +122,7 @@ def _samples(plan: TrainPlan, world: World, threads: int, backbones: list[Backbo
 
 
 def _sample_images(config: TrainConfig, backbones: list[Backbone]) -> int:
-    """How many; more where lift begins as interpolation of many channels on a coarse grid."""
+    """Number of images to sample; more if lift starts as interpolation of many channels on a coarse grid."""
     if config.upsampler != "lift" or config.lift_initial != "interpolation":
         return _SAMPLE_IMAGES
     (backbone,) = backbones
@@ -131,7 +131,7 @@ def _sample_images(config: TrainConfig, backbones: list[Backbone]) -> int:
 
 def _features_of(backbone: Backbone, images: torch.Tensor) -> torch.Tensor:
     features = torch.cat([backbone(image[None]) for image in images]).cpu()
-    # Found later, it would look like a fault of the images or of the learning rate.
+    # Checked here because later it would look like a problem of the images or the learning rate.
     if not features.isfinite().all():
         raise JobError(
             f"{backbone.name} at layer {backbone.layer}: its features of the training images contain NaN or infinity: "

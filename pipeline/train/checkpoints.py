@@ -1,4 +1,4 @@
-"""Where a training stands: everything that the next step depends on, kept in checkpoints, and its record as tables."""
+"""State of a training: checkpoints with everything that the next step depends on, and its record as tables."""
 
 import csv
 import io
@@ -31,18 +31,18 @@ logger = logging.getLogger(__name__)
 
 LOSSES, HELD_OUT = "losses.csv", "held_out.csv"
 _CHECKPOINT = re.compile(r"checkpoints/step_(\d{8,})\.pt")
-_KEPT = 2  # the newest, and one more: a disk or a bucket can lose what was written last
-_DIGITS = 9  # tell any two float32 apart
+_KEPT = 2  # the newest and one more, in case the last write is lost
+_DIGITS = 9  # enough to distinguish any two float32 values
 
 
 @dataclass(frozen=True)
 class LossRow:
-    """One step.
+    """The losses of one step.
 
     Attributes:
-        step: counted from 1.
-        backbone: trained on in this step.
-        losses: by name.
+        step: number of the step, from 1.
+        backbone: backbone trained on in this step.
+        losses: losses by name.
     """
 
     step: int
@@ -55,10 +55,10 @@ class HeldOutRow:
     """A measurement on held-out views.
 
     Attributes:
-        step: after so many steps.
-        backbone: measured on.
-        trained_on: whether training sees this backbone.
-        errors: by upsampler.
+        step: number of steps done.
+        backbone: backbone measured on.
+        trained_on: whether this backbone is trained on.
+        errors: errors by upsampler.
     """
 
     step: int
@@ -69,14 +69,14 @@ class HeldOutRow:
 
 @dataclass
 class TrainState:
-    """After ``step`` steps.
+    """State after ``step`` steps.
 
     Attributes:
-        step: done.
+        step: number of steps done.
         model: state of the objective.
-        optimizer: its state.
-        losses: of every step done.
-        held_out: every measurement made.
+        optimizer: state of the optimizer.
+        losses: losses of every step done.
+        held_out: all measurements so far.
     """
 
     step: int = 0
@@ -87,7 +87,7 @@ class TrainState:
 
 
 def save(state: TrainState, objects: Objects) -> None:
-    """Write a checkpoint whole, then the tables; then delete checkpoints older than the newest two."""
+    """Write a complete checkpoint, then the tables, then delete all but the newest two checkpoints."""
     buffer = io.BytesIO()
     plain = {
         **{name: getattr(state, name) for name in ("step", "model", "optimizer")},
@@ -103,18 +103,18 @@ def save(state: TrainState, objects: Objects) -> None:
 
 
 def has_checkpoints(objects: Objects) -> bool:
-    """Whether there are any, damaged ones included."""
+    """Whether there are any checkpoints, including damaged ones."""
     return bool(_checkpoints(objects))
 
 
 def load_newest(objects: Objects) -> TrainState:
-    """The newest checkpoint that can be read, or a state at step 0 if there is none at all.
+    """Load the newest readable checkpoint, or return a state at step 0 if there are no checkpoints.
 
     Raises:
-        JobError: there are some, and all are damaged.
+        JobError: all existing checkpoints are damaged.
     """
-    found = _checkpoints(objects)
-    for _, key in found:
+    checkpoints = _checkpoints(objects)
+    for _, key in checkpoints:
         try:
             plain = torch.load(_undamaged(objects.get(key)), map_location="cpu", weights_only=True)
             return TrainState(
@@ -126,18 +126,18 @@ def load_newest(objects: Objects) -> TrainState:
             )
         except OSError:
             raise
-        except Exception as error:  # a damaged pickle raises nearly anything
+        except Exception as error:  # a damaged pickle can raise nearly anything
             logger.warning("checkpoint %s/%s is damaged: %s", objects.uri, key, type(error).__name__)
-    if found:
-        raise JobError(f"--resume: all checkpoints in {objects.uri} are damaged: begin anew with another --output")
+    if checkpoints:
+        raise JobError(f"--resume: all checkpoints in {objects.uri} are damaged: start over with another --output")
     return TrainState()
 
 
 def _undamaged(checkpoint: bytes) -> io.BytesIO:
-    """The same, read against the checksums that it has as a zip file: torch.load takes flipped bits for values.
+    """Verify a checkpoint's zip checksums, because torch.load does not detect flipped bits; return it as a buffer.
 
     Raises:
-        BadZipFile: it differs from what was written.
+        BadZipFile: the checkpoint is damaged.
     """
     buffer = io.BytesIO(checkpoint)
     with zipfile.ZipFile(buffer) as archive:
@@ -148,7 +148,7 @@ def _undamaged(checkpoint: bytes) -> io.BytesIO:
 
 
 def tables(state: TrainState) -> dict[str, str]:
-    """`LOSSES` and `HELD_OUT` as CSV: the same text for the same training, however often it was interrupted."""
+    """`LOSSES` and `HELD_OUT` as CSV: independent of how often the training was interrupted."""
     losses = [{"step": row.step, "backbone": row.backbone, **_rounded(row.losses)} for row in state.losses]
     held_out = []
     for row in state.held_out:
@@ -163,7 +163,7 @@ def tables(state: TrainState) -> dict[str, str]:
 
 
 def _checkpoints(objects: Objects) -> list[tuple[int, str]]:
-    """Step and key of each, newest first."""
+    """Step and key of each checkpoint, newest first."""
     matches = filter(None, map(_CHECKPOINT.fullmatch, objects.list("checkpoints")))
     return sorted(((int(match[1]), match[0]) for match in matches), reverse=True)
 

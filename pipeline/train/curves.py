@@ -1,4 +1,4 @@
-"""The curves of a training as a picture."""
+"""Plot the curves of a training."""
 
 import io
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from pipeline.train.objectives.base import LOSS
 
 __all__ = ["curves"]
 
-_WIDTH, _HEIGHT = 5.6, 3.6  # of a panel, in inches
-_POINTS = 60  # a loss is averaged over stretches, so that a curve has about so many
+_WIDTH, _HEIGHT = 5.6, 3.6  # size of a panel in inches
+_POINTS = 60  # approximate number of points per curve; losses are averaged over intervals
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class _Line:
 
 
 def curves(state: TrainState) -> bytes:
-    """Losses by backbone, and for each backbone measured on the errors on held-out views: a PNG."""
-    from matplotlib.figure import Figure  # takes a second to import; without pyplot, which keeps figures
+    """Plot losses by backbone, and for each measured backbone the errors on held-out views; return a PNG."""
+    from matplotlib.figure import Figure  # takes a second to import; not pyplot, which keeps references to figures
 
     panels = _loss_panels(state) + _error_panels(state)
-    columns = max(1, len(panels))  # nothing is measured yet at step 0
+    columns = max(1, len(panels))  # at step 0 there are no measurements yet
     figure = Figure((_WIDTH * columns, _HEIGHT), dpi=100, layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, columns, squeeze=False)[0], panels, strict=False):
         for line in lines:
@@ -60,7 +60,7 @@ def _error_panels(state: TrainState) -> list[tuple[str, list[_Line]]]:
 
 
 def _smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means over stretches of equal length."""
+    """Average over intervals of equal length."""
     length = max(1, len(points) // _POINTS)
-    stretches = [points[i : i + length] for i in range(0, len(points), length)]
-    return [(sum(x for x, _ in s) / len(s), sum(y for _, y in s) / len(s)) for s in stretches]
+    intervals = [points[i : i + length] for i in range(0, len(points), length)]
+    return [(sum(x for x, _ in s) / len(s), sum(y for _, y in s) / len(s)) for s in intervals]

@@ -1,4 +1,4 @@
-"""Which images a training step takes, and their pixels: an order that follows from the seed alone."""
+"""Training batches: which images each step uses, in an order determined by the seed alone, and their pixels."""
 
 import functools
 import hashlib
@@ -22,16 +22,16 @@ __all__ = ["Draw", "ImageTable", "TrainingOrder", "first_usable", "key_hash", "t
 
 logger = logging.getLogger(__name__)
 
-_STEPS_LISTED = 512  # references of so many steps are taken out of the table at a time
-_SUBSTITUTES = 16  # images tried in the place of one that cannot be used
-_ORDER, _SUBSTITUTE, _STEP = range(3)  # what random numbers are for: each has a stream of its own
+_STEPS_LISTED = 512  # steps whose references are taken from the table at a time
+_SUBSTITUTES = 16  # replacements tried in one batch
+_ORDER, _SUBSTITUTE, _STEP = range(3)  # uses of random numbers, each with a separate stream
 
 
 class ImageTable(NamedTuple):
-    """References of images, and how they are stored.
+    """References to images, and how they are stored.
 
     Attributes:
-        references: ``schemas.index.REFERENCES``.
+        references: table with the schema ``schemas.index.REFERENCES``.
         kind: ``Source.kind``.
         image_column: ``Source.image_column``.
     """
@@ -41,7 +41,7 @@ class ImageTable(NamedTuple):
     image_column: str | None
 
     def loader(self, config: TrainConfig, batch_size: int, threads: int, scale: float = 1) -> BatchLoader:
-        """What decodes them, to ``scale`` times --size."""
+        """Create a loader that decodes the images to ``scale`` times --size."""
         height, width = (round(scale * side) for side in config.size_px)
         return BatchLoader(
             Geometry((height, width), config.fit, (height, width)),
@@ -55,7 +55,7 @@ class ImageTable(NamedTuple):
 
 
 class Draw:
-    """The random numbers of one step on one worker: they follow from seed, step and rank, and from nothing before."""
+    """The random numbers of one step on one worker. They depend only on seed, step and rank."""
 
     def __init__(self, seed: int, step: int, rank: int) -> None:
         self.numpy = np.random.default_rng([_STEP, seed, step, rank])
@@ -64,13 +64,13 @@ class Draw:
 
 
 class TrainingOrder:
-    """Which rows a step takes: each epoch is a permutation of the dataset, dealt out to the workers in turn.
+    """The rows of each step: every epoch is a permutation of the dataset, split among the workers in batches.
 
     Args:
-        rows: in the dataset.
-        batch_size: rows that a worker takes in a step.
-        workers: how many there are.
-        seed: of the permutations.
+        rows: number of rows of the dataset.
+        batch_size: rows per worker and step.
+        workers: number of workers.
+        seed: seed of the permutations.
     """
 
     def __init__(self, rows: int, batch_size: int, workers: int, seed: int) -> None:
@@ -84,7 +84,7 @@ class TrainingOrder:
         return [int(self._epoch(epoch)[place]) for epoch, place in places]
 
     def substitute(self, step: int, rank: int, attempt: int) -> int:
-        """A row for one that cannot be used."""
+        """A replacement for a row whose image cannot be used."""
         rng = np.random.default_rng([_SUBSTITUTE, self._seed, step, rank, attempt])
         return int(rng.integers(self._rows))
 
@@ -97,19 +97,19 @@ def training_batches(
 ) -> Iterator[tuple[list[str], Tensor]]:
     """Keys and pixels (uint8 [B, 3, H, W], on the CPU) of the batch of each step, decoded ahead of the consumer.
 
-    An image that cannot be used is replaced by another one of the dataset, always the same, and named in the log.
+    An image that cannot be used is replaced, reproducibly, by another one of the dataset, and logged.
 
     Args:
         references: the dataset.
-        loader: for batches of the order's size.
-        order: which rows a step takes.
-        rank: of this worker.
-        steps: for which to yield.
+        loader: loader with the order's batch size.
+        order: the rows of each step.
+        rank: rank of this worker.
+        steps: steps to yield.
 
     Raises:
-        JobError: `_SUBSTITUTES` images in a row cannot be used.
+        JobError: a batch still has an unusable image after `_SUBSTITUTES` replacements.
     """
-    told: set[str] = set()
+    logged: set[str] = set()
     for first in range(steps.start, steps.stop, _STEPS_LISTED):
         listed = range(first, min(first + _STEPS_LISTED, steps.stop))
         table = references.take([row for step in listed for row in order.batch(step, rank)])
@@ -119,17 +119,17 @@ def training_batches(
             names, pixels, attempt = keys[start : start + loader.batch_size], batch.pixels, 0
             for place, image in enumerate(batch.decoded):
                 while not isinstance(image, Decoded):
-                    if names[place] not in told:
+                    if names[place] not in logged:
                         logger.warning("%s cannot be used and is replaced: %s", names[place], image)
-                        told.add(names[place])
+                        logged.add(names[place])
                     if attempt == _SUBSTITUTES:
                         raise JobError(
                             f"{attempt} images in a row cannot be used; the last one is {names[place]}: {image}"
                         )
                     other = references.take([order.substitute(step, rank, attempt)])
                     attempt += 1
-                    (found,) = loader.batches(other, StageSeconds())
-                    names[place], pixels[place], image = other["key"][0].as_py(), found.pixels[0], found.decoded[0]
+                    (single,) = loader.batches(other, StageSeconds())
+                    names[place], pixels[place], image = other["key"][0].as_py(), single.pixels[0], single.decoded[0]
             yield names, pixels
 
 
@@ -140,12 +140,12 @@ def first_usable(
 
     Args:
         references: the dataset.
-        loader: for batches of any size.
-        count: how many are wanted.
-        tell: whether to name in the log those that cannot.
+        loader: loader with any batch size.
+        count: number of images.
+        tell: whether to log images that cannot be decoded.
 
     Raises:
-        JobError: there are fewer.
+        JobError: fewer images can be decoded.
     """
     keys, kept, reason = references["key"].to_pylist(), [], ""
     for number, batch in enumerate(loader.batches(references, StageSeconds())):
@@ -156,7 +156,7 @@ def first_usable(
             elif len(kept) < count:
                 reason = f"; {key} cannot: {image}"
                 if tell:
-                    logger.warning("%s cannot be used and is left out of the measurements: %s", key, image)
+                    logger.warning("%s cannot be used and is excluded from the measurements: %s", key, image)
         if len(kept) >= count:
             names, pixels = zip(*kept[:count], strict=True)
             return list(names), torch.stack(pixels)
@@ -167,5 +167,5 @@ def first_usable(
 
 
 def key_hash(key: str) -> float:
-    """A number in [0, 1) that is always the same for a key: what splits a dataset."""
+    """Hash of a key, in [0, 1), for a reproducible split of a dataset."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48

@@ -1,4 +1,4 @@
-"""The error on held-out views: how well high-res features tell what the backbone sees in views nobody trained on."""
+"""The error on held-out views: how well high-res features predict the backbone's features of unseen views."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from pipeline.views.jitter import Jitter, apply_matrices, sample_jitter, view_im
 
 __all__ = ["HeldOutViews", "Upsample", "ViewError", "rendered_size"]
 
-# Not a job's --seed: the views are the same for every training with the same images, size, padding and zoom.
+# Independent of --seed: trainings with the same images, size, padding and zoom use the same views.
 _SEED = 20_240_315
-# Variance as a share of the mean square below which features are the same everywhere, but for rounding.
+# Features whose variance is below this share of their mean square are constant up to rounding.
 _CONSTANT = 1e-10
 
 Upsample = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
@@ -25,12 +25,12 @@ Upsample = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
 
 @dataclass(frozen=True)
 class ViewError:
-    """What is left between predicted and actual features of views.
+    """Difference between predicted and actual features of views.
 
     Attributes:
         relative: sum of squared differences as a share of the features' own variance: 0 is perfect, 1 is as good as
-            always saying their mean.
-        cosine: mean cosine of the angle between the two, over places.
+            always predicting their mean.
+        cosine: mean over positions of the cosine between the two.
     """
 
     relative: float
@@ -38,16 +38,16 @@ class ViewError:
 
 
 class HeldOutViews:
-    """Images, and views of them, that are used for nothing else.
+    """Images and views reserved for measurements.
 
-    High-res features of the image are made as the main job makes them, brought into the view, and averaged over each
-    of its cells: a fixed downsampler, the same for every upsampler and none's own.
+    High-res features of the image are computed as in the main job, transformed to the view, and averaged over each of
+    its cells: a fixed downsampler, identical for every upsampler and tuned to none.
 
     Args:
         images: uint8 [N, 3, H, W] on the CPU.
-        views: of each image.
-        max_pad_px: as `sample_jitter`.
-        max_zoom: as `sample_jitter`.
+        views: number of views per image.
+        max_pad_px: as in `sample_jitter`.
+        max_zoom: as in `sample_jitter`.
     """
 
     def __init__(self, images: Tensor, *, views: int, max_pad_px: int, max_zoom: float) -> None:
@@ -61,15 +61,16 @@ class HeldOutViews:
 
     @torch.no_grad()
     def errors(self, backbone: Backbone, upsamplers: dict[str, Upsample], world: World) -> dict[str, ViewError]:
-        """Measure upsamplers on one backbone, by name; the images are shared among the world's processes.
+        """Measure upsamplers, by name, on one backbone; the images are split among the world's processes.
 
         Args:
-            backbone: on the world's device.
-            upsamplers: [1, C, h, w] features, [1, 3, H, W] uint8 image, (height, width) -> [1, C, height, width].
-            world: on whose device to compute.
+            backbone: backbone, on the world's device.
+            upsamplers: functions of features [1, C, h, w], an image [1, 3, H, W] uint8 and a size (height, width) that
+                return [1, C, height, width].
+            world: this process; its device is used.
 
         Raises:
-            JobError: the features are not finite, or the same everywhere: nothing can be measured on them.
+            JobError: the features are not finite, or constant, so that no error can be measured.
         """
         sums = {name: torch.zeros(2, dtype=torch.float64) for name in upsamplers}
         moments = torch.zeros(2, backbone.num_chs, dtype=torch.float64)
@@ -94,27 +95,27 @@ class HeldOutViews:
 
 
 def rendered_size(backbone: Backbone) -> tuple[int, int]:
-    """(height, width) in which features are compared: whole cells, also where a ConvNet rounds its grid up."""
+    """(height, width) at which features are compared: whole cells, even if a ConvNet rounds its grid up."""
     return backbone.grid[0] * backbone.reduction, backbone.grid[1] * backbone.reduction
 
 
 def _variance(backbone: Backbone, total: Tensor, squares: Tensor, count: float) -> float:
-    """Sum over channels of the squared differences from their means, by sums of values and of squares [C].
+    """Sum over channels of squared deviations from the mean, from sums of values and of squares [C].
 
     Raises:
-        JobError: it is zero or not finite.
+        JobError: it is zero (up to rounding) or not finite.
     """
-    who = f"{backbone.name} at layer {backbone.layer}: its features of the images to measure held-out views on"
+    subject = f"{backbone.name} at layer {backbone.layer}: its features of the images to measure held-out views on"
     if not squares.isfinite().all():
-        raise JobError(f"{who} contain NaN or infinity: choose another layer, or check its weights")
+        raise JobError(f"{subject} contain NaN or infinity: choose another layer, or check its weights")
     variance = float((squares - total.square() / count).sum())
     if variance <= _CONSTANT * float(squares.sum()):
-        raise JobError(f"{who} are the same everywhere: choose another layer or weights")
+        raise JobError(f"{subject} are the same everywhere: choose another layer or weights")
     return variance
 
 
 def _seen(high: Tensor, jitter: Jitter, grid: tuple[int, int]) -> Tensor:
-    """High-res features [1, C, H, W] in a view, averaged over its cells: [1, C, h, w]."""
+    """Transform high-res features [1, C, H, W] to a view and average over its cells: [1, C, h, w]."""
     sides = zip(grid, high.shape[2:], jitter.matrices((high.shape[2], high.shape[3])), strict=True)
     rows, columns = ((mean_matrix(cells, length) @ matrix).to(high) for cells, length, matrix in sides)
     return apply_matrices(high, rows[None], columns[None])

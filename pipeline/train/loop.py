@@ -1,4 +1,4 @@
-"""The training loop: one process of it. The same alone and under DDP; knows nothing of Ray."""
+"""The training loop of one process, alone or under DDP; independent of Ray."""
 
 import logging
 import math
@@ -30,7 +30,7 @@ __all__ = ["Training", "autocast", "train"]
 
 logger = logging.getLogger(__name__)
 
-_SAY_EVERY_S = 10.0
+_LOG_EVERY_S = 10.0
 _STEP = ("data", "backbone", "forward", "backward", "optimizer")  # the stages of a step
 
 
@@ -38,13 +38,13 @@ def train(plan: TrainPlan, world: World, *, threads: int, built: list[Backbone] 
     """Run one process of a training, from its newest checkpoint to its result.
 
     Args:
-        plan: of the job.
-        world: where this process stands.
-        threads: to decode with.
-        built: as `build_stages`.
+        plan: plan of the training.
+        world: this process.
+        threads: number of threads for decoding.
+        built: as for `build_stages`.
 
     Raises:
-        JobError: it cannot be done as asked, or diverged.
+        JobError: the training cannot run as configured, or it diverged.
     """
     stages = build_stages(plan, world, threads, built)
     training = Training(plan, stages, world)
@@ -52,8 +52,8 @@ def train(plan: TrainPlan, world: World, *, threads: int, built: list[Backbone] 
         training.run()
     except TrainingDiverged:
         if world.leads:
-            write_record(plan, training.state)  # beyond the last checkpoint: to see how it came
-        world.gather(None)  # the first process that ends takes the others with it: not before this is written
+            write_record(plan, training.state)  # includes steps after the last checkpoint, for diagnosis
+        world.gather(None)  # wait for it: the first process to exit ends the others
         raise
     if world.leads:
         logger.info("%s", training.explain_seconds())
@@ -61,28 +61,28 @@ def train(plan: TrainPlan, world: World, *, threads: int, built: list[Backbone] 
 
 
 def autocast(device: torch.device, objective: Objective) -> torch.autocast:
-    """Mixed precision for an objective's ``forward``: bfloat16 on a GPU where the objective allows it, else float32.
+    """Autocast context for an objective's ``forward``: bfloat16 on a GPU if the objective allows it, else float32.
 
-    Parameters, their gradients and the optimizer are float32 always; bfloat16 has float32's range, so that losses need
-    no scaling.
+    Parameters, gradients and the optimizer state are always float32. bfloat16 has float32's range, so losses need no
+    scaling.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and objective.mixed_precision)
 
 
 class Training:
-    """A training, as one of its processes sees it: at the newest checkpoint in --output, if there is one.
+    """One process's part of a training, resumed from the newest checkpoint in --output, if there is one.
 
     Args:
-        plan: of the job.
-        stages: built for it.
-        world: where this process stands.
+        plan: plan of the training.
+        stages: stages built for the plan.
+        world: this process.
 
     Attributes:
-        state: how far it is, and its record.
-        seconds: busy seconds: those of a step (backbone with its random views), held-out views, checkpoint.
+        state: progress and record.
+        seconds: busy seconds by stage: those of a step (backbone includes random views), held-out views, checkpoint.
 
     Raises:
-        JobError: all checkpoints are damaged, or not all processes see the same.
+        JobError: all checkpoints are damaged, or the processes find different ones.
     """
 
     def __init__(self, plan: TrainPlan, stages: TrainStages, world: World) -> None:
@@ -103,7 +103,7 @@ class Training:
         except (RuntimeError, ValueError, LookupError) as error:
             raise JobError(
                 f"--resume: the checkpoint of step {self.state.step} in {self._objects.uri} is of another network, or "
-                f"of another version of densefeat: delete it to go on from the one before, or begin anew with another "
+                f"of another version of densefeat: delete it to resume from the one before, or start over with another "
                 f"--output ({error})"
             ) from error
 
@@ -111,16 +111,16 @@ class Training:
         """Train up to --steps.
 
         Raises:
-            TrainingDiverged: a loss or its gradient is not finite; the last checkpoint is good.
-            JobError: images cannot be used.
+            TrainingDiverged: a loss, a gradient or a weight is not finite; the last checkpoint is good.
+            JobError: too many images cannot be used.
         """
         config, state = self._plan.config, self.state
         model = self._distributed()
         if not state.held_out:
             self._measure()
         if state.step >= config.steps:
-            self._say("nothing to train: --steps %d, and step %d is done", config.steps, state.step)
-        said_at, said, spent = time.monotonic(), state.step, 0.0
+            self._log("nothing to train: --steps %d, and step %d is done", config.steps, state.step)
+        logged_at, logged, spent = time.monotonic(), state.step, 0.0
         for keys, images in self._batches(range(state.step, config.steps)):
             losses = self._step(model, keys, images)
             state.losses.append(LossRow(state.step + 1, _label(self._backbone), losses))
@@ -130,24 +130,24 @@ class Training:
                 self._measure()
             if last or state.step % config.checkpoint_every == 0:
                 self._checkpoint()
-            if last or time.monotonic() - said_at > _SAY_EVERY_S:
+            if last or time.monotonic() - logged_at > _LOG_EVERY_S:
                 total = sum(self.seconds.total().get(stage, 0) for stage in _STEP)
-                rate = (total - spent) / (state.step - said)
-                self._say("step %d/%d: loss %.4g, %.2f s a step", state.step, config.steps, losses[LOSS], rate)
-                said_at, said, spent = time.monotonic(), state.step, total
+                rate = (total - spent) / (state.step - logged)
+                self._log("step %d/%d: loss %.4g, %.2f s per step", state.step, config.steps, losses[LOSS], rate)
+                logged_at, logged, spent = time.monotonic(), state.step, total
 
     def _check_shared(self) -> None:
-        """A folder of one node's own disk has no checkpoints on the others, which would begin anew."""
+        """Check that all processes find the same step: on a node's local disk, other nodes would start over."""
         steps = self._world.gather(self.state.step)
         if len(set(steps)) > 1:
             raise JobError(
                 f"--output {self._plan.config.output}: the workers find checkpoints of the steps "
-                f"{', '.join(map(str, steps))}: --output must be a place that all nodes share (a shared folder, s3://, "
+                f"{', '.join(map(str, steps))}: --output must be storage that all nodes share (a shared folder, s3://, "
                 "gs://)"
             )
 
     def explain_seconds(self) -> str:
-        """Where the time went, in shares, for a person."""
+        """Total seconds and the share of each stage, for the log."""
         seconds = self.seconds.total()
         total = sum(seconds.values()) or 1.0
         shares = ", ".join(f"{name} {100 * spent / total:.0f} %" for name, spent in seconds.items())
@@ -155,7 +155,7 @@ class Training:
 
     @property
     def _turn(self) -> int:
-        """Which backbone the next step trains on: they take turns, in all processes the same."""
+        """Index of the next step's backbone: they take turns, identically in all processes."""
         return self.state.step % len(self._stages.backbones)
 
     @property
@@ -163,10 +163,10 @@ class Training:
         return self._stages.backbones[self._turn]
 
     def _distributed(self) -> nn.Module:
-        """What makes the losses, with gradients averaged over the processes."""
+        """The module that computes the losses; with several processes, DDP averages its gradients."""
         if self._world.size == 1:
             return self._stages.objective
-        # A step leaves out what belongs to the other backbones alone.
+        # A step does not use parameters that belong to other backbones only.
         return DistributedDataParallel(self._stages.objective, find_unused_parameters=len(self._stages.backbones) > 1)
 
     def _batches(self, steps: range) -> Iterator[tuple[list[str], Tensor]]:
@@ -181,7 +181,7 @@ class Training:
             yield batch
 
     def _step(self, model: nn.Module, keys: list[str], images: Tensor) -> dict[str, float]:
-        """One step; its losses, averaged over the processes."""
+        """Run one step; return its losses, averaged over the processes."""
         with self._timed("backbone"):
             draw = Draw(self._plan.config.seed, self.state.step, self._world.rank)
             prepared = self._stages.objective.prepare(self._turn, images.to(self._world.device), draw)
@@ -202,22 +202,22 @@ class Training:
         return dict(zip(losses, averages, strict=True))
 
     def _diverged(self, keys: list[str], finite: bool, loss: float, norm: float) -> None:
-        """Stop. All processes come here together: what they average is not finite in any."""
+        """Stop. All processes get here together, as the averages are the same in all."""
         batches = self._world.gather((keys, finite))
-        # Where all losses are finite, it is the gradient of one of them, and nobody can say whose.
-        suspects = [names for names, its_finite in batches if not its_finite] or [names for names, _ in batches]
+        # If all losses are finite, a gradient is not, and its process is unknown.
+        suspects = [names for names, is_finite in batches if not is_finite] or [names for names, _ in batches]
         raise TrainingDiverged(
             f"step {self.state.step + 1}: the loss is {loss:.3g} and the norm of its gradient {norm:.3g}: training "
-            f"stops. Its batch: {', '.join(key for names in suspects for key in names)}. {self._what_is_kept()}"
+            f"stops. Its batch: {', '.join(key for names in suspects for key in names)}. {self._advice()}"
         )
 
-    def _what_is_kept(self) -> str:
+    def _advice(self) -> str:
         kept = f"The checkpoint of step {self._safe_at} is good" if self._safe_at else "There is no checkpoint yet"
-        return f"{kept} ({self._objects.uri}). Look at these images, or begin anew with a lower --learning-rate"
+        return f"{kept} ({self._objects.uri}). Check these images, or start over with a lower --learning-rate"
 
     def _measure(self) -> None:
-        """Measure the upsampler as it is; and the first time, those that learn nothing."""
-        self._world.follow_lead(self._stages.objective.buffers())  # BatchNorm's: what is measured is what is saved
+        """Measure the current upsampler on held-out views; the first time, also those that are not trained."""
+        self._world.follow_lead(self._stages.objective.buffers())  # BatchNorm statistics: measure what will be saved
         with self._timed("held-out views"):
             for backbone in self._stages.measured:
                 label, rows = _label(backbone), self.state.held_out
@@ -229,16 +229,14 @@ class Training:
                 new = self._stages.views.errors(backbone, upsamplers, self._world)
                 errors: dict[str, ViewError] = {**(known or {}), **new}
                 rows.append(HeldOutRow(self.state.step, label, backbone in self._stages.backbones, errors))
-                said = ", ".join(f"{name} {error.relative:.4f}" for name, error in errors.items())
-                self._say("step %d: error on held-out views of %s: %s", self.state.step, label, said)
+                listed = ", ".join(f"{name} {error.relative:.4f}" for name, error in errors.items())
+                self._log("step %d: error on held-out views of %s: %s", self.state.step, label, listed)
 
     def _checkpoint(self) -> None:
         self._world.follow_lead(self._stages.objective.buffers())
         state = self._stages.objective.state_dict()
         if not all(tensor.isfinite().all() for tensor in state.values()):
-            raise TrainingDiverged(
-                f"step {self.state.step}: a weight is not finite: training stops. {self._what_is_kept()}"
-            )
+            raise TrainingDiverged(f"step {self.state.step}: a weight is not finite: training stops. {self._advice()}")
         if self._world.leads:
             self.state.model, self.state.optimizer = state, self._optimizer.state_dict()
             with self._timed("checkpoint"), storage_explained(self._objects.uri):
@@ -252,7 +250,7 @@ class Training:
             if self._world.device.type == "cuda":
                 torch.cuda.synchronize(self._world.device)
 
-    def _say(self, text: str, *values: object) -> None:
+    def _log(self, text: str, *values: object) -> None:
         if self._world.leads:
             logger.info(text, *values)
 

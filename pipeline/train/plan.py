@@ -1,4 +1,4 @@
-"""What a training is going to do, found out and checked before it does anything."""
+"""Plan a training: collect and check everything before it starts."""
 
 import json
 import logging
@@ -33,23 +33,23 @@ __all__ = ["TrainPlan", "backbone_at", "build_backbones", "claimed_output", "mak
 
 logger = logging.getLogger(__name__)
 
-# The object in --output that claims it: the configuration, which a resume is compared with.
+# The object that claims --output. It holds the configuration, which --resume must match.
 _CLAIM = "training.json"
 
 
 @dataclass(frozen=True, eq=False)
 class TrainPlan:
-    """A checked training; crosses into workers.
+    """A checked training; sent to workers.
 
     Attributes:
-        config: what was asked.
+        config: the job's options.
         train: images to train on.
-        val: images to measure held-out views on, best first: more than are needed, as some may turn out unusable.
-        configuration: what the weights will depend on, JSON-able.
-        identities: of the backbones trained on, in order.
-        held_out: identity of the one that is only measured on.
-        begun: whether this training was begun before, and is to go on.
-        findings: what of --images is not used.
+        val: candidates for measuring held-out views, in order of preference; more than needed, as some may be unusable.
+        configuration: everything the weights depend on, JSON-serialisable.
+        identities: identities of the backbones to train on, in order.
+        held_out: identity of the backbone that is only measured on; None if there is none.
+        begun: whether this resumes an existing training.
+        findings: unused files in --images.
     """
 
     config: TrainConfig
@@ -62,7 +62,7 @@ class TrainPlan:
     findings: tuple[Finding, ...] = ()
 
     def describe(self) -> str:
-        """The plan for a person."""
+        """Describe the plan in human-readable lines."""
         config, training, views = self.config, self.configuration["training"], self.configuration["views"]
         lines = [
             f"train       {config.upsampler}"
@@ -84,13 +84,13 @@ class TrainPlan:
 
 
 def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
-    """Look at images, backbones and output, and check that they fit together.
+    """Inspect images, backbones and output, and check that they are consistent.
 
     Returns:
-        The plan, and the backbones trained on (at --size) that were built for it.
+        The plan, and the backbones to train on (at --size) that were built for it.
 
     Raises:
-        JobError: they do not; the message says why and what to do.
+        JobError: they are not; the message says why and what to do.
     """
     for images in filter(None, (config.images, config.val_images)):
         check_apart(images, "--output", config.output)
@@ -127,13 +127,13 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
 
 @contextmanager
 def claimed_output(plan: TrainPlan) -> Iterator[None]:
-    """Write the configuration to --output, unless it is there already, for the training in the block.
+    """Write the configuration to --output, unless it is there already, for the training in the ``with`` block.
 
-    If that ends without a checkpoint, the claim is taken back, with the folder if it was made for it: other options can
-    then be tried there.
+    If the block ends without a checkpoint, the claim is removed, and the folder if it was created for it, so that other
+    options can be tried there.
 
     Raises:
-        JobError: another training has been begun there in the meantime.
+        JobError: another training was started there in the meantime.
     """
     if plan.begun:
         yield
@@ -144,7 +144,7 @@ def claimed_output(plan: TrainPlan) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError, StorageUnavailable):  # of a storage that another error may be of
+            with suppress(OSError, StorageUnavailable):  # do not mask an error from the block
                 if not has_checkpoints(objects):
                     objects.delete(_CLAIM)
 
@@ -155,23 +155,23 @@ def _claim(plan: TrainPlan, objects: Objects) -> None:
         try:
             objects.create(_CLAIM, json.dumps(claim, indent=2).encode())
         except FileExistsError:
-            raise JobError(f"another training has begun in {plan.config.output}: choose another --output") from None
+            raise JobError(f"another training was started in {plan.config.output}: choose another --output") from None
 
 
 def build_backbones(plan: TrainPlan, choice: BackboneChoice, built: Backbone | None = None) -> list[Backbone]:
-    """A backbone at every size that training needs it at, on the CPU: at --size only, or for lift at `lift_scales`.
+    """Build a backbone on the CPU at every size that training needs: --size only, or for lift all `lift_scales`.
 
     Args:
-        plan: of the training.
-        choice: which.
-        built: the one at --size, if it is there already.
+        plan: plan of the training.
+        choice: which backbone.
+        built: the backbone at --size, if already built.
     """
     scales = lift_scales(plan.config.lift_octaves) if plan.config.upsampler == "lift" else (1.0,)
     return [built if built is not None and scale == 1 else backbone_at(plan.config, choice, scale) for scale in scales]
 
 
 def backbone_at(config: TrainConfig, choice: BackboneChoice, scale: float = 1) -> Backbone:
-    """A backbone for images of ``scale`` times --size, on the CPU."""
+    """Build a backbone on the CPU for images of ``scale`` times --size."""
     height, width = (round(scale * side) for side in config.size_px)
     return build_backbone(choice.name, size=(height, width), weights=choice.weights, layer=choice.layer)
 
@@ -184,14 +184,14 @@ def _stored_configuration(config: TrainConfig) -> dict[str, Any] | None:
         except FileNotFoundError:
             if has_checkpoints(objects):
                 raise JobError(
-                    f"--output {config.output} has checkpoints, but no {_CLAIM}, which says of what training: choose "
+                    f"--output {config.output} has checkpoints, but no {_CLAIM} with their configuration: choose "
                     "another, or delete them"
                 ) from None
             return None
         except (ValueError, LookupError, TypeError) as error:
             raise JobError(
-                f"--output {config.output}: its {_CLAIM} is damaged ({error}), which says what the checkpoints are of: "
-                "begin anew with another"
+                f"--output {config.output}: its {_CLAIM} is damaged ({error}), so the configuration of its checkpoints "
+                "is unknown: start over with another"
             ) from error
     if not config.resume:
         raise JobError(
@@ -201,30 +201,30 @@ def _stored_configuration(config: TrainConfig) -> dict[str, Any] | None:
 
 
 def _check_writable(config: TrainConfig) -> None:
-    """The last check, because it writes: whatever gets a result, before hours are spent on it."""
+    """Check that all outputs are writable before training for hours. The last check, because it writes."""
     check_writable(Objects(config.output), f"--output {config.output}")
     if config.featup_checkpoint is not None:
         check_output_file("--featup-checkpoint", config.featup_checkpoint)
 
 
 def _check_labels(config: TrainConfig, identities: list[dict[str, object]], held_out: dict[str, object] | None) -> None:
-    """Tables and metadata call a backbone by its name and layer: no two may have the same."""
-    asked = [(f"--backbones {text}", one) for text, one in zip(config.backbones, identities, strict=True)]
+    """Check that name and layer are unique: tables and metadata identify backbones by them."""
+    named = [(f"--backbones {text}", identity) for text, identity in zip(config.backbones, identities, strict=True)]
     if held_out is not None:
-        asked.append((f"--held-out-backbone {config.held_out_backbone}", held_out))
+        named.append((f"--held-out-backbone {config.held_out_backbone}", held_out))
     seen: dict[tuple[object, object], str] = {}
-    for option, identity in asked:
+    for option, identity in named:
         label = identity["name"], identity["layer"]
         if label in seen:
             raise JobError(
-                f"{option} and {seen[label]} are both {label[0]} at layer {label[1]}, and could not be told apart in "
-                "the results: leave one out, or choose another layer"
+                f"{option} and {seen[label]} are both {label[0]} at layer {label[1]}, and would be indistinguishable "
+                "in the results: omit one, or choose another layer"
             )
         seen[label] = option
 
 
 def _check_grids(config: TrainConfig, backbones: list[Backbone]) -> None:
-    """Lift needs grids that halve evenly; every upsampler needs something to upsample."""
+    """Check the grids: at least 2×2, and for lift evenly divisible, with an even number of channels."""
     for backbone in backbones:
         if min(backbone.grid) < 2:
             raise JobError(
@@ -233,8 +233,8 @@ def _check_grids(config: TrainConfig, backbones: list[Backbone]) -> None:
             )
         if config.upsampler == "lift" and backbone.num_chs % 2:
             raise JobError(
-                f"{backbone.name} has {backbone.num_chs} channels at layer {backbone.layer}: lift halves them, need "
-                "an even number. Choose another layer"
+                f"{backbone.name} has {backbone.num_chs} channels at layer {backbone.layer}: lift halves them, so "
+                "their number must be even. Choose another layer"
             )
         step = 2 ** (config.lift_octaves - 1) * backbone.reduction
         if config.upsampler == "lift" and any(side % step for side in config.size_px):
@@ -245,24 +245,24 @@ def _check_grids(config: TrainConfig, backbones: list[Backbone]) -> None:
 
 
 def _split(config: TrainConfig, source: Source) -> tuple[ImageTable, ImageTable]:
-    """Images to train on, and those to measure on in the order of their hashes."""
+    """Split into images to train on, and images to measure on in the order of their hashes."""
     hashes = [key_hash(key) for key in source.references["key"].to_pylist()]
     if config.val_images is None:
         of_train = pa.array([number >= config.val_share for number in hashes])
         train = ImageTable(source.references.filter(of_train), source.kind, source.image_column)
         val = ImageTable(source.references, source.kind, source.image_column)
-        candidates = [row for row in _by(hashes) if hashes[row] < config.val_share]
+        candidates = [row for row in _order(hashes) if hashes[row] < config.val_share]
     else:
         other = list_images(config.val_images, image_column=config.image_column, scan_map=cluster_scan_map())
         for line in describe_findings(other.findings):
             logger.info("--val-images: %s", line)
         train = ImageTable(source.references, source.kind, source.image_column)
         val = ImageTable(other.references, other.kind, other.image_column)
-        candidates = _by([key_hash(key) for key in other.references["key"].to_pylist()])
+        candidates = _order([key_hash(key) for key in other.references["key"].to_pylist()])
         if shared := _shared(train.references, val.references):
             raise JobError(
-                f"--val-images {config.val_images}: {len(shared)} of them are among --images too (one is "
-                f"{shared[0]}): what is measured on must not be trained on"
+                f"--val-images {config.val_images}: {len(shared)} of them are also in --images (for example "
+                f"{shared[0]}): images for measurements must not be trained on"
             )
     if len(candidates) < config.val_count:
         raise JobError(
@@ -274,12 +274,12 @@ def _split(config: TrainConfig, source: Source) -> tuple[ImageTable, ImageTable]
     return train, val._replace(references=val.references.take(candidates))
 
 
-def _by(hashes: list[float]) -> list[int]:
+def _order(hashes: list[float]) -> list[int]:
     return sorted(range(len(hashes)), key=hashes.__getitem__)
 
 
 def _shared(train: pa.Table, val: pa.Table) -> list[str]:
-    """URIs (and offsets, in tars and Parquet) that both tables have."""
+    """URIs of images in both tables, compared by URI and offset (in tars and Parquet)."""
     places = [set(zip(table["uri"].to_pylist(), table["offset"].to_pylist(), strict=True)) for table in (train, val)]
     return sorted(uri for uri, _ in places[0] & places[1])
 
@@ -291,17 +291,17 @@ def _configuration(
     identities: list[dict[str, object]],
     held_out: dict[str, object] | None,
 ) -> dict[str, Any]:
-    """What the weights and what is measured of them depend on, but for how long training goes on."""
+    """Everything that weights and measurements depend on, except the number of steps."""
     names = ["batch_images", "effective_learning_rate", "seed", "workers"]
     if config.upsampler == "jbu":
         names += ["jitters", "projection_chs", "crf_weight", "initial_sigma", "downsampler", "final"]
     else:
         names += ["lift_initial", "lift_loss", "lift_octaves", "lift_consistency"]
-    backbones = {f"{one['name']}@{one['layer']}": one for one in identities}
+    backbones = {f"{identity['name']}@{identity['layer']}": identity for identity in identities}
     return {
         "upsampler": config.upsampler,
         "backbones": backbones,
-        "turns": list(backbones),  # their order, which `differences` does not see in a mapping
+        "turns": list(backbones),  # their order, which `differences` ignores in a mapping
         "images": _described(config.images, train),
         "geometry": {
             "size": list(config.size_px),

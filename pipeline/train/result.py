@@ -1,4 +1,4 @@
-"""What a training leaves: weights that say where they come from, its record as tables, its curves as a picture."""
+"""Results of a training: weights with provenance, tables of the record, and curves."""
 
 import io
 import json
@@ -23,10 +23,10 @@ WEIGHTS, CURVES = "upsampler.safetensors", "curves.png"
 
 
 def write_result(plan: TrainPlan, stages: TrainStages, state: TrainState) -> None:
-    """Write weights, tables and curves to --output, and FeatUp's layout where that is asked for.
+    """Write weights, tables and curves to --output, and FeatUp's layout if requested.
 
     Raises:
-        JobError: a place cannot be written to.
+        JobError: an output cannot be written.
     """
     weights = {name: tensor.contiguous() for name, tensor in stages.objective.weights().items()}
     with storage_explained(f"--output {plan.config.output}"):
@@ -39,10 +39,10 @@ def write_result(plan: TrainPlan, stages: TrainStages, state: TrainState) -> Non
 
 
 def write_record(plan: TrainPlan, state: TrainState) -> None:
-    """Write tables and curves to --output: all that is known of a training that diverged, too.
+    """Write tables and curves to --output, also for a training that diverged.
 
     Raises:
-        JobError: it cannot be written to.
+        JobError: --output cannot be written.
     """
     with storage_explained(f"--output {plan.config.output}"):
         objects = Objects(plan.config.output)
@@ -53,9 +53,9 @@ def write_record(plan: TrainPlan, state: TrainState) -> None:
 
 
 def provenance(plan: TrainPlan, objective: Objective, state: TrainState) -> Provenance:
-    """The provenance of the weights, for the metadata of their file.
+    """Provenance of the weights, for the metadata of their file.
 
-    ``upsampler``, ``backbones``, and ``final`` or ``patch`` are read when the weights are used; the rest is for people.
+    ``upsampler``, ``backbones``, and ``final`` or ``patch`` are read when weights are used; the rest is informative.
     """
     newest = {row.backbone: row for row in state.held_out}
     errors = {
@@ -76,9 +76,9 @@ def provenance(plan: TrainPlan, objective: Objective, state: TrainState) -> Prov
 
 
 def _featup_checkpoint(weights: dict[str, torch.Tensor], num_chs: int) -> bytes:
-    """FeatUp's own layout, as its published checkpoints have it.
+    """Serialise to the layout of FeatUp's published checkpoints.
 
-    It always has a final convolution: where there is none, one that adds nothing.
+    The layout requires a final convolution; without one, zeros are written, which add nothing.
     """
     final = {
         "fixup_proj.1.weight": torch.zeros(num_chs, num_chs, 1, 1),

@@ -1,4 +1,4 @@
-"""The processes that train together, as one of them sees them; alone, all of it is trivial. Knows nothing of Ray."""
+"""The group of training processes, as seen by one of them. Trivial for one process; independent of Ray."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ __all__ = ["World"]
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands.
+    """This process and its place in the group.
 
     Attributes:
-        device: it computes on.
+        device: device that this process computes on.
         rank: 0 … size - 1; rank 0 writes.
-        size: how many there are; more than one share a torch process group.
+        size: number of processes; if more than one, they form a torch process group.
     """
 
     device: torch.device
@@ -27,24 +27,24 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that writes."""
+        """Whether this process is rank 0, which writes."""
         return self.rank == 0
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes; each must call it, with the same shape."""
+        """Sum over all processes, possibly in place; every process must call it, with the same shape."""
         if self.size > 1:
             values = values.to(self.device)
             torch.distributed.all_reduce(values)
         return values
 
     def follow_lead(self, tensors: Iterable[Tensor]) -> None:
-        """Make tensors those of rank 0, in place; each must call it, with the same shapes."""
+        """Overwrite tensors with rank 0's, in place; every process must call it, with the same shapes."""
         if self.size > 1:
             for tensor in tensors:
                 torch.distributed.broadcast(tensor, 0)
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process gives, by rank; each must call it."""
+        """Gather the values of all processes, by rank; every process must call it."""
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size

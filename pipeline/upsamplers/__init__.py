@@ -1,5 +1,5 @@
-"""From features at h × w to features at H × W.
+"""Upsamplers: from features at h × w to features at H × W.
 
-An upsampler is a file, or a folder with its network; `pipeline.upsamplers.build` names them all. May import
-``pipeline.views`` and ``pipeline.features``, and the kernels.
+Each upsampler is a file, or a folder with its network; `pipeline.upsamplers.build` lists them. May import
+``pipeline.views``, ``pipeline.features`` and the kernels.
 """

@@ -12,7 +12,7 @@ __all__ = ["Bilinear"]
 
 
 class Bilinear(LinearUpsampler):
-    """Bilinear interpolation, align_corners=False. It does not look at the image."""
+    """Bilinear interpolation, align_corners=False. It ignores the image."""
 
     name = "bilinear"
     facts = Facts(weights="none", channels="any", scale="any", guidance="nothing", pca="exact: in front")

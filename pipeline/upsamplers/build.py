@@ -1,4 +1,4 @@
-"""The upsamplers that a job can name, and how one is built. A new upsampler is its folder and a line here."""
+"""Registry and factory of the upsamplers. To add one, write its file or folder and add a line here."""
 
 import difflib
 
@@ -34,12 +34,12 @@ def build_upsampler(name: str, weights: str | None, backbone: Backbone, options:
     Args:
         name: a name in `UPSAMPLERS`.
         weights: URI of its checkpoint, or None; for ``jbu`` also "universal", the bundled weights.
-        backbone: its features are upsampled.
-        options: the upsampler's class in `schemas.upsamplers.UPSAMPLER_OPTIONS`; None: the defaults.
+        backbone: whose features are upsampled.
+        options: an instance of the upsampler's class in `schemas.upsamplers.UPSAMPLER_OPTIONS`; None means defaults.
 
     Raises:
-        JobError: the name is unknown; weights are missing, or given to an upsampler that has none; the weights or
-            options do not fit the backbone.
+        JobError: the name is unknown; weights are missing, or given to an upsampler that has none; or the weights or
+            options do not match the backbone.
     """
     if name not in UPSAMPLERS:
         near = difflib.get_close_matches(name, UPSAMPLERS)
@@ -47,7 +47,7 @@ def build_upsampler(name: str, weights: str | None, backbone: Backbone, options:
         raise JobError(f"--upsampler: got {name!r}, expected one of these.{hint}\n{describe_upsamplers()}")
     kind = UPSAMPLERS[name]
     if weights is None and kind.facts.weights == "required":
-        raise JobError(f"--upsampler {name} needs its weights: give --upsampler-weights; {kind.facts.weights_from}")
+        raise JobError(f"--upsampler {name} needs its weights: pass --upsampler-weights; {kind.facts.weights_from}")
     if weights is not None and kind.facts.weights == "none":
         raise JobError(f"--upsampler-weights: got {weights!r}, but {name!r} has no weights. Omit the option.")
     if options is None:
@@ -56,7 +56,7 @@ def build_upsampler(name: str, weights: str | None, backbone: Backbone, options:
 
 
 def describe_upsamplers() -> str:
-    """Every upsampler, its needs and its properties, a line each, for a person."""
+    """List every upsampler with its requirements and properties, one per line."""
     lines = []
     for name, upsampler in UPSAMPLERS.items():
         facts = upsampler.facts

@@ -1,8 +1,8 @@
 """The interface of upsamplers: low-res features of an image -> high-res features, in components of a PCA basis.
 
-PCA moves in front. Upsamplers that are linear in the features and treat every channel alike project C channels to k
-first and upsample those: the same result as upsampling C and projecting, at k/C of the cost (`LinearUpsampler.fold`
-says with which matrix and offset). Others find their own place for it.
+Upsamplers that are linear in the features and treat all channels alike apply PCA first: they project C channels to k
+and upsample those. The result equals upsampling C channels and then projecting, at k/C of the cost;
+`LinearUpsampler.fold` computes the matrix and offset. Other upsamplers apply PCA wherever it suits them.
 """
 
 from abc import abstractmethod
@@ -32,15 +32,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Facts:
-    """The needs and properties of an upsampler, in words for a table.
+    """Requirements and properties of an upsampler, worded for a table.
 
     Attributes:
         weights: whether it takes a checkpoint (--upsampler-weights).
-        channels: of the features it takes.
-        scale: how far it upsamples; beyond and below, a bilinear interpolation ends at the output's size.
-        guidance: its guidance.
-        pca: where the PCA projection takes place.
-        weights_from: where a person gets weights, if they are required.
+        channels: which numbers of channels it accepts.
+        scale: factor by which it upsamples; bilinear interpolation covers the rest, to the output's size.
+        guidance: what guides it.
+        pca: where the PCA projection is applied, and whether it is exact.
+        weights_from: how to get weights, if they are required.
     """
 
     weights: Literal["none", "optional", "required"]
@@ -56,35 +56,35 @@ class Upsampler(nn.Module):
 
     name: ClassVar[str]
     facts: ClassVar[Facts]
-    smallest_grid: int = 1  # height and width of the features that it takes
+    smallest_grid: int = 1  # minimum height and width of the features
 
     @classmethod
     @abstractmethod
     def from_options(cls, options: Any, weights: str | None, backbone: Backbone) -> "Upsampler":
-        """Build it on the CPU.
+        """Build the upsampler on the CPU.
 
         Args:
-            options: its own dataclass in `schemas.upsamplers`, `NoOptions` if it has none.
-            weights: URI of a checkpoint, or None; agrees with `facts`.
-            backbone: its features are upsampled.
+            options: an instance of its dataclass in `schemas.upsamplers`, or `NoOptions`.
+            weights: URI of a checkpoint, or None; consistent with `facts`.
+            backbone: whose features are upsampled.
 
         Raises:
-            JobError: the weights cannot be read or do not fit the backbone; the options do not fit.
+            JobError: the weights cannot be read or do not match the backbone, or the options are invalid.
         """
 
     def identity(self) -> dict[str, object]:
-        """Everything that the output depends on besides the inputs, JSON-able: for the configuration hash."""
+        """Return all that the output depends on besides its inputs, JSON-serialisable, for the configuration hash."""
         return {"name": self.name}
 
     def check_grid(self, channels: int, grid: tuple[int, int]) -> None:
-        """Refuse features that it cannot upsample, before any are made.
+        """Reject features that it cannot upsample, before any are computed.
 
         Args:
             channels: C of the features.
             grid: their height and width.
 
         Raises:
-            ValueError: the grid is smaller than `smallest_grid`, or C is not what the upsampler's weights are for.
+            ValueError: the grid is smaller than `smallest_grid`, or the upsampler's weights are for another C.
         """
         if min(grid) < self.smallest_grid:
             raise ValueError(
@@ -94,22 +94,22 @@ class Upsampler(nn.Module):
         self.with_basis(torch.zeros(channels), torch.eye(1, channels))
 
     def explain(self, device: torch.device) -> str:
-        """The implementation that runs on a device, and why others do not, for the log."""
+        """Describe, for the log, which implementation runs on a device and why others do not."""
         return "plain torch"
 
     @abstractmethod
     def with_basis(self, mean: Tensor, components: Tensor) -> "Projected":
-        """Fold a PCA basis in.
+        """Fold in a PCA basis.
 
         Args:
             mean: [C], floating.
             components: [k, C], floating, orthonormal rows.
 
         Returns:
-            The upsampler of those components, on this upsampler's device.
+            An upsampler that outputs those components, on this upsampler's device.
 
         Raises:
-            ValueError: the shapes do not agree, or C is not what the upsampler's weights are for.
+            ValueError: the shapes do not agree, or the upsampler's weights are for another C.
         """
 
 
@@ -117,8 +117,8 @@ class Stored(NamedTuple):
     """The stored values of a batch.
 
     Attributes:
-        values: int8 codes, or float16 features, of all its images.
-        failures: index of an image in the batch -> why it failed. The other images do not depend on it.
+        values: int8 codes or float16 features of all images in the batch.
+        failures: index of an image in the batch -> why it failed. Other images are unaffected.
     """
 
     values: Codes
@@ -126,36 +126,36 @@ class Stored(NamedTuple):
 
 
 class Projected(nn.Module):
-    """An upsampler with a basis: low-res features of C channels -> k components of high-res features."""
+    """An upsampler with a PCA basis: low-res features of C channels -> k components of high-res features."""
 
     @abstractmethod
     def forward(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
         """Upsample.
 
         Args:
-            features: [B, C, h, w] float32, as the backbone made them.
-            images: [B, 3, H, W] uint8 RGB, of any size, showing what the features show.
+            features: [B, C, h, w] float32, as the backbone returns them.
+            images: [B, 3, H, W] uint8 RGB, of any size, covering the same area as the features.
             size: height and width of the output.
 
         Returns:
-            [B, k, *size] float: upsampled features, less the mean, times the components; not finite for an image
-            that failed (`encode` says why).
+            [B, k, *size] float: upsampled features, minus the mean, projected on the components; not finite for an
+            image that failed (`encode` reports why).
 
         Raises:
             ValueError: an argument is not as above.
         """
 
     def encode(self, features: Tensor, images: Tensor, size: tuple[int, int], encoding: Encoding) -> Stored:
-        """Upsample as `forward`, and encode for the store.
+        """Upsample as `forward` does, and encode for the store.
 
         Args:
             features: as `forward`.
             images: as `forward`.
             size: as `forward`.
-            encoding: of the store, its steps on the device of the features.
+            encoding: the store's, with its steps on the features' device.
 
         Returns:
-            The codes [B, k, *size], and the images that failed. Here: those whose features are not finite.
+            The codes [B, k, *size] and the images that failed. By default: those whose features are not finite.
 
         Raises:
             ValueError: as `forward`.
@@ -168,7 +168,7 @@ class Folding:
     """How PCA moves in front of an upsampler U: ``(Y - mean) @ components.T == U(X @ projection) + offset``.
 
     Attributes:
-        projection: [C, k] float32. X is not centred first: learned kernels do not sum to 1.
+        projection: [C, k] float32. X is not centred, because learned kernels do not sum to 1.
         offset: [k] float32, added after upsampling.
     """
 
@@ -177,17 +177,17 @@ class Folding:
 
 
 class LinearUpsampler(Upsampler):
-    """A linear map from low-res to high-res features, guided by the image, the same for every channel."""
+    """An upsampler that is linear in the features, guided by the image, and identical for every channel."""
 
     def fold(self, mean: Tensor, components: Tensor) -> Folding:
-        """Fold a PCA basis, and what the upsampler does across channels, into one projection before it.
+        """Fold a PCA basis, and any mixing of channels by the upsampler, into one projection applied first.
 
         Args:
             mean: [C], floating.
             components: [k, C], floating, orthonormal rows.
 
         Returns:
-            The folding, computed in float64. Here: of a map that keeps constants, with nothing across channels.
+            The folding, computed in float64. By default: for a map that preserves constants and mixes no channels.
 
         Raises:
             ValueError: as `Upsampler.with_basis`.
@@ -201,11 +201,11 @@ class LinearUpsampler(Upsampler):
 
     @abstractmethod
     def forward(self, low: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """Upsample channels that were projected with `fold`'s projection (its offset is left to the caller).
+        """Upsample channels already projected by `fold`'s projection; the caller adds its offset.
 
         Args:
             low: [B, k, h, w], floating, not empty.
-            images: [B, 3, H, W] uint8 RGB, of any size, showing what ``low`` shows.
+            images: [B, 3, H, W] uint8 RGB, of any size, covering the same area as ``low``.
             size: height and width of the output.
 
         Returns:
@@ -223,21 +223,21 @@ class LinearUpsampler(Upsampler):
         encoding: Encoding,
         offset: Tensor | None = None,
     ) -> Codes:
-        """Upsample as `forward`, add an offset [k] float32, and encode: in one kernel if `can_quantize`."""
+        """Upsample as `forward` does, add an offset [k] float32, and encode; in one kernel if `can_quantize`."""
         quantization = encoding.quantization(offset)
         if quantization is not None and self.can_quantize((low.shape[2], low.shape[3]), size):
             return self.forward_codes(low, images, size, quantization)
         return encoding.encode(self(low, images, size), offset)
 
     def can_quantize(self, low: tuple[int, int], size: tuple[int, int]) -> bool:
-        """Whether `forward_codes` can be called for grids of these heights and widths. Here: no."""
+        """Whether `forward_codes` supports this grid (h, w) and output size (H, W). By default: no."""
         return False
 
     def forward_codes(self, low: Tensor, images: Tensor, size: tuple[int, int], quantization: Quantization) -> Codes:
-        """As `forward`, quantized as it is made: float features are not written.
+        """Upsample as `forward` does and quantize on the fly, without writing float features.
 
         Raises:
-            NotImplementedError: it cannot (`can_quantize`).
+            NotImplementedError: not supported (see `can_quantize`).
         """
         raise NotImplementedError(f"{self.name} does not quantize")
 
@@ -259,25 +259,25 @@ class _LinearProjected(Projected):
 
     @override
     def encode(self, features: Tensor, images: Tensor, size: tuple[int, int], encoding: Encoding) -> Stored:
-        """The offset takes no pass over the features of its own."""
+        """Encode with the offset, which needs no separate pass over the features."""
         codes = self.upsampler.encode(self._projected(features), images, size, encoding, self.offset)
         return with_nonfinite(codes, {})
 
     def _projected(self, features: Tensor) -> Tensor:
-        """On a GPU in float16: as precise as what is stored, and half the bytes. A CPU computes in float32."""
+        """Project; on a GPU to float16, which is as precise as the stored values at half the bytes, else float32."""
         low = torch.einsum("bchw,ck->bkhw", features, self.projection)
         return low.half() if low.is_cuda else low
 
 
 def with_nonfinite(values: Codes, failures: dict[int, ImageError]) -> Stored:
-    """Values and known failures, plus a failure for every other image whose values are not finite."""
+    """Combine values and known failures, adding a failure for every other image with non-finite values."""
     nonfinite = values.not_finite.nonzero().flatten().tolist()
     error = ImageError("nonfinite", "its features contain NaN or infinity")
     return Stored(values, {**dict.fromkeys(nonfinite, error), **failures})
 
 
 def checked_basis(mean: Tensor, components: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [C] and components [k, C] in float64, if they fit together."""
+    """Return mean [C] and components [k, C] in float64; raise ValueError if their shapes disagree."""
     if mean.ndim != 1 or components.ndim != 2 or components.shape[1] != mean.shape[0]:
         raise ValueError(
             f"components: got shape {tuple(components.shape)}, need [k, C] for a mean [C] of {tuple(mean.shape)}"
@@ -286,7 +286,7 @@ def checked_basis(mean: Tensor, components: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_images(features: Tensor, images: Tensor, size: tuple[int, int]) -> None:
-    """Features [B, channels, h, w], their images and the output's size, as every upsampler takes them."""
+    """Validate features [B, channels, h, w], images [B, 3, H, W] and the output size, else raise ValueError."""
     if features.ndim != 4 or not features.is_floating_point() or features.numel() == 0:
         raise ValueError(
             f"features: got {tuple(features.shape)} {features.dtype}, need [B, channels, h, w] of a floating dtype, "

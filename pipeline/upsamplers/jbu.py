@@ -30,10 +30,10 @@ from schemas.upsamplers import NoOptions
 __all__ = ["JBU", "UNIVERSAL"]
 
 UNIVERSAL = "universal"  # in place of a checkpoint: the bundled weights
-# Made by jobs/train_upsampler.py, as benchmarks/train/training.py has it: "jbu on lite0".
+# Trained by jobs/train_upsampler.py with the recipe "jbu on lite0" of benchmarks/train/training.py.
 _UNIVERSAL = Path(__file__).with_name("jbu_universal.safetensors")
 
-# What else published checkpoints hold, all of it for training: backbone, attention downsampler, uncertainty.
+# Other parts of published checkpoints, used only in training: backbone, attention downsampler, uncertainty.
 _TRAINING_ONLY = ("model", "downsampler", "scale_net")
 _FINAL_WEIGHT = 0.1  # published: how much of the final 1×1 convolution is added to the last stage
 
@@ -41,31 +41,30 @@ _FINAL_WEIGHT = 0.1  # published: how much of the final 1×1 convolution is adde
 class JBU(LinearUpsampler):
     """Joint bilateral upsampling in ×2 stages: learned (FeatUp, arXiv 2403.10516), or training-free.
 
-    The bundled weights, `universal`, depend on the image alone and work with any backbone; FeatUp's work with the
-    one that they were trained on. Training-free: as many stages as reach ``size``, each with Kopf et al.'s bilateral
-    kernel on RGB in [0, 1].
-    With weights: four stages, so ×16. In both cases one bilinear interpolation ends at ``size`` exactly, and also
-    goes beyond ×16: the image is then not looked at in that last step.
+    The bundled weights, `universal`, depend on the image alone and work with any backbone; FeatUp's work only with
+    the backbone they were trained on. Training-free: as many stages as needed to reach ``size``, each with Kopf et
+    al.'s bilateral kernel on RGB in [0, 1]. With weights: four stages, so ×16. In both cases a final bilinear
+    interpolation produces exactly ``size``. It also covers factors beyond ×16, and ignores the image.
 
     Args:
-        stack: learned parameters; None is training-free.
+        stack: learned parameters; None means training-free.
     """
 
     name = "jbu"
     facts = Facts(
         weights="optional",
         channels="any; with FeatUp's weights, theirs",
-        scale="×2 a stage: as many as it takes; with weights ×16",
+        scale="×2 per stage, as many as needed; with weights ×16",
         guidance="the image, pooled to each stage's size",
         pca="exact: in front",
     )
-    # Chosen by looking at the first three components of EfficientNet-Lite0's features (14×14 -> 224) of COCO photos,
-    # σ_spatial 1…3 pixels × σ_range 0.05…0.2. At (1, 0.05) the low-res grid shows through; at 3, or 2 and more on
-    # stripes, texture prints into the features and small objects fade; at σ_range 0.2 edges no longer snap.
+    # Chosen by eye on the first three components of EfficientNet-Lite0's features (14×14 -> 224) of COCO photos, over
+    # σ_spatial 1…3 pixels × σ_range 0.05…0.2. At (1, 0.05) the low-res grid is visible; at σ_spatial 3, or 2 and more
+    # on stripes, texture leaks into the features and small objects fade; at σ_range 0.2 they no longer follow edges.
     radius = 3
     sigma_spatial = 1.5
     sigma_range = 0.1
-    smallest_grid = radius // 2 + 1  # twice as large, the border can be reflected; FeatUp's stages have this radius too
+    smallest_grid = radius // 2 + 1  # upsampled ×2, the border can be reflected; FeatUp's stages have the same radius
 
     def __init__(self, stack: JBUStack | None = None) -> None:
         super().__init__()
@@ -74,7 +73,7 @@ class JBU(LinearUpsampler):
     @classmethod
     @override
     def from_options(cls, options: NoOptions, weights: str | None, backbone: Backbone) -> "JBU":
-        """``weights`` may be `UNIVERSAL`."""
+        """Build the upsampler; ``weights`` may also be `UNIVERSAL`."""
         if weights is None:
             return cls()
         if weights == UNIVERSAL:
@@ -84,25 +83,26 @@ class JBU(LinearUpsampler):
 
     @classmethod
     def universal(cls) -> "JBU":
-        """With the bundled weights, which work with any backbone.
+        """Build the upsampler with the bundled weights, which work with any backbone.
 
-        They explain unseen views somewhat better than the training-free kernel, and follow edges less:
-        README.md has both measured, and why they are not the default.
+        They predict unseen views slightly better than the training-free kernel, but follow edges less closely.
+        README.md reports both measurements, and why these weights are not the default.
         """
-        return cls.from_weights(str(_UNIVERSAL), num_chs=0)  # they mix no channels: any number will do
+        return cls.from_weights(str(_UNIVERSAL), num_chs=0)  # mixes no channels: any number works
 
     @classmethod
     def from_weights(cls, uri: str, num_chs: int) -> "JBU":
-        """Load FeatUp's published weights, or those of ``jobs/train_upsampler.py``, every one of them.
+        """Load FeatUp's published weights or those of ``jobs/train_upsampler.py``, strictly.
 
         Args:
-            uri: checkpoint, local or remote; names may begin with ``upsampler.``, and what is there for training
-                only (``model.*``, ``downsampler.*``, ``scale_net.*``) is left out. The final convolution may be
-                missing only from a file that says that it has none.
+            uri: checkpoint, local or remote. Names may have the prefix ``upsampler.``; tensors used only in training
+                (``model.*``, ``downsampler.*``, ``scale_net.*``) are skipped. The final convolution may be missing
+                only if the file's metadata has ``final`` "off".
             num_chs: channels of the backbone's features.
 
         Raises:
-            JobError: unreadable; tensors missing, unexpected or misshapen; made for another number of channels.
+            JobError: the file is unreadable; tensors are missing, unexpected or of the wrong shape; or the weights
+                are for another number of channels.
         """
         state = _upsampler_state(read_state_dict(uri))
         final = state.get("fixup_proj.1.weight")
@@ -117,7 +117,7 @@ class JBU(LinearUpsampler):
 
     @override
     def identity(self) -> dict[str, object]:
-        """The weights' digest, or the training-free parameters."""
+        """Return the name and the weights' digest, or the training-free parameters."""
         if self.stack is not None:
             return {"name": self.name, "weights": state_digest(self.stack.state_dict())}
         parameters = {"radius": self.radius, "sigma_spatial": self.sigma_spatial, "sigma_range": self.sigma_range}
@@ -125,7 +125,7 @@ class JBU(LinearUpsampler):
 
     @override
     def fold(self, mean: Tensor, components: Tensor) -> Folding:
-        """With the final convolution Y = U + 0.1·(W·U + b), if any, folded in as well."""
+        """Fold in the basis and the final convolution Y = U + 0.1·(W·U + b), if any."""
         mean, components = checked_basis(mean, components)
         with torch.no_grad():
             projection, offset = self.through_final(components.T)
@@ -138,7 +138,8 @@ class JBU(LinearUpsampler):
             projection: P, [..., C, k], floating.
 
         Returns:
-            Q [..., C, k] and offset [..., k], in P's dtype and on its device; differentiable in the convolution.
+            Q [..., C, k] and offset [..., k], with P's dtype and device; differentiable with respect to the
+            convolution.
 
         Raises:
             ValueError: the final convolution has another number of channels.
@@ -154,7 +155,7 @@ class JBU(LinearUpsampler):
 
     @override
     def forward(self, low: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """Without the final convolution, which is in the projection."""
+        """Upsample without the final convolution, which `fold` moves into the projection."""
         check_images(low, images, size)
         high, pixels = low, self._pixels(images)
         for number in range(self._stage_count(_grid(low), size)):
@@ -168,16 +169,16 @@ class JBU(LinearUpsampler):
 
     @override
     def can_quantize(self, low: tuple[int, int], size: tuple[int, int]) -> bool:
-        """Where the last stage ends at ``size``, and no interpolation follows."""
+        """True if the last stage outputs exactly ``size``, so that no interpolation follows."""
         stages = self._stage_count(low, size)
         return stages > 0 and (low[0] << stages, low[1] << stages) == size
 
     @override
     def forward_codes(self, low: Tensor, images: Tensor, size: tuple[int, int], quantization: Quantization) -> Codes:
-        """The last stage's kernel writes codes."""
+        """Upsample; the last stage's kernel writes codes."""
         check_images(low, images, size)
         if not self.can_quantize(_grid(low), size):
-            raise NotImplementedError(f"jbu quantizes where its last stage ends at the output's size {size}")
+            raise NotImplementedError(f"jbu quantizes only if its last stage outputs exactly the size {size}")
         high, pixels = low, self._pixels(images)
         last = self._stage_count(_grid(low), size) - 1
         for number in range(last):
@@ -200,11 +201,11 @@ class JBU(LinearUpsampler):
         return source
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """uint8 RGB -> what guides: [0, 1], or normalised for learned weights."""
+        """uint8 RGB -> guidance: scaled to [0, 1], or ImageNet-normalised for learned weights."""
         return images.float() / 255 if self.stack is None else imagenet_normalised(images)
 
     def _stage_count(self, low: tuple[int, int], size: tuple[int, int]) -> int:
-        """Learned: as many as there are; training-free: the fewest with low * 2^n >= size on both axes."""
+        """Learned: the number of stages; training-free: the smallest n with low * 2^n >= size on both axes."""
         if self.stack is not None:
             return len(self.stack.stages)
         stages = 0
@@ -219,7 +220,7 @@ class JBU(LinearUpsampler):
         return learned_stage(source, guidance, self.stack.stages[number])
 
     def apply_final(self, features: Tensor) -> Tensor:
-        """Add the final convolution to all C channels [B, C, H, W]: Y = U + 0.1·(W·U + b). Without one: nothing."""
+        """Add the final convolution, if any, to all C channels [B, C, H, W]: Y = U + 0.1·(W·U + b)."""
         final = None if self.stack is None else self.stack.final
         if final is None:
             return features
@@ -230,7 +231,7 @@ class JBU(LinearUpsampler):
         return features + _FINAL_WEIGHT * mixed
 
     def forward_full(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """Upsample all C channels, final convolution included.
+        """Upsample all C channels, including the final convolution.
 
         Args:
             features: [B, C, h, w], floating, neither projected nor centred.
@@ -238,7 +239,7 @@ class JBU(LinearUpsampler):
             size: height and width of the output.
 
         Returns:
-            [B, C, *size], float32 (on a GPU: dtype of ``features``).
+            [B, C, *size], dtype of ``features``.
 
         Raises:
             ValueError: an argument is not as above.
@@ -247,11 +248,11 @@ class JBU(LinearUpsampler):
 
 
 def _upsampler_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The upsampler's tensors, without prefix; unknown names stay, for `load_strict` to report."""
+    """Return the upsampler's tensors without prefix; unknown names are kept for `load_strict` to report."""
     kept = {name: tensor for name, tensor in state.items() if name.split(".", 1)[0] not in _TRAINING_ONLY}
     if not any(name.startswith("upsampler.") for name in kept):
         return kept
-    # A name without the prefix, among names with it, is no tensor of the upsampler, whatever it is called.
+    # If some names have the prefix, a name without it is not one of the upsampler's tensors.
     return {n.removeprefix("upsampler.") if n.startswith("upsampler.") else f"<no prefix> {n}": kept[n] for n in kept}
 
 
@@ -260,5 +261,5 @@ def _grid(features: Tensor) -> tuple[int, int]:
 
 
 def _guidance(pixels: Tensor, source: Tensor) -> Tensor:
-    """The image at twice the source's size, in float32: colour distances suffer in half precision, kernels less."""
+    """The image at twice the source's size, in float32: colour distances lose more in half precision than kernels."""
     return F.adaptive_avg_pool2d(pixels, (2 * source.shape[2], 2 * source.shape[3]))

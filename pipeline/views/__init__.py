@@ -1,4 +1,4 @@
-"""Random views of an image, and what undoes them: for multiview and implicit upsamplers, and for training.
+"""Views of images, and downsamplers to compare features with them: for training, multiview and implicit.
 
 May import ``pipeline.features``.
 """

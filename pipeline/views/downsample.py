@@ -1,6 +1,6 @@
-"""High-res features -> the backbone's grid: what training compares with the features of a view.
+"""High-res features -> the backbone's grid, for comparison with the features of a view.
 
-Downsamplers of FeatUp (arXiv 2403.10516, section 3.2), and as matrices the two fixed ones: a blur and a mean.
+FeatUp's learned downsamplers (arXiv 2403.10516, section 3.2), and two fixed linear maps as matrices: a blur and a mean.
 """
 
 import functools
@@ -15,10 +15,9 @@ __all__ = ["AttentionDownsampler", "SimpleDownsampler", "blur_matrix", "mean_mat
 
 
 class SimpleDownsampler(nn.Module):
-    """One learned kernel, made non-negative and normalised, for all channels and places.
+    """One learned kernel, made non-negative and normalised, for all channels and positions.
 
-    It is put down at the top left and moved by whole pixels, so what does not divide evenly is left out at the bottom
-    and at the right, as published.
+    It moves from the top left by whole pixels, so a remainder at the bottom and at the right is ignored, as published.
 
     Args:
         kernel_px: side of the kernel in pixels.
@@ -49,10 +48,10 @@ class SimpleDownsampler(nn.Module):
 
 
 class AttentionDownsampler(nn.Module):
-    """A weighted mean over the pixels of each cell, the weights a softmax of what is salient there.
+    """A weighted mean over the pixels of each cell, with weights from a softmax of their saliency.
 
-    Saliency is linear in the features. Features need not be there with all their channels then: where they come from
-    an upsampler that acts on every channel alike, saliency is one more direction to project on (`direction`).
+    Saliency is linear in the features, so they are not needed with all channels: if the upsampler treats all channels
+    alike, saliency is one more direction to project on (`direction`).
 
     Args:
         num_chs: channels C of the features.
@@ -66,10 +65,10 @@ class AttentionDownsampler(nn.Module):
         self.bias = nn.Parameter(ATTENTION_NOISE * torch.randn(cell_px, cell_px))
 
     def direction(self, kept: Tensor) -> Tensor:
-        """What to project features on for their saliency.
+        """The direction whose projection gives the features' saliency.
 
         Args:
-            kept: [B, C] floating, 0 where a channel is dropped, else what makes up for those that are.
+            kept: [B, C] floating, dropout factors: 0 if a channel is dropped, else the rescaling.
 
         Returns:
             [B, C, 1].
@@ -81,8 +80,8 @@ class AttentionDownsampler(nn.Module):
 
         Args:
             maps: [B, k, h·cell, w·cell], floating.
-            saliency: [B, 1, h·cell, w·cell], the features on `direction`.
-            kept: [B, h, w], 0 for cells whose saliency is not looked at (dropout), else 1.
+            saliency: [B, 1, h·cell, w·cell], the features projected on `direction`.
+            kept: [B, h, w], 0 for cells whose saliency is dropped (dropout), else 1.
 
         Returns:
             [B, k, h, w].
@@ -97,8 +96,8 @@ def blur_matrix(length: int, *, taps: int = BLUR_TAPS, sigma_px: float = BLUR_SI
     """Gaussian blur along an axis, reflected at its ends: [length, length] float64, rows sum to 1.
 
     Args:
-        length: in pixels; more than ``taps // 2``.
-        taps: of the kernel, odd.
+        length: length of the axis in pixels; more than ``taps // 2``.
+        taps: number of taps of the kernel, odd.
         sigma_px: standard deviation.
     """
     radius = taps // 2

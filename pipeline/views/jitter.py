@@ -1,8 +1,8 @@
 """Random views of an image, and the same views of its feature maps: padded, enlarged, cropped, flipped.
 
 The views of FeatUp's multi-view consistency (arXiv 2403.10516, section 3.1). A view is a linear map that is separable:
-``rows @ map @ columns.T`` with two small matrices. As products of matrices, views are exact at every border, have
-gradients that are the same in every run on every device, and merge with a blur or a pooling at no cost.
+``rows @ map @ columns.T`` with two small matrices. As matrix products, views are exact at every border, have
+reproducible gradients on every device, and can be merged with a blur or a pooling at no cost.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ __all__ = ["Jitter", "apply_matrices", "sample_jitter", "view_images", "view_mat
 class Jitter:
     """One view of an image: reflect-pad it, enlarge it bilinearly, crop it to its own size, flip it.
 
-    Padding does not repeat the edge; enlarging is that of PyTorch's ``interpolate`` with align_corners=False.
+    Padding does not repeat the edge; enlarging matches PyTorch's ``interpolate`` with align_corners=False.
 
     Attributes:
         size: (H, W) of the image in pixels.
-        pad_px: on each side, in pixels before enlarging; less than H and W.
-        zoom: factor of enlargement, at least 1.
+        pad_px: padding on each side, in pixels before enlarging; less than H and W.
+        zoom: enlargement factor, at least 1.
         row_px: first row of the crop, in pixels of the padded, enlarged image.
-        column_px: likewise its first column.
-        flip: left and right are exchanged, after cropping.
+        column_px: first column of the crop, likewise.
+        flip: whether left and right are exchanged after cropping.
 
     Raises:
         ValueError: a value is out of range, or the crop leaves the enlarged image.
@@ -51,14 +51,14 @@ class Jitter:
                 raise ValueError(f"{name}: got {offset}, need 0 to {most} for {length} pixels at zoom {self.zoom}")
 
     def matrices(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The view of a map that covers the image: ``rows @ map @ columns.T``.
+        """The view of a map that covers the image, as matrices: ``rows @ map @ columns.T``.
 
         Args:
-            grid: (h, w) of the map; the image's own size, or any other.
+            grid: (h, w) of the map: the image's own size, or any other.
 
         Returns:
-            rows [h, h] and columns [w, w], float64 on the CPU; rows sum to 1. On the image's own grid this is the
-            view exactly; on another, positions are scaled, and reflected where the image is.
+            rows [h, h] and columns [w, w], float64 on the CPU; rows sum to 1. On the image's own grid this is exactly
+            the view; on another grid, positions are scaled, and reflected where the image is.
         """
         rows = _axis(grid[0], self.size[0], self.pad_px, self.zoom, self.row_px)
         columns = _axis(grid[1], self.size[1], self.pad_px, self.zoom, self.column_px)
@@ -69,10 +69,10 @@ def sample_jitter(rng: np.random.Generator, size: tuple[int, int], *, max_pad_px
     """Draw a view: flipped with probability ½, enlarged with probability ½ by 1 to ``max_zoom``, cropped anywhere.
 
     Args:
-        rng: where the random numbers come from; five are taken.
+        rng: source of random numbers; how many are drawn depends on the view.
         size: (H, W) of the image in pixels.
-        max_pad_px: padding around the image that the crop may reach into.
-        max_zoom: at least 1.
+        max_pad_px: padding around the image that the crop may include.
+        max_zoom: largest enlargement factor, at least 1.
     """
     flip, enlarged = rng.random(2) > 0.5
     zoom = 1 + rng.random() * (max_zoom - 1) if enlarged else 1.0
@@ -101,7 +101,7 @@ def apply_matrices(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def view_images(images: Tensor, jitters: Sequence[Jitter]) -> Tensor:
-    """Views of images: [B, 3, H, W] uint8 -> the same, one view each, rounded."""
+    """One view of each image: [B, 3, H, W] uint8 -> same shape and dtype, rounded."""
     rows, columns = view_matrices(jitters, (images.shape[2], images.shape[3]))
     rows, columns = (matrix.to(images.device, torch.float32) for matrix in (rows, columns))
     return apply_matrices(images.float(), rows, columns).round().clamp(0, 255).to(torch.uint8)
@@ -113,7 +113,7 @@ def _offsets(length: int, pad: int, zoom: float) -> int:
 
 
 def _axis(cells: int, length: int, pad: int, zoom: float, offset: int) -> Tensor:
-    """[cells, cells]: where along one axis each cell of the view comes from, as two weights."""
+    """[cells, cells]: for each cell of the view along one axis, the two interpolation weights of its source."""
     centres = torch.arange(cells, dtype=torch.float64) + 0.5
     enlarged = centres * (length / cells) + offset
     padded = (enlarged / zoom - 0.5).clamp(0, length + 2 * pad - 1)  # pixel centres at integers

@@ -1,1 +1,1 @@
-"""What is trained, and towards what: one file an upsampler."""
+"""Training objectives, one file per upsampler."""

@@ -1,4 +1,4 @@
-"""What every upsampler that can be trained has in common."""
+"""Interface of training objectives, and statistics of features."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ LOSS = "loss"
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Of a backbone's features over a sample of the training images, for losses of about the same size everywhere.
+    """Statistics of a backbone's features over sampled training images, which make losses comparable across backbones.
 
     Attributes:
         mean: [C] float32.
-        deviation: [] float32, root of the mean variance of the channels.
+        deviation: [] float32, square root of the channels' mean variance.
     """
 
     mean: Tensor
@@ -28,16 +28,16 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: Tensor) -> "FeatureStatistics":
-        """Those of [B, C, h, w]."""
+        """Statistics of features [B, C, h, w]."""
         by_channel = features.double().transpose(0, 1).flatten(1)
         deviation = by_channel.var(1, correction=0).mean().sqrt()
-        # A constant has no scale; any will do.
+        # Constant features have no scale; any value works.
         return cls(by_channel.mean(1).float(), deviation.float() if deviation > 0 else torch.ones(()))
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureSample:
-    """Some of the training images, and a backbone's features of them.
+    """Sampled training images, and a backbone's features of them.
 
     Attributes:
         images: uint8 [n, 3, H, W].
@@ -49,16 +49,16 @@ class FeatureSample:
 
     @property
     def statistics(self) -> FeatureStatistics:
-        """Of the features."""
+        """Statistics of the features."""
         return FeatureStatistics.of(self.features)
 
 
 class Objective(nn.Module):
-    """An upsampler and whatever else is trained with it. Its ``forward`` makes the losses, so that DDP can wrap it.
+    """An upsampler and everything trained with it. Its ``forward`` computes the losses, so that DDP can wrap it.
 
     Attributes:
-        name: of the upsampler.
-        mixed_precision: whether ``forward`` may run in bfloat16 autocast on a GPU; losses come out in float32 even so.
+        name: name of the upsampler.
+        mixed_precision: whether ``forward`` may run in bfloat16 autocast on a GPU; losses are float32 even then.
     """
 
     name: ClassVar[str]
@@ -66,7 +66,7 @@ class Objective(nn.Module):
 
     @abstractmethod
     def prepare(self, turn: int, images: Tensor, draw: Draw) -> Any:
-        """Make what the losses of a batch need and have no gradient for: random views, and their features.
+        """Compute the inputs of a batch's losses that need no gradients: random views and their features.
 
         Args:
             turn: index of the backbone to train on.
@@ -76,23 +76,23 @@ class Objective(nn.Module):
 
     @abstractmethod
     def forward(self, prepared: Any) -> dict[str, Tensor]:
-        """Losses by name, each []; `LOSS` is what is minimised, the others are its parts, for the record."""
+        """Compute losses by name, each []; `LOSS` is minimised, the others are its parts, for the record."""
 
     @abstractmethod
     def optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
-        """The published one, of all trainable parameters."""
+        """Create the published optimizer, for all trainable parameters."""
 
     def after_step(self) -> None:
-        """Note what an optimizer's step has made of the parameters."""
+        """Hook after each optimizer step, for example to average parameters."""
 
     @abstractmethod
     def upsample(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """Upsample as the main job would with the weights as they are: [B, C, h, w] -> [B, C, *size], C unprojected."""
+        """Upsample all C channels as the main job would with the current weights: [B, C, h, w] -> [B, C, *size]."""
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """The upsampler's own tensors under their published names, on the CPU."""
+        """Return the upsampler's own tensors under their published names, on the CPU."""
 
     @abstractmethod
     def metadata(self) -> dict[str, str]:
-        """What one has to know of the weights to use them, beside the backbones."""
+        """Return metadata needed to use the weights, besides the backbones."""

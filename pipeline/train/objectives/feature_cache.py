@@ -1,4 +1,4 @@
-"""Features of training images that come again in every epoch: made in the first, kept in main memory for the others."""
+"""Cache of training images' features, computed in the first epoch and kept in main memory for later ones."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -12,18 +12,18 @@ __all__ = ["FeatureCache"]
 
 
 class FeatureCache:
-    """All of a dataset's features, or none: a part would save the backbone no pass, as a batch is computed whole.
+    """Cache of all features of a dataset, or none: batches are computed as a whole, so a partial cache saves no pass.
 
-    Whole batches, so that features are the same with a cache and without, to the last bit.
+    Whole batches make features bit-identical with and without the cache.
 
     Args:
-        images: in the dataset.
-        backbones: whose features an image has, one of each.
-        max_bytes: of main memory; with less than all features take, nothing is kept.
+        images: number of images in the dataset.
+        backbones: the backbones whose features are cached for each image.
+        max_bytes: limit in main memory; if all features do not fit, nothing is kept.
 
     Attributes:
-        bytes: what all features take, float32.
-        keeps: whether they are kept.
+        bytes: size of all features in float32.
+        keeps: whether features are kept.
     """
 
     def __init__(self, images: int, backbones: Sequence[Backbone], max_bytes: float) -> None:
@@ -33,11 +33,11 @@ class FeatureCache:
         self._features: dict[bytes, list[Tensor]] = {}
 
     def features(self, images: Tensor, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Features of a batch, as they were when they were first made.
+        """Return a batch's features, from the cache if all of them are there.
 
         Args:
-            images: uint8 [B, 3, H, W]; told apart by their pixels.
-            make: makes them, [B, C, h, w] of each backbone.
+            images: uint8 [B, 3, H, W], identified by their pixels.
+            make: computes the features: [B, C, h, w] for each backbone.
 
         Returns:
             What ``make`` returned, on the device of ``images``.
@@ -46,10 +46,11 @@ class FeatureCache:
             return make()
         digests = [hashlib.blake2b(image.numpy(), digest_size=16).digest() for image in images.cpu().contiguous()]
         if any(digest not in self._features for digest in digests):
-            made = make()
-            for digest, own in zip(digests, zip(*(features.cpu() for features in made), strict=True), strict=True):
-                # Cloned: a view would keep its whole batch.
+            computed = make()
+            by_image = zip(*(features.cpu() for features in computed), strict=True)
+            for digest, own in zip(digests, by_image, strict=True):
+                # Cloned, because a view would keep its whole batch in memory.
                 self._features.setdefault(digest, [features.clone() for features in own])
-            return made
+            return computed
         kept = zip(*(self._features[digest] for digest in digests), strict=True)
         return [torch.stack(features).to(images.device) for features in kept]

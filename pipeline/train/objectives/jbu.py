@@ -1,14 +1,14 @@
 """Training joint bilateral upsampling: FeatUp's multi-view consistency (arXiv 2403.10516, section 3).
 
-High-res features, brought into a random view of the image and downsampled, should be what the backbone makes of that
-view. All of a stack but its final convolution acts on every channel alike. So instead of C channels, only the random
-directions in which a step compares are upsampled, and one for the downsampler's saliency: the same losses, exactly, at
-(30 + 1) / C of the cost; and one upsampling serves all views of a step.
+High-res features, transformed to a random view of the image and downsampled, should equal the backbone's features of
+that view. All of a stack except its final convolution treats every channel alike. So instead of C channels, only the
+random directions that a step compares are upsampled, plus one for the downsampler's saliency. This gives exactly the
+same losses at (30 + 1) / C of the cost, and one upsampling serves all views of a step.
 
-Other than FeatUp's code: directions are drawn for each image and step, not for each view; a batch's images have views
-of their own; the CRF term compares features with the image they lie on, not with one under another view; dropout is on
-the saliency alone (of its channels for a whole image, as it is projected), not inside the kernels; these begin narrow
-(--initial-sigma): with FeatUp's σ = 1 a stack begins as a strong blur, which training has to undo first.
+Differences from FeatUp's code: directions are drawn per image and step, not per view; each image of a batch has its own
+views; the CRF term compares features with the image they cover, not with another view of it; dropout applies only to
+the saliency (to its channels for a whole image, as it is projected), not inside the kernels; kernels start narrow
+(--initial-sigma), because with FeatUp's σ = 1 a stack starts as a strong blur, which training must first undo.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from schemas.train_options import TrainConfig
 __all__ = ["JBUObjective"]
 
 _CRF_POINTS = 1000  # published
-_DROPOUT = 0.2  # published, of the saliency
+_DROPOUT = 0.2  # published, for the saliency
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class _Prepared:
 
 
 class _Head(nn.Module):
-    """What is trained for one backbone alone, and thrown away afterwards."""
+    """The modules trained for one backbone only, and discarded after training."""
 
     mean: Tensor
     deviation: Tensor
@@ -81,7 +81,7 @@ class _Head(nn.Module):
         return prepared.projection
 
     def downsample(self, seen: Tensor, kept_cells: Tensor) -> Tensor:
-        """Upsampled `directions` in a view [B, k, H, W] -> the random ones on the backbone's grid."""
+        """Upsampled `directions` in a view [B, k, H, W] -> the random directions on the backbone's grid."""
         if isinstance(self.downsampler, AttentionDownsampler):
             low: Tensor = self.downsampler(seen[:, :-1], seen[:, -1:], kept_cells)
         else:
@@ -99,20 +99,20 @@ class JBUObjective(Objective):
     """A JBU stack, and for each backbone a downsampler and an uncertainty.
 
     Args:
-        config: the job's.
-        backbones: to train on, on the device.
-        statistics: of their features.
+        config: the job's options.
+        backbones: backbones to train on, on the device.
+        statistics: statistics of their features.
     """
 
     name = "jbu"
-    mixed_precision = False  # colour distances suffer in half precision, and the time goes to backbone and kernels
+    mixed_precision = False  # colour distances lose precision; most time is spent in backbone and kernels
 
     def __init__(
         self, config: TrainConfig, backbones: Sequence[Backbone], statistics: Sequence[FeatureStatistics]
     ) -> None:
         super().__init__()
         self._config = config
-        self._backbones = tuple(backbones)  # a tuple hides them: they are not trained, nor kept in checkpoints
+        self._backbones = tuple(backbones)  # a tuple, so that they are not registered: neither trained nor saved
         stack = JBUStack(backbones[0].num_chs if config.final else None)
         for stage in stack.stages:
             nn.init.constant_(stage.sigma_spatial, config.initial_sigma)
@@ -122,7 +122,7 @@ class JBUObjective(Objective):
 
     @override
     def prepare(self, turn: int, images: Tensor, draw: Draw) -> _Prepared:
-        """Features of the images and of their views, and everything random."""
+        """Compute features of the images and their views, and draw everything random."""
         backbone, config = self._backbones[turn], self._config
         size, (H, W) = (images.shape[2], images.shape[3]), rendered_size(backbone)
         projection = random_projection(len(images), backbone.num_chs, config.projection_chs, draw.torch)
@@ -136,7 +136,7 @@ class JBUObjective(Objective):
                 sample_jitter(draw.numpy, size, max_pad_px=config.max_pad_px, max_zoom=config.max_zoom) for _ in images
             ]
             rows, columns = (matrix.to(low) for matrix in view_matrices(jitters, (H, W)))
-            if config.downsampler == "attention":  # which looks at blurred features
+            if config.downsampler == "attention":  # it operates on blurred features
                 rows, columns = blurs[0] @ rows, blurs[1] @ columns
             kept_cells = torch.rand(len(images), *backbone.grid, generator=draw.torch) > _DROPOUT
             target = backbone(view_images(images, jitters))
@@ -162,7 +162,7 @@ class JBUObjective(Objective):
         return {LOSS: likelihood + self._config.crf_weight * crf, "likelihood": likelihood, "crf": crf}
 
     def optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
-        """NAdam, as published."""
+        """Create NAdam, as published."""
         return torch.optim.NAdam(self.parameters(), lr=learning_rate)
 
     @override
@@ -176,10 +176,10 @@ class JBUObjective(Objective):
 
     @override
     def metadata(self) -> dict[str, str]:
-        """Whether the final convolution, which is for one backbone, is there."""
+        """Return whether there is a final convolution, which ties the weights to one backbone."""
         return {"final": "on" if self._config.final else "off"}
 
 
 def _projected(features: Tensor, projection: Tensor) -> Tensor:
-    """[B, C, h, w] on [B, C, k] -> [B, k, h, w]."""
+    """Project [B, C, h, w] on [B, C, k] -> [B, k, h, w]."""
     return torch.einsum("bchw,bck->bkhw", features, projection)

@@ -1,10 +1,10 @@
-"""Training LiFT: a small image's features, upsampled, should be the features of the image at twice the size.
+"""Training LiFT: upsampled features of a small image should equal the features of the image at twice the size.
 
-Suri et al. (arXiv 2403.14625, section 3.3): cosine distance, at two octaves, from random weights. The default differs
-in what lowers the error on held-out views of a short training: weights that begin as interpolation
-(`begin_as_interpolation`), squared errors, the octave alone that LiFT will be used on, and a term that asks for
-upsampled features which, averaged over a cell, are what they were made from. The average over the latest steps is what
-is measured and kept.
+Suri et al. (arXiv 2403.14625, section 3.3): cosine distance at two octaves, from random weights. The defaults here
+differ, to lower the error on held-out views after a short training: weights start as interpolation
+(`begin_as_interpolation`), the loss is the squared error, only the octave that LiFT will be used on is trained, and a
+consistency term compares upsampled features, averaged over each cell, with their low-res input. The average of the
+weights over recent steps is measured and saved.
 """
 
 from collections.abc import Sequence
@@ -28,14 +28,14 @@ from schemas.train_options import TrainConfig
 
 __all__ = ["AT_SIZE", "LiFTObjective", "lift_scales"]
 
-AT_SIZE = 1  # place of --size in `lift_scales`
-_MEMORY = 0.98  # of averages over steps, per step
+AT_SIZE = 1  # index of --size in `lift_scales`
+_MEMORY = 0.98  # decay per step of averages over steps
 
 
 def lift_scales(octaves: int) -> tuple[float, ...]:
-    """Image sizes that training needs features at, as multiples of --size: the target, what LiFT will be used on, ….
+    """Image sizes for training, as multiples of --size: the target (2), the size LiFT will be used at (1), ½, ….
 
-    The published code calls the largest 1.
+    The published code calls the largest size 1.
     """
     return tuple(2.0 ** (1 - scale) for scale in range(octaves + 1))
 
@@ -50,15 +50,15 @@ class _Octave:
 class LiFTObjective(Objective):
     """LiFT, for one backbone and layer.
 
-    The cosine distance leaves the length of the output free. Lengths matter where features are centred and projected
-    on a basis, as the main job does, so with it the last convolution is scaled to the length of the targets, by least
-    squares over the latest steps: no cosine changes.
+    The cosine distance does not determine the length of the output. Lengths matter when features are centred and
+    projected on a basis, as in the main job. So with this loss the last convolution is scaled to the targets' length,
+    by least squares over recent steps, which changes no cosine.
 
     Args:
-        config: the job's.
+        config: the job's options.
         backbones: one backbone, built for each of `lift_scales`, on the device.
-        sample: of its features.
-        cache: keeps features, which are the same in every epoch.
+        sample: sample of its features.
+        cache: cache of features, which are the same in every epoch.
     """
 
     name = "lift"
@@ -82,7 +82,7 @@ class LiFTObjective(Objective):
 
     @override
     def prepare(self, turn: int, images: Tensor, draw: Draw) -> list[_Octave]:
-        """Images of twice the size that LiFT will be used on. Nothing is random."""
+        """Compute all octaves from ``images``, which have twice the size LiFT will be used at. Nothing is random."""
         scales = [images, *(_halved(images, 2**octave) for octave in range(1, len(self._backbones)))]
         features = self._cache.features(
             images, lambda: [backbone(scale) for backbone, scale in zip(self._backbones, scales, strict=True)]
@@ -96,7 +96,7 @@ class LiFTObjective(Objective):
     def forward(self, prepared: list[_Octave]) -> dict[str, Tensor]:
         octaves, coarse = [], []
         for octave in prepared:
-            predicted = self.lift(octave.low, octave.image).float()  # of autocast, where that is on
+            predicted = self.lift(octave.low, octave.image).float()  # may be bfloat16 under autocast
             octaves.append(self._error(predicted, octave.target))
             coarse.append(self._error(F.avg_pool2d(predicted, 2), octave.low))
             if self._config.lift_loss == "cosine":
@@ -106,7 +106,7 @@ class LiFTObjective(Objective):
         return {LOSS: error + self._config.lift_consistency * consistency, **parts, "consistency": consistency}
 
     def optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
-        """Adam, as published."""
+        """Create Adam, as published."""
         return torch.optim.Adam(self.lift.parameters(), lr=learning_rate)
 
     @override
@@ -115,7 +115,7 @@ class LiFTObjective(Objective):
 
     @override
     def upsample(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """×2, then bilinear."""
+        """Upsample ×2, then bilinearly."""
         return resize(self._scale() * self.averaged(features, imagenet_normalised(images)), size)
 
     @override
@@ -128,7 +128,7 @@ class LiFTObjective(Objective):
 
     @override
     def metadata(self) -> dict[str, str]:
-        """The pixels of a cell, which no tensor tells."""
+        """Return the pixels per cell, which the tensors do not determine."""
         return {"patch": str(self.lift.patch)}
 
     def _error(self, predicted: Tensor, target: Tensor) -> Tensor:
@@ -144,10 +144,10 @@ class LiFTObjective(Objective):
             mean.mul_(_MEMORY).add_((1 - _MEMORY) * value)
 
     def _scale(self) -> Tensor:
-        """[]: what the output is multiplied with, positive.
+        """Positive factor [] on the output.
 
-        1 where lengths are trained, before the first step, and as long as predictions do not point where the targets
-        do: the least squares would turn them round.
+        It is 1 if the loss trains lengths, before the first step, and while predictions do not correlate positively
+        with targets, where the least-squares factor would flip their sign.
         """
         if not (self.predicted_squared > 0 and self.predicted_on_target > 0):
             return torch.ones_like(self.predicted_squared)
@@ -155,10 +155,10 @@ class LiFTObjective(Objective):
 
 
 def _averaged(average: Tensor, latest: Tensor, steps: Tensor | int) -> Tensor:
-    """Reaches back about a ninth of the steps so far, as early weights are far off, and 50 at most."""
+    """Average over about the last ninth of the steps, as early weights are poor, and over at most about 50."""
     return average + (latest - average) * max(1 - _MEMORY, 1 / (1 + float(steps) / 9))
 
 
 def _halved(images: Tensor, times: int) -> Tensor:
-    """Images [B, 3, H, W] uint8 at 1 / ``times`` of their size: the mean over squares of pixels."""
+    """Shrink images [B, 3, H, W] uint8 to 1 / ``times`` of their size: the rounded mean over squares of pixels."""
     return F.avg_pool2d(images.float(), times).round().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""LiFT's weights to begin with: those of bilinear interpolation, as nearly as its narrow layers allow."""
+"""Initial weights for LiFT: bilinear interpolation, as closely as its narrow layers allow."""
 
 import torch
 import torch.nn.functional as F
@@ -9,36 +9,37 @@ from pipeline.upsamplers.lift.network import LiFT
 
 __all__ = ["PLACES_PER_CHANNEL", "begin_as_interpolation"]
 
-# Of a sample: with one, interpolation misses twice as much of other images; with fewer, it makes no sense.
+# In a sample. With one, the interpolation error on other images is twice as large; fewer are too few.
 PLACES_PER_CHANNEL = 4
 
-# Channels pass a ReLU with mean 3 and deviation 1: hardly anything of them is cut off.
+# Channels enter a ReLU with mean 3 and standard deviation 1, so hardly any values are clipped.
 _LIFTED = 3.0
-_LEAST_VARIANCE = 1e-3  # of a component, as a share of the mean: none is made much of that the sample hardly has
-_RIDGE = 1e-6  # of the readout, as a share of its inputs' mean square
+_LEAST_VARIANCE = 1e-3  # lower bound of a component's variance, as a share of the mean: limits amplification
+_RIDGE = 1e-6  # of the last convolution's fit, as a share of its inputs' mean square
 
 
 @torch.no_grad()
 def begin_as_interpolation(lift: LiFT, features: Tensor, image: Tensor) -> None:
-    """Set the weights of a new network so that it interpolates bilinearly what its layers are wide enough for.
+    """Set a new network's weights so that it interpolates bilinearly, as far as its layers are wide enough.
 
-    From random weights a network spends most of its steps on learning to pass its input on; with few images it never
-    gets there. The transposed convolution becomes C/2 principal components of the features, each repeated 2×2; the
-    first convolution [1 2 1]/4 along both axes, which makes bilinear interpolation of that; the second the identity;
-    the last the least squares from what comes to it. The image branch stays as it is, not yet listened to.
+    From random weights, most steps are spent on learning to pass the input through; with few images that never
+    succeeds. The transposed convolution becomes a projection on C/2 principal components of the features, each repeated
+    2×2; the first convolution becomes [1 2 1]/4 along both axes, which turns the repetition into bilinear
+    interpolation; the second becomes the identity; the last is fitted by least squares to its inputs. The image branch
+    is unchanged and has no influence yet.
 
     Args:
-        lift: new, in training mode, on the CPU or a GPU.
-        features: [B, C, h, w] float32, a sample of what it will be given, of `PLACES_PER_CHANNEL` · C places or more.
-        image: [B, 3, H, W] float32, ImageNet-normalised: what they show.
+        lift: new network, in training mode, on the CPU or a GPU.
+        features: [B, C, h, w] float32, a sample of its inputs with at least `PLACES_PER_CHANNEL` · C positions.
+        image: [B, 3, H, W] float32, ImageNet-normalised, covering the same area as ``features``.
 
     Raises:
-        JobError: the features have fewer than C places.
+        JobError: the features have fewer than C positions.
     """
     B, C, h, w = features.shape
     if B * h * w < C:
         raise JobError(
-            f"lift begins as interpolation of {C} channels, which takes {C} places of training images at least: got "
+            f"lift starts as interpolation of {C} channels, which needs at least {C} positions in training images: got "
             f"{B} images of {h}×{w}. Give more images, a larger --size, an earlier layer, or --lift-initial random"
         )
     width = lift.outc.in_channels
@@ -65,7 +66,7 @@ def begin_as_interpolation(lift: LiFT, features: Tensor, image: Tensor) -> None:
 
 
 def _components(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first principal components, of variance 1: [count, C], and the mean [C]; float32."""
+    """The first principal components, scaled to variance 1: [count, C]; and the mean [C]; float32."""
     places = _places(features)
     mean = places.mean(0)
     variances, vectors = torch.linalg.eigh((places - mean).T.cov(correction=0))
@@ -75,7 +76,7 @@ def _components(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _set(up: nn.ConvTranspose2d, components: Tensor, bias: Tensor) -> None:
-    """Its first outputs become components of its first inputs; what there is beyond stays."""
+    """Make its first outputs the components of its first inputs; other outputs are unchanged."""
     count, num_chs = components.shape
     up.weight[:, :count] = 0
     up.weight[:num_chs, :count] = components.mT[:, :, None, None]
@@ -98,7 +99,7 @@ def _norms(module: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 def _least_squares(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [n, C] and bias [C], float32, from [N, n] to [N, C], both float64."""
+    """Fit weights [n, C] and bias [C], float32, that map inputs [N, n] to outputs [N, C], both float64."""
     centred, wanted = inputs - inputs.mean(0), outputs - outputs.mean(0)
     squares = centred.mT @ centred
     squares.diagonal().add_(_RIDGE * squares.diagonal().mean())

@@ -1,4 +1,4 @@
-"""What training minimises: FeatUp's likelihood and CRF (arXiv 2403.10516), LiFT's cosine distance (2403.14625)."""
+"""Training losses: FeatUp's likelihood and CRF (arXiv 2403.10516), LiFT's cosine distance (2403.14625)."""
 
 import torch
 import torch.nn.functional as F
@@ -8,14 +8,14 @@ from pipeline.views.published import DEVIATION_INITIAL, LEAST_DEVIATION
 
 __all__ = ["Uncertainty", "cosine_distance", "random_projection", "sampled_crf", "uncertain_error"]
 
-# Published values. Squared distances are of positions as shares of height and width, and of colours of images
-# normalised with ImageNet's mean and deviation.
+# Published values, for squared distances of positions (as shares of height and width) and of colours (of
+# ImageNet-normalised images).
 _CRF_NEAR_AND_ALIKE, _CRF_NEAR = 10.0, 3.0
 _CRF_POSITION, _CRF_COLOUR, _CRF_NEAR_POSITION = 0.1, 0.15, 0.005
 
 
 class Uncertainty(nn.Module):
-    """The deviation to expect of features from those of another view, linear in their logarithm.
+    """Predicts the deviation between features of different views; its logarithm is linear in the features.
 
     Args:
         num_chs: channels C of the features.
@@ -35,9 +35,9 @@ class Uncertainty(nn.Module):
 
 
 def uncertain_error(predicted: Tensor, target: Tensor, deviation: Tensor) -> Tensor:
-    """Negative log-likelihood under a Gaussian, but for a constant: mean of (p − t)² / 2s² + log s.
+    """Negative log-likelihood under a Gaussian, up to a constant: mean of (p − t)² / 2s² + log s.
 
-    FeatUp, equation 2: where features cannot be predicted, it pays to say so.
+    FeatUp, equation 2: predicting a large deviation lowers the loss where features cannot be predicted.
 
     Args:
         predicted: [B, k, h, w].
@@ -54,7 +54,7 @@ def sampled_crf(features: Tensor, image: Tensor, points: Tensor) -> Tensor:
     """How much features differ where the image does not: a dense CRF's pairwise energy on sampled pixels.
 
     The energy of Krähenbühl & Koltun (NeurIPS 2011, equation 3), as FeatUp uses it: squared distances of the features
-    of all pairs, weighted by how close in place and colour the two are.
+    of all pairs, weighted by how close the two are in position and colour.
 
     Args:
         features: [B, k, H, W].
@@ -82,13 +82,13 @@ def random_projection(batch: int, num_chs: int, directions: int, generator: torc
 
 
 def cosine_distance(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean over places of 1 − cosine: [B, C, h, w] twice -> []."""
+    """Mean over positions of 1 − cosine, for two tensors [B, C, h, w] -> []."""
     return (1 - F.cosine_similarity(predicted, target, dim=1)).mean()
 
 
 def _square_distances(points: Tensor) -> Tensor:
-    """[B, n, c] -> [B, n, n]. As |a|² + |b|² − 2ab: all differences at once would take n²·c numbers."""
-    points = points - points.mean(1, keepdim=True)  # what all have in common would only cost digits
+    """[B, n, c] -> [B, n, n], as |a|² + |b|² − 2ab, because storing all differences would take n²·c numbers."""
+    points = points - points.mean(1, keepdim=True)  # a common offset would only cost precision
     squares = points.square().sum(-1)
     distances = squares[:, :, None] + squares[:, None, :] - 2 * points @ points.mT
     return distances.clamp_min(0)

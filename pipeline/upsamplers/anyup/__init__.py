@@ -1,1 +1,1 @@
-"""AnyUp: window attention from pixels to features of any backbone (Wimmer et al., 2025)."""
+"""AnyUp: window attention from pixels to the features of any backbone (Wimmer et al., 2025)."""

@@ -1,4 +1,4 @@
-"""The parts AnyUp is made of, under their published state-dict names (Wimmer et al., arXiv 2510.12764)."""
+"""Building blocks of AnyUp, with the published state-dict names (Wimmer et al., arXiv 2510.12764)."""
 
 import math
 
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 __all__ = ["GROUPS", "CrossDecode", "Encoder", "FeatureEmbedding", "ResBlock", "Rope", "conv_matrix", "rotate"]
 
-GROUPS = 8  # published: of every group normalisation
-_EMBEDDED_BYTES = 4 << 20  # how much of the embedding is worked on at once: it should stay in a CPU's cache
+GROUPS = 8  # published: groups of every group normalisation
+_EMBEDDED_BYTES = 4 << 20  # size of a chunk of the embedding: it should fit into a CPU's cache
 
 
 class ResBlock(nn.Module):
-    """``x`` plus twice (group normalisation, SiLU, 1×1 convolution without bias) of it."""
+    """Residual block: twice group normalisation, SiLU and a 1×1 convolution without bias, added to the input."""
 
     def __init__(self, chs: int) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class ResBlock(nn.Module):
         self.block = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, chs, H, W], floating -> the same."""
+        """[B, chs, H, W], floating -> same shape and dtype."""
         result: Tensor = x + self.block(x)
         return result
 
@@ -34,40 +34,40 @@ class ResBlock(nn.Module):
         return norm
 
     def matrix(self, half: int) -> Tensor:
-        """The convolution of the first (0) or second (1) half, as the matrix it is: [chs, chs]."""
+        """The convolution of the first (0) or second (1) half as a matrix [chs, chs]."""
         return conv_matrix(self.block[3 * half + 2])
 
 
 def conv_matrix(conv: nn.Module) -> Tensor:
-    """A 1×1 convolution as the matrix it is: [out_chs, in_chs]."""
+    """A 1×1 convolution as a matrix [out_chs, in_chs]."""
     assert isinstance(conv, nn.Conv2d)
     return conv.weight[:, :, 0, 0]
 
 
 class Encoder(nn.Sequential):
-    """A first layer that makes ``chs`` channels, and two blocks."""
+    """A first layer with ``chs`` output channels, followed by two residual blocks."""
 
     def __init__(self, first: nn.Module, chs: int) -> None:
         super().__init__(first, ResBlock(chs), ResBlock(chs))
 
     @property
     def blocks(self) -> list[ResBlock]:
-        """The blocks in order."""
+        """The residual blocks in order."""
         return [layer for layer in self if isinstance(layer, ResBlock)]
 
 
 class FeatureEmbedding(nn.Module):
     """Embed features of any number of channels: AnyUp's feature-agnostic layer (section 4.1 of the paper).
 
-    Every channel is convolved with every filter of one basis (zero padding, divided by the number of taps inside);
-    then softmax over the filters, and the mean over the channels, says the paper. The published weights come from an
-    implementation that reads the C·chs results, in the order channel by channel, as if it were filter by filter: its
-    softmax runs over every C-th of them, and the output depends on the order of the channels. So it is here: the
-    weights were trained with it, and the reference case confirms it.
+    Every channel is convolved with every filter of one basis (zero padding, divided by the number of taps inside the
+    image). According to the paper, a softmax over the filters and a mean over the channels follow. The implementation
+    behind the published weights stores the C·chs results channel by channel but reads them as if stored filter by
+    filter: its softmax runs over every C-th result, and the output depends on the order of the channels. This class
+    does the same, because the weights were trained that way; the reference case confirms it.
 
     Args:
-        chs: filters, and channels of the output.
-        size: of the filters; odd.
+        chs: number of filters and of output channels.
+        size: side of the filters; odd.
     """
 
     def __init__(self, chs: int, size: int = 5) -> None:
@@ -75,7 +75,7 @@ class FeatureEmbedding(nn.Module):
         self.basis = nn.Parameter(torch.randn(chs, 1, size, size))
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, C, h, w], floating, of unit length over C -> [B, chs, h, w]; works on a few positions at a time."""
+        """[B, C, h, w], floating, of unit length over C -> [B, chs, h, w]; processes a few positions at a time."""
         (B, C), (chs, _, size, _) = features.shape[:2], self.basis.shape
         padded = F.pad(features, [size // 2] * 4)
         inside = F.pad(torch.ones_like(features[:1, :1]), [size // 2] * 4)
@@ -88,7 +88,7 @@ class FeatureEmbedding(nn.Module):
             patches = patches.permute(0, 3, 1, 2, 4).flatten(3) / taps[:, 0, y, :, None, None]
             parts = []
             for part in torch.split(patches, at_once, 1):
-                responses = (part @ filters).reshape(B, part.shape[1], chs, C)  # not transposed: see above
+                responses = (part @ filters).reshape(B, part.shape[1], chs, C)  # not transposed: see the class
                 parts.append(torch.softmax(responses, 2).mean(3))
             rows.append(torch.cat(parts, 1))
         return torch.stack(rows, 1).permute(0, 3, 1, 2)
@@ -109,21 +109,21 @@ class Rope(nn.Module):
         self.freqs = nn.Parameter(freqs)
 
     def angles(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """[n] rows and [m] columns, in [0, 1] from the first pixel's centre to the last's -> [n, m, chs] radians."""
+        """Rows [n] and columns [m], 0 at the first pixel's centre and 1 at the last's -> [n, m, chs] radians."""
         return rows[:, None, None] * self.freqs[0] + columns[:, None] * self.freqs[1]
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate channel c together with channel c + chs/2: [..., chs], floating."""
+    """Rotate each pair of channels c and c + chs/2: [..., chs], floating -> same shape."""
     first, second = x.chunk(2, -1)
     return x * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
 
 
 class CrossAttention(nn.Module):
-    """Parameters: norms and projections of queries and keys.
+    """Parameters of the attention: norms and projections of queries and keys.
 
-    The value and output projections of ``attention`` are in the checkpoints and do nothing: values are averaged as
-    they are.
+    The checkpoints also hold value and output projections in ``attention``. They are unused: values are averaged
+    unprojected.
     """
 
     def __init__(self, chs: int, heads: int) -> None:
@@ -134,11 +134,11 @@ class CrossAttention(nn.Module):
 
 
 class CrossDecode(nn.Module):
-    """Parameters of the cross-attention; what they do is in `pipeline.upsamplers.anyup.network`.
+    """Parameters of the cross-attention, which `pipeline.upsamplers.anyup.network` computes.
 
     Args:
         chs: channels of queries and keys.
-        heads: of the attention; they divide ``chs``.
+        heads: attention heads; must divide ``chs``.
     """
 
     def __init__(self, chs: int, heads: int) -> None:

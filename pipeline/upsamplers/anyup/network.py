@@ -2,8 +2,8 @@
 
 Wimmer et al., AnyUp: Universal Feature Upsampling (ICLR 2026, arXiv 2510.12764); published checkpoints are CC-BY-4.0.
 Every output pixel is a weighted mean of the low-res features in a window around it; the weights come from the image
-and from all C channels of the features. So the output is linear in what is averaged: PCA moves in front, exactly, as
-long as keys are still made of the unprojected features. Hence the two arguments, ``features`` and ``values``.
+and from all C channels of the features. So the output is linear in the averaged values: PCA can be applied first,
+exactly, as long as keys are computed from unprojected features. Hence the two arguments ``features`` and ``values``.
 """
 
 from collections.abc import Mapping
@@ -20,21 +20,22 @@ from pipeline.upsamplers.anyup.stream import encode, tiles
 
 __all__ = ["AnyUp"]
 
-_EPS = torch.finfo(torch.float32).eps  # published: of the norms of queries and keys
-_IMAGES_BYTES = 2 << 30  # on a GPU: images encoded at once
+_EPS = torch.finfo(torch.float32).eps  # published: epsilon of the norms of queries and keys
+_IMAGES_BYTES = 2 << 30  # on a GPU: memory for images encoded at once
 
 
 class AnyUp(nn.Module):
     """The published network.
 
-    Without gradients, images are encoded in place, tile by tile: memory is two buffers of chs × the image's pixels (at
-    448 px 206 MB in float32), one of chs × the output's, the output, and tiles (`pipeline.upsamplers.anyup.stream`,
-    `kernels.window.attention`), for one image at a time on a CPU. With gradients autograd keeps every activation.
+    Without gradients, images are encoded in place, tile by tile. Memory is then two buffers of chs × the image's pixels
+    (206 MB in float32 at 448 px), one of chs × the output's pixels, the output, and tiles
+    (`pipeline.upsamplers.anyup.stream`, `kernels.window.attention`); a CPU processes one image at a time. With
+    gradients, autograd keeps every activation.
 
     Args:
         chs: channels of queries and keys; a multiple of 8 and of ``heads``. Published: 128.
-        heads: of the attention, at least 1. Published: 4; nothing in a checkpoint tells it.
-        window_ratio: how far a window reaches to each side, as a share of the axis. Published: 0.1.
+        heads: attention heads, at least 1. Published: 4; not recorded in checkpoints.
+        window_ratio: reach of a window to each side, as a share of the axis. Published: 0.1.
 
     Raises:
         ValueError: ``chs`` or ``heads`` is not as above.
@@ -56,13 +57,13 @@ class AnyUp(nn.Module):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> "AnyUp":
-        """Build the network a checkpoint holds, in evaluation mode, float32, on the CPU.
+        """Build the network from a checkpoint's tensors, in evaluation mode, float32, on the CPU.
 
         Args:
-            state: name -> tensor, every tensor of the network; all names may begin with ``module.``.
+            state: name -> tensor, every tensor of the network; all names may have the prefix ``module.``.
 
         Raises:
-            JobError: tensors missing, unexpected or misshapen.
+            JobError: tensors are missing, unexpected or of the wrong shape.
         """
         if all(name.startswith("module.") for name in state):
             state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -81,12 +82,12 @@ class AnyUp(nn.Module):
         """Upsample.
 
         Args:
-            features: [B, C, h, w], in the parameters' dtype, h and w at least 2, any C: the backbone's, unprojected
-                and not centred. Keys are made of them.
-            values: [B, k, h, w], floating: what is averaged. ``features`` again, or any projection of them.
-            image: [B, 3, H, W], dtype of ``features``, ImageNet-normalised, showing what ``features`` show. Time and
-                memory grow with its pixels.
-            size: height and width of the output, larger or smaller than the image; None is the image's.
+            features: [B, C, h, w], in the parameters' dtype, h and w at least 2, any C: the backbone's features,
+                unprojected and not centred. Keys are computed from them.
+            values: [B, k, h, w], floating: the values to average; ``features`` again, or any projection of them.
+            image: [B, 3, H, W], dtype of ``features``, ImageNet-normalised, covering the same area as ``features``.
+                Time and memory grow with its number of pixels.
+            size: height and width of the output, larger or smaller than the image; None means the image's.
 
         Returns:
             [B, k, *size], dtype of ``values``.
@@ -107,7 +108,7 @@ class AnyUp(nn.Module):
         return output
 
     def _recorded(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Queries [B, *size, heads, d] and keys [B, h, w, heads, d], for autograd."""
+        """Compute queries [B, *size, heads, d] and keys [B, h, w, heads, d] with autograd."""
         grid = (features.shape[2], features.shape[3])
         encoded = rotate(self.image_encoder(image).permute(0, 2, 3, 1), self._angles(image, slice(None)))
         encoded = encoded.to(image.dtype).permute(0, 3, 1, 2)
@@ -117,7 +118,7 @@ class AnyUp(nn.Module):
         return self._split_heads(self._project_queries(queries)), self._keys(keys, features)
 
     def _streamed(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The same in bounded memory."""
+        """Compute the same as `_recorded` in bounded memory, without gradients."""
         (B, _, H, W), grid = image.shape, (features.shape[2], features.shape[3])
         pixels = image.flatten(2).transpose(1, 2)  # [B, H*W, 3]
         encoded, scratch = (image.new_empty(B, H * W, self.chs) for _ in range(2))
@@ -136,7 +137,7 @@ class AnyUp(nn.Module):
         return self._split_heads(queries), keys
 
     def _decode_in_place(self, queries: Tensor) -> None:
-        """The 3×3 convolution and the projection of pooled queries [B, *size, chs], some rows at a time."""
+        """Apply the 3×3 convolution and the projection to pooled queries [B, *size, chs], a few rows at a time."""
         above = torch.zeros_like(queries[:, :1])
         H, W = queries.shape[1:3]
         for tile in tiles(H * W, queries, multiple=4 * W):
@@ -167,14 +168,14 @@ class AnyUp(nn.Module):
         return x.reshape(*x.shape[:-1], self.heads, self.chs // self.heads)
 
     def _angles(self, image: Tensor, rows: slice) -> Tensor:
-        """Of the rotary embedding, for some rows of the image: [rows, W, chs], float32 at least."""
+        """Angles of the rotary embedding for some rows of the image: [rows, W, chs], at least float32."""
         H, W = image.shape[2:]
         dtype = torch.promote_types(image.dtype, torch.float32)
         ys, xs = (torch.linspace(0, 1, n, dtype=dtype, device=image.device) for n in (H, W))
         return self.rope.angles(ys[rows], xs)
 
     def _images_at_once(self, image: Tensor) -> int:
-        """One on a CPU, so that results do not depend on the batch."""
+        """Number of images to encode at once: one on a CPU, so that results do not depend on the batch."""
         encoded = self.chs * image.shape[2] * image.shape[3] * image.element_size()
         return 1 if image.device.type == "cpu" else max(1, _IMAGES_BYTES // encoded)
 

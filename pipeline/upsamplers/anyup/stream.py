@@ -1,10 +1,10 @@
 """Evaluate AnyUp's encoders over large images in bounded memory: tile by tile, in place.
 
-Their convolutions are 1×1, so only group normalisation ties pixels together. Each normalisation costs one pass that
-gathers moments, tile by tile, before the pass that applies them. Between passes an image is held once (or twice, with
-``scratch``, which saves computing a convolution again); within a pass a tile stays in the cache.
+Their convolutions are 1×1, so only group normalisation couples pixels. Each normalisation needs one pass that gathers
+moments, tile by tile, before the pass that applies them. Between passes an image is stored once, or twice with
+``scratch``, which avoids recomputing a convolution; within a pass a tile stays in the cache.
 
-Images are [B, P, chs] here: P pixels, row by row, channels last. No gradients: buffers are overwritten.
+Images are [B, P, chs] here: P pixels in row-major order, channels last. No gradients: buffers are overwritten.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,18 +17,18 @@ from pipeline.upsamplers.anyup.blocks import Encoder, ResBlock, conv_matrix
 
 __all__ = ["encode", "tiles"]
 
-# Pixels of a tile, over all its images. Measured with 128 channels, 2 MiB of L2 a core: 512 and 1024 are equally fast,
-# 2048 takes 1.05 and 16384 1.3 times as long.
+# Pixels per tile, over all images of the batch. Measured with 128 channels and 2 MiB of L2 per core: 512 and 1024 are
+# equally fast, 2048 takes 1.05 and 16384 1.3 times as long.
 _TILE_PIXELS = {"cpu": 1024, "cuda": 1 << 18}
 
 
 def tiles(pixels: int, like: Tensor, multiple: int = 1) -> Iterator[slice]:
-    """Cut pixels into tiles.
+    """Split pixels into tiles.
 
     Args:
-        pixels: how many, in one image.
-        like: [B, ...], its batch and device decide the size of a tile.
-        multiple: tiles are multiples of this many pixels, e.g. whole rows; all but the last.
+        pixels: number of pixels of one image.
+        like: [B, ...]; its batch and device determine the size of a tile.
+        multiple: all tiles but the last are multiples of this many pixels, e.g. whole rows.
     """
     size = _TILE_PIXELS.get(like.device.type, _TILE_PIXELS["cuda"]) // len(like)
     size = max(1, size // multiple) * multiple
@@ -38,13 +38,13 @@ def tiles(pixels: int, like: Tensor, multiple: int = 1) -> Iterator[slice]:
 def encode(layers: Encoder, source: Callable[[slice], Tensor], buffer: Tensor, scratch: Tensor | None = None) -> None:
     """Run one encoder whose first layer is a 1×1 convolution.
 
-    Agrees with ``layers`` itself to rounding: moments are summed in another order, and merged in float64.
+    Equals ``layers`` up to rounding: moments are summed in another order, and merged in float64.
 
     Args:
         layers: the encoder.
         source: pixels of a tile -> [B, n, in_chs]; may read the same pixels of ``buffer``.
         buffer: [B, P, chs], overwritten with the result.
-        scratch: [B, P, chs], overwritten; None computes the first convolution of each block twice.
+        scratch: [B, P, chs], overwritten; if None, the first convolution of each block is computed twice.
     """
     first = conv_matrix(layers[0])
     moments = _Moments()
@@ -56,7 +56,7 @@ def encode(layers: Encoder, source: Callable[[slice], Tensor], buffer: Tensor, s
 
 
 def _run_block(block: ResBlock, moments: "_Moments", buffer: Tensor, scratch: Tensor | None) -> "_Moments":
-    """One residual block in place, given the moments of its input; returns those of its output."""
+    """Run one residual block in place, given the moments of its input; return those of its output."""
     scale, shift = moments.affine(block.norm(0))
     last = block.matrix(1).T.expand(len(buffer), -1, -1)
 
@@ -78,7 +78,7 @@ def _run_block(block: ResBlock, moments: "_Moments", buffer: Tensor, scratch: Te
 
 
 class _Moments:
-    """Means and squared deviations of every channel of every image, merged tile by tile (Chan et al., 1979)."""
+    """Means and squared deviations per channel and image, merged tile by tile (Chan et al., 1979)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -98,7 +98,7 @@ class _Moments:
         self.count, self.mean, self.squares = self.count + count, mean, squares
 
     def affine(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-        """What a group normalisation does to each channel, as a scale and a shift: [B, 1, chs] each."""
+        """The group normalisation as a scale and a shift per channel: [B, 1, chs] each."""
         B, chs = self.mean.shape
         groups = (B, norm.num_groups, chs // norm.num_groups)
         means, squares = self.mean.view(groups), self.squares.view(groups)

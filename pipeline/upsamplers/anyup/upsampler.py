@@ -1,4 +1,4 @@
-"""AnyUp as an upsampler of the job: `pipeline.upsamplers.anyup.network`, which averages projected features."""
+"""AnyUp as an upsampler: `pipeline.upsamplers.anyup.network` applied to projected features."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ __all__ = ["AnyUpUpsampler"]
 
 
 class AnyUpUpsampler(Upsampler):
-    """AnyUp (ICLR 2026, arXiv 2510.12764): straight to any size, one set of weights for every backbone.
+    """AnyUp (ICLR 2026, arXiv 2510.12764): directly to any size, with one set of weights for every backbone.
 
     Args:
         anyup: the network, in evaluation mode.
@@ -30,7 +30,7 @@ class AnyUpUpsampler(Upsampler):
         channels="any",
         scale="any",
         guidance="the image at its own size",
-        pca="exact: keys from C channels, values of k",
+        pca="exact: keys from C channels, values from k",
     )
 
     def __init__(self, anyup: AnyUp) -> None:
@@ -46,10 +46,10 @@ class AnyUpUpsampler(Upsampler):
 
     @classmethod
     def from_weights(cls, uri: str) -> "AnyUpUpsampler":
-        """Load published weights, every one of them.
+        """Load published weights, strictly.
 
         Raises:
-            JobError: unreadable, or not AnyUp's.
+            JobError: the file is unreadable or does not hold AnyUp's weights.
         """
         try:
             return cls(AnyUp.from_state(read_state_dict(uri)))
@@ -78,7 +78,7 @@ class _AnyUpProjected(Projected):
 
     @override
     def forward(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """Weights sum to 1, so the values may be centred first."""
+        """Upsample centred values: attention weights sum to 1, so the mean can be subtracted first."""
         check_images(features, images, size)
         values = torch.einsum("bchw,kc->bkhw", features, self.components) - self.projected_mean[:, None, None]
         high: Tensor = self.anyup(features, values, imagenet_normalised(images), size)

@@ -1,9 +1,9 @@
-"""FeatUp's attention downsampler through jittered views, on the image's own pixels.
+"""FeatUp's attention downsampler applied to jittered views, computed on the image's own pixels.
 
-FeatUp (arXiv 2403.10516, section 3.2): a view of the features is blurred, cut into overlapping cells, and each cell is
-averaged with weights that are a softmax of what is salient there. View and blur are separable maps of the image, so a
-cell is a window of the image seen through two small matrices. Weights are taken back through these to the window, and
-the features themselves are summed there: neither views of all channels nor their patches are ever made.
+FeatUp (arXiv 2403.10516, section 3.2): a view of the features is blurred and cut into overlapping cells, and each cell
+is averaged with weights that are a softmax of its saliency. View and blur are separable linear maps of the image, so a
+cell is a window of the image, transformed by two small matrices. The weights are mapped back through these matrices to
+the window, where the features are summed: neither views of all channels nor their patches are ever materialised.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ from pipeline.views.published import ATTENTION_NOISE, BLUR_TAPS
 
 __all__ = ["AttentionDownsamplers", "DownsamplerDropout", "Windows"]
 
-_VIEWS_AT_ONCE = 64  # whose matrices are made: 50 MB in float64
+_VIEWS_AT_ONCE = 64  # views whose matrices are built at a time: 50 MB in float64
 
 
 @dataclass(frozen=True)
 class Windows:
-    """The cells of V views: which window of the image each sees, and through which matrices.
+    """The cells of V views: the window of the image that each covers, and the matrices between them.
 
     Attributes:
-        rows: [V, h, cell, S] float32: along the vertical axis, pixels of each cell from those of its window.
-        first_row: [V, h] int64, where the windows begin.
-        columns: [V, w, cell, S'] float32, likewise.
-        first_column: [V, w] int64.
+        rows: [V, h, cell, S] float32, map the S rows of each window to the rows of its cell.
+        first_row: [V, h] int64, first row of each window.
+        columns: [V, w, cell, S'] float32, likewise for columns.
+        first_column: [V, w] int64, first column of each window.
         size: (H, W) of the image.
     """
 
@@ -42,16 +42,16 @@ class Windows:
 
     @classmethod
     def of(cls, jitters: Sequence[Jitter], grid: tuple[int, int], cell_px: int, device: torch.device) -> "Windows":
-        """Find them.
+        """Compute the windows of views.
 
         Args:
-            jitters: the views, of one image size.
+            jitters: the views, all of one image size.
             grid: (h, w) of the backbone's features.
             cell_px: side of a cell, in pixels of a view.
-            device: where the result is to be.
+            device: device of the result.
 
         Raises:
-            ValueError: the cells do not fit into the image.
+            ValueError: the cells do not fit in the image.
         """
         size = jitters[0].size
         strides = [_stride(length, cells, cell_px) for length, cells in zip(size, grid, strict=True)]
@@ -64,12 +64,12 @@ class Windows:
         return cls(rows, first_row, columns, first_column, size)
 
     def __getitem__(self, chosen: Tensor | slice) -> "Windows":
-        """Those of some of the views."""
+        """The windows of the chosen views."""
         first_row, first_column = self.first_row[chosen], self.first_column[chosen]
         return Windows(self.rows[chosen], first_row, self.columns[chosen], first_column, self.size)
 
     def starts(self) -> tuple[Tensor, Tensor]:
-        """Row and column at which each window begins: two of [V·h·w] int64."""
+        """First row and first column of each window: two tensors [V·h·w] int64."""
         V, h, w = len(self.rows), self.first_row.shape[1], self.first_column.shape[1]
         rows, columns = self.first_row[:, :, None], self.first_column[:, None]
         return rows.expand(V, h, w).flatten(), columns.expand(V, h, w).flatten()
@@ -82,12 +82,12 @@ class Windows:
 
 @dataclass(frozen=True)
 class DownsamplerDropout:
-    """What a step keeps, in all images.
+    """Dropout of one step, the same for all images.
 
     Attributes:
-        channels: [V, c] floating, 0 or what makes up for those that are dropped: channels that saliency is made of.
-            Published dropout is drawn for each pixel as well; by channel, saliency stays a map of one channel.
-        cells: [V, h, w] floating, 0 or 1: whether saliency is looked at.
+        channels: [V, c] floating, factors on the channels that saliency is computed from: 0 if dropped, else the
+            rescaling. Published dropout is also drawn per pixel; per channel, saliency remains a single-channel map.
+        cells: [V, h, w] floating, 1 where saliency is used, 0 where it is dropped.
     """
 
     channels: Tensor
@@ -95,13 +95,13 @@ class DownsamplerDropout:
 
 
 class AttentionDownsamplers(nn.Module):
-    """N downsamplers, each of one image.
+    """N downsamplers, one per image.
 
     Args:
         images: N.
-        num_chs: c, channels of what is downsampled.
+        num_chs: c, channels of the maps to downsample.
         cell_px: side of a cell in pixels.
-        seed: of the initial values, the same for each image.
+        seed: for the initial values, which are the same for every image.
     """
 
     def __init__(self, images: int, num_chs: int, cell_px: int, *, seed: int = 0) -> None:
@@ -111,7 +111,7 @@ class AttentionDownsamplers(nn.Module):
         def stacked(values: Tensor) -> nn.Parameter:
             return nn.Parameter(values.repeat(images, *[1] * values.ndim))
 
-        bound = num_chs**-0.5  # PyTorch's initial values of a linear layer
+        bound = num_chs**-0.5  # PyTorch's initialisation of a linear layer
         self.saliency_weight = stacked((2 * torch.rand(num_chs, generator=generator) - 1) * bound)
         self.saliency_bias = stacked((2 * torch.rand((), generator=generator) - 1) * bound)
         self.weight = stacked(1 + ATTENTION_NOISE * torch.randn(cell_px, cell_px, generator=generator))
@@ -122,8 +122,8 @@ class AttentionDownsamplers(nn.Module):
 
         Args:
             maps: [N, H·W, c] float32.
-            windows: of the views, the same for all images.
-            dropout: what to keep; None: everything.
+            windows: the views' windows, the same for all images.
+            dropout: dropout of this step; None for none.
 
         Returns:
             [N, V, h, w, c] float32.
@@ -138,7 +138,7 @@ class AttentionDownsamplers(nn.Module):
         return low.view(N, V, h, w, c)
 
     def _attention(self, maps: Tensor, windows: Windows, dropout: DownsamplerDropout | None) -> Tensor:
-        """[N, V, h, w, cell, cell]: non-negative, sums to 1 over each cell."""
+        """Weights [N, V, h, w, cell, cell], non-negative, summing to 1 over each cell."""
         N, cell = len(maps), self.weight.shape[1]
         direction = self.saliency_weight[:, :, None]  # [N, c, 1]
         if dropout is not None:
@@ -155,16 +155,16 @@ class AttentionDownsamplers(nn.Module):
 
 
 def _stride(length: int, cells: int, cell_px: int) -> int:
-    """Pixels between cells, as published: what does not divide evenly is left out at the end."""
+    """Pixels between the starts of cells, as published: the remainder at the end is ignored."""
     if cell_px + cells - 1 > length:
         raise ValueError(f"cell_px: got {cell_px} pixels for {cells} cells, need at most {length + 1 - cells}")
     return (length - cell_px) // (cells - 1) if cells > 1 else length
 
 
 def _windows(view: Tensor, cells: int, cell_px: int, stride: int) -> tuple[Tensor, Tensor]:
-    """[V, length, length] -> [V, cells, cell, S] float32 and where they begin [V, cells]."""
+    """[V, length, length] -> matrices [V, cells, cell, S] float32 and the windows' starts [V, cells]."""
     length = view.shape[1]
-    # A cell, what its blur reaches, and the second pixel of an interpolation; zooming and reflection make it smaller.
+    # A cell, the reach of its blur, and the second pixel of an interpolation; zoom and reflection only shrink it.
     window = min(length, cell_px + BLUR_TAPS)
     blurred = blur_matrix(length, taps=BLUR_TAPS) @ view
     starts = stride * torch.arange(cells)
@@ -175,7 +175,7 @@ def _windows(view: Tensor, cells: int, cell_px: int, stride: int) -> tuple[Tenso
 
 
 def _spread(pieces: Tensor, first: Tensor, length: int) -> Tensor:
-    """[V, cells, cell, S] at their places -> [V, cells·cell, length]."""
+    """Scatter windows' matrices [V, cells, cell, S] over the whole axis -> [V, cells·cell, length]."""
     inside = first[:, :, None, None] + torch.arange(pieces.shape[3], device=pieces.device)
     dense = pieces.new_zeros(*pieces.shape[:3], length)
     return dense.scatter_(3, inside.expand(pieces.shape), pieces).flatten(1, 2)

@@ -1,7 +1,7 @@
-"""Fit FeatUp's implicit networks to the views of many images at once, each to its own.
+"""Fit FeatUp's implicit networks for many images at once, each to its own image's views.
 
-Random numbers come from the schedule's seed and are the same for every image: which views exist, which are looked at
-in a step, what is dropped, where parameters begin. An image's result depends on nothing but the image and the schedule.
+Random numbers come from the schedule's seed and are the same for every image: the views, which of them a step uses,
+dropout, and initial parameters. An image's result depends only on the image and the schedule.
 """
 
 import functools
@@ -21,20 +21,20 @@ from pipeline.upsamplers.implicit.schedule import DEFAULT, Schedule, sample_view
 
 __all__ = ["Fit", "fit_networks"]
 
-_DROPPED = 0.2  # published: share of channels, and of cells whose saliency is not looked at
-_ROUNDING = 1e-6  # a relative improvement of the held-out error that counts
+_DROPPED = 0.2  # published: share of dropped channels, and of cells whose saliency is dropped
+_ROUNDING = 1e-6  # minimum relative improvement of the held-out error that counts
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Networks of N images, fitted.
+    """Fitted networks of N images.
 
     Attributes:
-        networks: that of each image which the schedule keeps.
+        networks: for each image, the network that the schedule keeps.
         downsamplers: likewise.
-        held_out_error: [N] float32, mean squared error on the held-out views, of the networks that are kept.
-        steps: [N] int64, after how many steps they were taken.
-        failures: image -> why its network is of no use.
+        held_out_error: [N] float32, mean squared error of the kept networks on the held-out views.
+        steps: [N] int64, number of steps after which the kept networks were taken.
+        failures: index of an image -> why its network is unusable.
     """
 
     networks: ImplicitNetworks
@@ -45,7 +45,7 @@ class Fit:
 
 
 class _Model(nn.Module):
-    """All that is fitted of N images."""
+    """All modules fitted for N images."""
 
     def __init__(self, images: int, num_chs: int, cell_px: int, seed: int) -> None:
         super().__init__()
@@ -63,22 +63,22 @@ def fit_networks(
     stride_px: int,
     on_check: Callable[[int, Tensor], None] | None = None,
 ) -> Fit:
-    """Fit a network to each image; in bfloat16 where that is safe on a GPU, in float32 on a CPU.
+    """Fit a network to each image; on a GPU in bfloat16 where that is safe, on a CPU in float32.
 
     Args:
         images: [N, 3, H, W] uint8 RGB.
-        targets: [N, V, k, h, w] floating, on the images' device: features of the views to be fitted (`sample_views`),
-            of about unit variance a channel of the backbone.
-        held_out_targets: [N, V', k, h, w], of the held-out views.
-        schedule: how.
-        stride_px: of the backbone, in pixels.
-        on_check: called with the step and the held-out errors [N] each time that they are looked at.
+        targets: [N, V, k, h, w] floating, on the images' device: features of the views to fit (`sample_views`), with
+            about unit variance per channel of the backbone.
+        held_out_targets: [N, V', k, h, w], features of the held-out views.
+        schedule: how to fit.
+        stride_px: the backbone's stride in pixels.
+        on_check: called with the step and the held-out errors [N] at every check.
 
     Returns:
         The networks, and which of them failed. No image's network depends on another image.
 
     Raises:
-        ValueError: the numbers of views are not the schedule's, or the image is too small for the downsampler.
+        ValueError: the numbers of views differ from the schedule's, or the image is too small for the downsampler.
     """
     if (targets.shape[1], held_out_targets.shape[1]) != (schedule.views, schedule.held_out):
         got = f"{targets.shape[1]} and {held_out_targets.shape[1]}"
@@ -89,7 +89,7 @@ def fit_networks(
 
 
 class _Fitter:
-    """The loop over steps, and what it needs."""
+    """The optimisation loop and its state."""
 
     def __init__(self, images: Tensor, targets: Tensor, held_out: Tensor, schedule: Schedule, stride_px: int) -> None:
         self.schedule, self.size = schedule, (images.shape[2], images.shape[3])
@@ -105,14 +105,14 @@ class _Fitter:
         self.generator = torch.Generator().manual_seed(schedule.seed)
 
     def run(self, on_check: Callable[[int, Tensor], None] | None) -> Fit:
-        """Take the steps."""
+        """Run the schedule's steps and return the kept networks."""
         best = _BestWeights(self.model, self.schedule, self.failures)
         optimizer = torch.optim.NAdam(self.model.parameters(), lr=self.schedule.learning_rate)
         for step in range(1, self.schedule.steps + 1):
             if best.finished:
                 break
             optimizer.zero_grad()
-            torch.autograd.backward(self._loss().sum())  # each image's gradients are its own
+            torch.autograd.backward(self._loss().sum())  # gradients of different images are independent
             optimizer.step()
             if step % self.schedule.check_every == 0 or step == self.schedule.steps:
                 errors = self._held_out_errors()
@@ -124,7 +124,7 @@ class _Fitter:
         return Fit(self.model.networks, self.model.downsamplers, best.error, best.step, self.failures)
 
     def _loss(self) -> Tensor:
-        """[N], on random views."""
+        """Loss [N] on randomly chosen views."""
         chosen = torch.randint(self.schedule.views, (self.schedule.views_per_step,), generator=self.generator)
         high = self._render(Dropout(self._kept(CHANNELS), self._kept(self.k)))
         windows = self.windows[chosen.to(high.device)]
@@ -136,14 +136,14 @@ class _Fitter:
         return loss_of_images(high, low, targets, scales, self.size, self.schedule.weights)
 
     def _render(self, dropout: Dropout | None = None) -> Tensor:
-        """[N, H·W, 1 + k] float32: magnitude and features."""
+        """Render magnitude and features: [N, H·W, 1 + k] float32."""
         with torch.autocast(self.waves.once.device.type, torch.bfloat16, enabled=self.mixed):
             features = render_folded(self.model.networks, self.waves, dropout).float()
         return torch.cat([magnitude(features)[..., None], features], 2)
 
     @torch.no_grad()
     def _held_out_errors(self) -> Tensor:
-        """[N] mean squared error."""
+        """Mean squared error [N] on the held-out views."""
         high = self._render()
         squares = [
             (self.model.downsamplers(high, self.held_windows[part])[..., 1:] - self.held_targets[:, part]).square()
@@ -152,30 +152,30 @@ class _Fitter:
         return torch.cat(squares, 1).flatten(1).mean(1)
 
     def _kept(self, *shape: int) -> Tensor:
-        """0 for what is dropped, 1 / (1 - share) for what is not; drawn on the CPU, the same on every device."""
+        """Dropout factors, 0 or 1 / (1 - share); drawn on the CPU, so they are the same on every device."""
         kept = (torch.rand(*shape, generator=self.generator) > _DROPPED).float() / (1 - _DROPPED)
         return kept.to(self.waves.once.device)
 
     def _find_divergence(self, best: "_BestWeights") -> None:
-        """A network that explains held-out views no better than nothing does has diverged, or has not got there."""
-        nothing = self.held_targets.square().flatten(1).mean(1)
-        found = zip(best.error.tolist(), nothing.tolist(), best.checked.tolist(), strict=True)
-        for image, (error, most, steps) in enumerate(found):
-            if not error < most:
-                why = (
+        """Record networks no better than zeros on the held-out views: they diverged or had too few steps."""
+        of_zeros = self.held_targets.square().flatten(1).mean(1)
+        rows = zip(best.error.tolist(), of_zeros.tolist(), best.checked.tolist(), strict=True)
+        for image, (error, limit, steps) in enumerate(rows):
+            if not error < limit:
+                message = (
                     f"its fit is no better than zeros after {steps} steps: squared error {error:.3g} on held-out "
-                    f"views, {most:.3g} for zeros"
+                    f"views, {limit:.3g} for zeros"
                 )
-                self.failures.setdefault(image, ImageError("diverged", why))
+                self.failures.setdefault(image, ImageError("diverged", message))
 
 
 class _BestWeights:
-    """The parameters to keep of each image's network: the best on held-out views, or the last.
+    """The parameters to keep for each image: the best on held-out views, or the last if patience is None.
 
     Attributes:
-        error: [N] their held-out error.
-        step: [N] the step they were taken at.
-        checked: [N] the step of the last check of an image that was still improving.
+        error: [N] held-out error of the kept parameters.
+        step: [N] step at which they were taken.
+        checked: [N] step of the last check while the image's fit was still running.
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule, failures: dict[int, ImageError]) -> None:
@@ -187,23 +187,23 @@ class _BestWeights:
         self.step = torch.zeros(len(first), dtype=torch.int64, device=first.device)
         self.checked = torch.zeros_like(self.step)
         self.waited = torch.zeros_like(self.step)
-        self.going = torch.ones(len(first), dtype=torch.bool, device=first.device)
-        self.going[list(failures)] = False
+        self.running = torch.ones(len(first), dtype=torch.bool, device=first.device)
+        self.running[list(failures)] = False
 
     @property
     def finished(self) -> bool:
-        """Whether no network is still improving."""
-        return not self.going.any()
+        """Whether the fits of all images have ended."""
+        return not self.running.any()
 
     @torch.no_grad()
     def update(self, step: int, errors: Tensor) -> None:
         """Store the parameters of images whose held-out error has fallen, unless their fit has ended."""
-        better = self.going.clone()
-        self.checked = torch.where(self.going, step, self.checked)
+        better = self.running.clone()
+        self.checked = torch.where(self.running, step, self.checked)
         if self.patience is not None:
             better &= errors < (1 - _ROUNDING) * self.error
             self.waited = torch.where(better, 0, self.waited + 1)
-            self.going &= self.waited < self.patience
+            self.running &= self.waited < self.patience
         for name, parameter in self.parameters.items():
             mask = better.view(-1, *[1] * (parameter.ndim - 1))
             self.best[name] = torch.where(mask, parameter, self.best[name])
@@ -217,17 +217,17 @@ class _BestWeights:
             parameter.copy_(self.best[name])
 
 
-@functools.lru_cache(2)  # the same for all images of a job, and seconds to make
+@functools.lru_cache(2)  # the same for all images of a job, and takes seconds to compute
 def _windows(
     schedule: Schedule, size: tuple[int, int], grid: tuple[int, int], cell_px: int, device: torch.device
 ) -> tuple[Windows, Windows]:
-    """Of the views to be fitted, and of those held out."""
+    """Windows of the views to fit, and of the held-out views."""
     fitted, held = sample_views(schedule, size)
     return Windows.of(fitted, grid, cell_px, device), Windows.of(held, grid, cell_px, device)
 
 
 def _unusable(images: Tensor, *targets: Tensor) -> dict[int, ImageError]:
-    """Images that no network can be fitted to, and why."""
+    """Images that cannot be fitted, with the reason."""
     failures: dict[int, ImageError] = {}
     constant = one_colour(images)
     finite = torch.stack([t.flatten(1).isfinite().all(1) for t in targets]).all(0)
@@ -240,5 +240,5 @@ def _unusable(images: Tensor, *targets: Tensor) -> dict[int, ImageError]:
 
 
 def _parts(count: int, most: int) -> Iterator[slice]:
-    """Slices of at most ``most`` that make up ``count``."""
+    """Split ``range(count)`` into slices of at most ``most``."""
     return (slice(first, min(first + most, count)) for first in range(0, count, most))

@@ -1,9 +1,9 @@
-"""The implicit networks on pixels that stay: sines and cosines computed once, the first layer folded onto them.
+"""Fast evaluation of implicit networks on fixed pixels: sines and cosines are computed once for all steps.
 
 With ``a = f·x`` fixed and phases b learned, ``sin(a + b) = sin a cos b + cos a sin b``: the 303 channels are a linear
 map of fixed ones, and so are their mean and, from ``2 sin² a = 1 - cos 2a``, the mean of their squares. So phases,
-normalisation and dropout go into the weights of the first convolution: it takes one product of matrices forward and
-one backward, and nothing else passes over 303 channels.
+normalisation and dropout are folded into the weights of the first convolution. It takes one matrix product forward and
+one backward, and nothing else iterates over 303 channels.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from pipeline.upsamplers.implicit.network import CHANNELS, WAVES, ImplicitNetwor
 
 __all__ = ["Dropout", "Waves", "render_folded"]
 
-_EPSILON = 1e-5  # of layer normalisation
+_EPSILON = 1e-5  # layer normalisation's
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """Which channels a step keeps, in all images: 0, or what makes up for those that are dropped.
+    """Dropout factors of one step, the same for all images: 0 if dropped, else the rescaling.
 
     Attributes:
         inputs: [303] floating.
@@ -34,12 +34,12 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Waves:
-    """What of the network's channels does not depend on its parameters.
+    """The parts of the network's input channels that do not depend on its parameters.
 
     Attributes:
-        once: [N, P, 303], sines, cosines, colours.
-        twice: [N, P, 300], sines and cosines of twice the angle.
-        colour_squares: [N, P], sum of the colours' squares.
+        once: [N, P, 303], sines and cosines of the angles, and colours.
+        twice: [N, P, 300], sines and cosines of twice the angles.
+        colour_squares: [N, P], sum of the squared colours.
     """
 
     once: Tensor
@@ -48,12 +48,12 @@ class Waves:
 
     @classmethod
     def of(cls, networks: ImplicitNetworks, images: Tensor, dtype: torch.dtype = torch.float32) -> "Waves":
-        """Compute them.
+        """Compute the waves of images.
 
         Args:
-            networks: whose range of colours is taken.
+            networks: the networks whose colour range applies.
             images: [N, 3, H, W], float32 or uint8; P = H·W.
-            dtype: of the channels.
+            dtype: dtype of the result.
         """
         inputs = positions_and_colours(images, networks.colour_low, networks.colour_span)
         angles = (inputs[:, :, None] * frequencies(inputs.device)[:, None]).flatten(2)
@@ -66,20 +66,20 @@ class Waves:
 
 
 def render_folded(networks: ImplicitNetworks, waves: Waves, dropout: Dropout | None = None) -> Tensor:
-    """As `ImplicitNetworks.render`, differentiable in the networks' parameters.
+    """Compute `ImplicitNetworks.render`, differentiably with respect to the networks' parameters.
 
     Args:
-        networks: N of them.
-        waves: of their images.
-        dropout: which channels to keep; None: all.
+        networks: N networks.
+        waves: waves of their images.
+        dropout: dropout of this step; None for none.
 
     Returns:
-        [N, P, k]: the pixels' features, in the dtype of the waves.
+        [N, P, k]: the pixels' features, in the waves' dtype.
     """
     kept = networks.conv1_weight if dropout is None else networks.conv1_weight * dropout.inputs
     bias = networks.conv1_bias + (kept * networks.norm1_bias[:, None]).sum(2)
     centred = kept * networks.norm1_weight[:, None]
-    centred = centred - centred.mean(2, keepdim=True)  # instead of the mean of each pixel's channels
+    centred = centred - centred.mean(2, keepdim=True)  # equals subtracting the mean of each pixel's channels
     x = torch.bmm(waves.once, _through_phases(centred, networks.phases).mT)  # [N, P, k]
     x = torch.addcmul(bias[:, None].to(x.dtype), x, _deviation_inverse(networks, waves).to(x.dtype)).relu()
     if dropout is not None:
@@ -93,7 +93,7 @@ def render_folded(networks: ImplicitNetworks, waves: Waves, dropout: Dropout | N
 
 
 def _through_phases(weight: Tensor, phases: Tensor) -> Tensor:
-    """Weights [N, m, 303] of sin(a + b₀), cos(a + b₁), colours -> those of sin a, cos a, colours."""
+    """Convert weights [N, m, 303] for sin(a + b₀), cos(a + b₁), colours to weights for sin a, cos a, colours."""
     sines, cosines, colours = weight.tensor_split((WAVES, 2 * WAVES), 2)
     first, second = phases.flatten(2)[:, None].unbind(2)  # [N, 1, 150] each
     on_sines = sines * first.cos() - cosines * second.sin()
@@ -102,7 +102,7 @@ def _through_phases(weight: Tensor, phases: Tensor) -> Tensor:
 
 
 def _deviation_inverse(networks: ImplicitNetworks, waves: Waves) -> Tensor:
-    """[N, P, 1]: what the normalisation over channels divides by, inverted."""
+    """[N, P, 1]: reciprocal of the normalisation's standard deviation over channels."""
     phases = networks.phases
     each = phases.new_full((len(phases), 1, CHANNELS), 1 / CHANNELS)
     mean = torch.bmm(waves.once, _through_phases(each, phases).mT)

@@ -1,4 +1,4 @@
-"""What FeatUp's implicit networks are fitted to: the features of views, and a few priors."""
+"""The objective of FeatUp's implicit networks: reconstruct the features of views, subject to a few priors."""
 
 from dataclasses import dataclass
 
@@ -16,12 +16,12 @@ _SMALLEST_SQUARE = 1e-12
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of what is added to the reconstruction; FeatUp's published ones.
+    """Weights of the terms added to the reconstruction error; defaults are FeatUp's published ones.
 
     Attributes:
-        magnitude: of the squared errors of magnitudes.
-        variation: of the total variation of the high-res magnitude.
-        blur: of the squared difference between the features and their blur.
+        magnitude: weight of the squared errors of magnitudes.
+        variation: weight of the total variation of the high-res magnitude.
+        blur: weight of the squared difference between the features and their blur.
     """
 
     magnitude: float = 0.001
@@ -33,20 +33,20 @@ PUBLISHED_WEIGHTS = LossWeights()
 
 
 class Uncertainty(nn.Module):
-    """N linear predictions of how well a location of the low-res features can be explained, each of one image.
+    """N linear predictors, one per image, of how well each location of the low-res features can be explained.
 
-    FeatUp (arXiv 2403.10516, equation 1): a predicted scale s weighs squared errors by 1 / 2s² and costs log s.
+    FeatUp (arXiv 2403.10516, equation 1): a predicted scale s weights squared errors by 1 / 2s² and costs log s.
 
     Args:
         images: N.
         num_chs: k.
-        seed: of the initial values, the same for each image.
+        seed: for the initial values, which are the same for every image.
     """
 
     def __init__(self, images: int, num_chs: int, *, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        bound = DEVIATION_INITIAL * num_chs**-0.5  # a tenth of PyTorch's initial values
+        bound = DEVIATION_INITIAL * num_chs**-0.5  # a tenth of PyTorch's initialisation
         weight = (2 * torch.rand(num_chs, generator=generator) - 1) * bound
         bias = (2 * torch.rand((), generator=generator) - 1) * bound
         self.weight, self.bias = nn.Parameter(weight.repeat(images, 1)), nn.Parameter(bias.repeat(images))
@@ -60,18 +60,18 @@ class Uncertainty(nn.Module):
 def loss_of_images(
     high: Tensor, low: Tensor, targets: Tensor, scales: Tensor, size: tuple[int, int], weights: LossWeights
 ) -> Tensor:
-    """FeatUp's objective.
+    """Compute FeatUp's objective for each image.
 
     Args:
         high: [N, H·W, 1 + k] float32, magnitude and high-res features.
-        low: [N, V, h, w, 1 + k], both of them downsampled through V views.
+        low: [N, V, h, w, 1 + k], ``high`` downsampled through V views.
         targets: [N, V, h, w, k], the backbone's features of these views.
-        scales: [N, V, h, w], `Uncertainty`.
+        scales: [N, V, h, w], predicted by `Uncertainty`.
         size: (H, W).
-        weights: of the priors.
+        weights: weights of the priors.
 
     Returns:
-        [N]: each image's loss; it depends on nothing of the others'.
+        [N]: each image's loss, independent of the other images.
     """
     errors = (low[..., 1:] - targets).square().mean(4)
     reconstruction = (errors / (2 * scales.square()) + scales.log()).flatten(1).mean(1)
@@ -87,20 +87,20 @@ def loss_of_images(
 
 
 def magnitude(features: Tensor) -> Tensor:
-    """Euclidean norm over the last dimension; its gradient at 0 is 0, where that of a plain norm is NaN."""
+    """Euclidean norm over the last dimension; its gradient at 0 is 0, where a plain norm's is NaN."""
     return features.square().sum(-1).clamp_min(_SMALLEST_SQUARE).sqrt()
 
 
 def _total_variation(maps: Tensor) -> Tensor:
-    """[N, H, W] -> [N]: squared differences of neighbours, a pixel."""
+    """[N, H, W] -> [N]: sum of squared differences between neighbours, per pixel."""
     down, right = maps.diff(dim=1), maps.diff(dim=2)
     return (down.square().sum((1, 2)) + right.square().sum((1, 2))) / maps[0].numel()
 
 
 def _difference_from_blur(maps: Tensor) -> Tensor:
-    """[N, H, W, k] -> [N]: mean square of the features less their Gaussian blur, reflected at the border."""
+    """[N, H, W, k] -> [N]: mean square of the features minus their Gaussian blur, reflected at the border."""
     channels = maps.shape[3]
-    length = 2 * BLUR_TAPS  # long enough for its middle row to be the kernel, whole
+    length = 2 * BLUR_TAPS  # long enough for its middle row to be the whole kernel
     taps = blur_matrix(length, taps=BLUR_TAPS)[BLUR_TAPS]
     taps = taps[taps > 0].to(maps.device, maps.dtype)
     kernel = -torch.outer(taps, taps)

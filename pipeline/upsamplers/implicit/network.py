@@ -1,8 +1,8 @@
-"""FeatUp's implicit networks, those of many images at once: where a pixel is and its colour -> its features.
+"""FeatUp's implicit networks, batched over images: position and colour of a pixel -> its features.
 
 FeatUp (arXiv 2403.10516, section 3.2 and appendix). Parameters of N independent networks are stacked [N, ...], so that
-their 1×1 convolutions are batched products of matrices. `ImplicitNetworks.render` is the definition;
-`pipeline.upsamplers.implicit.folded` computes the same faster where one network sees the same pixels many times.
+their 1×1 convolutions are batched matrix products. `ImplicitNetworks.render` is the definition;
+`pipeline.upsamplers.implicit.folded` computes the same faster for repeated evaluation on the same pixels.
 """
 
 import math
@@ -20,8 +20,8 @@ __all__ = ["CHANNELS", "FittedNetwork", "ImplicitNetworks", "colour_range", "fre
 _FREQUENCIES, _INPUTS = 30, 5  # (row, column, red, green, blue)
 WAVES = _FREQUENCIES * _INPUTS
 CHANNELS = 2 * WAVES + 3
-_SMALLEST_SPAN = 1e-4  # published: of a colour channel, before it is divided by
-_TILE_PIXELS = 1 << 14  # rendered at once: 20 MB of channels
+_SMALLEST_SPAN = 1e-4  # published: lower bound of a colour channel's span as a divisor
+_TILE_PIXELS = 1 << 14  # pixels rendered at a time: 20 MB of channels
 
 # Published name -> ours. The published network is a sequence; its layers 0, 3, 5, 6 and 9 have no parameters.
 _PUBLISHED = {
@@ -41,13 +41,13 @@ _PUBLISHED = {
 
 @dataclass(frozen=True)
 class FittedNetwork:
-    """What is kept of one image's network: its features at any resolution, from the image at that resolution.
+    """One image's stored network. Given the image at any resolution, it renders features at that resolution.
 
     Attributes:
         state: published name -> tensor of the published shape, float32.
-        colour_low: [3] float32, the least value of each channel of the image that was fitted, in units of its pixels.
-        colour_span: [3] float32, the greatest less the least.
-        scale: what the network's output is multiplied with to give features.
+        colour_low: [3] float32, minimum of each channel of the fitted image, in units of its pixels.
+        colour_span: [3] float32, maximum minus minimum.
+        scale: factor from the network's output to features.
     """
 
     state: dict[str, Tensor]
@@ -56,13 +56,13 @@ class FittedNetwork:
     scale: float
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it as named tensors, to be stored."""
+        """All attributes as named tensors, for storage."""
         extra = {"colour_low": self.colour_low, "colour_span": self.colour_span, "scale": torch.tensor(self.scale)}
         return {**self.state, **extra}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "FittedNetwork":
-        """Undo `tensors`.
+        """Restore from `tensors`.
 
         Raises:
             JobError: a tensor is missing.
@@ -70,14 +70,14 @@ class FittedNetwork:
         missing = [name for name in (*_PUBLISHED, "colour_low", "colour_span", "scale") if name not in tensors]
         if missing:
             raise JobError(
-                f"Implicit network: got {len(tensors)} tensors, without {', '.join(missing)}. Store it anew."
+                f"Implicit network: got {len(tensors)} tensors, without {', '.join(missing)}. Fit and store it again."
             )
         state = {name: tensors[name] for name in _PUBLISHED}
         return cls(state, tensors["colour_low"], tensors["colour_span"], float(tensors["scale"]))
 
 
 class ImplicitNetworks(nn.Module):
-    """N networks of the same shape, each of one image.
+    """N networks of the same shape, one per image.
 
     A pixel's position and colour become 303 channels (sines and cosines at 30 frequencies with learned phases, and the
     colour itself), then: normalisation over channels, dropout, 1×1, ReLU, dropout, normalisation, 1×1, ReLU, 1×1.
@@ -85,7 +85,7 @@ class ImplicitNetworks(nn.Module):
     Args:
         images: N.
         num_chs: k, channels of the features, and of the hidden layers.
-        seed: of the initial values, which are the same for each image: its features do not depend on its neighbours.
+        seed: for the initial values, which are the same for every image, so that features do not depend on the batch.
     """
 
     colour_low: Tensor
@@ -98,7 +98,7 @@ class ImplicitNetworks(nn.Module):
         def stacked(values: Tensor) -> nn.Parameter:
             return nn.Parameter(values.repeat(images, *[1] * values.ndim))
 
-        def uniform(fan_in: int, *shape: int) -> nn.Parameter:  # PyTorch's initial values of a convolution
+        def uniform(fan_in: int, *shape: int) -> nn.Parameter:  # PyTorch's initialisation of a convolution
             bound = 1 / math.sqrt(fan_in)
             return stacked((2 * torch.rand(*shape, generator=generator) - 1) * bound)
 
@@ -114,25 +114,25 @@ class ImplicitNetworks(nn.Module):
 
     @classmethod
     def stack(cls, fitted: Sequence[FittedNetwork]) -> "ImplicitNetworks":
-        """Networks from what was kept of each; their scales are left to the caller.
+        """Stack fitted networks; the caller applies their scales.
 
         Raises:
-            JobError: they are not of one shape, or not implicit networks.
+            JobError: a tensor does not have the shape of an implicit network with the first one's k.
         """
         networks = cls(len(fitted), len(fitted[0].state["10.bias"]))
-        state = {ours: torch.stack([one.state[name] for one in fitted]) for name, ours in _PUBLISHED.items()}
-        state["colour_low"] = torch.stack([one.colour_low for one in fitted])
-        state["colour_span"] = torch.stack([one.colour_span for one in fitted])
+        state = {ours: torch.stack([network.state[name] for network in fitted]) for name, ours in _PUBLISHED.items()}
+        state["colour_low"] = torch.stack([network.colour_low for network in fitted])
+        state["colour_span"] = torch.stack([network.colour_span for network in fitted])
         for name, tensor in networks.state_dict().items():
             if state[name].numel() != tensor.numel():
                 got, need = list(state[name].shape), list(tensor.shape)
-                raise JobError(f"Implicit network: got {name} of shape {got}, expected {need}. Is it of FeatUp's kind?")
-            # Published phases are [2, 5, 30], but are read in memory order as [2, 30, 5].
+                raise JobError(f"Implicit network: got {name} of shape {got}, expected {need}. Is it a FeatUp network?")
+            # Published phases are stored as [2, 5, 30] but used in memory order as [2, 30, 5].
             tensor.copy_(state[name].reshape(tensor.shape))
         return networks
 
     def fitted(self, image: int, scale: float = 1.0) -> FittedNetwork:
-        """What to keep of one image's network, on the CPU."""
+        """One image's network for storage, on the CPU."""
         k = self.num_chs
         shapes = {"1.biases": (2, _INPUTS, _FREQUENCIES), "4.weight": (k, CHANNELS, 1, 1)}
         shapes |= {"8.weight": (k, k, 1, 1), "10.weight": (k, k, 1, 1)}
@@ -143,7 +143,7 @@ class ImplicitNetworks(nn.Module):
         return FittedNetwork(state, self.colour_low[image].cpu(), self.colour_span[image].cpu(), scale)
 
     def look_at(self, images: Tensor) -> None:
-        """Take the range of colours from the images [N, 3, H, W] that are to be fitted."""
+        """Set the colour range from the images [N, 3, H, W] to be fitted."""
         low, span = colour_range(images)
         self.colour_low.copy_(low)
         self.colour_span.copy_(span)
@@ -152,13 +152,13 @@ class ImplicitNetworks(nn.Module):
         """Compute features at the images' resolution.
 
         Args:
-            images: [N, 3, H, W], float32 or uint8, in the units of those that were fitted; any H and W.
+            images: [N, 3, H, W], float32 or uint8, in the units of the fitted images; any H and W.
 
         Returns:
             [N, k, H, W] float32.
 
         Raises:
-            ValueError: another number of images.
+            ValueError: the shape is not [N, 3, H, W] for this number of networks.
         """
         if images.ndim != 4 or images.shape[:2] != (len(self.conv1_bias), 3):
             raise ValueError(f"images: got {list(images.shape)}, expected [{len(self.conv1_bias)}, 3, H, W]")
@@ -168,7 +168,7 @@ class ImplicitNetworks(nn.Module):
 
     def _pixels(self, inputs: Tensor) -> Tensor:
         """[N, P, 5] -> [N, P, k]."""
-        # Arguments reach 22,000. They are rounded to float32 before their sine is taken, as published.
+        # Arguments reach 22,000. They are rounded to float32 before the sine, as published.
         angles = inputs[:, :, None] * frequencies(inputs.device)[:, None]  # [N, P, 30, 5]
         sines = (angles + self.phases[:, None, 0]).sin().flatten(2)
         cosines = (angles + self.phases[:, None, 1]).cos().flatten(2)
@@ -181,24 +181,24 @@ class ImplicitNetworks(nn.Module):
 
 
 def colour_range(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Least value and span of each channel: [N, 3, H, W] -> two of [N, 3] float32."""
+    """Minimum and span of each channel: [N, 3, H, W] -> two tensors [N, 3] float32."""
     flat = images.flatten(2).float()
     low = flat.amin(2)
     return low, flat.amax(2) - low
 
 
 def frequencies(device: torch.device) -> Tensor:
-    """[30] float32, in radians a unit."""
+    """[30] float32, in radians per unit of position or colour."""
     return torch.linspace(-2, 10, _FREQUENCIES, device=device).exp()
 
 
 def positions_and_colours(images: Tensor, low: Tensor, span: Tensor) -> Tensor:
-    """What a network looks at.
+    """The inputs of a network.
 
     Args:
         images: [N, 3, H, W], float32 or uint8.
-        low: [N, 3] float32, what becomes -½.
-        span: [N, 3] float32, 0 or more; ``low + span`` becomes ½.
+        low: [N, 3] float32, the value mapped to -½.
+        span: [N, 3] float32, non-negative; ``low + span`` is mapped to ½.
 
     Returns:
         [N, H·W, 5] float32: row and column of each pixel from -1 (the first) to 1 (the last), then its colour.

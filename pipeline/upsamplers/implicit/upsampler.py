@@ -1,4 +1,4 @@
-"""FeatUp's implicit upsampler as a stage: views, a network fitted to each image of the batch, features rendered."""
+"""FeatUp's implicit upsampler: compute views, fit a network to each image of the batch, render features."""
 
 from collections.abc import Iterator
 
@@ -28,20 +28,20 @@ from schemas.upsamplers import ImplicitOptions
 
 __all__ = ["ImplicitProjected", "ImplicitUpsampler"]
 
-# A CPU gains nothing from more than one, and a network alone stops when it is done. One alone leaves a GPU idle.
+# On a CPU batching gains nothing, and a single fit can stop early. On a GPU a single image leaves it idle.
 _IMAGES_AT_ONCE = {"cpu": 1, "cuda": 32}
-_VIEWS_AT_ONCE = 64  # whose matrices are made: 26 MB at 224 px
+_VIEWS_AT_ONCE = 64  # views whose matrices are built at a time: 26 MB at 224 px
 
 
 class ImplicitUpsampler(Upsampler):
     """FeatUp's implicit upsampler (arXiv 2403.10516, section 3.2): a network for each image, fitted to its views.
 
-    As published but for what a dataset asks for: components are the dataset's and not the image's; features are scaled
-    by one number an image to unit mean square over channels instead of being normalised at each location, so that the
-    scale can be undone; dropout of the saliency's input is by channel.
+    Differs from the published method where a dataset requires it: components are the dataset's, not the image's;
+    features are scaled by one number per image to unit mean square over channels, instead of being normalised at each
+    location, so that the scale can be undone; dropout of the saliency's input is per channel.
 
     Args:
-        backbone: whose features these are; it is shared, not copied.
+        backbone: whose features are upsampled; shared, not copied.
         schedule: how networks are fitted.
     """
 
@@ -78,11 +78,11 @@ class ImplicitUpsampler(Upsampler):
 
 
 class ImplicitProjected(Projected):
-    """The upsampler with a basis.
+    """The upsampler with a PCA basis.
 
     Args:
-        backbone: as the upsampler's.
-        schedule: likewise.
+        backbone: the upsampler's backbone.
+        schedule: the upsampler's schedule.
         mean: [C] float32.
         components: [k, C] float32.
     """
@@ -106,14 +106,14 @@ class ImplicitProjected(Projected):
         return with_nonfinite(encoding.encode(high), failures)
 
     def fitted(self, features: Tensor, images: Tensor) -> list[FittedNetwork | ImageError]:
-        """Fit a network to each image, to be kept instead of its features.
+        """Fit a network to each image, to store instead of its features.
 
         Args:
-            features: [B, C, h, w] float32, as the backbone made them.
+            features: [B, C, h, w] float32, as the backbone returns them.
             images: [B, 3, H, W] uint8 RGB, of the backbone's size.
 
         Returns:
-            For each image its network, or why there is none.
+            For each image its network, or the error that explains why there is none.
 
         Raises:
             ValueError: an argument is not as above.
@@ -128,7 +128,7 @@ class ImplicitProjected(Projected):
     def _rendered(
         self, features: Tensor, images: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, dict[int, ImageError]]:
-        """[B, k, *size] float32, NaN for images that failed, and why they did."""
+        """Features [B, k, *size] float32, NaN for failed images; and the failures."""
         check_images(features, images, size)
         high = torch.full((len(images), len(self.components), *size), torch.nan, device=images.device)
         failures = {}
@@ -144,7 +144,7 @@ class ImplicitProjected(Projected):
         return high, failures
 
     def _fits(self, features: Tensor, images: Tensor) -> Iterator[tuple[int, Fit, Tensor]]:
-        """Batches of images: index of the first, their networks, and the scale of each network's output."""
+        """Fit in batches; yield the index of the first image, the fit, and the scale of each network's output."""
         check_images(features, images, (1, 1))
         if tuple(images.shape[2:]) != self.backbone.size:
             raise ValueError(f"images: got {list(images.shape[2:])} pixels, need the backbone's {self.backbone.size}")
@@ -163,7 +163,7 @@ class ImplicitProjected(Projected):
         return fit, scales
 
     def _seen(self, images: Tensor, jitters: list[Jitter]) -> Tensor:
-        """The backbone's features of views [B, V, k, h, w], float32; zeros if every image is a single colour."""
+        """The backbone's features of views, [B, V, k, h, w] float32; zeros if every image has a single colour."""
         if one_colour(images).all():
             return images.new_zeros(
                 len(images), len(jitters), len(self.components), *self.backbone.grid, dtype=torch.float32

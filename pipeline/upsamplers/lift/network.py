@@ -1,10 +1,10 @@
-"""LiFT: double the resolution of features with a small convolutional network that also looks at the image.
+"""LiFT: double the resolution of features with a small convolutional network that also sees the image.
 
 Suri et al., LiFT: A Surprisingly Simple Lightweight Feature Transform for Dense ViT Descriptors (ECCV 2024,
-arXiv 2403.14625). A plain torch module: published state-dict names, any floating dtype, any device, training too.
+arXiv 2403.14625). A plain torch module: published state-dict names, any floating dtype and device, trainable.
 
-The network mixes channels, so a PCA basis cannot move in front of it; it can move into the last 1×1 convolution
-(`LiFT.folded`), which then makes k channels instead of C.
+The network mixes channels, so PCA cannot be applied before it, but it can be folded into the last 1×1 convolution
+(`LiFT.folded`), which then has k output channels instead of C.
 """
 
 import copy
@@ -25,19 +25,19 @@ _IMAGE_CHS = 32  # published: channels of the image branch
 class LiFT(nn.Module):
     """The published network, applied once or several times: ×2 each time.
 
-    Application i (from 0) takes features on a grid of 2ⁱ·(h, w) cells and the image at ``patch`` pixels a cell, the
-    scale the weights were trained at: the image given is resized (bilinear, antialiased) where it has another size.
-    So the second application sees the image at twice the size of the first; an image larger than h·patch × w·patch
-    serves it with real detail. The paper applies LiFT once, and its successor (arXiv 2601.17950) reports that
-    features drift when it is applied often.
+    Application i (from 0) takes features on a grid of 2ⁱ·(h, w) cells and the image at ``patch`` pixels per cell, the
+    scale the weights were trained at. An image of another size is resized (bilinear, antialiased). So the second
+    application sees the image at twice the size of the first, and an image larger than h·patch × w·patch provides
+    real detail for it. The paper applies LiFT once; its successor (arXiv 2601.17950) reports that features drift
+    when it is applied repeatedly.
 
-    Where the published code pools the image branch by 1 (patch 8) or 2 (patch 16), this one pools it to twice the
-    grid (adaptive maximum): the same there, and defined for 14 and every other patch.
+    The published code pools the image branch by 1 (patch 8) or 2 (patch 16). This code pools it to twice the grid
+    (adaptive maximum), which gives the same result for those and also works for 14 and any other patch.
 
     Args:
         num_chs: channels C of the features; even.
-        patch: image pixels a cell on both axes, as trained; 1 or more. Nothing in a checkpoint tells it.
-        iterations: how often to apply the network, at least 1.
+        patch: image pixels per cell on both axes, as trained; at least 1. Not recorded in checkpoints.
+        iterations: number of applications, at least 1.
 
     Raises:
         ValueError: an argument is not as above.
@@ -62,16 +62,17 @@ class LiFT(nn.Module):
     def from_state(
         cls, state: Mapping[str, Tensor], *, patch: int, iterations: int = 1, num_chs: int | None = None
     ) -> "LiFT":
-        """Build the network a checkpoint holds, in evaluation mode, float32, channels_last, on the CPU.
+        """Build the network from a checkpoint's tensors, in evaluation mode, float32, channels_last, on the CPU.
 
         Args:
-            state: name -> tensor, every tensor of the network; all names may begin with ``module.``.
+            state: name -> tensor, every tensor of the network; all names may have the prefix ``module.``.
             patch: as for the class.
             iterations: as for the class.
-            num_chs: channels of the features it will be given; None takes whatever the checkpoint is for.
+            num_chs: expected channels of the features; None accepts the checkpoint's number.
 
         Raises:
-            JobError: tensors missing, unexpected or misshapen; made for another number of channels.
+            JobError: tensors are missing, unexpected or of the wrong shape; or the weights are for another number of
+                channels.
             ValueError: ``patch`` or ``iterations`` is out of range.
         """
         if all(name.startswith("module.") for name in state):
@@ -84,8 +85,8 @@ class LiFT(nn.Module):
             )
         lift = cls(made_for, patch, iterations)
         load_strict(lift, state, what=f"weights into LiFT for {made_for} channels")
-        # On one CPU core 20 % faster than contiguous weights; folding batch normalisation into the convolutions brought
-        # 1 to 4 %, not worth a second set of state-dict names.
+        # channels_last is 20 % faster on one CPU core. Folding batch normalisation into the convolutions gained only 1
+        # to 4 %, not worth a second set of state-dict names.
         return lift.eval().to(memory_format=torch.channels_last)
 
     @property
@@ -98,7 +99,7 @@ class LiFT(nn.Module):
 
         Args:
             features: [B, C, h, w], in the parameters' dtype, not empty.
-            image: [B, 3, H, W], same dtype, ImageNet-normalised, of any size, showing what ``features`` show.
+            image: [B, 3, H, W], same dtype, ImageNet-normalised, of any size, covering the same area as ``features``.
 
         Returns:
             [B, out_chs, h·2ⁿ, w·2ⁿ] with n = ``iterations``, dtype of ``features``.
@@ -114,7 +115,7 @@ class LiFT(nn.Module):
         return features
 
     def folded(self, mean: Tensor, components: Tensor) -> "LiFT":
-        """Fold a PCA basis into the last 1×1 convolution, of the last application only.
+        """Fold a PCA basis into the last 1×1 convolution, for the last application only.
 
         ``lift.folded(mean, components)(x, image) == components @ (lift(x, image) - mean)`` up to rounding, at the cost
         of k channels instead of C. Weights are combined in float64.
@@ -124,10 +125,10 @@ class LiFT(nn.Module):
             components: [k, C], floating.
 
         Returns:
-            A copy that makes k channels; this network is left as it is.
+            A copy with k output channels; this network is unchanged.
 
         Raises:
-            ValueError: the shapes do not agree with each other and with C, or a basis is folded in already.
+            ValueError: the shapes do not agree with each other and with C, or a basis is already folded in.
         """
         if self.folded_outc is not None:
             raise ValueError(f"folded: got a network that makes {self.out_chs} components already, need one without")
@@ -149,7 +150,7 @@ class LiFT(nn.Module):
         return result
 
     def inner(self, features: Tensor, image: Tensor) -> Tensor:
-        """One application without the last convolution, arguments as for `forward`: [B, C/2, 2h, 2w]."""
+        """Apply the network once, without the last convolution; arguments as for `forward`: [B, C/2, 2h, 2w]."""
         h, w = features.shape[2:]
         image = _resized(image, self.patch * h, self.patch * w)
         fine = F.adaptive_max_pool2d(self.image_convs_1(image), (2 * h, 2 * w))
@@ -172,7 +173,7 @@ class LiFT(nn.Module):
 
 
 def _channels(state: Mapping[str, Tensor]) -> int:
-    """For how many channels a checkpoint is."""
+    """Number of feature channels that a checkpoint is for."""
     last = state.get("outc.weight")
     if last is None or last.ndim != 4 or last.shape[0] < 2 or last.shape[0] % 2:
         got = "nothing" if last is None else f"shape {tuple(last.shape)}"
@@ -184,7 +185,7 @@ def _channels(state: Mapping[str, Tensor]) -> int:
 
 
 class _Up(nn.Module):
-    """×2: transposed convolution, then two convolutions over it and the image branch."""
+    """×2: transposed convolution, then two convolutions over its output and the image branch."""
 
     def __init__(self, num_chs: int) -> None:
         super().__init__()
@@ -217,7 +218,7 @@ class _DoubleConv(nn.Module):
 
 
 def _halving(in_chs: int) -> list[nn.Module]:
-    """Half the resolution, rounded up."""
+    """Layers that halve the resolution, rounding up."""
     conv = nn.Conv2d(in_chs, _IMAGE_CHS, 3, stride=2, padding=1)
     return [conv, nn.BatchNorm2d(_IMAGE_CHS), nn.ReLU(inplace=True)]
 
@@ -225,7 +226,7 @@ def _halving(in_chs: int) -> list[nn.Module]:
 def _resized(image: Tensor, height: int, width: int) -> Tensor:
     if image.shape[2:] == (height, width):
         return image
-    # Half precision would lose image detail in the weights of the filter; the image is small.
+    # Filter weights in half precision would lose image detail; float32 is cheap, as the image is small.
     working = image if image.dtype == torch.float64 else image.float()
     resized = F.interpolate(working, (height, width), mode="bilinear", align_corners=False, antialias=True)
     return resized.to(image.dtype)

@@ -1,4 +1,4 @@
-"""LiFT as an upsampler of the job: `pipeline.upsamplers.lift.network`, with a basis in its last convolution."""
+"""LiFT as an upsampler: `pipeline.upsamplers.lift.network` with a PCA basis in its last convolution."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ __all__ = ["LiFTUpsampler"]
 
 
 class LiFTUpsampler(Upsampler):
-    """LiFT (ECCV 2024, arXiv 2403.14625): ×2 an application; a bilinear interpolation ends at the output's size.
+    """LiFT (ECCV 2024, arXiv 2403.14625): ×2 per application, then bilinear interpolation to the output's size.
 
     Args:
         lift: the network, in evaluation mode.
@@ -27,9 +27,9 @@ class LiFTUpsampler(Upsampler):
     facts = Facts(
         weights="required",
         channels="those of its weights",
-        scale="×2 an iteration (--lift-iterations)",
+        scale="×2 per iteration (--lift-iterations)",
         guidance="the image at the patch size its weights were trained for",
-        pca="in its last 1×1 convolution: exact, but C channels are computed until there",
+        pca="exact: in its last 1×1 convolution, but C channels are computed up to there",
     )
 
     def __init__(self, lift: LiFT) -> None:
@@ -46,16 +46,16 @@ class LiFTUpsampler(Upsampler):
 
     @classmethod
     def from_weights(cls, uri: str, num_chs: int, *, patch: int, iterations: int = 1) -> "LiFTUpsampler":
-        """Load published weights, every one of them.
+        """Load published weights, strictly.
 
         Args:
             uri: checkpoint, local or remote.
             num_chs: channels of the backbone's features.
-            patch: pixels a cell of the backbone's features.
-            iterations: how often to apply the network.
+            patch: pixels per cell of the backbone's features.
+            iterations: number of applications.
 
         Raises:
-            JobError: unreadable; not LiFT's; made for another number of channels.
+            JobError: the file is unreadable, does not hold LiFT's weights, or is for another number of channels.
         """
         try:
             return cls(LiFT.from_state(read_state_dict(uri), patch=patch, iterations=iterations, num_chs=num_chs))
@@ -83,7 +83,7 @@ class _LiFTProjected(Projected):
 
     @override
     def forward(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """In bfloat16 autocast on a GPU, like the backbone."""
+        """Upsample; in bfloat16 autocast on a GPU, like the backbone."""
         check_images(features, images, size)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=features.is_cuda):
             high = self.folded(features, imagenet_normalised(images))

@@ -1,1 +1,1 @@
-"""Features that agree with many views of the image, by a linear solver; and the model of a backbone that it needs."""
+"""Multiview upsampler: a linear solver fits features to many views of the image, given a model of the backbone."""

@@ -1,7 +1,7 @@
-"""Fit what the multiview solver needs to know of a backbone, on the views of a sample of images.
+"""Fit the pooling model of a backbone, which the multiview solver needs, on views of a sample of images.
 
-Everything is judged by the error on held-out views of images that the bias was not fitted on:
-``|A X + b - Y|² / |Y - mean Y|²``, the mean of each channel over views and positions, averaged over images.
+All settings are evaluated by the error on held-out views of images that the bias was not fitted on:
+``|A X + b - Y|² / |Y - mean Y|²``, with the mean per channel over views and positions, averaged over images.
 """
 
 import logging
@@ -24,17 +24,17 @@ __all__ = ["Fit", "choose", "fit_pooling"]
 
 logger = logging.getLogger(__name__)
 
-# Deviations of the Gaussian to try, as shares of a cell; refined once. ViT-S/14 had its best at .21, Lite0 at .31.
+# Standard deviations of the Gaussian to try, in cells; refined once. Best for ViT-S/14: .21, for Lite0: .31.
 _SIGMAS = (0.12, 0.2, 0.32, 0.5)
-_SIGMA_IMAGES = 6  # to fit a bias on while sigma is chosen: it then matters little how good that is
-_FIRST_REGULARISATION, _FIRST_ITERATIONS = 0.3, 8  # while the pooling is fitted: near the best on held-out views
+_SIGMA_IMAGES = 6  # for fitting a bias while sigma is chosen, when its accuracy matters little
+_FIRST_REGULARISATION, _FIRST_ITERATIONS = 0.3, 8  # while fitting the pooling: near the best on held-out views
 _MOST_ALTERNATIONS = 6
-_WORTHWHILE = 0.005  # an alternation that improves the error by a smaller share is the last
+_WORTHWHILE = 0.005  # stop after an alternation that reduces the error by a smaller share than this
 _REGULARISATIONS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _ITERATIONS = (4, 8, 12)
-# The smoothest solution that is nearly as good. Held-out views hardly see borders: with ten times the λ that is best on
-# them the error was 8 to 15 % higher, and a linear probe better (mIoU .265 -> .282 with ViT-S/14, .223 -> .237 with
-# Lite0, 30 photos; the λ was chosen on these same photos, so that the gain is flattered).
+# Choose the smoothest solution that is nearly as good. Held-out views are hardly sensitive to borders: with ten times
+# the λ that is best on them, the error was 8 to 15 % higher but a linear probe improved (mIoU .265 -> .282 with
+# ViT-S/14, .223 -> .237 with Lite0, 30 photos; λ was chosen on the same photos, so the gain is overstated).
 _ERROR_ALLOWED = 1.1
 _ITERATIONS_ALLOWED = 1.01
 _CHANNELS_AT_ONCE = 64
@@ -42,12 +42,12 @@ _CHANNELS_AT_ONCE = 64
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """What came of it.
+    """Result of `fit_pooling`.
 
     Attributes:
         bias: [C, h, w] float32.
-        settings: chosen.
-        account: held-out errors of all that was tried, JSON-able.
+        settings: the chosen settings.
+        account: held-out errors of all settings tried, JSON-serialisable.
     """
 
     bias: Tensor
@@ -59,10 +59,10 @@ def fit_pooling(sample: ViewSample, cell_px: int, stride_px: int, device: torch.
     """Fit the pooling's width, the bias, then regularisation and iterations.
 
     Args:
-        sample: of at least 4 images; every fourth chooses the settings, the bias is fitted on the others.
-        cell_px: pixels of the image in a cell of the backbone's features.
-        stride_px: pixels in a cell of the solver's grid.
-        device: to compute on.
+        sample: at least 4 images; settings are chosen on every fourth, the bias is fitted on the others.
+        cell_px: side of a cell of the backbone's features, in pixels of the image.
+        stride_px: side of a cell of the solver's grid, in pixels of the image.
+        device: where to compute.
     """
     judge = [n for n in range(len(sample.images)) if n % 4 == 3]
     others = [n for n in range(len(sample.images)) if n % 4 != 3]
@@ -95,10 +95,10 @@ def fit_pooling(sample: ViewSample, cell_px: int, stride_px: int, device: torch.
 
 
 def choose(curve: Sequence[tuple[float, int, float]]) -> dict[str, Any]:
-    """The strongest regularisation that errs at most a tenth more than the best, and the fewest iterations for it.
+    """Choose the strongest regularisation with an error at most a tenth above the best, and its fewest iterations.
 
     Args:
-        curve: (regularisation, iterations, held-out error) of all that was tried.
+        curve: (regularisation, iterations, held-out error) of all settings tried.
 
     Returns:
         "regularisation" and "iterations".
@@ -111,7 +111,7 @@ def choose(curve: Sequence[tuple[float, int, float]]) -> dict[str, Any]:
 
 
 class _Problem:
-    """The sample with one set of settings."""
+    """The sample under one set of settings."""
 
     def __init__(self, sample: ViewSample, settings: FitSettings, device: torch.device) -> None:
         self.sample, self.settings, self.device = sample, settings, device
@@ -126,7 +126,7 @@ class _Problem:
         self.held_out = operators(held_out_views(size, sample.low.shape[1] - sample.views))
 
     def solved(self, image: int, targets: Tensor, regularisation: float, iterations: int) -> Tensor:
-        """Solve for targets [V, k, h, w] of an image: [1, k, H, W]."""
+        """Solve for one image, given targets [V, k, h, w] of its views: [1, k, H, W]."""
         guidance = F.adaptive_avg_pool2d(self.sample.images[image : image + 1].to(self.device).float() / 255, self.grid)
         start = start_at(targets[:1], self.grid)
         return solve(
@@ -140,12 +140,12 @@ class _Problem:
         ).features
 
     def mean_residual(self, image: int, targets: Tensor, bias: Tensor) -> Tensor:
-        """What the solution leaves of targets [V, k, h, w], averaged over views: [k, h, w]."""
+        """Residual of the solution for targets [V, k, h, w], averaged over views: [k, h, w]."""
         solved = self.solved(image, targets - bias, self.settings.regularisation, self.settings.iterations)
         return (targets - self.fitted.project(solved)[0]).mean(0)
 
     def error(self, bias: Tensor, images: Sequence[int], regularisation: float, iterations: int) -> float:
-        """The held-out error in components, with a bias [k, h, w]."""
+        """Held-out error in components with a bias [k, h, w], averaged over images."""
         errors = []
         for image in images:
             targets = self.sample.low[image, : self.sample.views].to(self.device) - bias
@@ -153,7 +153,7 @@ class _Problem:
         return sum(errors) / len(errors)
 
     def error_of_start(self, bias: Tensor, images: Sequence[int]) -> float:
-        """That of what the solver starts from: bilinear interpolation, of features less the bias."""
+        """Held-out error of the solver's start: bilinear interpolation of the features minus the bias."""
         low = self.sample.low
         starts = [start_at(low[image, :1].to(self.device) - bias, self.grid) for image in images]
         errors = [self._judged(image, start, bias) for image, start in zip(images, starts, strict=True)]
@@ -166,24 +166,24 @@ class _Problem:
 
 
 def _fit_sigma(
-    sample: ViewSample, settings: FitSettings, cell_px: int, some: list[int], judge: list[int], device: torch.device
+    sample: ViewSample, settings: FitSettings, cell_px: int, images: list[int], judge: list[int], device: torch.device
 ) -> tuple[FitSettings, dict[str, float]]:
-    """The settings with the best deviation of those tried, and the error of each; a bias is fitted to each as well."""
+    """Return the settings with the best of the widths tried, and the error of each; each gets a bias of its own."""
     errors: dict[float, float] = {}
     line = ProgressLine("pooling", len(_SIGMAS) + 2, "widths")
 
-    def tried(sigma_px: float) -> None:
+    def evaluate(sigma_px: float) -> None:
         problem = _Problem(sample, replace(settings, sigma_px=sigma_px), device)
-        bias = _alternate(problem, some, _zero_bias(sample, device))
+        bias = _alternate(problem, images, _zero_bias(sample, device))
         errors[sigma_px] = problem.error(bias, judge, settings.regularisation, settings.iterations)
         line.advance()
 
     for share in _SIGMAS:
-        tried(share * cell_px)
+        evaluate(share * cell_px)
     best = min(errors, key=errors.__getitem__)
-    step = (_SIGMAS[1] / _SIGMAS[0]) ** 0.5  # neighbours are about this factor squared away
+    step = (_SIGMAS[1] / _SIGMAS[0]) ** 0.5  # neighbouring widths differ by about the square of this factor
     for refined in (best / step, best * step):
-        tried(refined)
+        evaluate(refined)
     best = min(errors, key=errors.__getitem__)
     logger.info("pooling: a Gaussian of %.2f pixels, held-out error %.4f", best, errors[best])
     rounded = {f"{sigma_px:.2f}": round(error, 4) for sigma_px, error in sorted(errors.items())}
@@ -195,7 +195,7 @@ def _zero_bias(sample: ViewSample, device: torch.device) -> Tensor:
 
 
 def _alternate(problem: _Problem, images: list[int], bias: Tensor) -> Tensor:
-    """A better bias [k, h, w]: what the solutions with the last one leave of the views, averaged."""
+    """Improved bias [k, h, w]: the mean residual of the views, after solving with the given bias."""
     low, views = problem.sample.low, problem.sample.views
     total = torch.zeros_like(bias)
     for image in images:
@@ -204,12 +204,12 @@ def _alternate(problem: _Problem, images: list[int], bias: Tensor) -> Tensor:
 
 
 def _centred(bias: Tensor) -> Tensor:
-    """The mean over positions belongs to the features: a constant is seen as itself."""
+    """Subtract the mean over positions: views preserve constants, so it belongs to the features."""
     return bias - bias.mean((1, 2), keepdim=True)
 
 
 def _fit_bias(problem: _Problem, images: list[int], judge: list[int]) -> tuple[Tensor, list[float]]:
-    """The bias in components, and the held-out error after 0, 1, … alternations, the last being the one kept."""
+    """Return the bias in components, and the held-out error after 0, 1, … alternations, up to the one kept."""
     settings = problem.settings
     bias = _zero_bias(problem.sample, problem.device)
     errors = [problem.error(bias, judge, settings.regularisation, settings.iterations)]
@@ -227,30 +227,31 @@ def _fit_bias(problem: _Problem, images: list[int], judge: list[int]) -> tuple[T
 
 
 def _full_bias(problem: _Problem, images: list[int], alternations: int) -> Tensor:
-    """The bias in all channels [C, h, w]: as many alternations as were worth it in components.
+    """Fit the bias in all channels [C, h, w], with as many alternations as were kept in components.
 
-    Each channel is a problem of its own, so it is the same fit in another basis; a residual in components could not
-    be turned back, as it knows nothing of what the components leave out.
+    Channels are independent problems, so this is the same fit in another basis. A residual in components cannot be
+    mapped back, because it lacks whatever the components leave out.
     """
     sample = problem.sample
     num_chs = sample.features.shape[2]
     bias = torch.zeros(num_chs, *sample.low.shape[3:])
     line = ProgressLine("bias in all channels", -(-num_chs // _CHANNELS_AT_ONCE) * alternations, "passes")
     for first in range(0, num_chs, _CHANNELS_AT_ONCE):
-        some = slice(first, min(first + _CHANNELS_AT_ONCE, num_chs))
-        block = bias[some].to(problem.device)
+        channels = slice(first, min(first + _CHANNELS_AT_ONCE, num_chs))
+        block = bias[channels].to(problem.device)
         for _ in range(alternations):
             residuals = (
-                problem.mean_residual(image, sample.channels(image, some).to(problem.device), block) for image in images
+                problem.mean_residual(image, sample.channels(image, channels).to(problem.device), block)
+                for image in images
             )
             block = _centred(torch.stack(list(residuals)).mean(0))
             line.advance()
-        bias[some] = block.cpu()
+        bias[channels] = block.cpu()
     return bias
 
 
 def _curve(problem: _Problem, bias: Tensor, judge: list[int]) -> list[tuple[float, int, float]]:
-    """(regularisation, iterations, held-out error)."""
+    """Evaluate all combinations: (regularisation, iterations, held-out error) of each."""
     curve = []
     line = ProgressLine("regularisation", len(_REGULARISATIONS) * len(_ITERATIONS), "settings")
     for regularisation in _REGULARISATIONS:

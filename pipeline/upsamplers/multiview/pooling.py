@@ -1,7 +1,7 @@
 """The weights of the multiview upsampler: a model of how a backbone pools pixels into features.
 
-One .safetensors file of ``jobs/fit_pooling.py``: the positional bias as its tensor, everything else as JSON in its
-metadata.
+``jobs/fit_pooling.py`` writes it as one .safetensors file: the positional bias as the only tensor, all else as JSON in
+the metadata.
 """
 
 import json
@@ -19,7 +19,7 @@ from schemas.configuration import differences
 __all__ = ["FitSettings", "Origin", "PoolingModel"]
 
 _UPSAMPLER = "multiview"
-_MAKE_ONE = "Make one for this backbone and size with jobs/fit_pooling.py."
+_MAKE_ONE = "Fit one for this backbone and size with jobs/fit_pooling.py."
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class FitSettings:
     """How the solver fits an image.
 
     Attributes:
-        sigma_px: of the Gaussian that the backbone is taken to pool with, in pixels of the image.
-        views: of each image.
-        stride_px: pixels of the image in a cell of the solver's grid, along each axis.
-        regularisation: λ of the image-guided Laplacian. It suits the number of views it was chosen with; the best one
-            grows slowly with that, and is not adjusted.
-        iterations: most steps of conjugate gradient.
-        colour_sigma: of the Laplacian's weights: distance in RGB, 0 … 1.
+        sigma_px: standard deviation of the Gaussian that models the backbone's pooling, in pixels of the image.
+        views: number of views per image.
+        stride_px: side of a cell of the solver's grid, in pixels of the image.
+        regularisation: λ of the image-guided Laplacian. It is tuned for the number of views it was chosen with; the
+            best value grows slowly with that number, and is not adjusted.
+        iterations: maximum number of conjugate-gradient steps.
+        colour_sigma: colour scale of the Laplacian's weights, as a distance in RGB (0 … 1).
     """
 
     sigma_px: float
@@ -41,7 +41,7 @@ class FitSettings:
     stride_px: int
     regularisation: float
     iterations: int
-    colour_sigma: float = 0.05  # held-out views hardly tell: .221 at .02 and .05, .223 at .1, .230 unguided (ViT-S/14)
+    colour_sigma: float = 0.05  # held-out error: .221 at .02 and .05, .223 at .1, .230 unguided (ViT-S/14)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Origin:
         backbone: `Backbone.identity`.
         size: (H, W) of the images in pixels.
         grid: (h, w) of the features.
-        account: of the fit, for people: images, held-out errors by setting, versions.
+        account: record of the fit, informative only: images, held-out errors by setting, versions.
     """
 
     backbone: dict[str, Any]
@@ -63,12 +63,12 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class PoolingModel:
-    """A backbone as a linear operator: Gaussian pooling of the view, plus a positional bias.
+    """A backbone modelled as a linear operator: Gaussian pooling of the view, plus a positional bias.
 
     Attributes:
-        bias: [C, h, w] float32: what the backbone adds to the features at each position whatever the image shows, the
-            mean over positions being zero.
-        settings: for the solver.
+        bias: [C, h, w] float32, what the backbone adds at each position regardless of the image; zero mean over
+            positions.
+        settings: the solver's settings.
         origin: the backbone and sizes it was fitted on.
     """
 
@@ -78,14 +78,14 @@ class PoolingModel:
 
     @property
     def digest(self) -> str:
-        """Of the bias; the settings can be read themselves."""
+        """Digest of the bias; settings are compared directly."""
         return state_digest({"bias": self.bias})
 
     def check(self, backbone: Backbone, uri: str) -> None:
-        """Refuse another backbone, layer or image size than those it was fitted on.
+        """Check that the backbone, layer and image size are those it was fitted on.
 
         Raises:
-            JobError: naming both.
+            JobError: they differ; the message names both.
         """
         origin = self.origin
         own = {**backbone.identity(), "size": list(backbone.size), "grid": list(backbone.grid)}
@@ -100,7 +100,7 @@ class PoolingModel:
         )
 
     def to_bytes(self) -> bytes:
-        """The .safetensors file."""
+        """Serialise to the bytes of a .safetensors file."""
         origin = self.origin
         details = {"settings": asdict(self.settings), "size": origin.size, "grid": origin.grid}
         provenance = Provenance(
@@ -131,8 +131,8 @@ class PoolingModel:
             return cls._from_parts(state["bias"], provenance)
         except (KeyError, TypeError, ValueError) as error:
             raise JobError(
-                f"Weights {uri!r}: got {type(error).__name__}: {error}, expected a file that jobs/fit_pooling.py "
-                f"made. {_MAKE_ONE}"
+                f"Weights {uri!r}: got {type(error).__name__}: {error}, expected a file written by "
+                f"jobs/fit_pooling.py. {_MAKE_ONE}"
             ) from error
 
     @classmethod

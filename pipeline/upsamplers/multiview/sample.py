@@ -1,7 +1,7 @@
-"""The backbone's features of many views of some images: the data that a pooling model is fitted on.
+"""The backbone's features of many views of sampled images: the data that a pooling model is fitted on.
 
-All channels of all views are many gigabytes for a large backbone. They are written to a temporary file, from which the
-bias is fitted a few channels at a time; what settings are chosen on are k components, in memory.
+For a large backbone, all channels of all views take many gigabytes. They are written to a temporary file, from which
+the bias is fitted a few channels at a time. Settings are chosen on k components, which are kept in memory.
 """
 
 import errno
@@ -32,14 +32,14 @@ __all__ = ["ViewSample", "sampled_views"]
 
 @dataclass(frozen=True, eq=False)
 class ViewSample:
-    """Features of the views of N images; of each image the first are for solving, the last held out.
+    """Features of views of N images, on the CPU. The first views of each image are for solving, the rest held out.
 
     Attributes:
-        images: [N, 3, H, W] uint8, on the CPU like all of it.
-        features: [N, views + held out, C, h, w] float32, in a file.
-        low: [N, views + held out, k, h, w] float32: the same in components.
-        views: for solving.
-        basis: of the components.
+        images: [N, 3, H, W] uint8.
+        features: [N, views + held out, C, h, w] float32, memory-mapped from a file.
+        low: [N, views + held out, k, h, w] float32: the same features in components.
+        views: number of views for solving.
+        basis: the components' basis.
     """
 
     images: Tensor
@@ -48,23 +48,23 @@ class ViewSample:
     views: int
     basis: Basis
 
-    def channels(self, image: int, some: slice) -> Tensor:
-        """Some channels of an image's views for solving: [views, channels, h, w]."""
-        return torch.from_numpy(np.array(self.features[image, : self.views, some]))
+    def channels(self, image: int, chosen: slice) -> Tensor:
+        """Chosen channels of an image's views for solving: [views, channels, h, w]."""
+        return torch.from_numpy(np.array(self.features[image, : self.views, chosen]))
 
 
 @contextmanager
 def sampled_views(
     backbone: Backbone, images: Tensor, *, views: int, held_out: int, components: int
 ) -> Iterator[ViewSample]:
-    """Run the backbone on all views; images whose features are not finite, or all the same, are left out.
+    """Run the backbone on all views, skipping images whose features are not finite or do not vary.
 
     Args:
         backbone: on the device to compute on.
         images: [N, 3, H, W] uint8, of the backbone's size.
-        views: for solving.
-        held_out: not for solving.
-        components: at most so many; fewer where the features span fewer.
+        views: number of views for solving.
+        held_out: number of held-out views.
+        components: maximum number of components; fewer if the features span fewer dimensions.
 
     Raises:
         JobError: the features do not vary, or do not fit on the disk.
@@ -92,23 +92,23 @@ def sampled_views(
 
 
 def _take_space(file: Path, needed: int) -> None:
-    """Make a file of so many bytes that are its own: writing to memory ends the process where the disk is full.
+    """Create a file with ``needed`` bytes allocated: on a full disk, writing to mapped memory kills the process.
 
     Raises:
-        JobError: there are not so many.
+        JobError: the disk does not have enough free space.
     """
     free = shutil.disk_usage(file.parent).free
     try:
         if needed > free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with file.open("wb") as opened:
-            if hasattr(os, "posix_fallocate"):  # a quota, or others who fill the disk meanwhile
+            if hasattr(os, "posix_fallocate"):  # also detects quotas and a disk that fills up meanwhile
                 os.posix_fallocate(opened.fileno(), 0, needed)
             else:
                 opened.truncate(needed)
     except OSError as error:
         raise JobError(
             f"the features of all views take {needed / 1e9:,.1f} GB in {tempfile.gettempdir()}, where "
-            f"{free / 1e9:,.1f} GB are free: set TMPDIR to a folder with more room, or take fewer --fit-images or "
+            f"{free / 1e9:,.1f} GB are free: set TMPDIR to a folder with more space, or use fewer --fit-images or "
             f"--views ({error.strerror})"
         ) from error

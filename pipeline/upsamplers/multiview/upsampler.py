@@ -1,4 +1,4 @@
-"""Multiview upsampling: high-res features that agree with the backbone's features of many views of the image."""
+"""Multiview upsampling: high-res features consistent with the backbone's features of many views of the image."""
 
 from dataclasses import replace
 
@@ -36,18 +36,18 @@ _LEAST_VARIANCE = 1e-10  # of features over positions and views, as a share of t
 class MultiviewUpsampler(Upsampler):
     """FeatUp's objective (arXiv 2403.10516, multi-view consistency) as a linear least-squares problem.
 
-    The backbone looks at V jittered views of each image. It is taken to pool high-res features with a Gaussian and to
-    add a bias of its own to each position; then all views together determine features on a grid of the solver's, which
-    training-free JBU brings to the output's size.
+    The backbone runs on V jittered views of each image. It is modelled as Gaussian pooling of high-res features plus a
+    positional bias. All views together then determine features on the solver's grid, which training-free JBU upsamples
+    to the output's size.
 
-    The result is what the solver finds, without the bias: what the backbone says of a position whatever is there says
-    nothing of the image. To leave it out of bilinear interpolation improved a linear probe with ViT-S/14 (mIoU .245 to
-    .268 on 30 photos of COCO), and made no difference to speak of with Lite0 (.226, .223).
+    The result is the solution without the bias, which does not depend on the image and so carries no information about
+    it. Subtracting it before bilinear interpolation improved a linear probe with ViT-S/14 (mIoU .245 to .268 on 30
+    photos of COCO), and made no notable difference with Lite0 (.226, .223).
 
     Args:
-        backbone: whose features these are; it is shared, not copied.
+        backbone: whose features are upsampled; shared, not copied.
         pooling: fitted on that backbone.
-        settings: those of the pooling model, or others.
+        settings: the pooling model's, or modified ones.
     """
 
     name = "multiview"
@@ -56,8 +56,8 @@ class MultiviewUpsampler(Upsampler):
         channels="those of the backbone that its weights were fitted on",
         scale="any",
         guidance="the image, and the backbone's features of jittered views of it",
-        pca="exact: the views' features are projected as they are made",
-        weights_from="make them with jobs/fit_pooling.py",
+        pca="exact: the views' features are projected batch by batch",
+        weights_from="fit them with jobs/fit_pooling.py",
     )
 
     def __init__(self, backbone: Backbone, pooling: PoolingModel, settings: FitSettings) -> None:
@@ -71,7 +71,7 @@ class MultiviewUpsampler(Upsampler):
     @classmethod
     @override
     def from_options(cls, options: MultiviewOptions, weights: str | None, backbone: Backbone) -> "MultiviewUpsampler":
-        """The weights are a file of ``jobs/fit_pooling.py``."""
+        """Build the upsampler; the weights are a file written by ``jobs/fit_pooling.py``."""
         assert weights is not None
         if options.views is not None and options.views > MOST_VIEWS:
             raise JobError(f"--views: got {options.views}, expected at most {MOST_VIEWS}: later views are held out")
@@ -100,7 +100,7 @@ class MultiviewUpsampler(Upsampler):
 
 
 class SolverViews:
-    """The matrices of the solver's views, on any device."""
+    """The matrices of the solver's views, cached per device."""
 
     def __init__(self, backbone: Backbone, settings: FitSettings) -> None:
         self.grid = solver_grid(backbone.size, settings.stride_px)
@@ -109,16 +109,16 @@ class SolverViews:
         self._on: dict[torch.device, tuple[JitterMatrices, ViewMatrices]] = {}
 
     def on(self, device: torch.device) -> tuple[JitterMatrices, ViewMatrices]:
-        """Matrices of all views but the first, which is the image itself; and the operators of all views."""
+        """Matrices of all views except the first, which is the image itself; and the operators of all views."""
         if device not in self._on:
             self._on[device] = JitterMatrices.of(self._jitters[1:], device), self._operators.to(device)
         return self._on[device]
 
 
 def start_at(first: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Where the solver starts: the image's own features [B, k, h, w], interpolated.
+    """The solver's initial value: the image's own features [B, k, h, w], interpolated to ``grid``.
 
-    From JBU it came to the same error on held-out views (.2210 and .2213).
+    Starting from JBU gave the same error on held-out views (.2210 and .2213).
     """
     return F.interpolate(first, grid, mode="bilinear", align_corners=False)
 
@@ -143,7 +143,7 @@ class _MultiviewProjected(Projected):
         return with_nonfinite(self.upsampler.finish.encode(solved, images, size, encoding), failures)
 
     def _solved(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> tuple[Tensor, dict[int, ImageError]]:
-        """Features on the solver's grid [B, k, H', W'], NaN where an image failed; and why it did."""
+        """Solve for features on the solver's grid [B, k, H', W'], NaN for failed images; also return the failures."""
         check_images(features, images, size)
         backbone, settings = self.upsampler.backbone, self.upsampler.settings
         if tuple(images.shape[2:]) != backbone.size:
@@ -168,12 +168,12 @@ class _MultiviewProjected(Projected):
         failures = _unsolved(solution) | failures
         for image in failures:
             solution.features[image] = torch.nan
-        # On a GPU in float16, as other upsamplers: as precise as what is stored, and half the bytes.
+        # On a GPU in float16, like other upsamplers: as precise as the stored values at half the bytes.
         return solution.features.half() if solution.features.is_cuda else solution.features, failures
 
 
 def _unfit(targets: Tensor) -> dict[int, ImageError]:
-    """Images whose views [V, k, h, w] the backbone does not tell apart, or of which it made nothing finite."""
+    """Images of targets [B, V, k, h, w] with constant or non-finite features."""
     seen = targets.transpose(1, 2).flatten(2)  # [B, k, V h w]
     variance, square = seen.var(2, correction=0).sum(1), seen.square().mean(2).sum(1)
     nonfinite = ~seen.isfinite().all(2).all(1)

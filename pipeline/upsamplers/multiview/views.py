@@ -1,8 +1,8 @@
-"""The views that the multiview solver fits: a fixed sequence for an image size, and what the backbone sees of them.
+"""The views that the multiview solver fits: a fixed sequence per image size, and the backbone's pooling of them.
 
-Views fill their space evenly (Roberts' additive recurrence R3, "The unreasonable effectiveness of quasirandom
-sequences", 2018). The error on held-out views was lower than with as many random ones where views are few (ViT-S/14,
-5 photos: .250 against .260 with 9, .229 against .237 with 21), and the same with 41.
+Views cover their parameter space evenly (Roberts' additive recurrence R3, "The unreasonable effectiveness of
+quasirandom sequences", 2018). With few views, the error on held-out views was lower than with equally many random ones
+(ViT-S/14, 5 photos: .250 against .260 with 9, .229 against .237 with 21); with 41 it was the same.
 """
 
 import itertools
@@ -18,12 +18,12 @@ from pipeline.views.jitter import Jitter, view_matrices
 
 __all__ = ["MOST_VIEWS", "held_out_views", "solver_grid", "solver_views", "view_operators"]
 
-MOST_VIEWS = 256  # that a fit may use; held-out views are the members of the sequence that follow
-_PAD_SHARE = 30 / 224  # of FeatUp's implicit fit (arXiv 2403.10516): 30 pixels at 224
+MOST_VIEWS = 256  # limit for a fit; held-out views come later in the sequence
+_PAD_SHARE = 30 / 224  # as in FeatUp's implicit fit (arXiv 2403.10516): 30 pixels at 224
 _MOST_ZOOM = 1.8
 _PLASTIC = 1.2207440846057596  # the root of x⁴ = x + 1
-# Weights below this share of a matrix's greatest are zero: float32 denormals in the kernel's tails made the products
-# ten times slower, and rows that end allow them to be cut into bands.
+# Weights below this share of the matrix's maximum become zero: float32 denormals in the kernel's tails made products
+# ten times slower, and rows of finite support can be cut into bands.
 _LEAST_WEIGHT = 1e-5
 
 
@@ -39,31 +39,31 @@ def solver_views(size: tuple[int, int], count: int) -> list[Jitter]:
 
 
 def held_out_views(size: tuple[int, int], count: int) -> list[Jitter]:
-    """``count`` views of the same sequence that no fit uses, the same whatever number of views a fit has."""
-    # In a small image the same whole pixels come again; enlarged views never do, so that this ends.
+    """``count`` views of the same sequence that no fit uses, independent of the number of views fitted."""
+    # In a small image, views at whole pixels repeat; enlarged views never do, so this terminates.
     fitted = set(solver_views(size, MOST_VIEWS))
     later = (_view(size, number) for number in itertools.count(MOST_VIEWS))
     return list(itertools.islice((view for view in later if view not in fitted), count))
 
 
 def solver_grid(size: tuple[int, int], stride_px: int) -> tuple[int, int]:
-    """(height, width) of the solver's grid, one cell for each ``stride_px`` pixels of the image, rounded up."""
+    """(height, width) of the solver's grid: one cell per ``stride_px`` pixels of the image, rounded up."""
     return math.ceil(size[0] / stride_px), math.ceil(size[1] / stride_px)
 
 
 def view_operators(
     jitters: Sequence[Jitter], low: tuple[int, int], high: tuple[int, int], sigma_px: float
 ) -> ViewMatrices:
-    """What the backbone sees of features on a grid: interpolated to pixels, jittered, pooled by a Gaussian.
+    """Model of the backbone's view of features on a grid: interpolated to pixels, jittered, pooled by a Gaussian.
 
     Args:
         jitters: V views.
         low: (h, w) of the backbone's features.
-        high: (H, W) of the solver's grid; on the image's own it is not interpolated.
-        sigma_px: of the Gaussian, in pixels of the image; cut off at its border.
+        high: (H, W) of the solver's grid; if it equals the image's size, nothing is interpolated.
+        sigma_px: standard deviation of the Gaussian in pixels of the image; truncated at the image's border.
 
     Returns:
-        float32 on the CPU, rows summing to 1: a constant is seen as itself.
+        float32 matrices on the CPU; rows sum to 1, so constants are preserved.
     """
     size = jitters[0].size
     rows, columns = view_matrices(jitters, size)
@@ -77,7 +77,7 @@ def view_operators(
 
 
 def _view(size: tuple[int, int], number: int) -> Jitter:
-    """Every other view is enlarged, every other pair flipped."""
+    """View ``number`` of the sequence: every other view is enlarged, every other pair is flipped."""
     pad = min(round(min(size) * _PAD_SHARE), min(size) - 1)
     if number == 0:
         return Jitter(size, pad, 1.0, pad, pad, False)
@@ -91,19 +91,19 @@ def _view(size: tuple[int, int], number: int) -> Jitter:
 
 
 def _pooling(cells: int, length: int, sigma_px: float) -> Tensor:
-    """[cells, length] float64: Gaussians about the cells' centres, rows summing to 1."""
+    """[cells, length] float64: Gaussians around the cells' centres; rows sum to 1."""
     centres = (torch.arange(cells, dtype=torch.float64) + 0.5) * (length / cells)
     distance = torch.arange(length, dtype=torch.float64) + 0.5 - centres[:, None]
     return torch.softmax(-distance.square() / (2 * sigma_px**2), 1)
 
 
 def _interpolation(length: int, cells: int) -> Tensor:
-    """[length, cells] float64: linear, align_corners=False."""
+    """[length, cells] float64: linear interpolation, align_corners=False."""
     eye = torch.eye(cells, dtype=torch.float64)[None]
     return F.interpolate(eye, length, mode="linear", align_corners=False)[0].T.contiguous()
 
 
 def _pruned(matrices: Tensor) -> Tensor:
-    """Without negligible weights; float32."""
+    """Zero negligible weights, renormalise rows to sum to 1, and convert to float32."""
     kept = torch.where(matrices > _LEAST_WEIGHT * matrices.max(), matrices, 0.0)
     return (kept / kept.sum(2, keepdim=True)).float()

@@ -132,7 +132,7 @@ def test_refuses_truncated_files(tmp_path, kind, kept):
     else:
         torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
-    with pytest.raises(JobError, match="damaged, cut short or of another format"):
+    with pytest.raises(JobError, match="damaged, truncated or of another format"):
         read_state_dict(str(path))
 
 
@@ -141,7 +141,7 @@ def test_refuses_truncated_files(tmp_path, kind, kept):
 def test_refuses_other_formats(tmp_path, suffix, content):
     path = tmp_path / f"w.{suffix}"
     path.write_bytes(content)
-    with pytest.raises(JobError, match="damaged, cut short or of another format"):
+    with pytest.raises(JobError, match="damaged, truncated or of another format"):
         read_state_dict(str(path))
 
 

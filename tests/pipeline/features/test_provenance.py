@@ -51,7 +51,7 @@ def test_files_of_before_are_read(tmp_path: Path) -> None:
     check_pairing(uri, "lift", backbone())
     with pytest.raises(JobError, match=r"for resnet18 at layer 2 .*layer: weights 2, asked 1"):
         check_pairing(uri, "lift", backbone(layer=1))
-    with pytest.raises(JobError, match="of the upsampler lift, asked is jbu: give --upsampler lift"):
+    with pytest.raises(JobError, match="for the upsampler lift, but this job uses jbu: pass --upsampler lift"):
         check_pairing(uri, "jbu", backbone())
 
 

@@ -95,7 +95,7 @@ class _OtherDisk(World):
 def test_an_output_that_not_all_nodes_share(photographs: Path, tmp_path: Path) -> None:
     plan, built = make_train_plan(train_config(photographs, tmp_path / "training"))
     world = _OtherDisk(torch.device("cpu"))
-    with pytest.raises(JobError, match="of the steps 0, 2: --output must be a place that all nodes share"):
+    with pytest.raises(JobError, match="of the steps 0, 2: --output must be storage that all nodes share"):
         Training(plan, build_stages(plan, world, 1, built), world)
 
 
@@ -136,11 +136,11 @@ def test_workers_that_die_are_started_again() -> None:
         if len(starts) <= deaths:
             raise OSError("a node is gone")
 
-    runner._persistently(partial(fit, 2), 2, OSError)
+    runner._with_retries(partial(fit, 2), 2, OSError)
     assert len(starts) == 3
     starts.clear()
-    with pytest.raises(JobError, match=r"workers died 3 times.*a node is gone.*--resume goes on"):
-        runner._persistently(partial(fit, 9), 2, OSError)
+    with pytest.raises(JobError, match=r"workers died 3 times.*a node is gone.*--resume continues"):
+        runner._with_retries(partial(fit, 9), 2, OSError)
     assert len(starts) == 3
 
 

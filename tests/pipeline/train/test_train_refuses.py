@@ -84,7 +84,8 @@ def test_what_cannot_begin_leaves_the_place_to_others(photographs: Path, tmp_pat
 
 def test_lift_needs_enough_to_begin_as_interpolation(photographs: Path, tmp_path: Path) -> None:
     asked = train_config(photographs, tmp_path / "training", upsampler="lift", limit=1, steps=1)
-    with pytest.raises(JobError, match=r"takes 256 places .* got 1 images of 4×4\. Give more .* --lift-initial random"):
+    words = r"needs at least 256 positions .* got 1 images of 4×4\. Give more .* --lift-initial random"
+    with pytest.raises(JobError, match=words):
         train_upsampler(asked)
     assert train_upsampler(replace(asked, lift_initial="random")) == 0
 
@@ -95,7 +96,7 @@ def test_lift_needs_enough_to_begin_as_interpolation(photographs: Path, tmp_path
         ({"images": "/nothing/here"}, "/nothing/here"),
         ({"val_images": None, "val_share": 1e-9}, "held-out views: got 0 images, expected --val-count 2"),
         ({"val_count": 4}, "held-out views: got 3 images, expected --val-count 4"),
-        ({"val_images": "{images}"}, "6 of them are among --images too"),
+        ({"val_images": "{images}"}, "6 of them are also in --images"),
         ({"val_images": None, "val_share": 0.999999, "val_count": 1}, "no image is left to train on"),
         ({"backbones": ("resnet81",)}, "resnet18"),
         ({"backbones": ("resnet18@9",)}, "layer 9"),

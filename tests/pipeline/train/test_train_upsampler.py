@@ -207,7 +207,7 @@ def test_lift(photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert upsampler.identity()["patch"] == 8
     with pytest.raises(JobError, match=r"for resnet18 at layer 2 .* resnet18 at layer 1 .* cell: weights 8, asked 4"):
         build_upsampler("lift", weights, resnet18(1))
-    with pytest.raises(JobError, match=r"of the upsampler lift, asked is jbu"):
+    with pytest.raises(JobError, match=r"for the upsampler lift, but this job uses jbu"):
         build_upsampler("jbu", weights, resnet18(2))
 
 

@@ -73,8 +73,9 @@ def test_a_file_written_before_reads_the_same(pooling, weights, backbone, tmp_pa
     assert read.origin == PoolingModel.read(weights).origin
     before, now = (build_upsampler("multiview", file, backbone).identity() for file in (str(path), weights))
     assert before == now
+    words = "for the upsampler multiview, but this job uses lift: pass --upsampler multiview"
     for file in (str(path), weights):
-        with pytest.raises(JobError, match="of the upsampler multiview, asked is lift: give --upsampler multiview"):
+        with pytest.raises(JobError, match=words):
             build_upsampler("lift", file, backbone)
     for changed in ({"format": 2}, {"origin": {}}, {"settings": {"views": 3}}):
         path.write_bytes(as_before(pooling, **changed))

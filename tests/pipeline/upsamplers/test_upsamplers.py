@@ -255,7 +255,7 @@ def test_unknown_names_and_useless_weights():
     with pytest.raises(JobError, match="bilinear"):
         build_upsampler("bilinear", "weights.pth", backbone(8))
     for name in ("lift", "anyup"):
-        with pytest.raises(JobError, match=f"{name} needs its weights: give --upsampler-weights"):
+        with pytest.raises(JobError, match=f"{name} needs its weights: pass --upsampler-weights"):
             build_upsampler(name, None, backbone(8))
 
 
