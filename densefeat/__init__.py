@@ -1,4 +1,4 @@
-"""Read dense, high-resolution image features from a store made by the densefeat pipeline."""
+"""Read dense, high-resolution image features from a store written by the densefeat pipeline."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,3 +1,3 @@
-"""The version, alone, so that building a wheel imports nothing else."""
+"""The version, in its own module so that building a wheel imports nothing else."""
 
 __version__ = "0.1.0"

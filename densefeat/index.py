@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 _PARALLEL_REQUESTS = 32
 _PENDING = "pending"
-# The columns that a ledger record must have; schemas/index.py has the whole schema of the index.
+# Columns that this package reads: `_OUTCOME` from ledger records, `_COLUMNS` from the index. schemas/index.py has the
+# whole schema.
 _OUTCOME = {
     "row": pa.int64(),
     "status": pa.string(),

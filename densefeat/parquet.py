@@ -31,7 +31,7 @@ def read_parquet(data: bytes) -> pa.Table:
         with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=True) as file:
             fixed = any(pa.types.is_fixed_size_list(field.type) for field in file.schema_arrow)
             table = file.read(use_threads=False)
-        table.validate(full=True)  # texts are UTF-8
+        table.validate(full=True)  # checks among others that strings are UTF-8
     except (pa.ArrowException, OSError) as error:  # Arrow raises OSError for bytes that do not decompress
         if fixed and _pyarrow_major() < 26:
             raise ValueError(f"it has fixed-size lists, which require pyarrow 26 or newer: {error}") from error

@@ -22,7 +22,7 @@ _READ_AT_ONCE = 1 << 16
 
 
 def get(fs: Any, url: str) -> bytes:
-    """The whole object.
+    """Read the whole object.
 
     Args:
         fs: fsspec's ``HTTPFileSystem``.
@@ -37,7 +37,7 @@ def get(fs: Any, url: str) -> bytes:
 
 
 def get_range(fs: Any, url: str, start: int, end: int) -> bytes:
-    """Bytes ``start`` (inclusive) to ``end`` (exclusive) of the object, fewer if it ends before.
+    """Read bytes ``start`` (inclusive) to ``end`` (exclusive) of the object; fewer if it ends before.
 
     If the server does not support ranges, everything up to ``end`` is transferred and only the range is kept.
 

@@ -26,7 +26,7 @@ class Hosts:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._answered: OrderedDict[str, str] = OrderedDict()  # host -> one of its URLs, most recent last
-        self._dead: OrderedDict[str, float] = OrderedDict()  # host -> time from which requests are retried again
+        self._dead: OrderedDict[str, float] = OrderedDict()  # host -> time until which it counts as dead
 
     def answered(self, uri: str) -> None:
         """Record that the host of a URL has just answered."""
