@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from densefeat.store import FeatureStore
 from pipeline.errors import ImageError, JobError
@@ -19,6 +21,7 @@ from schemas.configuration import StoreConfiguration
 Pixels = npt.NDArray[np.uint8]
 
 _GAP_PX = 8
+_FONT_PX = 12
 # Number of components, at most three -> indices of the red, green and blue component.
 _CHANNELS = {1: [0, 0, 0], 2: [0, 1, 1], 3: [0, 1, 2]}
 _PERCENTILES = (1, 99)  # so that a few extreme values do not make everything else grey
@@ -50,19 +53,18 @@ def _geometry(configuration: StoreConfiguration) -> Geometry:
 
 
 def read_photo(store: FeatureStore, row: int) -> npt.NDArray[np.uint8]:
-    """Read the image of a row from its URI in the index, as the backbone saw it: uint8 [3, H, W].
+    """Read the image of a row from where the index says it lies, as the backbone saw it: uint8 [3, H, W].
 
     Raises:
-        JobError: the image cannot be read, or is not in a file of its own (only folders of images are supported).
+        JobError: the image cannot be read.
     """
     image = store.index.slice(row % len(store), 1)
     uri = image["uri"][0].as_py()
     configuration = stored_attributes(store.uri, store.attributes).configuration
-    if configuration.source.kind != "folder":
-        raise JobError(f"row {row} lies inside {uri}: pictures need images that are files of their own")
+    source = configuration.source
     try:
-        with ThreadPoolExecutor(1) as pool:
-            (data,) = read_images(image, image_column=None, kind="folder", pool=pool)
+        with ThreadPoolExecutor(2) as pool:
+            (data,) = read_images(image, image_column=source.image_column, kind=source.kind, pool=pool)
         if isinstance(data, ImageError):
             raise data
         return decode(data, _geometry(configuration)).pixels
@@ -74,29 +76,60 @@ def comparison(store: FeatureStore, rows: Sequence[int], backbone: Backbone | No
     """Picture with one line per row: photo | low-resolution features (if there is a backbone) | stored features.
 
     Both kinds of features are coloured by the store's first three components, each kind on a common scale for all rows.
+    Above each column is what it shows, and its size; below each photo is its key.
     """
     photos = [read_photo(store, row) for row in rows]
     high = feature_colours([store.read(row) for row in rows])
     columns: list[list[Pixels]] = [[photo.transpose(1, 2, 0) for photo in photos]]
+    headings = ["photo"]
     if backbone is not None:
         with torch.inference_mode():
             features = backbone(torch.from_numpy(np.stack(photos))).numpy()
         centred = features - store.mean[:, None, None]
         columns.append(feature_colours(list(np.einsum("kc,bchw->bkhw", store.components[:3], centred))))
+        headings.append("features of the backbone")
     columns.append(high)
-    return _grid(columns, photos[0].shape[1:])
+    headings.append("features in the store")
+    for number, column in enumerate(columns):
+        headings[number] += f", {column[0].shape[1]}×{column[0].shape[0]}"
+    return _grid(columns, headings, [store.keys[row] for row in rows], photos[0].shape[1:])
 
 
-def _grid(columns: Sequence[Sequence[Pixels]], size: tuple[int, ...]) -> Image.Image:
-    """Tiles of ``size`` (height, width) on white, enlarged without interpolation so that the resolution is visible."""
+def _grid(
+    columns: Sequence[Sequence[Pixels]], headings: Sequence[str], captions: Sequence[str], size: tuple[int, ...]
+) -> Image.Image:
+    """Tiles of ``size`` (height, width) on white, enlarged without interpolation so that the resolution is visible.
+
+    Args:
+        columns: uint8 [H, W, 3] each, as many in every column.
+        headings: above each column.
+        captions: below each tile of the first column.
+        size: of a tile, in pixels.
+    """
     height, width = size
-    picture = Image.new(
-        "RGB",
-        (len(columns) * (width + _GAP_PX) - _GAP_PX, len(columns[0]) * (height + _GAP_PX) - _GAP_PX),
-        "white",
-    )
+    # matplotlib brings a font of many scripts; Pillow's own has ASCII only.
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _FONT_PX)
+    line_px = 2 * _FONT_PX
+    across, down = width + _GAP_PX, height + line_px
+    picture = Image.new("RGB", (len(columns) * across - _GAP_PX, line_px + len(captions) * down), "white")
+    draw = ImageDraw.Draw(picture)
     for x, column in enumerate(columns):
+        draw.text((x * across, line_px // 4), _fitted(headings[x], font, width), "black", font)
         for y, tile in enumerate(column):
             enlarged = Image.fromarray(np.ascontiguousarray(tile)).resize((width, height), Image.Resampling.NEAREST)
-            picture.paste(enlarged, (x * (width + _GAP_PX), y * (height + _GAP_PX)))
+            picture.paste(enlarged, (x * across, line_px + y * down))
+    for y, caption in enumerate(captions):
+        below = line_px + y * down + height + line_px // 8
+        draw.text((0, below), _fitted(caption, font, width, keep_end=True), "dimgrey", font)
     return picture
+
+
+def _fitted(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, *, keep_end: bool = False
+) -> str:
+    """Shorten a text to a width in pixels, marked by an ellipsis; paths keep their end."""
+    shortened = text
+    while text and font.getlength(shortened) > width:
+        text = text[1:] if keep_end else text[:-1]
+        shortened = f"…{text}" if keep_end else f"{text}…"
+    return shortened

@@ -1,8 +1,9 @@
-"""Draw the features in a store: photo | low-resolution features | high-resolution features.
+"""Draw the features in a store beside their photos.
 
     python -m jobs.show_features --store features/ --output features.png
 
-Low-resolution features are recomputed with the store's backbone; its weights must be those that made the store.
+With ``--weights``, low-resolution features are recomputed with the store's backbone, and drawn in between; the weights
+must be those that made the store.
 """
 
 import io
@@ -31,8 +32,8 @@ class ShowConfig:
     output: str = "features.png"
     # Rows to show, counted from the end if negative; by default, the first four that have features.
     rows: tuple[int, ...] = ()
-    # Weights of the backbone as passed to the main job; "none" omits the low-resolution features.
-    weights: str = "pretrained"
+    # Weights of the backbone as passed to the main job, to draw its low-resolution features beside the stored ones.
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         """Check the options that need no access to files."""
@@ -77,13 +78,13 @@ def _rows(store: "FeatureStore", config: ShowConfig) -> Sequence[int]:
     return rows
 
 
-def _backbone(store: "FeatureStore", weights: str) -> "Backbone | None":
-    """The backbone that made the store; None if ``weights`` is "none".
+def _backbone(store: "FeatureStore", weights: str | None) -> "Backbone | None":
+    """The backbone that made the store; None without weights.
 
     Raises:
         JobError: the weights are not those that made the store.
     """
-    if weights == "none":
+    if weights is None:
         return None
     from pipeline.features.backbone import build_backbone
     from pipeline.store.layout import stored_attributes
@@ -92,7 +93,7 @@ def _backbone(store: "FeatureStore", weights: str) -> "Backbone | None":
     made_by = stored.backbone
     backbone = build_backbone(made_by["name"], size=stored.geometry.size, weights=weights, layer=made_by["layer"])
     if backbone.identity()["weights"] != made_by["weights"]:
-        raise JobError(f"--weights {weights} are not those that made {store.uri}: pass those, or --weights none")
+        raise JobError(f"--weights {weights} are not those that made {store.uri}: pass those, or omit --weights")
     return backbone
 
 

@@ -3,20 +3,25 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs.pictures import feature_colours
+from densefeat import FeatureStore
+from jobs.pictures import feature_colours, read_photo, stored_geometry
 from jobs.show_features import ShowConfig, show
 from jobs.upsample_imagenet import upsample
 from pipeline.errors import JobError
+from pipeline.images.decoding.decode import decode
 from schemas.options import UpsampleConfig
+from tests.helpers.datasets import put, tar_of
 from tests.helpers.photographs import photo
 from tests.helpers.stores import make_store
 
 
-@pytest.mark.parametrize(("weights", "components"), [("random", 4), ("none", 3), ("random", 2), ("none", 1)])
-def test_a_picture_of_a_store(tmp_path: Path, weights: str, components: int) -> None:
+@pytest.mark.parametrize(("weights", "components"), [("random", 4), (None, 3), ("random", 2), (None, 1)])
+def test_a_picture_of_a_store(tmp_path: Path, weights: str | None, components: int) -> None:
     (tmp_path / "photos").mkdir()
     for name in ("a", "b"):
         (tmp_path / "photos" / f"{name}.jpg").write_bytes(photo(96, 96))
@@ -33,6 +38,25 @@ def test_a_picture_of_a_store(tmp_path: Path, weights: str, components: int) -> 
     assert pixels.std() > 10
 
 
+@pytest.mark.parametrize("kind", ["tar", "parquet", "list"])
+def test_pictures_of_images_within_files(tmp_path: Path, kind: str) -> None:
+    photos = {f"{name}.png": photo(96, 80 + i, "PNG") for i, name in enumerate("abc")}
+    put(str(tmp_path), photos)
+    table = pa.table({"image": list(photos.values())})
+    pq.write_table(table, tmp_path / "x.parquet")
+    (tmp_path / "x.tar").write_bytes(tar_of(photos))
+    (tmp_path / "x.txt").write_text("\n".join(photos))
+    images = tmp_path / {"tar": "x.tar", "parquet": "x.parquet", "list": "x.txt"}[kind]
+    job = UpsampleConfig(
+        images=str(images), store=str(tmp_path / "store"), backbone="resnet18", weights="random", layer=2,
+        size="64", components=4, workers=0, device="cpu",
+    )  # fmt: skip
+    assert upsample(job) == 0
+    store = FeatureStore(job.store)
+    for row, data in enumerate(photos.values()):
+        assert (read_photo(store, row) == decode(data, stored_geometry(store)).pixels).all()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -44,7 +68,7 @@ def test_a_picture_of_a_store(tmp_path: Path, weights: str, components: int) -> 
 def test_what_cannot_be_shown(tmp_path: Path, options: dict[str, object], words: str) -> None:
     store = make_store(str(tmp_path / "store"))
     with pytest.raises(JobError, match=words):
-        show(ShowConfig(**{"store": store.uri, "output": str(tmp_path / "x.png"), "weights": "none", **options}))
+        show(ShowConfig(**{"store": store.uri, "output": str(tmp_path / "x.png"), **options}))
 
 
 def test_the_picture_has_a_known_kind() -> None:
