@@ -46,9 +46,12 @@ def run(
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)  # clusters send it; the job ends as on Ctrl-C, and says how to continue
     try:
-        config = tyro.cli(config_class, description=description)
+        config = tyro.cli(config_class, description=description.replace("::\n\n", ":\n"))  # reST's literal blocks
     except ValueError as error:  # from the configuration's checks
         _refuse(error)
+    except BrokenPipeError:  # the reader of --help has ended: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     warn_of_name_collisions()
     try:
         code = job(config)

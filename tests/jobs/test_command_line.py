@@ -110,3 +110,13 @@ print("imported:", *(name for name in {_HEAVY!r} if name in sys.modules))
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.startswith("usage:")
     assert ran.stdout.splitlines()[-1] == "imported:"
+
+
+def test_help_may_be_cut_off() -> None:
+    help_text = [sys.executable, "-m", "jobs.upsample_imagenet", "--help"]
+    with subprocess.Popen(help_text, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        assert job.stderr is not None
+        job.stdout.close()
+        assert job.stderr.read() == ""
+    assert job.returncode == 128 + signal.SIGPIPE
