@@ -1,7 +1,9 @@
-"""Fit what --upsampler multiview needs to know of a backbone: how it pools, its positional bias, how hard to fit.
+"""Fit the weights of --upsampler multiview for a backbone: its pooling, its positional bias, and solver settings.
 
-python -m jobs.fit_pooling --images photos/ --output pooling.safetensors
-python -m jobs.upsample_imagenet --images photos/ --store features/ --upsampler multiview --upsampler-weights …
+Fit them, then use them in the main job::
+
+    python -m jobs.fit_pooling --images photos/ --output pooling.safetensors
+    python -m jobs.upsample_imagenet --images photos/ --store features/ --upsampler multiview --upsampler-weights …
 """
 
 import logging
@@ -27,17 +29,17 @@ from schemas.options import FitPoolingConfig
 
 logger = logging.getLogger(__name__)
 
-_COMPONENTS = 64  # that settings are chosen on
+_COMPONENTS = 64  # in which settings are chosen
 
 
 def fit(config: FitPoolingConfig) -> int:
-    """Run the job; returns its exit code.
+    """Run the job and return its exit code.
 
     Raises:
-        JobError: it cannot be done as asked.
+        JobError: the job cannot run as configured.
     """
     if config.views > MOST_VIEWS:
-        raise JobError(f"--views: got {config.views}, expected at most {MOST_VIEWS}: those after are held out")
+        raise JobError(f"--views: got {config.views}, expected at most {MOST_VIEWS}: later views are held out")
     spec, references, stages = feature_spec(config)
     backbone = stages.backbone
     check_output_file("--output", config.output)  # before the work, not after it
@@ -51,20 +53,20 @@ def fit(config: FitPoolingConfig) -> int:
         ) as sample,
     ):
         if len(sample.images) < config.fit_images:
-            raise JobError(_too_few(len(sample.images), config.fit_images, "have features that can be used"))
-        found = fit_pooling(sample, backbone.reduction, config.solver_stride, worker.device)
+            raise JobError(_too_few(len(sample.images), config.fit_images, "have usable features"))
+        result = fit_pooling(sample, backbone.reduction, config.solver_stride, worker.device)
     account = {"images": config.images, "fit": config.fit, "densefeat": __version__, "torch": torch.__version__}
-    origin = Origin(backbone.identity(), backbone.size, backbone.grid, {**account, **found.account})
-    write_output_file("--output", config.output, PoolingModel(found.bias, found.settings, origin).to_bytes())
-    logger.info("%s\nwrote %s", describe(found), config.output)
+    origin = Origin(backbone.identity(), backbone.size, backbone.grid, {**account, **result.account})
+    write_output_file("--output", config.output, PoolingModel(result.bias, result.settings, origin).to_bytes())
+    logger.info("%s\nwrote %s", describe(result), config.output)
     return DONE
 
 
 def sample_images(worker: FeatureWorker, references: pa.Table, count: int) -> Tensor:
-    """``count`` usable images spread over the dataset, decoded: [count, 3, H, W] uint8.
+    """Decode ``count`` usable images, spread over the dataset: [count, 3, H, W] uint8.
 
     Raises:
-        JobError: the dataset has not so many.
+        JobError: the dataset does not have enough usable images.
     """
     if references.num_rows < count:
         raise JobError(_too_few(references.num_rows, count, "are there"))
@@ -74,13 +76,13 @@ def sample_images(worker: FeatureWorker, references: pa.Table, count: int) -> Te
     return images
 
 
-def describe(found: Fit) -> str:
-    """What was fitted, for a person."""
-    settings, errors = found.settings, found.account["held_out_error"]
+def describe(result: Fit) -> str:
+    """Human-readable summary of the fit."""
+    settings, errors = result.settings, result.account["held_out_error"]
     curve = {(r, n): error for r, n, error in errors["by_regularisation_and_iterations"]}
     error = curve[settings.regularisation, settings.iterations]
     return (
-        f"error on held-out views of the {found.account['judging_images']} images that settings were chosen on: "
+        f"error on held-out views of the {result.account['judging_images']} images that settings were chosen on: "
         f"{errors['bilinear']:.4f} bilinear, {errors['bilinear_and_bias']:.4f} with the bias, "
         f"{error:.4f} multiview ({error / errors['bilinear']:.2f} of bilinear)\n"
         f"a Gaussian of {settings.sigma_px:.2f} pixels, {settings.views} views, regularisation "
@@ -90,7 +92,7 @@ def describe(found: Fit) -> str:
 
 def _too_few(got: int, asked: int, what: str) -> str:
     return (
-        f"--fit-images {asked}, but only {got} of the sample {what}: give more images, or a smaller --fit-images; from "
+        f"--fit-images {asked}, but only {got} of the sample {what}: give more images, or a smaller --fit-images; with "
         "fewer than 18 the bias is worse"
     )
 
