@@ -1,7 +1,9 @@
-"""Fit the pooling model of a backbone for --upsampler multiview: how it pools, its positional bias, how hard to fit.
+"""Fit the weights of --upsampler multiview for a backbone: its pooling, its positional bias, and solver settings.
 
-python -m jobs.fit_pooling --images photos/ --output pooling.safetensors
-python -m jobs.upsample_imagenet --images photos/ --store features/ --upsampler multiview --upsampler-weights …
+Fit them, then use them in the main job::
+
+    python -m jobs.fit_pooling --images photos/ --output pooling.safetensors
+    python -m jobs.upsample_imagenet --images photos/ --store features/ --upsampler multiview --upsampler-weights …
 """
 
 from jobs.command_line import DONE, run
@@ -9,10 +11,10 @@ from schemas.options import FitPoolingConfig
 
 
 def fit(config: FitPoolingConfig) -> int:
-    """Run the job; returns its exit code.
+    """Run the job and return its exit code.
 
     Raises:
-        JobError: it cannot be done as asked.
+        JobError: the job cannot run as configured.
     """
     from pipeline.train.pooling import make_pooling_model
 

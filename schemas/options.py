@@ -1,4 +1,4 @@
-"""The options of the jobs. Every field is an option of the command line; its comment is the help text."""
+"""Options of the jobs. Every field is a command-line option; the comment above it is its help text."""
 
 import re
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from schemas.checks import at_least, parse_size
 from schemas.configuration import MAX_PIXELS, MIN_SIDE, Fit
 from schemas.upsamplers import UpsamplerOptions
 
-# At k = 128 and 224 px, int8 shards of 64 images are 411 MB before compression and about 45 MB after it, and float16
-# shards of 8 are 103 MB and compress little: large enough for object storage, small enough to redo.
+# At k = 128 and 224 px, int8 shards of 64 images are about 410 MB before compression, float16 shards of 8 about 100 MB:
+# large enough for object storage, small enough to recompute.
 SHARD_IMAGES = {"int8": 64, "float16": 8}
 MOST_SHARD_BYTES = 512 << 20  # before compression: a worker holds several shards
 DEFAULT_COMPONENTS = 128
@@ -17,44 +17,46 @@ DEFAULT_COMPONENTS = 128
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureConfig:
-    """Which images, and which low-resolution features of them: what all jobs share."""
+    """Options shared by all jobs: the images, and their low-resolution features."""
 
-    # Folder, list (.txt, .csv, .tsv), WebDataset tars or Parquet, or a pattern (*.tar, {000..099}); local, s3://,
-    # gs:// or http(s)://. The plan lists unused files by reason.
+    # Images: a folder, a list (.txt, .csv, .tsv), WebDataset tars, Parquet files, or a pattern (*.tar, {000..099});
+    # local, s3://, gs:// or http(s)://. The plan lists unused files by reason.
     images: str
-    # Parquet, CSV: the column with image bytes, URIs or base64; tars: the extension, such as "left.png". Detected if
+    # Parquet, CSV: column with image bytes, URIs or base64. Tars: file extension, such as "left.png". Detected if
     # omitted.
     image_column: str | None = None
-    # Only the first N images.
+    # Use only the first N images.
     limit: int | None = None
-    # Any timm model, as "architecture" or "architecture.tag".
+    # Backbone: any timm model, as "architecture" or "architecture.tag".
     backbone: str = "vit_small_patch14_dinov2.lvd142m"
-    # "pretrained" (timm downloads), "random" (tests), or a .safetensors/.pth file or URI.
+    # Weights of the backbone: "pretrained" (downloaded by timm), "random" (for tests), or a .safetensors/.pth file or
+    # URI.
     weights: str = "pretrained"
-    # Block of a ViT or stage of a ConvNet whose output is taken; negative counts from the end.
+    # ViT block or ConvNet stage whose output is used; negative numbers count from the end.
     layer: int = -1
-    # Input pixels: "224", or "HEIGHTxWIDTH".
+    # Input size of the backbone in pixels: "224" or "HEIGHTxWIDTH".
     size: str = "224"
-    # How an image of another shape gets there: centre crop, pad at the right or bottom, or squash.
+    # How to fit images of another shape: centre crop, pad at the right or bottom, or squash.
     fit: Fit = "crop"
-    # Components to keep; if omitted, 128, or all channels if the backbone has fewer.
+    # PCA components to keep; if omitted, 128, or all channels if the backbone has fewer.
     components: int | None = None
-    # Images to fit the PCA basis on, spread evenly over the dataset; 0: all.
+    # Images to fit the PCA basis on, spread evenly over the dataset; 0 means all.
     pca_images: int = 2000
-    # Images in one pass of the backbone; if omitted, 32 on a GPU, 4 on each core of a CPU.
+    # Images per forward pass of the backbone; if omitted, 32 on a GPU, 4 per core on a CPU.
     batch_size: int | None = None
-    # "auto", "cpu" or "cuda".
+    # Device: "auto", "cpu" or "cuda".
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Ray actors, 0 for none: the job runs in this process. If omitted, a small job on a machine without a cluster and
-    # with at most one GPU runs in this process, any other one has an actor for each GPU, or each node that has CPUs.
+    # Number of Ray workers; 0 runs in this process, without Ray. If omitted, a small job (1,000 images) on one machine
+    # without a cluster, and with at most one GPU, runs in this process; any other job has one worker per GPU of the
+    # cluster, or one per node with CPUs.
     workers: int | None = None
-    # Images with more pixels than this are not opened (decompression bombs).
+    # Reject images with more pixels than this without decoding them (decompression bombs).
     max_pixels: int = MAX_PIXELS
-    # Images with a shorter side are not used.
+    # Reject images whose shorter side has fewer pixels than this.
     min_side: int = MIN_SIDE
 
     def __post_init__(self) -> None:
-        """Check what can be checked without looking at anything."""
+        """Check everything that needs no access to data."""
         at_least("--limit", self.limit, 1)
         at_least("--components", self.components, 1)
         at_least("--pca-images", self.pca_images, 0)
@@ -71,28 +73,29 @@ class FeatureConfig:
 
     @property
     def output_size_px(self) -> tuple[int, int]:
-        """(height, width) of the features that geometry (affine maps, valid boxes) refers to."""
+        """(height, width) that the geometry (affine maps, valid boxes) refers to; here the input size."""
         return self.size_px
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpsampleConfig(UpsamplerOptions, FeatureConfig):
-    """Images in, a feature store out."""
+    """Compute features of images and write a feature store."""
 
-    # Where the store goes: a folder, s3://bucket/prefix or gs://bucket/prefix.
+    # Feature store to write: a folder, s3://bucket/prefix or gs://bucket/prefix.
     store: str
-    # Pixels of the stored features, "224" or "HEIGHTxWIDTH"; if omitted, --size.
+    # Resolution of the stored features in pixels, "224" or "HEIGHTxWIDTH"; if omitted, --size.
     output_size: str | None = None
-    # Basis to use, from jobs/fit_pca.py (.npz) or another store (its URI); if omitted, it is fitted on these images.
+    # PCA basis: a .npz file from jobs/fit_pca.py or the URI of another store; if omitted, fitted on these images.
     pca: str | None = None
-    # How features are stored.
+    # Data type of the stored features.
     dtype: Literal["int8", "float16"] = "int8"
-    # int8: common error floor of all components, in units of their root mean square. More is smaller and coarser.
+    # int8 only: error floor common to all components, in units of their root mean square. Larger values give smaller,
+    # coarser stores.
     error_floor: float = 0.1
-    # Images in a shard; if omitted, 64 for int8, 8 for float16, or fewer if the shard would exceed 512 MiB before
+    # Images per shard; if omitted, 64 for int8, 8 for float16, or fewer if a shard would exceed 512 MiB before
     # compression.
     shard_images: int | None = None
-    # Only shards a up to (not including) b, "a:b": for splitting one store over several jobs.
+    # Compute only shards a up to (not including) b, given as "a:b", to split one store over several jobs.
     shards: str | None = None
     # Resume an existing store.
     resume: bool = False
@@ -100,16 +103,16 @@ class UpsampleConfig(UpsamplerOptions, FeatureConfig):
     overwrite: bool = False
     # Print the plan and exit.
     dry_run: bool = False
-    # Exit with 1 if more than this share of the images failed; with 2, before the work, if the listing already shows
-    # that more will fail: unsupported formats (.heic), broken links.
+    # Exit with code 1 if more than this share of the images failed; with code 2, before any work, if the listing
+    # already shows that more will fail (unsupported formats such as .heic, broken links).
     max_failed_share: float = 0.01
-    # Times a shard may fail before this run gives it up; losing a node does not count. --resume tries it again.
+    # Failures after which this run gives up on a shard; losing a node does not count. --resume retries it.
     attempts: int = 3
-    # Seconds without progress after which a worker is replaced.
+    # Replace a worker after this many seconds without progress.
     stall_timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
-        """Check what can be checked without looking at anything."""
+        """Check everything that needs no access to data."""
         FeatureConfig.__post_init__(self)
         UpsamplerOptions.__post_init__(self)
         at_least("--shard-images", self.shard_images, 1)
@@ -130,11 +133,11 @@ class UpsampleConfig(UpsamplerOptions, FeatureConfig):
         return self.size_px if self.output_size is None else parse_size("--output-size", self.output_size)
 
     def shard_rows(self, image_nbytes: int) -> int:
-        """Images in a shard of a new store, given the bytes of an image's features before compression."""
+        """Images per shard of a new store, given the bytes of an image's features before compression."""
         return self.shard_images or max(1, min(SHARD_IMAGES[self.dtype], MOST_SHARD_BYTES // image_nbytes))
 
     def shard_range(self, shards: int) -> range:
-        """The shards that this job is to make, of a store that has ``shards``."""
+        """The shards that this job computes, out of ``shards`` in total."""
         if self.shards is None:
             return range(shards)
         match = re.fullmatch(r"(\d*):(\d*)", self.shards)
@@ -148,13 +151,13 @@ class UpsampleConfig(UpsamplerOptions, FeatureConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FitPcaConfig(FeatureConfig):
-    """Images in, a PCA basis out."""
+    """Fit a PCA basis on images and write it to a file."""
 
-    # The .npz file or URI to write.
+    # Output: the .npz file or URI to write.
     output: str
 
     def __post_init__(self) -> None:
-        """Check what can be checked without looking at anything."""
+        """Check everything that needs no access to data."""
         super().__post_init__()
         if not self.output.endswith(".npz"):
             raise ValueError(f"--output is a NumPy file: got {self.output!r}, expected a name that ends in .npz")
@@ -162,21 +165,22 @@ class FitPcaConfig(FeatureConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FitPoolingConfig(FeatureConfig):
-    """Images in, weights for --upsampler multiview out."""
+    """Fit weights for --upsampler multiview on images and write them to a file."""
 
-    # The .safetensors file or URI to write.
+    # Output: the .safetensors file or URI to write.
     output: str
-    # Images to fit on, spread evenly over the dataset; a quarter of them chooses the settings.
+    # Images to fit on, spread evenly over the dataset; settings are chosen on a quarter of them.
     fit_images: int = 24
-    # Views of each image. More are better and slower: the backbone sees all of them.
+    # Views per image. More views are better but slower, because the backbone runs on each.
     views: int = 21
-    # Further views, which settings are judged on.
+    # Further views per image, on which settings are evaluated.
     held_out_views: int = 20
-    # Pixels of the image in a cell of the solver's grid: 1 is slow, 4 is fast; a bilateral filter does the rest.
+    # Image pixels per side of a cell of the solver's grid: 1 is slow, 4 is fast. Joint bilateral upsampling does the
+    # rest.
     solver_stride: int = 2
 
     def __post_init__(self) -> None:
-        """Check what can be checked without looking at anything."""
+        """Check everything that needs no access to data."""
         super().__post_init__()
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"--output: got {self.output!r}, expected a name that ends in .safetensors")

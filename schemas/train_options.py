@@ -1,4 +1,4 @@
-"""The options of jobs/train_upsampler.py. Comments are the help texts, as in schemas/options.py."""
+"""Options of jobs/train_upsampler.py. Comments are the help texts, as in schemas/options.py."""
 
 import re
 from dataclasses import dataclass
@@ -7,19 +7,19 @@ from typing import Literal
 from schemas.checks import at_least, check_method_options, parse_size, positive
 from schemas.configuration import MAX_PIXELS, MIN_SIDE, Fit
 
-# As published: FeatUp takes 4 images a step, LiFT 64 to 256, of which a CPU or a small GPU takes 16.
+# FeatUp publishes 4 images per step. LiFT publishes 64 to 256; 16 suit a CPU or a small GPU.
 _BATCH_SIZE = {"jbu": 4, "lift": 16}
-# As published; for lift 1e-3, which is too much for weights that begin where they are nearly right.
+# FeatUp's published rate. LiFT's, 1e-3, is too high for weights that start close to a solution.
 _LEARNING_RATE = {"jbu": 1e-3, "lift": 3e-4}
 _CHOICE = re.compile(r"(?P<name>[^@=\s]+)(?:@(?P<layer>-?\d+))?(?:=(?P<weights>.+))?")
 
 
 @dataclass(frozen=True)
 class BackboneChoice:
-    """A backbone as the command line names it: ``NAME[@LAYER][=WEIGHTS]``.
+    """A backbone as given on the command line: ``NAME[@LAYER][=WEIGHTS]``.
 
     Attributes:
-        name: timm model.
+        name: name of a timm model.
         layer: as ``--layer`` of the main job.
         weights: as ``--weights`` of the main job.
     """
@@ -30,10 +30,10 @@ class BackboneChoice:
 
     @classmethod
     def parse(cls, option: str, text: str) -> "BackboneChoice":
-        """``"vit_small_patch14_dinov2.lvd142m@10=vit.safetensors"`` and parts of it.
+        """Parse ``"vit_small_patch14_dinov2.lvd142m@10=vit.safetensors"``; layer and weights are optional.
 
         Raises:
-            ValueError: not of that form.
+            ValueError: the text does not have that form.
         """
         match = _CHOICE.fullmatch(text)
         if not match:
@@ -49,64 +49,66 @@ _LEAST: dict[str, float] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SharedTrainOptions:
-    """The options of every training."""
+    """Options shared by all upsamplers."""
 
-    # Images to train on: folder, WebDataset tars or Parquet; local, s3://, gs:// or http(s)://.
+    # Images to train on: a folder, WebDataset tars or Parquet files; local, s3://, gs:// or http(s)://.
     images: str
-    # Folder or URI for the weights (upsampler.safetensors), losses, curves and checkpoints.
+    # Output folder or URI for the weights (upsampler.safetensors), losses, curves and checkpoints.
     output: str
-    # What to train: "jbu" (FeatUp's multi-view consistency) or "lift" (LiFT's octaves).
+    # Upsampler to train: "jbu" (FeatUp's multi-view consistency) or "lift" (LiFT's octaves).
     upsampler: Literal["jbu", "lift"] = "jbu"
-    # Backbones to train on, each NAME[@LAYER][=WEIGHTS] as --backbone, --layer and --weights of the main job; several
-    # take turns, a step each.
+    # Backbones to train on, each NAME[@LAYER][=WEIGHTS], with the values of --backbone, --layer and --weights of the
+    # main job. Several backbones take turns, one step each.
     backbones: tuple[str, ...] = ("vit_small_patch14_dinov2.lvd142m",)
-    # A backbone that is not trained on, to measure on: NAME[@LAYER][=WEIGHTS].
+    # A backbone that is only measured on, not trained on: NAME[@LAYER][=WEIGHTS].
     held_out_backbone: str | None = None
-    # Pixels of the images that the upsampler will be used on: "224", or "HEIGHTxWIDTH".
+    # Size in pixels of the images that the upsampler will be used on: "224" or "HEIGHTxWIDTH".
     size: str = "224"
-    # How an image of another shape gets there: centre crop, pad at the right or bottom, or squash.
+    # How to fit images of another shape: centre crop, pad at the right or bottom, or squash.
     fit: Fit = "crop"
-    # Parquet: the column with image bytes, URIs or base64; tars: the extension. Detected if omitted.
+    # Parquet: column with image bytes, URIs or base64. Tars: file extension. Detected if omitted.
     image_column: str | None = None
-    # Only the first N images.
+    # Use only the first N images.
     limit: int | None = None
-    # Images to measure held-out views on; if omitted, a share of --images, chosen by a hash of their keys.
+    # Images for measurements on held-out views; if omitted, a share of --images, chosen by a hash of their keys.
     val_images: str | None = None
-    # Without --val-images: the share of the images that is kept out of training.
+    # Without --val-images: share of --images reserved for measurements.
     val_share: float = 0.1
-    # Images to measure held-out views on.
+    # Number of images for measurements on held-out views.
     val_count: int = 32
-    # Views of each of them.
+    # Held-out views per image.
     val_views: int = 4
-    # Steps to train.
+    # Number of training steps.
     steps: int = 2000
-    # Images in a step on each worker; if omitted, 4 for jbu, 16 for lift.
+    # Images per step and worker; if omitted, 4 for jbu, 16 for lift.
     batch_size: int | None = None
     # Learning rate of NAdam (jbu) or Adam (lift); if omitted, 1e-3 for jbu, 3e-4 for lift.
     learning_rate: float | None = None
-    # Pixels of padding around an image that a view may show; also of held-out views.
+    # Padding around an image, in pixels, that a view may include; also for held-out views.
     max_pad_px: int = 20
-    # Largest enlargement of a view; also of held-out views.
+    # Largest enlargement factor of a view; also for held-out views.
     max_zoom: float = 2.0
-    # Seed of all random numbers; it, the step and the worker determine the order of the images and their views.
+    # Seed of all random numbers. Together with the step and the worker it determines the order of images and the views.
     seed: int = 0
-    # Processes that train together, started with Ray, each on a GPU or on its share of the CPUs; 1: this one, no Ray.
+    # Number of training processes, started by Ray, each on a GPU or on its share of the CPUs. 1 trains in this process,
+    # without Ray.
     workers: int = 1
-    # "auto", "cpu" or "cuda"; on a GPU backbones and lift compute in bfloat16, weights, losses and jbu in float32.
+    # Device: "auto", "cpu" or "cuda". On a GPU, backbones and lift compute in bfloat16; weights, losses and jbu are
+    # float32.
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Steps between checkpoints; the newest two are kept.
+    # Steps between checkpoints. The newest two are kept.
     checkpoint_every: int = 100
     # Steps between measurements on held-out views.
     evaluate_every: int = 250
-    # Resume from the newest checkpoint in --output, or start if there is none.
+    # Resume from the newest checkpoint in --output, or start from scratch if there is none.
     resume: bool = False
-    # With several workers: restarts after a worker died.
+    # With several workers: maximum number of restarts after a worker died.
     attempts: int = 3
     # Print the plan and exit.
     dry_run: bool = False
-    # Images with more pixels than this are not opened (decompression bombs).
+    # Reject images with more pixels than this without decoding them (decompression bombs).
     max_pixels: int = MAX_PIXELS
-    # Images with a shorter side are not used.
+    # Reject images whose shorter side has fewer pixels than this.
     min_side: int = MIN_SIDE
 
     def __post_init__(self) -> None:
@@ -122,7 +124,7 @@ class SharedTrainOptions:
         at_least("--max-pixels", self.max_pixels, self.min_side**2)
         if self.max_pad_px >= min(self.size_px):
             raise ValueError(
-                f"--max-pad-px {self.max_pad_px} reflects more than an image of --size {self.size} has: take at most "
+                f"--max-pad-px {self.max_pad_px} is too large to reflect an image of --size {self.size}: use at most "
                 f"{min(self.size_px) - 1}"
             )
 
@@ -133,7 +135,7 @@ class SharedTrainOptions:
 
     @property
     def backbone_choices(self) -> tuple[BackboneChoice, ...]:
-        """The backbones trained on."""
+        """The backbones to train on."""
         return tuple(BackboneChoice.parse("--backbones", text) for text in self.backbones)
 
     @property
@@ -145,7 +147,7 @@ class SharedTrainOptions:
 
     @property
     def batch_images(self) -> int:
-        """Images in a step on each worker."""
+        """Images per step and worker."""
         return self.batch_size or _BATCH_SIZE[self.upsampler]
 
     @property
@@ -156,22 +158,23 @@ class SharedTrainOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class JBUTrainOptions:
-    """Options of training ``jbu``."""
+    """Options for training ``jbu``."""
 
-    # Jbu: train FeatUp's final C→C convolution too. The weights then serve this backbone and layer only; without it,
-    # they depend on the image alone and serve every backbone.
+    # jbu: also train FeatUp's final C→C convolution. The weights then work only with this backbone and layer; without
+    # it, they depend on the image alone and work with every backbone.
     final: bool = False
-    # Jbu: views of an image in a step.
+    # jbu: views per image and step.
     jitters: int = 5
-    # Jbu: random directions of feature space in which a step compares.
+    # jbu: number of random directions of feature space that a step compares.
     projection_chs: int = 30
-    # Jbu: weight of the term that asks like-coloured neighbours for like features.
+    # jbu: weight of the CRF term, which makes features of nearby pixels with similar colours similar.
     crf_weight: float = 1e-3
-    # Jbu: the kernels' deviation to begin with, in kernel radii. FeatUp begins with 1, which blurs: 0.25 learns faster.
+    # jbu: initial standard deviation of the spatial kernels, in kernel radii. FeatUp starts with 1, which blurs; 0.25
+    # learns faster.
     initial_sigma: float = 0.25
-    # Jbu: how training takes high-res features back to the grid.
+    # jbu: how training downsamples high-res features to the backbone's grid.
     downsampler: Literal["attention", "simple"] = "attention"
-    # Also write FeatUp's own layout here, a .pth or .ckpt file or URI; for one backbone.
+    # jbu: also write the weights in FeatUp's layout to this .pth or .ckpt file or URI; requires a single backbone.
     featup_checkpoint: str | None = None
 
     def __post_init__(self) -> None:
@@ -186,19 +189,19 @@ class JBUTrainOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LiFTTrainOptions:
-    """Options of training ``lift``."""
+    """Options for training ``lift``."""
 
-    # Lift: begin as bilinear interpolation, or at random as published.
+    # lift: initial weights, bilinear interpolation or random (as published).
     lift_initial: Literal["interpolation", "random"] = "interpolation"
-    # Lift: squared error, or cosine distance as published.
+    # lift: loss, squared error or cosine distance (as published).
     lift_loss: Literal["squared", "cosine"] = "squared"
-    # Lift: octaves to train on, --size and half of it, ...; 2 as published.
+    # lift: number of octaves to train on: --size, half of it, and so on. Published: 2.
     lift_octaves: int = 1
-    # Lift: weight of the term that asks for upsampled features which, averaged, are those they were made from; 0 as
-    # published.
+    # lift: weight of the consistency term, which makes upsampled features, averaged over each cell, equal their input.
+    # Published: 0.
     lift_consistency: float = 1.0
-    # Lift: gigabytes of main memory that a worker may keep features in, which are the same in every epoch; used if
-    # those of all images fit.
+    # lift: gigabytes of main memory per worker for caching features, which are the same in every epoch. Used only if
+    # the features of all images fit.
     cache_gb: float = 8.0
 
     def __post_init__(self) -> None:
@@ -214,10 +217,10 @@ TRAIN_OPTIONS: dict[str, type] = {"jbu": JBUTrainOptions, "lift": LiFTTrainOptio
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(JBUTrainOptions, LiFTTrainOptions, SharedTrainOptions):
-    """Images in, weights of an upsampler out."""
+    """Train an upsampler on images and write its weights."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked without looking at anything."""
+        """Check everything that needs no access to data."""
         SharedTrainOptions.__post_init__(self)
         check_method_options(self, self.upsampler, TRAIN_OPTIONS)
         self._check_octaves()
@@ -242,9 +245,9 @@ class TrainConfig(JBUTrainOptions, LiFTTrainOptions, SharedTrainOptions):
             ("--held-out-backbone", self.held_out_backbone is not None),
         ):
             if alone and several:
-                raise ValueError(f"{option}: {alone}, so its weights serve one backbone: give one, or jbu --no-final")
+                raise ValueError(f"{option}: {alone}, so its weights serve one backbone: pass one, or jbu --no-final")
         if self.featup_checkpoint is not None and len(self.backbones) > 1:
             raise ValueError(
-                "--featup-checkpoint: FeatUp's layout is of a jbu for one backbone's number of channels; got "
+                "--featup-checkpoint: FeatUp's layout is for a single backbone's number of channels; got "
                 f"{len(self.backbones)} --backbones"
             )

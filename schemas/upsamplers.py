@@ -1,7 +1,7 @@
-"""The options of the upsamplers, a dataclass each. All are flat on the command line; comments are the help texts.
+"""Options of the upsamplers, one dataclass each. All are flat on the command line; comments are the help texts.
 
-An upsampler with options of its own has its dataclass here, a line in `UPSAMPLER_OPTIONS`, and is a base class of
-`UpsamplerOptions`. One without needs nothing here.
+For an upsampler with options of its own, add a dataclass here, a line in `UPSAMPLER_OPTIONS` and a base class of
+`UpsamplerOptions`. An upsampler without options needs nothing here.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class NoOptions:
 class LiFTOptions:
     """Options of ``lift``."""
 
-    # How often lift doubles the resolution.
+    # lift: number of times to double the resolution.
     lift_iterations: int = 1
 
     def __post_init__(self) -> None:
@@ -37,10 +37,10 @@ class LiFTOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class _ViewsOptions:
-    """Options of the upsamplers that fit views of each image."""
+    """Options shared by the upsamplers that fit views of each image."""
 
-    # Views of each image that multiview or implicit fits; if omitted, as many as multiview's weights were fitted with,
-    # and 100 for implicit. FeatUp's own schedule is --upsampler implicit --views 3000 --fit-steps 1200.
+    # multiview, implicit: views per image to fit; if omitted, the number that multiview's weights were fitted with, or
+    # 100 for implicit. FeatUp's own schedule is --upsampler implicit --views 3000 --fit-steps 1200.
     views: int | None = None
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class _ViewsOptions:
 class MultiviewOptions(_ViewsOptions):
     """Options of ``multiview``."""
 
-    # How strongly multiview smooths between neighbours of like colour; if omitted, as its weights say.
+    # multiview: how strongly to smooth between neighbours of similar colour; if omitted, the value in its weights.
     regularisation: float | None = None
 
     def __post_init__(self) -> None:
@@ -65,7 +65,8 @@ class MultiviewOptions(_ViewsOptions):
 class ImplicitOptions(_ViewsOptions):
     """Options of ``implicit``."""
 
-    # Most steps of implicit. It stops earlier when held-out views no longer improve, except with FeatUp's own schedule.
+    # implicit: maximum number of steps. It stops earlier when held-out views no longer improve, except with FeatUp's
+    # own schedule.
     fit_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -84,26 +85,26 @@ UPSAMPLER_OPTIONS: dict[str, type] = {
 
 @dataclass(frozen=True, kw_only=True)
 class _ChosenUpsampler:
-    """Which upsampler, and its weights."""
+    """The chosen upsampler and its weights."""
 
-    # Upsampler: "bilinear", "jbu", "lift", "anyup", "multiview" or "implicit". An unknown name lists all of them and
-    # what each needs.
+    # Upsampler: "bilinear", "jbu", "lift", "anyup", "multiview" or "implicit". An unknown name lists all with their
+    # requirements.
     upsampler: str = "jbu"
-    # Checkpoint of the upsampler. Required for lift, anyup and multiview (made by jobs/fit_pooling.py). jbu takes
-    # FeatUp's weights, or "universal", bundled weights that work with any backbone; without weights it needs no
-    # training.
+    # Checkpoint of the upsampler. Required for lift, anyup and multiview (the latter from jobs/fit_pooling.py). jbu
+    # accepts FeatUp's weights, or "universal", bundled weights that work with any backbone; without weights it is
+    # training-free.
     upsampler_weights: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpsamplerOptions(LiFTOptions, MultiviewOptions, ImplicitOptions, _ChosenUpsampler):
-    """An upsampler, and the options of all of them: those of the others keep their defaults."""
+    """The chosen upsampler, and the options of all upsamplers; those of the others must have their defaults."""
 
     def __post_init__(self) -> None:
-        """Check the options of every upsampler; refuse those of another than the chosen one."""
+        """Check the options of every upsampler; reject non-default options of upsamplers that were not chosen."""
         check_method_options(self, self.upsampler, UPSAMPLER_OPTIONS)
 
     @property
     def upsampler_options(self) -> object:
-        """The options of the chosen upsampler alone, as its class in `UPSAMPLER_OPTIONS`."""
+        """The options of the chosen upsampler, as an instance of its class in `UPSAMPLER_OPTIONS`."""
         return own_options(self, UPSAMPLER_OPTIONS.get(self.upsampler, NoOptions))
