@@ -24,7 +24,7 @@ __all__ = ["make_pooling_model"]
 
 logger = logging.getLogger(__name__)
 
-_COMPONENTS = 64  # that settings are chosen on
+_COMPONENTS = 64  # in which settings are chosen
 
 
 def make_pooling_model(config: FitPoolingConfig) -> None:
@@ -50,19 +50,19 @@ def make_pooling_model(config: FitPoolingConfig) -> None:
         ) as sample,
     ):
         if len(sample.images) < config.fit_images:
-            raise JobError(_too_few(len(sample.images), config.fit_images, "have features that can be used"))
-        fitted = fit_pooling(sample, backbone.reduction, config.solver_stride, worker.device)
+            raise JobError(_too_few(len(sample.images), config.fit_images, "have usable features"))
+        result = fit_pooling(sample, backbone.reduction, config.solver_stride, worker.device)
     account = {"images": config.images, "fit": config.fit, "densefeat": __version__, "torch": torch.__version__}
-    origin = Origin(backbone.identity(), backbone.size, backbone.grid, {**account, **fitted.account})
-    write_output_file("--output", config.output, PoolingModel(fitted.bias, fitted.settings, origin).to_bytes())
-    logger.info("%s\nwrote %s", _describe(fitted), config.output)
+    origin = Origin(backbone.identity(), backbone.size, backbone.grid, {**account, **result.account})
+    write_output_file("--output", config.output, PoolingModel(result.bias, result.settings, origin).to_bytes())
+    logger.info("%s\nwrote %s", _describe(result), config.output)
 
 
 def _sample_images(worker: FeatureWorker, references: pa.Table, count: int) -> Tensor:
-    """``count`` usable images spread over the dataset, decoded: [count, 3, H, W] uint8.
+    """Decode ``count`` usable images, spread over the dataset: [count, 3, H, W] uint8.
 
     Raises:
-        JobError: the dataset has fewer.
+        JobError: the dataset does not have enough usable images.
     """
     if references.num_rows < count:
         raise JobError(_too_few(references.num_rows, count, "are there"))
@@ -72,13 +72,13 @@ def _sample_images(worker: FeatureWorker, references: pa.Table, count: int) -> T
     return images
 
 
-def _describe(fitted: Fit) -> str:
-    """Errors and settings of the fit, for a person."""
-    settings, errors = fitted.settings, fitted.account["held_out_error"]
+def _describe(result: Fit) -> str:
+    """Human-readable summary of the fit."""
+    settings, errors = result.settings, result.account["held_out_error"]
     curve = {(r, n): error for r, n, error in errors["by_regularisation_and_iterations"]}
     error = curve[settings.regularisation, settings.iterations]
     return (
-        f"error on held-out views of the {fitted.account['judging_images']} images that settings were chosen on: "
+        f"error on held-out views of the {result.account['judging_images']} images that settings were chosen on: "
         f"{errors['bilinear']:.4f} bilinear, {errors['bilinear_and_bias']:.4f} with the bias, "
         f"{error:.4f} multiview ({error / errors['bilinear']:.2f} of bilinear)\n"
         f"a Gaussian of {settings.sigma_px:.2f} pixels, {settings.views} views, regularisation "
@@ -88,6 +88,6 @@ def _describe(fitted: Fit) -> str:
 
 def _too_few(got: int, asked: int, what: str) -> str:
     return (
-        f"--fit-images {asked}, but only {got} of the sample {what}: give more images, or a smaller --fit-images; from "
+        f"--fit-images {asked}, but only {got} of the sample {what}: give more images, or a smaller --fit-images; with "
         "fewer than 18 the bias is worse"
     )

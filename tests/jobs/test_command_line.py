@@ -90,7 +90,7 @@ def test_one_press_that_comes_twice_is_one(script: Path) -> None:
     assert "interrupted: nothing was kept" in stderr
 
 
-JOBS = [path for path in (ROOT / "jobs").glob("*.py") if "__main__" in path.read_text()]
+JOBS = [path for path in (ROOT / "jobs").glob("*.py") if "if __name__ ==" in path.read_text()]
 _HEAVY = ("torch", "numpy", "zarr", "pyarrow", "numba", "ray", "timm", "PIL", "matplotlib")
 
 
