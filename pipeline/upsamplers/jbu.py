@@ -56,7 +56,7 @@ class JBU(LinearUpsampler):
         channels="any; with FeatUp's weights, theirs",
         scale="×2 per stage, as many as needed; with weights ×16",
         guidance="the image, pooled to each stage's size",
-        pca="exact: in front",
+        pca="exact: applied first",
     )
     # Chosen by eye on the first three components of EfficientNet-Lite0's features (14×14 -> 224) of COCO photos, over
     # σ_spatial 1…3 pixels × σ_range 0.05…0.2. At (1, 0.05) the low-res grid is visible; at σ_spatial 3, or 2 and more
