@@ -108,7 +108,7 @@ class JBU(LinearUpsampler):
         final = state.get("fixup_proj.1.weight")
         if final is not None and final.shape[0] != num_chs:
             raise JobError(
-                f"JBU weights {uri} are for features of {final.shape[0]} channels, the backbone makes {num_chs}. "
+                f"JBU weights {uri} are for features of {final.shape[0]} channels, the backbone outputs {num_chs}. "
                 "Choose the weights trained for this backbone, `universal`, or none."
             )
         stack = JBUStack(None if read_metadata(uri).get("final") == "off" else num_chs)
@@ -132,7 +132,7 @@ class JBU(LinearUpsampler):
         return Folding(projection.float().contiguous(), (offset - components @ mean).float())
 
     def through_final(self, projection: Tensor) -> tuple[Tensor, Tensor]:
-        """Move a projection of the output in front of the stages: ``apply_final(U(X)) · P == U(X · Q) + offset``.
+        """Move a projection of the output before the stages: ``apply_final(U(X)) · P == U(X · Q) + offset``.
 
         Args:
             projection: P, [..., C, k], floating.
