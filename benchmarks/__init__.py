@@ -1,1 +1,1 @@
-"""One script a claim. Rows go to ``results/``; the README's tables are made from them by ``benchmarks.tables``."""
+"""One script per claim. Results go to ``results/``; ``benchmarks.tables`` makes the README's tables from them."""

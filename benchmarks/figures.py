@@ -22,14 +22,14 @@ _TITLES = {"vit": "ViT-S/14 (DINOv2), block 10", "lite0": "EfficientNet-Lite0, s
 
 
 def fits() -> None:
-    """Error on held-out views over seconds, passes of the backbone included; FeatUp's schedule as it goes on."""
+    """Plot the error on held-out views over seconds, including backbone passes; as a curve for implicit's schedules."""
     latest = {(row["backbone"], row["method"]): row for row in rows.read("implicit")}
     few = min(row["photos"] for row in latest.values())
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
     for panel, (backbone, title) in zip(panels, _TITLES.items(), strict=True):
         methods = {method: row for (name, method), row in latest.items() if name == backbone}
         _panel(panel, methods, few)
-        panel.set(title=title, xscale="log", xlim=(3e-3, 3e3), xlabel="seconds an image, one core")
+        panel.set(title=title, xscale="log", xlim=(3e-3, 3e3), xlabel="seconds per image, one core")
     panels[0].set_ylabel(f"error on held-out views, {few} photographs")
     panels[0].set_ylim(0, 0.85)
     figure.savefig(rows.RESULTS / "fits.svg", metadata={"Date": None})
@@ -57,13 +57,13 @@ def _seconds(row: dict[str, Any]) -> float:
 
 
 def _error(row: dict[str, Any], few: int) -> float:
-    """On the photographs that all have seen."""
+    """Mean error on the photographs that all methods were measured on."""
     errors = row["errors"]
     return statistics.mean(errors[:: len(errors) // few])
 
 
 def training() -> None:
-    """For each recipe: its loss over steps; its error on held-out views, as a share of bilinear interpolation's."""
+    """Plot, for each recipe, the loss over steps and the error on held-out views relative to bilinear interpolation."""
     latest = {row["recipe"]: row for row in rows.read("training")}
     figure, panels = plt.subplots(2, len(latest), figsize=(9, 4.6), sharex="col", layout="constrained", squeeze=False)
     for (above, below), (recipe, row) in zip(panels.T, latest.items(), strict=True):
@@ -85,7 +85,7 @@ def _held_out(panel: Axes, row: dict[str, Any], trained: str) -> None:
             float(measured[f"{trained}_relative_error"]) / float(measured["bilinear_relative_error"])
             for measured in own
         ]
-        label = backbone + ("" if own[0]["trained_on"] == "1" else ", never seen")
+        label = backbone + ("" if own[0]["trained_on"] == "1" else ", not trained on")
         panel.plot([int(measured["step"]) for measured in own], shares, "o-", ms=3, label=label)
     panel.legend(fontsize="xx-small")
 

@@ -1,4 +1,4 @@
-"""Rows of results: one JSON object a line, each with what it was measured on."""
+"""Rows of results: one JSON object per line, each with the machine and versions it was measured on."""
 
 import importlib.metadata
 import json
@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def measured_on() -> dict[str, Any]:
-    """Device, versions, commit, day."""
+    """Device, versions, commit and day of a measurement."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
@@ -29,7 +29,7 @@ def measured_on() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit, and whether anything but results has changed since."""
+    """The commit, marked if anything except results has changed since."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
@@ -54,7 +54,7 @@ def read(name: str) -> list[dict[str, Any]]:
 
 
 def by_backbone(held_out: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
-    """Measurements on held-out views, of a row of ``training``, in the order of their steps, by backbone."""
+    """Group a ``training`` row's measurements on held-out views by backbone, in the order of their steps."""
     names = dict.fromkeys(measured["backbone"] for measured in held_out)
     return {name: [measured for measured in held_out if measured["backbone"] == name] for name in names}
 

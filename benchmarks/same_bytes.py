@@ -1,11 +1,11 @@
-"""Claim: this commit makes the same stores as another one, to the bit: every upsampler, both dtypes, 0, 1, 2 workers.
+"""Claim: this commit writes bit-identical stores to another's: every upsampler, both dtypes, 0, 1 and 2 workers.
 
-    python -m benchmarks.same_bytes 8a1e354              # or any commit, tag or branch; before and after a big move
+    python -m benchmarks.same_bytes 8a1e354              # any commit, tag or branch; run it after a large refactoring
 
-Both commits run on this machine with this Python, on the same photographs and weights; digests kept in the repository
-would hold for one processor only. Compared are the features' objects, the index, and the small arrays: steps and PCA.
-Exit code 1 if any differ. With ``--basis`` all jobs but one share a basis that the other commit fitted, so that a
-change of how bases are fitted does not hide everything else.
+Both commits run on this machine with this Python, on the same photographs and weights; digests stored in the repository
+would be valid for one processor only. The features' objects, the index and the small arrays (steps and PCA) are
+compared. The exit code is 1 if any differ. With ``--basis`` all jobs share a basis fitted by the other commit, so that
+a change in fitting bases does not hide other differences.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[1]
-SIZE, CHANNELS, PATCH = "64", 128, 8  # of resnet18's second stage
+SIZE, CHANNELS, PATCH = "64", 128, 8  # for layer 2 of resnet18
 BACKBONE = ["--backbone", "resnet18", "--weights", "random", "--layer", "2", "--size", SIZE, "--device", "cpu"]
 JOB = ["--components", "6", "--shard-images", "4", "--batch-size", "3", "--max-failed-share", "0.5"]
 
-# Random but fixed weights, saved by the other commit from its own networks, wherever they live there.
+# Random but fixed weights, saved by the other commit from its own networks, wherever they are located there.
 MAKE_WEIGHTS = f"""
 import importlib, sys, torch
 def network(*places):
@@ -32,7 +32,7 @@ def network(*places):
             return importlib.import_module(place)
         except ImportError:
             pass
-    raise SystemExit(f"none of {{places}} is there")
+    raise SystemExit(f"none of {{places}} exists")
 torch.manual_seed(0)
 lift = network("pipeline.upsamplers.lift.network", "pipeline.lift").LiFT({CHANNELS}, {PATCH})
 anyup = network("pipeline.upsamplers.anyup.network", "pipeline.anyup").AnyUp(16)
@@ -43,7 +43,7 @@ torch.save(anyup.state_dict(), sys.argv[1] + "/anyup.pth")
 
 @dataclass(frozen=True)
 class Case:
-    """One job: its name, its options beside those that all have, and how many workers."""
+    """One job: its name, its options besides the common ones, and the number of workers."""
 
     name: str
     options: tuple[str, ...]
@@ -51,7 +51,7 @@ class Case:
 
 
 def cases(folder: Path) -> list[Case]:
-    """Every upsampler in both dtypes in this process; the default one on one and two workers of Ray."""
+    """Every upsampler in both dtypes without Ray; the default one on one and two Ray workers."""
     upsamplers: dict[str, tuple[str, ...]] = {
         "bilinear": ("--upsampler", "bilinear"),
         "jbu": (),
@@ -70,7 +70,7 @@ def cases(folder: Path) -> list[Case]:
 
 
 def run(checkout: Path, module: str, *options: str) -> None:
-    """A job of a checkout."""
+    """Run a job of a checkout."""
     command = [sys.executable, "-m", module, *options, *BACKBONE]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
     if done.returncode != 0:
@@ -90,7 +90,7 @@ def make_photographs(folder: Path) -> None:
 
 
 def add_unusable(folder: Path) -> None:
-    """Two files that become failed rows."""
+    """Add two files that become failed rows."""
     from PIL import Image
 
     Image.new("RGB", (3, 3)).save(folder / "05b_small.png")
@@ -98,7 +98,7 @@ def add_unusable(folder: Path) -> None:
 
 
 def digests(store: Path) -> dict[str, str]:
-    """SHA-256 of what a reader reads: objects of the features, small arrays, the index."""
+    """SHA-256 of everything that readers read: the features' objects, small arrays and the index."""
     files = [*store.glob("features/c/**/*"), *store.glob("step/c/*"), *store.glob("pca/*/c/**/*")]
     files.append(store / "index.parquet")
     return {str(f.relative_to(store)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files) if f.is_file()}
@@ -106,7 +106,7 @@ def digests(store: Path) -> dict[str, str]:
 
 @contextmanager
 def checked_out(commit: str) -> Iterator[Path]:
-    """A work tree of a commit."""
+    """Create a temporary work tree of a commit."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "densefeat"
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, commit], cwd=CHECKOUT, check=True)
@@ -117,7 +117,7 @@ def checked_out(commit: str) -> Iterator[Path]:
 
 
 def compare(other: Path, folder: Path, basis: bool) -> int:
-    """Run all cases in both checkouts; the number of those that differ."""
+    """Run all cases in both checkouts; return the number of cases that differ."""
     images = folder / "photographs"
     make_photographs(images)
     subprocess.run([sys.executable, "-c", MAKE_WEIGHTS, folder], cwd=other, check=True)
@@ -132,27 +132,28 @@ def compare(other: Path, folder: Path, basis: bool) -> int:
     add_unusable(images)
     failed = 0
     for case in cases(folder):
-        found = []
+        results = []
         for name, checkout in (("other", other), ("this", CHECKOUT)):
             store = folder / name / case.name
             options = [*source, "--store", str(store), *JOB, *shared, *case.options, "--workers", str(case.workers)]
             run(checkout, "jobs.upsample_imagenet", *options)
-            found.append(digests(store))
-        different = sorted(key for key in {*found[0], *found[1]} if found[0].get(key) != found[1].get(key))
+            results.append(digests(store))
+        others, own = results
+        different = sorted(key for key in {*others, *own} if others.get(key) != own.get(key))
         failed += bool(different)
         verdict = f"DIFFERENT: {', '.join(different)}" if different else "same"
-        print(f"{case.name:20} {len(found[0]):3} files  {verdict}", flush=True)
+        print(f"{case.name:20} {len(others):3} files  {verdict}", flush=True)
     return failed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commit", help="to compare with")
+    parser.add_argument("commit", help="commit to compare with")
     parser.add_argument("--basis", action="store_true", help="share a basis that the other commit fitted")
     arguments = parser.parse_args()
     with checked_out(arguments.commit) as other, tempfile.TemporaryDirectory() as folder:
         failed = compare(other, Path(folder), arguments.basis)
-    print(f"{failed} of the cases differ" if failed else "all the same")
+    print(f"{failed} cases differ" if failed else "all cases are the same")
     sys.exit(bool(failed))
 
 

@@ -1,7 +1,7 @@
 """Make the README's tables from the rows in ``results/``.
 
 python -m benchmarks.tables           # rewrite them
-python -m benchmarks.tables --check   # fail if they are not what the rows say
+python -m benchmarks.tables --check   # fail if they are out of date
 """
 
 import statistics
@@ -19,8 +19,8 @@ def main_job() -> str:
     """The main job on a CPU and on a GPU: the latest row of each backbone and number of images."""
     latest = {(_on_gpu(row), row["backbone"], row["upsampler"], row["images"]): row for row in rows.read("main_job")}
     table = [
-        "| on | backbone, layer | upsampler | images | images/s "
-        "| ms an image: backbone / upsample and quantize / encode / decode | MB an image | peak memory |",
+        "| device | backbone, layer | upsampler | images | images/s "
+        "| ms per image: backbone / upsample and quantize / encode / decode | MB per image | peak memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in latest.values():
@@ -30,7 +30,7 @@ def main_job() -> str:
             for stage in ("backbone", "upsample", "encode", "decode")
         )
         table.append(
-            f"| {'a GPU' if _on_gpu(row) else 'a CPU'} | `{row['backbone']}`, {row['layer']} | {row['upsampler']} "
+            f"| {'GPU' if _on_gpu(row) else 'CPU'} | `{row['backbone']}`, {row['layer']} | {row['upsampler']} "
             f"| {row['images']:,} "
             f"| {row['images_per_s']:.1f} | {times} "
             f"| {row['store_bytes_per_image'] / 1e6:.2f} | {row['peak_bytes'] / 1e9:.2f} GB |"
@@ -39,13 +39,13 @@ def main_job() -> str:
     machines = " and ".join({_on_gpu(row): _machine(row) for row in latest.values()}.values())
     return (
         f"The main job on {machines}: k = {sample['k']}, {sample['size']} px, int8, 200 COCO photographs, and the same "
-        "five or ten times (`python -m benchmarks.jobs.main_job`). Stages overlap on the cores; memory is that of all "
-        "processes, Ray's included.\n\n"
+        "repeated five or ten times (`python -m benchmarks.jobs.main_job`). Stages overlap on the cores; memory is "
+        "that of all processes, including Ray's.\n\n"
     ) + "\n".join(table)
 
 
 def jbu_parts() -> str:
-    """JBU on a CPU against its definition in plain torch: one stage, its parts, and stacks."""
+    """JBU on a CPU compared with its definition in plain torch: one stage, its parts, and stacks."""
     latest = {(row["part"], row["threads"]): row for row in rows.read("jbu_parts")}
     table = [
         "| k = 64, one image | 1 thread | plain torch | ratio | 2 threads | plain torch | ratio |",
@@ -59,13 +59,13 @@ def jbu_parts() -> str:
             cells += [f"{ms['densefeat']:.1f} ms", f"{ms['plain torch']:.0f} ms", f"{ratio:.0f}×"]
         table.append(f"| {part} | {' | '.join(cells)} |")
     sample = next(iter(latest.values()))
-    return f"On {_machine(sample)}, medians of runs in turn (`python -m benchmarks.kernels.jbu`):\n\n" + "\n".join(
+    return f"On {_machine(sample)}, medians of interleaved runs (`python -m benchmarks.kernels.jbu`):\n\n" + "\n".join(
         table
     )
 
 
 def jbu() -> str:
-    """Learned JBU ×16 to 224 px against its peers: time and memory an image; half precision, largest batch on a GPU."""
+    """Learned JBU ×16 to 224 px and its alternatives: time and memory per image."""
     latest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows.read("jbu"):
         if row["sizes"] == "14→224" and (row["batch"], row["dtype"]) in ((1, "float32"), (32, "float16")):
@@ -82,15 +82,15 @@ def jbu() -> str:
             f"| {_ms(row['floor_ms_per_image'])} | {' | '.join(cells)} |"
         )
     return (
-        "Four learned stages, 14×14 → 224×224: ms and peak MB an image, medians of runs in turn "
-        "(`python -m benchmarks.kernels.jbu`). Floor: source and image read once, output written once, at the speed of "
-        "a copy in the same run. More sizes are in `benchmarks/results/jbu.jsonl`.\n\n"
+        "Four learned stages, 14×14 → 224×224: ms and peak MB per image, medians of interleaved runs "
+        "(`python -m benchmarks.kernels.jbu`). Floor: source and image read once, output written once, at the "
+        "bandwidth of a copy in the same run. More sizes are in `benchmarks/results/jbu.jsonl`.\n\n"
     ) + "\n".join(table)
 
 
 def upsamplers() -> str:
-    """What there is to choose from, and what each needs and gives, as the code says it."""
-    table = ["| `--upsampler` | weights | channels | scale | looks at | PCA |", "|---|---|---|---|---|---|"]
+    """The available upsamplers and their properties, from `Facts`."""
+    table = ["| `--upsampler` | weights | channels | scale | guidance | PCA |", "|---|---|---|---|---|---|"]
     for name, upsampler in UPSAMPLERS.items():
         facts = upsampler.facts
         words = facts.weights, facts.channels, facts.scale, facts.guidance, facts.pca
@@ -99,10 +99,10 @@ def upsamplers() -> str:
 
 
 def upsampler_costs() -> str:
-    """Time and memory of each upsampler that looks once, and of doing without PCA or bounded memory."""
+    """Time and memory of each single-pass upsampler, with and without PCA and bounded memory."""
     latest = {(row["upsampler"], row["size"]): row for row in rows.read("upsamplers")}
     table = [
-        "| upsampler | 224 px | 448 px | 896 px | all 384 channels, 224 px | 448 px | the plain way, 224 px | 448 px |",
+        "| upsampler | 224 px | 448 px | 896 px | all 384 channels, 224 px | 448 px | plain, 224 px | 448 px |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(name for name, _ in latest):
@@ -116,22 +116,22 @@ def upsampler_costs() -> str:
     sample = latest["jbu", 224]
     return (
         f"From ViT-S/14's 384 channels to k = 64 at the image's size, one image, one thread of {_machine(sample)} "
-        "(`python -m benchmarks.upsamplers.compared`). The plain way: all channels, AnyUp with its whole attention "
-        "matrix, then PCA.\n\n"
+        "(`python -m benchmarks.upsamplers.compared`). Plain: all channels, AnyUp with its full attention matrix, then "
+        "PCA.\n\n"
     ) + "\n".join(table)
 
 
 def fits() -> str:
-    """Error on held-out views over time, for upsamplers that fit each image, beside bilinear and JBU."""
+    """Error on held-out views and time, for upsamplers that fit each image, and for bilinear and JBU."""
     latest = {(row["backbone"], row["method"]): row for row in rows.read("implicit") if not _on_gpu(row)}
     on_gpu = {row["method"]: row for row in rows.read("implicit") if _on_gpu(row)}
     few = min(row["photos"] for row in latest.values())
     table = [
-        f"| backbone | upsampler | error (share of bilinear's) | the same on {few} | s an image: fit | passes |",
+        f"| backbone | upsampler | error (share of bilinear's) | the same on {few} | s per image: fit | passes |",
         "|---|---|---|---|---|---|",
     ]
-    # In the order of time, as in the figure.
-    for (backbone, method), row in sorted(latest.items(), key=lambda one: (one[0][0], sum(_fit_seconds(one[1])))):
+    # In order of time, as in the figure.
+    for (backbone, method), row in sorted(latest.items(), key=lambda item: (item[0][0], sum(_fit_seconds(item[1])))):
         all_errors, few_errors = _errors(row, few)
         bilinear, few_bilinear = _errors(latest[backbone, "bilinear"], few)
         everywhere = "" if all_errors is None else f"{all_errors:.3f} ({all_errors / bilinear:.2f})"
@@ -143,11 +143,11 @@ def fits() -> str:
     photos, step = max(row["photos"] for row in latest.values()), rows.read("implicit_steps")[-1]
     return (
         f"Squared error on 20 views of each of {photos} photographs (coco200's validation half, 224 px, k = 64) that "
-        f"no fit has seen, as a share of their variance. Seconds of one core of {_machine(sample)}, beside the "
-        "backbone's passes and in them (`python -m benchmarks.upsamplers.implicit`, "
-        "`benchmarks.upsamplers.implicit_featup`). FeatUp's networks are judged through the downsampler that is "
-        "fitted with them, if that is better; a step takes "
-        f"{step['plain_step_s']:.2g} s done FeatUp's way, {step['step_s']:.2g} s done ours, and "
+        f"no fit has used, as a share of their variance. Seconds of one core of {_machine(sample)}, for the fit "
+        "without the backbone's passes, and for these passes (`python -m benchmarks.upsamplers.implicit`, "
+        "`benchmarks.upsamplers.implicit_featup`). FeatUp's networks are evaluated through the downsampler fitted "
+        "with them if that gives a lower error. A step takes "
+        f"{step['plain_step_s']:.2g} s implemented as in FeatUp, {step['step_s']:.2g} s here, and "
         f"{step['step_of_four_s']:.2g} s for four images together.\n\n"
     ) + "\n".join([*table, "", _fits_on_gpu(on_gpu)])
 
@@ -162,7 +162,7 @@ def _fits_on_gpu(latest: dict[str, dict[str, Any]]) -> str:
 
 
 def probe() -> str:
-    """What a linear classifier makes of the features of each upsampler."""
+    """Accuracy of a linear classifier on the features of each upsampler."""
     latest = {(row["backbone"], row["method"]): row for row in rows.read("probe")}
     table = [
         "| backbone | upsampler | mean IoU | accuracy | within 3 px of a border |",
@@ -173,16 +173,16 @@ def probe() -> str:
         table.append(f"| {backbone} | {method} | {numbers} |")
     photos = next(iter(latest.values()))["photos"]
     return (
-        f"A linear probe of the 20 most frequent classes, trained on {photos} photographs of coco200 and judged on "
+        f"A linear probe of the 20 most frequent classes, trained on {photos} photographs of coco200 and evaluated on "
         f"{photos} others, 224 px, k = 64 (`python -m benchmarks.upsamplers.probe`):\n\n"
     ) + "\n".join(table)
 
 
 def training() -> str:
-    """Error on held-out views before and after training, beside what learns nothing."""
+    """Error on held-out views before and after training, and of upsamplers without training."""
     latest = {row["recipe"]: row for row in rows.read("training")}
     table = [
-        "| recipe | steps | s a step, of that the backbone | measured on | before | after | bilinear "
+        "| recipe | steps | s per step, backbone's share | measured on | before | after | bilinear "
         "| training-free jbu |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -191,7 +191,7 @@ def training() -> str:
         share = row["step_s"]["backbone"] / seconds
         for backbone, own in rows.by_backbone(row["held_out"]).items():
             trained = recipe.split()[0]
-            seen = "" if own[0]["trained_on"] == "1" else ", never seen"
+            seen = "" if own[0]["trained_on"] == "1" else ", not trained on"
             errors = [own[0][f"{trained}_relative_error"], own[-1][f"{trained}_relative_error"]]
             errors += [own[0][f"{other}_relative_error"] for other in ("bilinear", "training_free")]
             cells = " | ".join(f"{float(error):.3f}" for error in errors)
@@ -200,22 +200,22 @@ def training() -> str:
             )
     sample = next(iter(latest.values()))
     return (
-        "Squared error on views of photographs of coco200's validation half that no training saw, as a share of their "
+        "Squared error on views of photographs of coco200's validation half, not used in training, as a share of their "
         f"variance; trained on the other 100, on one core of {_machine(sample)} "
-        "(`python -m benchmarks.train.training`). Lift takes the backbone's share in its first epoch only, then it has "
-        "all features.\n\n"
+        "(`python -m benchmarks.train.training`). LiFT runs the backbone only in the first epoch, then it uses cached "
+        "features.\n\n"
     ) + "\n".join(table)
 
 
 def _errors(row: dict[str, Any], few: int) -> tuple[Any, float]:
-    """Mean error on all photographs, None for a row of few; and on few of them, which are spread evenly."""
+    """Mean error on all photographs (None if measured on few), and on ``few`` of them, spread evenly."""
     if "errors" in row:
         return row["held_out_error"], statistics.mean(row["errors"][:: len(row["errors"]) // few])
     return None, min(row["held_out_error"], row["own_error"])
 
 
 def _fit_seconds(row: dict[str, Any]) -> tuple[float, float]:
-    """Of the fit, and of the backbone's passes over its views."""
+    """Seconds of the fit, and of the backbone's passes over its views."""
     return row["fit_s"], row["extraction_s"]
 
 
@@ -242,11 +242,11 @@ def _machine(row: dict[str, Any]) -> str:
 
 
 def demo() -> str:
-    """The demonstration from nothing, and again."""
+    """Seconds of the demo from a fresh clone, and of a repetition."""
     row = rows.read("demo")[-1]
     return (
-        f"`make demo` from a clone, with {row['installer']} and an empty package cache: {row['first_s']:.0f} s, again: "
-        f"{row['again_s']:.0f} s, on {_machine(row)} (`python -m benchmarks.jobs.demo`)."
+        f"`make demo` from a clone, with {row['installer']} and an empty package cache: {row['first_s']:.0f} s, "
+        f"repeated: {row['again_s']:.0f} s, on {_machine(row)} (`python -m benchmarks.jobs.demo`)."
     )
 
 
@@ -264,7 +264,7 @@ TABLES = {
 
 
 def with_tables(text: str) -> str:
-    """``text`` with what is between each table's marks made anew."""
+    """Regenerate the content between each table's markers in ``text``."""
     for name, make in TABLES.items():
         start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
         before, rest = text.split(start)
@@ -273,12 +273,12 @@ def with_tables(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrite or check."""
+    """Rewrite or check the tables."""
     old = README.read_text()
     new = with_tables(old)
     if "--check" in sys.argv:
         if old != new:
-            sys.exit("README.md: its tables are not what benchmarks/results says: run python -m benchmarks.tables")
+            sys.exit("README.md: its tables do not match benchmarks/results: run python -m benchmarks.tables")
         return
     README.write_text(new)
 

@@ -1,4 +1,4 @@
-"""Medians of several sides run in turn, and the memory each takes; on a CPU or a GPU."""
+"""Median times of several functions in interleaved runs, and the memory of each; on a CPU or a GPU."""
 
 import ctypes
 import gc
@@ -12,27 +12,27 @@ import torch
 
 Function = Callable[[], Any]
 
-# Threads of OpenMP spin for some 20 ms after the last call of torch, and take a core from whoever comes next.
+# OpenMP threads spin for about 20 ms after torch's last call, and take a core from the next function.
 _SETTLE_MS = 25
 
 
 def median_ms(
     sides: Mapping[str, Function], device: str, seconds_each: float = 3.0, most: int = 30
 ) -> dict[str, float]:
-    """Median milliseconds of each, run in turn so that a slow moment of the machine hits all of them.
+    """Median milliseconds of each function, with interleaved runs, so that a slow phase of the machine affects all.
 
-    What is quick runs untimed for a moment first: it is then judged on its own, and warm.
-    Each runs as often as fits into ``seconds_each``, at least three times and at most ``most`` times; what takes more
-    than five seconds, once.
+    Fast functions first run untimed for a moment, so that they are warm and not slowed by the one before. Each runs as
+    often as fits into ``seconds_each``, at least three and at most ``most`` times; functions that take more than five
+    seconds run once.
     """
     for function in sides.values():
-        function()  # compiles, fills caches
+        function()  # compile, fill caches
     once = {name: _ms(function, device) for name, function in sides.items()}
     runs = {name: 1 if ms > 5000 else min(most, max(3, int(1000 * seconds_each / ms))) for name, ms in once.items()}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(max(runs.values())):
         for name, function in sides.items():
-            # Sides with fewer runs are spread over the turns.
+            # Spread functions with fewer runs over the turns.
             if turn * runs[name] // max(runs.values()) != (turn - 1) * runs[name] // max(runs.values()):
                 _settle(function, once[name])
                 times[name].append(_ms(function, device))
@@ -58,7 +58,7 @@ def _wait(device: str) -> None:
 
 
 def peak_bytes(function: Function, device: str) -> int:
-    """How much memory a call takes at its peak beyond what was taken before, its result included."""
+    """Peak memory of a call beyond the memory in use before it, including its result."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -68,7 +68,7 @@ def peak_bytes(function: Function, device: str) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else memory of earlier calls is taken again, unseen
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # otherwise memory freed by earlier calls would be reused unnoticed
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     function()
@@ -76,7 +76,7 @@ def peak_bytes(function: Function, device: str) -> int:
 
 
 def _status(field: str) -> int:
-    """Bytes of a field of Linux's /proc/self/status."""
+    """Value in bytes of a field of Linux's /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return 1024 * int(line.split()[1])

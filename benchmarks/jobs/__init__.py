@@ -1,1 +1,1 @@
-"""Claims about whole jobs."""
+"""Benchmarks of whole jobs."""

@@ -1,8 +1,8 @@
-"""Claim: from a clone to a picture in minutes, and again in seconds.
+"""Claim: from a clone to a picture in minutes, and in seconds when repeated.
 
     python -m benchmarks.jobs.demo
 
-Clones this checkout's last commit, runs `make demo` there twice, with an empty package cache.
+Clones this checkout's last commit and runs `make demo` there twice, starting with an empty package cache.
 """
 
 import json

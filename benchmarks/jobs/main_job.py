@@ -1,11 +1,11 @@
-"""Claim: what the main job costs on a small machine, and that its memory does not grow with the number of images.
+"""Claim: the cost of the main job on a small machine, with memory independent of the number of images.
 
     python -m benchmarks.jobs.main_job --images PHOTOS --lite0 FILE --vit FILE
     python -m benchmarks.jobs.main_job --images PHOTOS --vit FILE --vit-pooling FILE --picture fits.png
 
-With what jobs/fit_pooling.py made of a backbone, the store is made with ``--upsampler multiview`` instead. Each run
-is the job as a person starts it (a process of its own, on Ray), over 200 photographs and over the same ones five times;
-memory is the sum over all its processes of what each has for itself (PSS).
+With a pooling model from jobs/fit_pooling.py, the job runs with ``--upsampler multiview`` instead. Each run is the job
+as a user starts it (in a separate process, on Ray), on 200 photographs and on five copies of them. Memory is the sum of
+the proportional set sizes (PSS) of all its processes.
 """
 
 import argparse
@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder with photographs")
     parser.add_argument("--lite0", type=Path, help="weights of timm's tf_efficientnet_lite0")
     parser.add_argument("--vit", type=Path, help="weights of timm's vit_small_patch14_dinov2.lvd142m")
-    parser.add_argument("--vit-pooling", type=Path, help="for --upsampler multiview")
-    parser.add_argument("--picture", type=Path, help="where to draw what is in that store")
+    parser.add_argument("--vit-pooling", type=Path, help="pooling model, for --upsampler multiview")
+    parser.add_argument("--picture", type=Path, help="file to draw the store's features to")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -51,15 +51,15 @@ def main() -> None:
         print(json.dumps(row))
 
 
-def measure(images: Path, repeats: int, asked: dict[str, Any], picture: Path | None) -> dict[str, Any]:
-    """Run the job in a process of its own and watch its memory."""
+def measure(images: Path, repeats: int, chosen: dict[str, Any], picture: Path | None) -> dict[str, Any]:
+    """Run the job in a separate process and monitor its memory."""
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(repeats):
             (Path(folder) / "images" / str(repeat)).mkdir(parents=True)
             for path in sorted(images.rglob("*.jpg")):
                 (Path(folder) / "images" / str(repeat) / path.name).symlink_to(path.resolve())
-        own = {"images": f"{folder}/images", "store": f"{folder}/store", "size": SIZE, "components": K}
-        options = {**own, **asked}
+        common = {"images": f"{folder}/images", "store": f"{folder}/store", "size": SIZE, "components": K}
+        options = {**common, **chosen}
         command = [sys.executable, "-m", "benchmarks.jobs.main_job", "--one", json.dumps(options)]
         job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         peak = watch(job)
@@ -68,9 +68,9 @@ def measure(images: Path, repeats: int, asked: dict[str, Any], picture: Path | N
         if picture:
             show(ShowConfig(store=options["store"], output=str(picture), weights=options["weights"]))
     return {
-        "backbone": asked["backbone"],
-        "layer": asked["layer"],
-        "upsampler": asked.get("upsampler", "jbu"),
+        "backbone": chosen["backbone"],
+        "layer": chosen["layer"],
+        "upsampler": chosen.get("upsampler", "jbu"),
         "k": K,
         "size": SIZE,
         **result,
@@ -80,14 +80,14 @@ def measure(images: Path, repeats: int, asked: dict[str, Any], picture: Path | N
 
 
 def watch(job: "subprocess.Popen[str]") -> int:
-    """Greatest memory of the process and all below it, until it ends."""
+    """Wait for the process to end; return the peak memory of it and all its descendants."""
     peak = 0
     process = psutil.Process(job.pid)
     while job.poll() is None:
         total = 0
         try:
-            for one in [process, *process.children(recursive=True)]:
-                total += one.memory_full_info().pss
+            for member in [process, *process.children(recursive=True)]:
+                total += member.memory_full_info().pss
         except psutil.Error:
             continue
         peak = max(peak, total)
@@ -96,7 +96,7 @@ def watch(job: "subprocess.Popen[str]") -> int:
 
 
 def run_one(options: dict[str, Any]) -> None:
-    """The job itself; the last line it prints is the row."""
+    """Run the job; the last line printed is the row."""
     import logging
 
     from pipeline.run.job import carry_out

@@ -1,1 +1,1 @@
-"""Claims about kernels."""
+"""Benchmarks of kernels."""

@@ -1,11 +1,12 @@
-"""Claim: JBU at the speed of memory. Four learned stages, ×16, all sides in one run.
+"""Claim: JBU runs close to memory bandwidth. Four learned stages, ×16, all implementations in one run.
 
     python -m benchmarks.kernels.jbu
 
-On a GPU: every size, C, batch and dtype. On a CPU: one image in float32, two threads, and what one stage's parts take.
-Sides: ours; the plain-torch definition; FeatUp's way (`benchmarks.kernels.jbu_peers`); AnyUp's attention; bilinear
-interpolation. The floor is to read source and image once and to write the output once (backwards: to read its gradient
-as well, source and image again, and to write the source's gradient), at the bandwidth of a copy in the same run.
+On a GPU: every size, C, batch and dtype. On a CPU: one image in float32, two threads, and the parts of one stage.
+Compared are densefeat, the plain-torch definition, FeatUp's way (`benchmarks.kernels.jbu_peers`), AnyUp's attention and
+bilinear interpolation. The floor is the time to read source and image once and write the output once (backward: also to
+read its gradient, read source and image again, and write the source's gradient), at the bandwidth of a copy in the same
+run.
 """
 
 import itertools
@@ -35,12 +36,12 @@ from kernels.jbu import (
 from pipeline.upsamplers.anyup.network import AnyUp
 
 SIGMAS = 1.5, 0.1
-AGREE = {torch.float32: 1e-3, torch.float16: 3e-2}  # sides must compute the same thing to be compared
+AGREE = {torch.float32: 1e-3, torch.float16: 3e-2}  # maximum difference between implementations
 
 
 @dataclass(frozen=True)
 class Case:
-    """One size of problem."""
+    """One problem size."""
 
     low: int
     C: int
@@ -77,7 +78,7 @@ def cases(device: str) -> Iterator[Case]:
         sizes = [(14, 384), (14, 128), (14, 64), (32, 64)]
         batches, dtypes = (1,), (torch.float32,)
     for (low, C), B, dtype, backward in itertools.product(sizes, batches, dtypes, (False, True)):
-        if device == "cuda" or not (backward and low == 32):  # plain torch and AnyUp: a quarter of an hour
+        if device == "cuda" or not (backward and low == 32):  # takes plain torch and AnyUp a quarter of an hour
             yield Case(low, C, B, dtype, backward)
 
 
@@ -141,7 +142,7 @@ def measure(case: Case, device: str) -> dict[str, Any]:
     output = torch.randn(case.B, case.C, case.size, case.size, device=device, dtype=case.dtype)
     copied = torch.empty_like(output)
     ms = median_ms({**sides, "copy": lambda: copied.copy_(output)}, device)
-    bandwidth = 2 * output.nbytes / ms.pop("copy")  # bytes a millisecond
+    bandwidth = 2 * output.nbytes / ms.pop("copy")  # bytes per millisecond
     floor_ms = case.floor_bytes() / bandwidth
     measured = {
         name: {

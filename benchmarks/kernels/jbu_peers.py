@@ -1,8 +1,8 @@
-"""What `benchmarks.kernels.jbu` compares with: JBU computed the way FeatUp's code does, written anew.
+"""Baseline for `benchmarks.kernels.jbu`: JBU computed as in FeatUp's code, reimplemented.
 
 The range kernel comes from an unfolded tensor of all keys' neighbours, the 49 filters of every pixel are materialised,
-the source is upsampled bicubically and padded in memory, and the adaptive convolution is one launch an image with one
-thread an output value. On a CPU, where FeatUp's kernel does not run, the same loops are compiled by numba.
+the source is upsampled bicubically and padded in memory, and the adaptive convolution is one launch per image with one
+thread per output value. On a CPU, which FeatUp's kernel does not support, numba compiles the same loops.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Loops of `benchmarks.kernels.jbu_peers` on a GPU: one thread a value, all read from memory, sums in float32."""
+"""Loops of `benchmarks.kernels.jbu_peers` on a GPU: one thread per value, all reads from memory, float32 sums."""
 
 from typing import Any
 

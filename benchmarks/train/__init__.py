@@ -1,1 +1,1 @@
-"""Claims about training."""
+"""Benchmarks of training."""

@@ -1,10 +1,10 @@
-"""Claim: an upsampler for any backbone in one command, which explains views it has not seen better than interpolation.
+"""Claim: one command trains an upsampler for any backbone that predicts unseen views better than interpolation.
 
     python -m benchmarks.train.training --folder trainings
 
-Trains each recipe on coco200's training half (hours on a CPU; what is in --folder already is not trained again), and
-keeps its loss and its error on held-out views of the validation half over steps. A step's seconds, and the backbone's
-share of them, are measured apart, on a few steps.
+Trains each recipe on coco200's training half (hours on a CPU; trainings already in --folder are reused), and records
+the loss and the error on held-out views of the validation half over steps. The seconds of a step, and the backbone's
+share, are measured separately on a few steps.
 """
 
 import csv
@@ -31,7 +31,7 @@ _LITE0 = "tf_efficientnet_lite0@{}=" + str(SHARED / "weights" / "tf_efficientnet
 _VIT = "vit_small_patch14_dinov2.lvd142m@{}=" + str(SHARED / "weights" / "vit_small_patch14_dinov2.focus.safetensors")
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # Judged on a network that it has never seen, too.
+    # Also measured on a backbone that it is not trained on.
     "jbu on lite0": {
         "backbones": (_LITE0.format(2), _LITE0.format(3)),
         "held_out_backbone": _VIT.format(10),
@@ -42,19 +42,19 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lift on lite0": {"upsampler": "lift", "backbones": (_LITE0.format(3),), "steps": 400, "evaluate_every": 100},
 }
 _TIMED_STEPS = 6
-_POINTS = 30  # about so many a curve
+_POINTS = 30  # approximate number per curve
 _STEP = "data", "backbone", "forward", "backward", "optimizer"
 
 
 def config_of(recipe: str, output: Path, **changes: Any) -> TrainConfig:
-    """The job as it is asked for."""
+    """The options of a recipe's training."""
     options: dict[str, Any] = {"val_count": 24, "checkpoint_every": 50, "resume": True, **RECIPES[recipe], **changes}
     images = {"images": str(COCO / "train"), "val_images": str(COCO / "val")}
     return TrainConfig(output=str(output), **images, **options)
 
 
 def seconds_of_a_step(recipe: str, device: str) -> dict[str, float]:
-    """Mean over a few steps, once warm, by part; the backbone's is with its random views, and of the first epoch."""
+    """Mean seconds of warm steps by part; the backbone's include its random views, without cached features."""
     with tempfile.TemporaryDirectory() as folder:
         measured = {"steps": 2 * _TIMED_STEPS, "val_count": 1, "val_views": 1, "evaluate_every": 999}
         uncached = {"cache_gb": 0} if RECIPES[recipe].get("upsampler") == "lift" else {}
@@ -82,7 +82,7 @@ def held_out_curves(output: Path) -> list[dict[str, str]]:
 
 
 def loss_curve(output: Path) -> list[tuple[int, float]]:
-    """(step, mean loss since the one before), all backbones together."""
+    """Points (step, mean loss since the previous point), over all backbones."""
     with (output / "losses.csv").open(newline="") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
     stretch = max(1, len(losses) // _POINTS)
@@ -91,11 +91,11 @@ def loss_curve(output: Path) -> list[tuple[int, float]]:
 
 
 def main(folder: Path = Path("trainings"), recipes: tuple[str, ...] = tuple(RECIPES), device: str = "auto") -> None:
-    """Measure, a row for each recipe.
+    """Measure; append a row per recipe.
 
     Args:
-        folder: where trainings are, or are to be.
-        recipes: some of `RECIPES`.
+        folder: folder of trainings, reused if present.
+        recipes: names in `RECIPES`.
         device: "auto", "cpu" or "cuda".
     """
     chosen = pick_device(device)

@@ -1,1 +1,1 @@
-"""Claims about upsamplers."""
+"""Benchmarks of upsamplers."""

@@ -1,10 +1,10 @@
-"""Claim: every upsampler in tens of milliseconds to a second, and PCA inside makes the dear ones cheaper.
+"""Claim: every upsampler takes tens of milliseconds to a second, and folding in PCA makes expensive ones cheaper.
 
     python -m benchmarks.upsamplers.compared
 
 From the features of a ViT-S/14 (384 channels) to k = 64 components at 224, 448 and 896 pixels, one image, one thread on
-a CPU. Up to 448 also all 384 channels, and for LiFT and AnyUp the plain way: all channels (AnyUp: with the whole
-attention matrix, which at 896 pixels takes 50 GB), then projected. Weights are random: they change neither time nor
+a CPU. Up to 448 also with all 384 channels, and for LiFT and AnyUp the plain way: all channels (AnyUp: with the full
+attention matrix, which takes 50 GB at 896 pixels), then projected. Weights are random, which affects neither time nor
 memory.
 """
 
@@ -57,7 +57,7 @@ def upsamplers(folder: Path) -> dict[str, Upsampler]:
 
 
 def plain(upsampler: Upsampler, features: Tensor, images: Tensor, size: int, components: Tensor) -> Tensor | None:
-    """All channels, then projected: [B, k, size, size]; None where it makes no difference to speak of."""
+    """Upsample all channels, then project: [B, k, size, size]; None for upsamplers without a separate plain way."""
     if isinstance(upsampler, LiFTUpsampler):
         full = upsampler.lift(features, imagenet_normalised(images))
         full = torch.nn.functional.interpolate(full, (size, size), mode="bilinear", align_corners=False)
@@ -104,7 +104,7 @@ def measure(name: str, upsampler: Upsampler, size: int, device: str) -> dict[str
 
 
 def main(sizes: tuple[int, ...] = (224, 448, 896)) -> None:
-    """Measure, a row for each upsampler and size in pixels."""
+    """Measure; append a row per upsampler and size in pixels."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

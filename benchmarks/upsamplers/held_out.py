@@ -1,4 +1,4 @@
-"""What fits of each image are judged by: error on views of photographs that no fit used, for both real backbones."""
+"""Evaluation of per-image fits: the error on views of photographs that no fit used, for two pretrained backbones."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 
 
 def photos(part: str, count: int, device: torch.device) -> list[Tensor]:
-    """[1, 3, H, W] each, spread evenly over a part of coco200."""
+    """Photographs [1, 3, H, W] uint8, spread evenly over a part of coco200."""
     files = sorted((COCO / part).glob("*.jpg"))
     chosen = [files[i * len(files) // count] for i in range(count)]
     geometry = Geometry(SIZE, "crop", SIZE)
@@ -43,14 +43,14 @@ def photos(part: str, count: int, device: torch.device) -> list[Tensor]:
 
 
 def build(name: str, device: torch.device) -> Backbone:
-    """One of `BACKBONES`."""
+    """Build one of `BACKBONES`."""
     options = BACKBONES[name]
     backbone = build_backbone(options["backbone"], size=SIZE, weights=options["weights"], layer=options["layer"])
     return backbone.to(device)
 
 
 def fitted_basis(backbone: Backbone, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean [C] and K components [K, C] of training photographs' features."""
+    """Fit mean [C] and components [K, C] on the training photographs' features."""
     total = Moments.none(backbone.num_chs)
     for photo in photos("train", BASIS_PHOTOS, device):
         features = backbone(photo)
@@ -60,7 +60,7 @@ def fitted_basis(backbone: Backbone, device: torch.device) -> tuple[Tensor, Tens
 
 
 def pooling_file(folder: Path, name: str, device: str) -> str:
-    """Fitted now if it is not there."""
+    """Path of a backbone's pooling model in ``folder``, fitted if missing."""
     path = folder / f"{name}.safetensors"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,11 +70,11 @@ def pooling_file(folder: Path, name: str, device: str) -> str:
 
 
 class Judge:
-    """Held-out views of one backbone's photographs, pooled by its pooling model.
+    """Evaluates features on held-out views of photographs, through one backbone's pooling model.
 
     Attributes:
         jitters: the views.
-        basis: mean and components that features are projected on.
+        basis: mean and components for projecting features.
     """
 
     def __init__(self, backbone: Backbone, pooling: PoolingModel, basis: tuple[Tensor, Tensor]) -> None:
@@ -87,17 +87,17 @@ class Judge:
         self.bias = torch.einsum("chw,kc->khw", pooling.bias.to(device), basis[1])
 
     def seen(self, photo: Tensor) -> Tensor:
-        """What the backbone sees of the views of [1, 3, H, W]: [V, k, h, w]."""
+        """The backbone's features of the views of a photograph [1, 3, H, W]: [V, k, h, w]."""
         return view_features(self.backbone, photo, self.matrices, self.basis)[0]
 
     def error(self, high: Tensor, seen: Tensor, with_bias: bool) -> tuple[float, float]:
-        """Relative squared error of features [1, k, H, W], and mean cosine."""
+        """Relative squared error and mean cosine of features [1, k, H, W]."""
         predicted = self.operators.project(high)[0] + (self.bias if with_bias else 0)
         cosine = F.cosine_similarity(predicted, seen, dim=1).mean()
         return relative_error(predicted, seen), float(cosine)
 
 
 def relative_error(predicted: Tensor, seen: Tensor) -> float:
-    """Squared error over squared distance from the mean, of [V, k, h, w] of one photograph."""
+    """Squared error divided by squared deviation from the mean, for one photograph's views [V, k, h, w]."""
     spread = (seen - seen.mean((0, 2, 3), keepdim=True)).square().sum()
     return float((predicted - seen).square().sum() / spread)

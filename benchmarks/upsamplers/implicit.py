@@ -2,12 +2,13 @@
 
     python -m benchmarks.upsamplers.implicit --photos-each 30
 
-Photographs of coco200's validation part, both real backbones, 224 pixels, k = 64 components of a basis fitted on
-training photographs. Held-out error: ``|A Y + b - F|² / |F - mean F|²`` over 20 views that no fit used, Y being the
-upsampled features at 224 pixels, F the backbone's of the view, A the pooling model's view of them, and b
-its bias, for those that take it out. Seconds beside the backbone's passes, and the share of these passes in the whole.
+Photographs of coco200's validation part, two pretrained backbones, 224 pixels, k = 64 components of a basis fitted on
+training photographs. The held-out error is ``|A Y + b - F|² / |F - mean F|²`` over 20 views that no fit used, where Y
+are the upsampled features at 224 pixels, F the backbone's features of the view, A the pooling model's operator for the
+view, and b its bias, for methods that subtract it. Seconds are measured separately for the fit and for the backbone's
+passes.
 
-What is fitted once per backbone (jobs/fit_pooling.py, on training photographs) is kept in --folder.
+Pooling models, fitted once per backbone (jobs/fit_pooling.py, on training photographs), are kept in --folder.
 """
 
 import json
@@ -38,7 +39,7 @@ VIEWS = (9, 21, 41)
 
 
 class Clock:
-    """Seconds of a call, and of the backbone's passes in it; on a CPU the process's, which others do not slow."""
+    """Seconds of calls and of the backbone's passes; on a CPU process time, which other processes do not affect."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.passes = device, 0.0
@@ -49,7 +50,7 @@ class Clock:
         return result, self._now() - start
 
     def view_features(self, *arguments: Any) -> Tensor:
-        """As the upsampler's own, but counted."""
+        """Call `pipeline.views.features.view_features` and add its time to ``passes``."""
         features: Tensor
         features, seconds = self.timed(view_features, *arguments)
         self.passes += seconds
@@ -63,15 +64,15 @@ class Clock:
 
 
 def methods(backbone: Backbone, weights: str, basis: tuple[Tensor, Tensor]) -> dict[str, tuple[int, bool, Projected]]:
-    """Name -> views, whether the bias is taken out, and the upsampler with the basis."""
-    device, found = basis[0].device, {}
+    """Name -> number of views, whether the bias is subtracted, and the upsampler with the basis."""
+    device, result = basis[0].device, {}
     for name in ("bilinear", "jbu"):
         stage = build_upsampler(name, None, backbone).to(device).with_basis(*basis).to(device)
-        found[name], found[f"{name}, less the bias"] = (1, False, stage), (1, True, stage)
+        result[name], result[f"{name}, less the bias"] = (1, False, stage), (1, True, stage)
     for views in VIEWS:
         upsampler = build_upsampler("multiview", weights, backbone, MultiviewOptions(views=views)).to(device)
-        found[f"multiview, {views} views"] = views, True, upsampler.with_basis(*basis).to(device)
-    return found
+        result[f"multiview, {views} views"] = views, True, upsampler.with_basis(*basis).to(device)
+    return result
 
 
 def measure(name: str, count: int, folder: Path, device: torch.device) -> list[dict[str, Any]]:
@@ -122,9 +123,9 @@ def main(
     """Measure.
 
     Args:
-        photos_each: of the validation part.
+        photos_each: number of photographs of the validation part.
         backbones: "lite0" and "vit".
-        folder: where what is fitted once per backbone is kept.
+        folder: folder of the pooling models.
         device: "auto", "cpu" or "cuda".
     """
     torch.set_num_threads(1)

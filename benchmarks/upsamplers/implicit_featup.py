@@ -1,11 +1,11 @@
-"""FeatUp's implicit networks: error on held-out views over seconds, by its schedule and by ours; what a step costs.
+"""FeatUp's implicit networks: error on held-out views over time, with FeatUp's and our schedule; cost of a step.
 
     python -m benchmarks.upsamplers.implicit_featup --photos-each 3 --backbone vit
 
-Each photograph alone, as `benchmarks.upsamplers.implicit` judges: both through the downsampler that was fitted with the
-network (``own_error``) and through the Gaussian pooling that the solver is judged by (``held_out_error``). A step's
-seconds are measured for FeatUp's way of doing one (views padded, enlarged and cropped, their patches unfolded) and for
-ours.
+Each photograph is fitted alone and evaluated as in `benchmarks.upsamplers.implicit`, both through the downsampler
+fitted with the network (``own_error``) and through the Gaussian pooling used for the solver (``held_out_error``). The
+time of a step is measured as implemented by FeatUp (views padded, enlarged and cropped, their patches unfolded) and as
+implemented here.
 """
 
 import json
@@ -41,13 +41,13 @@ def fit_one(judge: Judge, photo: Tensor, schedule: Schedule) -> dict[str, Any]:
     """Fit one photograph [1, 3, H, W].
 
     Returns:
-        Seconds of the processor in extraction and fit, errors at the end, and after each look at the schedule's own
-        held-out views: seconds of the fit, and error through the fitted downsampler.
+        CPU seconds of extraction and fit, and final errors; and for each check on the schedule's own held-out views the
+        seconds of the fit and the error through the fitted downsampler.
     """
     backbone, start = judge.backbone, time.process_time()
     seen = [_seen(backbone, photo, views, judge.basis) for views in sample_views(schedule, backbone.size)]
     extraction_s = time.process_time() - start
-    scale = backbone(photo).square().mean().sqrt()  # as `pipeline.upsamplers.implicit.upsampler`
+    scale = backbone(photo).square().mean().sqrt()  # as in `pipeline.upsamplers.implicit.upsampler`
     spread = (seen[1] - seen[1].mean((1, 3, 4), keepdim=True)).square().mean() / scale.square()
     curve: list[dict[str, float]] = []
     start = time.process_time()
@@ -87,13 +87,14 @@ def main(
     folder: Path = Path("pooling_models"),
     device: str = "auto",
 ) -> None:
-    """Measure, a row for each schedule.
+    """Measure; append a row per schedule.
 
     Args:
-        photos_each: photographs of the validation part, one after the other: FeatUp's schedule takes minutes each.
+        photos_each: number of photographs of the validation part, fitted one at a time; FeatUp's schedule takes minutes
+            for each.
         backbone: "lite0" or "vit".
-        schedules: some of `SCHEDULES`.
-        folder: where `benchmarks.upsamplers.implicit` keeps what is fitted once per backbone.
+        schedules: names in `SCHEDULES`.
+        folder: folder of the pooling models of `benchmarks.upsamplers.implicit`.
         device: "auto", "cpu" or "cuda".
     """
     torch.set_num_threads(1)
@@ -121,7 +122,7 @@ def main(
 
 
 def averaged(fits: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over photographs; of the curve as far as all of them went."""
+    """Average over photographs; curves are truncated to the shortest."""
     names = "held_out_error", "own_error", "cosine", "extraction_s", "fit_s", "kept_after"
     means = {name: round(statistics.mean(fit[name] for fit in fits), 4) for name in names}
     looks = zip(*(fit["curve"] for fit in fits), strict=False)
@@ -130,7 +131,7 @@ def averaged(fits: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def step_seconds(images: list[Tensor], backbone: Backbone) -> dict[str, float]:
-    """Of a step: FeatUp's way, ours, and ours for four images at once (all of them together)."""
+    """Seconds of a step: FeatUp's implementation, ours, and ours for four images together (in total)."""
     jitters = sample_views(Schedule(views=10), SIZE)[0]
     cell_px = Schedule().cell(backbone.reduction)
     with torch.inference_mode(False):
@@ -144,7 +145,7 @@ def step_seconds(images: list[Tensor], backbone: Backbone) -> dict[str, float]:
 
 
 def seconds_of_a_step(images: Tensor, k: int, grid: tuple[int, int], stride_px: int, steps: int = 5) -> float:
-    """Of fitting images together, once warm; of the processor, where images are on it."""
+    """Seconds of a warm step of fitting images together; CPU time if the images are on the CPU."""
     clock = time.perf_counter if images.is_cuda else time.process_time
     schedule = Schedule(views=20, held_out=1, steps=2 * steps, check_every=steps, patience=None)
     targets = torch.randn(len(images), 20, k, *grid, device=images.device)
@@ -161,7 +162,7 @@ def seconds_of_a_step(images: Tensor, k: int, grid: tuple[int, int], stride_px: 
 
 
 def plain_step(image: Tensor, k: int, grid: tuple[int, int], cell_px: int, jitters: Sequence[Jitter]) -> float:
-    """Seconds of the processor for one step of one image [1, 3, H, W] as FeatUp takes it, with random targets."""
+    """CPU seconds of one step for one image [1, 3, H, W] as implemented by FeatUp, with random targets."""
     networks, downsampler = ImplicitNetworks(1, k), AttentionDownsamplers(1, k + 1, cell_px)
     uncertainty = Uncertainty(1, k)
     networks.look_at(image)
@@ -177,7 +178,7 @@ def plain_step(image: Tensor, k: int, grid: tuple[int, int], cell_px: int, jitte
 
 
 def plain_downsample(maps: Tensor, jitter: Jitter, downsampler: AttentionDownsamplers, grid: tuple[int, int]) -> Tensor:
-    """One view of one image's maps [1, c, H, W], downsampled: [1, c, h, w]. Padding, enlarging, unfolding for real."""
+    """Downsample one view of maps [1, c, H, W] to [1, c, h, w] by explicit padding, enlarging and unfolding."""
     H, W = jitter.size
     cell = downsampler.weight.shape[1]
     padded = F.pad(maps, [jitter.pad_px] * 4, mode="reflect")

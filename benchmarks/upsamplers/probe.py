@@ -1,10 +1,10 @@
-"""Claim: what upsampled features are worth to who trains on them: a linear probe for segmentation, and at borders.
+"""Claim: how useful upsampled features are for training: a linear segmentation probe, overall and at borders.
 
     python -m benchmarks.upsamplers.probe --photos-each 50
 
-A linear classifier of the 20 most frequent classes, on k = 64 components at 224 pixels, trained on some pixels of
-coco200's training half and judged on all pixels of the validation half: mean IoU, accuracy, and accuracy within 3
-pixels of a border between classes, which is where upsamplers differ.
+A linear classifier of the 20 most frequent classes, on k = 64 components at 224 pixels, is trained on sampled pixels of
+coco200's training half and evaluated on all pixels of the validation half: mean IoU, accuracy, and accuracy within 3
+pixels of a border between classes, where upsamplers differ.
 """
 
 import json
@@ -27,13 +27,13 @@ from pipeline.upsamplers.build import build_upsampler
 from pipeline.upsamplers.interface import Projected
 
 CLASSES, BORDER_PX, PIXELS_OF_A_PHOTO, WEIGHT_DECAY = 20, 3, 3000, 1e-3
-Photo = tuple[Tensor, Tensor]  # [1, 3, H, W] uint8 and classes [H, W], -1 for those that are not looked at
+Photo = tuple[Tensor, Tensor]  # [1, 3, H, W] uint8, and classes [H, W], -1 for ignored pixels
 
 
 def labelled(part: str, count: int, device: torch.device) -> list[Photo]:
     """Photographs, spread evenly over a part of coco200, and their masks on the same pixels."""
     files = sorted((COCO / part).glob("*.jpg"))
-    geometry, found = Geometry(SIZE, "crop", SIZE), []
+    geometry, photos = Geometry(SIZE, "crop", SIZE), []
     for path in (files[i * len(files) // count] for i in range(count)):
         decoded = decode(path.read_bytes(), geometry)
         mask = np.array(Image.open(COCO.parent / "masks" / part / f"{path.stem}.png"))
@@ -41,8 +41,8 @@ def labelled(part: str, count: int, device: torch.device) -> list[Photo]:
         columns = ((np.arange(SIZE[1]) + 0.5 - x0) / scale_x).astype(int).clip(0, mask.shape[1] - 1)
         lines = ((np.arange(SIZE[0]) + 0.5 - y0) / scale_y).astype(int).clip(0, mask.shape[0] - 1)
         classes = torch.from_numpy(mask[lines][:, columns].astype(np.int64)).to(device)
-        found.append((torch.tensor(decoded.pixels, device=device)[None], classes))
-    return found
+        photos.append((torch.tensor(decoded.pixels, device=device)[None], classes))
+    return photos
 
 
 def with_frequent_classes(train: list[Photo], val: list[Photo]) -> tuple[list[Photo], list[Photo]]:
@@ -55,7 +55,7 @@ def with_frequent_classes(train: list[Photo], val: list[Photo]) -> tuple[list[Ph
 
 
 def near_borders(classes: Tensor) -> Tensor:
-    """[H, W] bool."""
+    """Pixels near borders between classes: [H, W] bool."""
     edges = torch.zeros_like(classes, dtype=torch.float)
     for axis in range(2):
         change = (classes.diff(dim=axis) != 0).float()
@@ -70,7 +70,7 @@ def pixels_of(features: Tensor) -> Tensor:
 
 
 def probe(high: Callable[[Tensor], Tensor], train: list[Photo], val: list[Photo]) -> dict[str, float]:
-    """Train and judge a classifier on ``high`` of photographs."""
+    """Train and evaluate a classifier on the features that ``high`` computes from photographs."""
     generator, inputs, targets = torch.Generator().manual_seed(0), [], []
     for photo, classes in train:
         chosen = torch.randperm(classes.numel(), generator=generator)[:PIXELS_OF_A_PHOTO].to(classes.device)
@@ -83,23 +83,23 @@ def probe(high: Callable[[Tensor], Tensor], train: list[Photo], val: list[Photo]
         classifier = fit_classifier(((x - mean) / deviation).clone(), y.clone())
     confusion, border = torch.zeros(CLASSES, CLASSES), torch.zeros(2)
     for photo, classes in val:
-        said = classifier((pixels_of(high(photo)) - mean) / deviation).argmax(1).view_as(classes)
+        predicted = classifier((pixels_of(high(photo)) - mean) / deviation).argmax(1).view_as(classes)
         known = classes >= 0
-        pairs = classes[known] * CLASSES + said[known]
+        pairs = classes[known] * CLASSES + predicted[known]
         confusion += torch.bincount(pairs, minlength=CLASSES**2).view_as(confusion).cpu()
         edge = known & near_borders(classes)
-        border += torch.stack([(said == classes)[edge].sum(), edge.sum()]).cpu()
-    right = confusion.diag()
-    iou = (right / (confusion.sum(0) + confusion.sum(1) - right))[confusion.sum(1) > 0]
+        border += torch.stack([(predicted == classes)[edge].sum(), edge.sum()]).cpu()
+    correct = confusion.diag()
+    iou = (correct / (confusion.sum(0) + confusion.sum(1) - correct))[confusion.sum(1) > 0]
     return {
         "miou": round(iou.mean().item(), 4),
-        "accuracy": round((right.sum() / confusion.sum()).item(), 4),
+        "accuracy": round((correct.sum() / confusion.sum()).item(), 4),
         "border_accuracy": round((border[0] / border[1]).item(), 4),
     }
 
 
 def fit_classifier(x: Tensor, y: Tensor) -> torch.nn.Linear:
-    """To the end, so that chance has no part in it."""
+    """Fit to convergence, without randomness."""
     classifier = torch.nn.Linear(x.shape[1], CLASSES).to(x.device)
     torch.nn.init.zeros_(classifier.weight)
     torch.nn.init.zeros_(classifier.bias)
@@ -141,9 +141,9 @@ def main(
     """Measure.
 
     Args:
-        photos_each: of the training and of the validation part.
+        photos_each: number of photographs of the training and of the validation part, each.
         backbones: "lite0" and "vit".
-        folder: where what is fitted once per backbone is kept.
+        folder: folder of the pooling models.
         device: "auto", "cpu" or "cuda".
     """
     torch.set_num_threads(1)

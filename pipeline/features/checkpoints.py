@@ -184,8 +184,8 @@ def _read_pickled(file: Path | bytes, uri: str) -> object:
             raise _damaged(uri, error) from error
         raise JobError(
             f"Weights {uri!r}: got a pickle that calls {refused[1]}, expected tensors and plain containers only; "
-            "nothing of it was run. If you trust its source, load it where it was made and save model.state_dict() as "
-            ".safetensors."
+            "none of its code was run. If you trust its source, load it where it was made and save model.state_dict() "
+            "as .safetensors."
         ) from error
 
 

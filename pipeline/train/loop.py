@@ -102,8 +102,8 @@ class Training:
             self._optimizer.load_state_dict(self.state.optimizer)
         except (RuntimeError, ValueError, LookupError) as error:
             raise JobError(
-                f"--resume: the checkpoint of step {self.state.step} in {self._objects.uri} is of another network, or "
-                f"of another version of densefeat: delete it to resume from the one before, or start over with another "
+                f"--resume: the checkpoint of step {self.state.step} in {self._objects.uri} is for another network, or "
+                f"another version of densefeat: delete it to resume from the one before, or start over with another "
                 f"--output ({error})"
             ) from error
 

@@ -65,10 +65,10 @@ def _sample_images(worker: FeatureWorker, references: pa.Table, count: int) -> T
         JobError: the dataset does not have enough usable images.
     """
     if references.num_rows < count:
-        raise JobError(_too_few(references.num_rows, count, "are there"))
+        raise JobError(_too_few(references.num_rows, count, "are available"))
     images, error = usable_images(references, count, lambda sample: worker.loader.batches(sample, StageSeconds()))
     if len(images) < count:
-        raise JobError(_too_few(len(images), count, f"can be used{f' (the first says: {error})' if error else ''}"))
+        raise JobError(_too_few(len(images), count, f"can be used{f' (the first error: {error})' if error else ''}"))
     return images
 
 

@@ -71,7 +71,7 @@ def _run_worker(settings: dict[str, Any]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO)
     context = get_context()
-    # Each worker counts its own node's cores: they may differ from the driver's, and cluster totals do not tell them.
+    # Each worker counts its own node's cores: the driver's cores and cluster totals do not determine them.
     threads = threads_in_training(available_cores(), context.get_local_world_size(), settings["granted"])
     torch.set_num_threads(threads)
     world = World(get_device(), context.get_world_rank(), context.get_world_size())

@@ -15,7 +15,7 @@ class Bilinear(LinearUpsampler):
     """Bilinear interpolation, align_corners=False. It ignores the image."""
 
     name = "bilinear"
-    facts = Facts(weights="none", channels="any", scale="any", guidance="nothing", pca="exact: in front")
+    facts = Facts(weights="none", channels="any", scale="any", guidance="nothing", pca="exact: applied first")
 
     @classmethod
     @override

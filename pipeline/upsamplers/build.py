@@ -61,7 +61,7 @@ def describe_upsamplers() -> str:
     for name, upsampler in UPSAMPLERS.items():
         facts = upsampler.facts
         lines.append(
-            f"  {name:9} weights {facts.weights}; channels: {facts.channels}; scale: {facts.scale}; looks at: "
+            f"  {name:9} weights {facts.weights}; channels: {facts.channels}; scale: {facts.scale}; guidance: "
             f"{facts.guidance}; PCA: {facts.pca}"
         )
     return "\n".join(lines)

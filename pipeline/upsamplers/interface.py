@@ -165,7 +165,7 @@ class Projected(nn.Module):
 
 @dataclass(frozen=True)
 class Folding:
-    """How PCA moves in front of an upsampler U: ``(Y - mean) @ components.T == U(X @ projection) + offset``.
+    """How PCA is applied before an upsampler U: ``(Y - mean) @ components.T == U(X @ projection) + offset``.
 
     Attributes:
         projection: [C, k] float32. X is not centred, because learned kernels do not sum to 1.

@@ -56,7 +56,7 @@ class JBU(LinearUpsampler):
         channels="any; with FeatUp's weights, theirs",
         scale="×2 per stage, as many as needed; with weights ×16",
         guidance="the image, pooled to each stage's size",
-        pca="exact: in front",
+        pca="exact: applied first",
     )
     # Chosen by eye on the first three components of EfficientNet-Lite0's features (14×14 -> 224) of COCO photos, over
     # σ_spatial 1…3 pixels × σ_range 0.05…0.2. At (1, 0.05) the low-res grid is visible; at σ_spatial 3, or 2 and more
@@ -108,7 +108,7 @@ class JBU(LinearUpsampler):
         final = state.get("fixup_proj.1.weight")
         if final is not None and final.shape[0] != num_chs:
             raise JobError(
-                f"JBU weights {uri} are for features of {final.shape[0]} channels, the backbone makes {num_chs}. "
+                f"JBU weights {uri} are for features of {final.shape[0]} channels, the backbone outputs {num_chs}. "
                 "Choose the weights trained for this backbone, `universal`, or none."
             )
         stack = JBUStack(None if read_metadata(uri).get("final") == "off" else num_chs)
@@ -132,7 +132,7 @@ class JBU(LinearUpsampler):
         return Folding(projection.float().contiguous(), (offset - components @ mean).float())
 
     def through_final(self, projection: Tensor) -> tuple[Tensor, Tensor]:
-        """Move a projection of the output in front of the stages: ``apply_final(U(X)) · P == U(X · Q) + offset``.
+        """Move a projection of the output before the stages: ``apply_final(U(X)) · P == U(X · Q) + offset``.
 
         Args:
             projection: P, [..., C, k], floating.

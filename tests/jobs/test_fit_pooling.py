@@ -80,8 +80,8 @@ def test_the_smoothest_that_is_nearly_as_good() -> None:
 def test_too_few_images(pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "none.safetensors"
     for options, words in [
-        ({"fit_images": 9}, "only 6 of the sample are there"),
-        ({"fit_images": 8, "limit": None}, "only 7 of the sample can be used .the first says: "),
+        ({"fit_images": 9}, "only 6 of the sample are available"),
+        ({"fit_images": 8, "limit": None}, "only 7 of the sample can be used .the first error: "),
     ]:
         with pytest.raises(JobError, match=words):
             fit(fit_config(pictures, output, **options))

@@ -51,7 +51,7 @@ class ImplicitUpsampler(Upsampler):
         channels="any",
         scale="any: the network is evaluated at each pixel",
         guidance="the image, and the backbone's features of jittered views of it",
-        pca="in front: the network is fitted to k components",
+        pca="applied first: the network is fitted to k components",
     )
 
     def __init__(self, backbone: Backbone, schedule: Schedule = DEFAULT) -> None:

@@ -80,7 +80,7 @@ class LiFT(nn.Module):
         made_for = _channels(state)
         if num_chs not in (None, made_for):
             raise JobError(
-                f"LiFT weights are for features of {made_for} channels, the backbone makes {num_chs}. "
+                f"LiFT weights are for features of {made_for} channels, the backbone outputs {num_chs}. "
                 "Choose the weights trained for this backbone."
             )
         lift = cls(made_for, patch, iterations)

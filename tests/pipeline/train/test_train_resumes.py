@@ -75,7 +75,7 @@ def test_a_training_whose_record_is_lost_is_not_gone_on_with(
     plain = torch.load(checkpoint, weights_only=True)
     plain["model"].popitem()
     torch.save(plain, checkpoint)
-    with pytest.raises(JobError, match=r"(?s)checkpoint of step 8 .* is of another network.*Missing key"):
+    with pytest.raises(JobError, match=r"(?s)checkpoint of step 8 .* is for another network.*Missing key"):
         train_upsampler(config)
     claim = tmp_path / "training" / "training.json"
     claim.write_text(claim.read_text()[:-200])

@@ -176,7 +176,7 @@ def test_a_checkpoint_loads_with_and_without_its_prefix():
 @pytest.mark.parametrize(
     ("spoil", "num_chs", "words"),
     [
-        (lambda state: None, 384, "for features of 6 channels, the backbone makes 384"),
+        (lambda state: None, 384, "for features of 6 channels, the backbone outputs 384"),
         (lambda state: state.pop("outc.bias"), None, "outc.bias"),
         (lambda state: state.pop("outc.weight"), None, "got nothing for outc.weight"),
         (lambda state: state.pop("image_convs_1.4.running_var"), None, "image_convs_1.4.running_var"),

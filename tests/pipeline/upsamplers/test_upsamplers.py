@@ -162,7 +162,7 @@ def test_weights_of_another_network_are_refused(tmp_path, name):
 
 def test_lift_of_another_backbone_names_both(tmp_path):
     weights = saved(tmp_path / "lift.pth", LiFT(12, 16).state_dict())
-    with pytest.raises(JobError, match="12 channels, the backbone makes 8"):
+    with pytest.raises(JobError, match="12 channels, the backbone outputs 8"):
         build_upsampler("lift", weights, backbone(8))
 
 
@@ -243,7 +243,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, spoil, words):
 
 
 def test_a_checkpoint_of_another_backbone_names_both(tmp_path):
-    with pytest.raises(JobError, match=r"384 channels, the backbone makes 112"):
+    with pytest.raises(JobError, match=r"384 channels, the backbone outputs 112"):
         build_upsampler(
             "jbu", saved(tmp_path / "vit.pth", {"fixup_proj.1.weight": torch.zeros(384, 384, 1, 1)}), backbone(112)
         )
