@@ -23,7 +23,7 @@ _TITLES = {"vit": "ViT-S/14 (DINOv2), block 10", "lite0": "EfficientNet-Lite0, s
 
 def fits() -> None:
     """Plot the error on held-out views over seconds, including backbone passes; as a curve for implicit's schedules."""
-    latest = {(row["backbone"], row["method"]): row for row in rows.read("implicit")}
+    latest = {(row["backbone"], row["method"]): row for row in rows.read("implicit") if not rows.on_gpu(row)}
     few = min(row["photos"] for row in latest.values())
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
     for panel, (backbone, title) in zip(panels, _TITLES.items(), strict=True):

@@ -53,6 +53,11 @@ def read(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
 
 
+def on_gpu(row: dict[str, Any]) -> bool:
+    """Whether a row was measured on a GPU."""
+    return str(row["device"]).startswith("NVIDIA")
+
+
 def by_backbone(held_out: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
     """Group a ``training`` row's measurements on held-out views by backbone, in the order of their steps."""
     names = dict.fromkeys(measured["backbone"] for measured in held_out)

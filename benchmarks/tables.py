@@ -17,7 +17,9 @@ README = Path(__file__).parents[1] / "README.md"
 
 def main_job() -> str:
     """The main job on a CPU and on a GPU: the latest row of each backbone and number of images."""
-    latest = {(_on_gpu(row), row["backbone"], row["upsampler"], row["images"]): row for row in rows.read("main_job")}
+    latest = {
+        (rows.on_gpu(row), row["backbone"], row["upsampler"], row["images"]): row for row in rows.read("main_job")
+    }
     table = [
         "| device | backbone, layer | upsampler | images | images/s "
         "| ms per image: backbone / upsample and quantize / encode / decode | MB per image | peak memory |",
@@ -30,13 +32,13 @@ def main_job() -> str:
             for stage in ("backbone", "upsample", "encode", "decode")
         )
         table.append(
-            f"| {'GPU' if _on_gpu(row) else 'CPU'} | `{row['backbone']}`, {row['layer']} | {row['upsampler']} "
+            f"| {'GPU' if rows.on_gpu(row) else 'CPU'} | `{row['backbone']}`, {row['layer']} | {row['upsampler']} "
             f"| {row['images']:,} "
             f"| {row['images_per_s']:.1f} | {times} "
             f"| {row['store_bytes_per_image'] / 1e6:.2f} | {row['peak_bytes'] / 1e9:.2f} GB |"
         )
     sample = next(iter(latest.values()))
-    machines = " and ".join({_on_gpu(row): _machine(row) for row in latest.values()}.values())
+    machines = " and ".join({rows.on_gpu(row): _machine(row) for row in latest.values()}.values())
     return (
         f"The main job on {machines}: k = {sample['k']}, {sample['size']} px, int8, 200 COCO photographs, and the same "
         "repeated five or ten times (`python -m benchmarks.jobs.main_job`). Stages overlap on the cores; memory is "
@@ -123,8 +125,8 @@ def upsampler_costs() -> str:
 
 def fits() -> str:
     """Error on held-out views and time, for upsamplers that fit each image, and for bilinear and JBU."""
-    latest = {(row["backbone"], row["method"]): row for row in rows.read("implicit") if not _on_gpu(row)}
-    on_gpu = {row["method"]: row for row in rows.read("implicit") if _on_gpu(row)}
+    latest = {(row["backbone"], row["method"]): row for row in rows.read("implicit") if not rows.on_gpu(row)}
+    on_gpu = {row["method"]: row for row in rows.read("implicit") if rows.on_gpu(row)}
     few = min(row["photos"] for row in latest.values())
     table = [
         f"| backbone | upsampler | error (share of bilinear's) | the same on {few} | s per image: fit | passes |",
@@ -231,10 +233,6 @@ def _time_and_memory(measured: dict[str, Any] | None, batch: int) -> str:
 
 def _ms(value: float) -> str:
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
-
-
-def _on_gpu(row: dict[str, Any]) -> bool:
-    return str(row["device"]).startswith("NVIDIA")
 
 
 def _machine(row: dict[str, Any]) -> str:

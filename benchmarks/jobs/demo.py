@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import rows
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:
