@@ -248,7 +248,25 @@ def demo() -> str:
     )
 
 
+def headline() -> str:
+    """Rates and size of the main job, one line: the latest row with most images on a GPU and on a CPU."""
+    best = {}
+    for row in rows.read("main_job"):
+        if row["backbone"] == "tf_efficientnet_lite0":
+            found = best.get(rows.on_gpu(row))
+            if found is None or row["images"] >= found["images"]:
+                best[rows.on_gpu(row)] = row
+    gpu, cpu = best[True], best[False]
+    return (
+        f"EfficientNet-Lite0, {gpu['k']} components, {gpu['size']}×{gpu['size']}, int8: "
+        f"{gpu['images_per_s']:.0f} images/s on one {gpu['device'].split(' 80GB')[0]} with {gpu['cores']} cores, "
+        f"{cpu['images_per_s']:.0f} on {cpu['cores']} cores without a GPU; "
+        f"{gpu['store_bytes_per_image'] / 1e6:.1f} MB per image."
+    )
+
+
 TABLES = {
+    "headline": headline,
     "demo": demo,
     "main_job": main_job,
     "upsamplers": upsamplers,
