@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -239,7 +240,10 @@ def _create(name: str, size: tuple[int, int], *, pretrained: bool = False) -> nn
 def _resolve_layer(name: str, model: nn.Module, layer: int) -> int:
     info = _feature_info(model)
     if not info or not hasattr(model, "forward_intermediates"):
-        raise JobError(f"Backbone {name!r}: timm provides no intermediate features for this model. Use another model.")
+        raise JobError(
+            f"Backbone {name!r}: timm {version('timm')} provides no intermediate features for this model. Use another "
+            "model, or a newer timm."
+        )
     if not -len(info) <= layer < len(info):
         rows = _listed([f"{i}: {row['num_chs']} channels, stride {row['reduction']}" for i, row in enumerate(info)], 48)
         raise JobError(
