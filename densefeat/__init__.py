@@ -3,26 +3,35 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from densefeat._version import __version__
-from densefeat.errors import DensefeatError, MissingFeatures, StorageUnavailable, StoreError
+from densefeat.errors import DensefeatError, MissingFeatures, MissingPackage, StorageUnavailable, StoreError
 
 if TYPE_CHECKING:
+    from densefeat.align import MaskFolder
     from densefeat.store import FeatureStore
-    from densefeat.torch import TorchFeatures
+    from densefeat.torch import PixelFeatures, TorchFeatures
 
 __all__ = [
     "DensefeatError",
     "FeatureStore",
+    "MaskFolder",
     "MissingFeatures",
+    "MissingPackage",
+    "PixelFeatures",
     "StorageUnavailable",
     "StoreError",
     "TorchFeatures",
     "__version__",
 ]
 
+__version__ = "0.1.0"
 
 # zarr and pyarrow take half a second to import, torch seconds: imported when the name is first used (PEP 562).
-_IMPORTED_ON_USE = {"FeatureStore": "densefeat.store", "TorchFeatures": "densefeat.torch"}
+_IMPORTED_ON_USE = {
+    "FeatureStore": "densefeat.store",
+    "MaskFolder": "densefeat.align",
+    "PixelFeatures": "densefeat.torch",
+    "TorchFeatures": "densefeat.torch",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,7 @@
 """Errors that reading a store can raise."""
 
+from collections.abc import Sequence
+
 
 class DensefeatError(Exception):
     """Base of every error meant for users: the message says what was got, what was expected and what to do."""
@@ -20,19 +22,30 @@ class StorageUnavailable(DensefeatError):  # noqa: N818 - says what happened
     """
 
 
+class MissingPackage(DensefeatError, ImportError):  # noqa: N818 - says what is missing
+    """A package of one of densefeat's extras is not installed; the message has the command to install it."""
+
+
 class MissingFeatures(DensefeatError, LookupError):  # noqa: N818 - says what is missing, like KeyError
-    """The row has no features: its image failed when the store was written, or its shard is not done yet.
+    """A row has no features: its image failed when the store was written, or its shard is not done yet.
 
     Attributes:
-        row: the requested row.
-        status: the row's recorded status, e.g. ``"corrupt"`` or ``"pending"``.
+        row: the requested row, or the first of several requested rows that have no features.
+        status: the recorded status of ``row``, e.g. ``"corrupt"`` or ``"pending"``.
+        rows: all requested rows that have no features, in the order requested.
     """
 
-    def __init__(self, row: int, status: str, message: str) -> None:
+    def __init__(self, row: int, status: str, message: str, rows: Sequence[int] | None = None) -> None:
         super().__init__(message)
         self.row = row
         self.status = status
+        self.rows = (row,) if rows is None else tuple(rows)
 
-    def __reduce__(self) -> tuple[type["MissingFeatures"], tuple[int, str, str]]:
+    def __reduce__(self) -> tuple[type["MissingFeatures"], tuple[int, str, str, tuple[int, ...]]]:
         """Pickle with all arguments, because errors are passed between DataLoader workers."""
-        return (type(self), (self.row, self.status, str(self)))
+        return (type(self), (self.row, self.status, str(self), self.rows))
+
+
+def missing_package(purpose: str, package: str, extra: str) -> MissingPackage:
+    """The error for a package that is not installed, with the command to install the extra that has it."""
+    return MissingPackage(f"{purpose} requires {package}, which is not installed: pip install 'densefeat[{extra}]'")

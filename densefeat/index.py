@@ -1,24 +1,32 @@
-"""The index of a store: one record per row, completed from the ledger while the store is unfinished."""
+"""The index of a store: one record per row, completed from the ledger while the store is unfinished; and its rows."""
 
 import logging
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from densefeat import layout
-from densefeat.errors import StoreError
+from densefeat.align import RECORDED, RowGeometry
+from densefeat.arguments import whole_number
+from densefeat.errors import MissingFeatures, StoreError
 from densefeat.layout import FeatureLayout
 from densefeat.parquet import read_parquet
 from densefeat.storage.objects import Objects
 
-__all__ = ["read_index", "recorded_shards", "stored_index"]
+__all__ = ["IndexedRows", "read_index", "recorded_shards", "stored_index"]
+
+Rows = slice | Iterable[int | str]
 
 logger = logging.getLogger(__name__)
 
 _PARALLEL_REQUESTS = 32
 _PENDING = "pending"
+_SHOWN = 10
 # Columns that this package reads: `_OUTCOME` from ledger records, `_COLUMNS` from the index. schemas/index.py has the
 # whole schema.
 _OUTCOME = {
@@ -30,6 +38,7 @@ _OUTCOME = {
 }
 _COLUMNS = {"key": pa.string(), "label": pa.int64(), "affine": pa.list_(pa.float64()), **_OUTCOME}
 
+REPAIR = "verify the store with jobs/verify_store.py --repair and compute the lost rows again with --resume"
 _REBUILD = "jobs/verify_store.py --repair rebuilds it from the images and the ledger"
 
 
@@ -147,3 +156,165 @@ def _pending(index: pa.Table) -> pa.Table:
 def _replaced(index: pa.Table, outcomes: pa.Table) -> pa.Table:
     columns = [outcomes[name] if name in outcomes.column_names else index[name] for name in index.column_names]
     return pa.table(columns, schema=index.schema)
+
+
+class IndexedRows:
+    """The rows of a store as its index describes them: keys, labels, outcomes, geometry. Base of ``FeatureStore``."""
+
+    uri: str
+    layout: FeatureLayout
+    _objects: Objects
+
+    def __len__(self) -> int:
+        """Number of rows, including failed ones."""
+        return self.layout.rows
+
+    def __contains__(self, key: object) -> bool:
+        """Whether a row has this key."""
+        return key in self._row_of_key
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The index can be large: every process reads it again instead of receiving a copy.
+        dropped = ("index", "labels", "rows_with_features", "_row_of_key", "_places")
+        return {name: value for name, value in self.__dict__.items() if name not in dropped}
+
+    @cached_property
+    def index(self) -> pa.Table:
+        """One record per row: key, uri, label, status, error, original size, affine map, valid box (schemas/index.py).
+
+        In an unfinished store, rows of unfinished shards are pending. A damaged record is logged, and its rows are
+        pending.
+
+        Raises:
+            StoreError: the index is missing or damaged.
+        """
+        return read_index(self._objects, self.layout)
+
+    @property
+    def keys(self) -> list[str]:
+        """Key of every row."""
+        keys: list[str] = self.index["key"].to_pylist()
+        return keys
+
+    @cached_property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """[len] int64: label of every row, −1 where it is unknown. Read-only."""
+        return _read_only(self.index["label"].fill_null(-1).to_numpy())
+
+    def label(self, row_or_key: int | str) -> int | None:
+        """Label of a row; None if it is unknown.
+
+        Raises:
+            KeyError, IndexError, TypeError: as `row_of`.
+        """
+        label: int | None = self.index["label"][self.row_of(row_or_key)].as_py()
+        return label
+
+    @cached_property
+    def rows_with_features(self) -> npt.NDArray[np.int64]:
+        """[n] int64, ascending: the rows that did not fail and are not pending. Read-only."""
+        return _read_only(np.flatnonzero(self.index["chunk_offset"].is_valid().to_numpy()))
+
+    @cached_property
+    def _row_of_key(self) -> dict[str, int]:
+        rows: dict[str, int] = {}
+        for row, key in enumerate(self.keys):
+            rows[key] = -1 if key in rows else row  # -1: ambiguous
+        return rows
+
+    @cached_property
+    def _places(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        columns = (self.index[name].fill_null(-1).to_numpy() for name in ("chunk_offset", "chunk_nbytes"))
+        offset, nbytes = columns
+        return offset, nbytes
+
+    def row_of(self, row_or_key: int | str) -> int:
+        """Row number, 0 … len − 1, of a key (``str``) or of a row, which may be negative to count from the end.
+
+        Raises:
+            KeyError: no such key, or several rows have it.
+            IndexError: no such row.
+            TypeError: neither a string nor a Python, NumPy or torch integer.
+        """
+        if isinstance(row_or_key, str):
+            row = self._row_of_key.get(row_or_key)
+            if row is None:
+                raise KeyError(f"no row has the key {row_or_key!r}; keys look like {self.keys[0]!r}")
+            if row < 0:
+                raise KeyError(f"several rows have the key {row_or_key!r}: use a row number")
+            return row
+        row = whole_number(row_or_key, "a row that is not a key")
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of a store with {len(self)} rows")
+        return row % len(self)
+
+    def checked_rows(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """Row numbers [n] int64 of rows or keys, all of which have features.
+
+        Raises:
+            KeyError, IndexError, TypeError: as `row_of`.
+            MissingFeatures: rows have no features; its attribute ``rows`` has their numbers.
+            StoreError: the index is damaged.
+        """
+        numbers = self._rows_of(rows)
+        if absent := self._without_features(numbers):
+            raise self._missing(*absent)
+        return np.array(numbers, dtype=np.int64)
+
+    def _rows_of(self, rows: Rows) -> list[int]:
+        if isinstance(rows, slice):
+            return list(range(len(self))[rows])
+        return [self.row_of(row) for row in rows]
+
+    def geometry(self, row_or_key: int | str) -> RowGeometry:
+        """Where a row's features lie in its original image.
+
+        Raises:
+            KeyError, IndexError, TypeError: as `row_of`.
+            MissingFeatures: the row failed, or its shard is not done.
+            StoreError: the index is damaged.
+        """
+        row = self.row_of(row_or_key)
+        if self._places[0][row] < 0:
+            raise self._missing(row)
+        try:
+            record = {name: self.index[name][row].as_py() for name in RECORDED}
+            return RowGeometry.from_record(record, (self.layout.height, self.layout.width))
+        except (KeyError, ValueError) as error:
+            raise StoreError(f"{self.uri}: {layout.INDEX} is damaged: row {row}: {error}; {REPAIR}") from error
+
+    def _without_features(self, rows: list[int]) -> list[int]:
+        """Those of ``rows`` that failed or are pending.
+
+        Raises:
+            StoreError: a row has no chunk, and the index does not say why.
+        """
+        offsets, statuses = self._places[0], self.index["status"]
+        absent = [row for row in rows if offsets[row] < 0]
+        for row in absent:
+            if statuses[row].as_py() == "ok":
+                raise self._no_chunk(row)
+        return absent
+
+    def _missing(self, row: int, *others: int) -> MissingFeatures | StoreError:
+        """The error for rows that cannot be read; it explains the first."""
+        key, status, error = (self.index[name][row].as_py() for name in ("key", "status", "error"))
+        if status == "ok":
+            return self._no_chunk(row)
+        reason = f"row {row} ({key}) has no features: {status}: {error}"
+        if status == "pending":
+            reason = f"row {row} ({key}): its shard is not done yet; resume the job to compute it"
+        if not others:
+            return MissingFeatures(row, status, reason)
+        rows = (row, *others)
+        shown = ", ".join(map(str, rows[:_SHOWN])) + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
+        advice = 'pass missing="nan" or missing="skip" to read the others'
+        return MissingFeatures(row, status, f"{len(rows)} rows have no features: {shown}; {advice}. {reason}", rows)
+
+    def _no_chunk(self, row: int) -> StoreError:
+        return StoreError(f"{self.uri}: {layout.INDEX} is damaged: row {row} is ok but has no chunk; {REPAIR}")
+
+
+def _read_only(array: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    array.flags.writeable = False
+    return array

@@ -1,30 +1,33 @@
 """Read a feature store: whole rows, boxes, or values at points, as arrays."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from densefeat import layout
+from densefeat.align import align, sample_bilinearly
 from densefeat.arguments import box_of, points_of, whole_number
-from densefeat.errors import MissingFeatures, StoreError
-from densefeat.index import read_index
+from densefeat.errors import StoreError
+from densefeat.index import REPAIR, IndexedRows, Rows
 from densefeat.metadata import own_attributes, read_attributes, read_layout, read_root, read_small_array
 from densefeat.storage.objects import Objects
+from densefeat.storage.parallel import in_order
 
 __all__ = ["FeatureStore", "read_attributes"]
 
 Floats = npt.NDArray[np.float32]
+Missing = Literal["raise", "nan", "skip"]
 
 
-class FeatureStore:
+class FeatureStore(IndexedRows):
     """Dense features of an image dataset, read lazily.
 
     Opening reads a few kilobytes; the index is read when first needed; after that, every image is one range request.
+    ``store[0]``, ``store["key"]``, ``store[2:8]`` and ``store[[5, 3]]`` are ``store.read`` of these rows.
     Thread-safe, fork-safe, and picklable for ``spawn`` workers (see ``densefeat.TorchFeatures``).
 
     Args:
@@ -54,49 +57,33 @@ class FeatureStore:
         self.layout = read_layout(self._objects, root)
         self.shape = self.layout.image_shape
 
-    def __len__(self) -> int:
-        """Number of rows, including failed ones."""
-        return self.layout.rows
+    def __getitem__(self, rows: int | str | Rows) -> Floats:
+        """Read one row [k, H, W], or several [n, k, H, W]; see `read`."""
+        return self.read(rows)
+
+    def __iter__(self) -> Iterator[Floats]:
+        """Read all rows in order, a few ahead of the one in use: [k, H, W] float32 each.
+
+        Raises:
+            MissingFeatures: at the first row that has no features. To leave these out, read ``rows_with_features``.
+        """
+        return in_order(self.read, range(len(self)), _READ_AHEAD)
 
     def __repr__(self) -> str:
         k, height, width = self.shape
         return f"FeatureStore({self.uri!r}: {len(self):,} rows of {k}×{height}×{width} {self.layout.dtype})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The index can be large: every process reads it again instead of receiving a copy.
-        dropped = ("index", "_row_of_key", "_places")
-        return {name: value for name, value in self.__dict__.items() if name not in dropped}
-
-    @cached_property
-    def index(self) -> pa.Table:
-        """One record per row: key, uri, label, status, error, original size, affine map, valid box (schemas/index.py).
-
-        In an unfinished store, rows of unfinished shards are pending. A damaged record is logged, and its rows are
-        pending.
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the labels, so that ``class_names[label]`` is the name of a label; empty if there are none.
 
         Raises:
-            StoreError: the index is missing or damaged.
+            StoreError: the attribute is damaged.
         """
-        return read_index(self._objects, self.layout)
-
-    @property
-    def keys(self) -> list[str]:
-        """Key of every row."""
-        keys: list[str] = self.index["key"].to_pylist()
-        return keys
-
-    @cached_property
-    def _row_of_key(self) -> dict[str, int]:
-        rows: dict[str, int] = {}
-        for row, key in enumerate(self.keys):
-            rows[key] = -1 if key in rows else row  # -1: ambiguous
-        return rows
-
-    @cached_property
-    def _places(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        columns = (self.index[name].fill_null(-1).to_numpy() for name in ("chunk_offset", "chunk_nbytes"))
-        offset, nbytes = columns
-        return offset, nbytes
+        names = self.attributes.get("class_names", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise StoreError(f"{self.uri}: the attribute class_names is damaged: expected a list of names: got {names}")
+        return tuple(names)
 
     @cached_property
     def step(self) -> Floats | None:
@@ -117,26 +104,6 @@ class FeatureStore:
         """[k, C] float32, orthonormal rows: the PCA basis."""
         return self._array_of_k(f"{layout.PCA}/components")
 
-    def row_of(self, row_or_key: int | str) -> int:
-        """Row number, 0 … len − 1, of a key (``str``) or of a row, which may be negative to count from the end.
-
-        Raises:
-            KeyError: no such key, or several rows have it.
-            IndexError: no such row.
-            TypeError: neither a string nor a Python, NumPy or torch integer.
-        """
-        if isinstance(row_or_key, str):
-            row = self._row_of_key.get(row_or_key)
-            if row is None:
-                raise KeyError(f"no row has the key {row_or_key!r}; keys look like {self.keys[0]!r}")
-            if row < 0:
-                raise KeyError(f"several rows have the key {row_or_key!r}: use a row number")
-            return row
-        row = whole_number(row_or_key, "a row that is not a key")
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"row {row} of a store with {len(self)} rows")
-        return row % len(self)
-
     def read_codes(self, row_or_key: int | str) -> npt.NDArray[Any]:
         """Read [k, H, W] as stored (int8 or float16, read-only array), to multiply by ``step`` on another device.
 
@@ -156,26 +123,73 @@ class FeatureStore:
                 raise ValueError(f"{nbytes:,} bytes are recorded at {offset:,}, and the object has {len(data):,} there")
             return layout.decode_chunk(data, self.layout)
         except FileNotFoundError as error:
-            raise StoreError(f"{self.uri}: the shard object {key} of row {row} is missing; {_REPAIR}") from error
+            raise StoreError(f"{self.uri}: the shard object {key} of row {row} is missing; {REPAIR}") from error
         except (ValueError, RuntimeError) as error:
-            raise StoreError(f"{self.uri}: row {row} in {key} is damaged: {error}; {_REPAIR}") from error
+            raise StoreError(f"{self.uri}: row {row} in {key} is damaged: {error}; {REPAIR}") from error
 
-    def read(self, row_or_key: int | str, box: Iterable[int] | None = None) -> Floats:
-        """Read [k, H, W] float32, or only ``box`` = (y0, x0, y1, x1) in feature pixels: [k, y1 − y0, x1 − x0].
+    def read(
+        self, rows: int | str | Rows, box: Iterable[int] | None = None, *, missing: Missing = "raise", threads: int = 8
+    ) -> Floats:
+        """Read one row as [k, H, W] float32, or several as [n, k, H, W].
+
+        An image is stored as one chunk. A box therefore takes as long to fetch and decode as the whole row; it saves
+        memory, and the conversion of the rest to float32.
+
+        Args:
+            rows: a row number or key; or a slice, list or array of them, which are read in parallel and returned in
+                the given order.
+            box: (y0, x0, y1, x1) in feature pixels, y1 and x1 exclusive: returns […, k, y1 − y0, x1 − x0].
+            missing: for rows without features, which failed or whose shard is not done. ``"raise"``: raise
+                MissingFeatures before anything is read. ``"nan"``: fill them with NaN. ``"skip"``: leave them out, for
+                several rows; the result has those that are in ``rows_with_features``.
+            threads: number of rows that are read at a time.
 
         Raises:
             KeyError, IndexError, TypeError: as `row_of`; TypeError also if the box does not consist of integers.
-            MissingFeatures: the row failed, or its shard is not done.
-            StoreError: the row or the index is damaged.
-            ValueError: the box does not have four sides, is empty or lies outside.
+            MissingFeatures: rows have no features; its attribute ``rows`` has their numbers.
+            StoreError: a row or the index is damaged.
+            ValueError: the box does not have four sides, is empty or lies outside; ``missing`` is unknown, or
+                ``"skip"`` for a single row; ``threads`` is less than 1.
         """
-        if box is None:
-            return layout.dequantize(self.read_codes(row_or_key), self.step)
-        rows, columns = box_of(box, self.layout.height, self.layout.width)
-        return layout.dequantize(self.read_codes(row_or_key)[:, rows, columns], self.step)
+        if missing not in ("raise", "nan", "skip"):
+            raise ValueError(f'missing must be "raise", "nan" or "skip": got {missing!r}')
+        height, width = self.layout.height, self.layout.width
+        part = box_of((0, 0, height, width) if box is None else box, height, width)
+        if isinstance(rows, slice | Iterable) and not isinstance(rows, str | bytes) and getattr(rows, "ndim", 1) > 0:
+            return self._read_several(self._rows_of(rows), part, missing, threads)
+        if missing == "skip":
+            raise ValueError(f'missing="skip" is for several rows: got the single row {rows!r}')
+        row = self.row_of(rows)  # type: ignore[arg-type]  # row_of refuses the rest
+        if missing == "nan" and self._without_features([row]):
+            return np.full((self.layout.components, *_shape(part)), np.nan, dtype=np.float32)
+        return layout.dequantize(self.read_codes(row)[:, part[0], part[1]], self.step)
+
+    def _read_several(self, rows: list[int], part: tuple[slice, slice], missing: Missing, threads: int) -> Floats:
+        if whole_number(threads, "threads") < 1:
+            raise ValueError(f"threads must be at least 1: got {threads}")
+        absent = set(missing_rows := self._without_features(rows))
+        if absent and missing == "raise":
+            raise self._missing(*missing_rows)
+        if missing == "skip":
+            rows = [row for row in rows if row not in absent]
+        features = np.empty((len(rows), self.layout.components, *_shape(part)), dtype=np.float32)
+        step = self.step  # read once, not in every thread
+
+        def fill(i: int) -> None:
+            if rows[i] in absent:
+                features[i] = np.nan
+            else:
+                features[i] = layout.dequantize(self.read_codes(rows[i])[:, part[0], part[1]], step)
+
+        for _ in in_order(fill, range(len(rows)), threads):
+            pass
+        return features
 
     def sample(self, row_or_key: int | str, points_xy: npt.ArrayLike, *, coordinates: str = "features") -> Floats:
         """Sample features at points, bilinearly between pixel centres: [points, k] float32.
+
+        One point takes almost as long as the whole row, because an image is stored as one chunk: pass all points of a
+        row in one call.
 
         Args:
             row_or_key: the row.
@@ -194,9 +208,45 @@ class FeatureStore:
             raise ValueError(f'coordinates must be "features" or "image": got {coordinates!r}')
         codes = self.read_codes(row_or_key)
         if coordinates == "image":
-            affine = self._affine(self.row_of(row_or_key))
-            points = points @ affine[:, :2].T + affine[:, 2]
-        return _bilinear(codes, points, self.step)
+            geometry = self.geometry(row_or_key)
+            points = points * geometry.scale[::-1] + geometry.shift[::-1]
+        return sample_bilinearly(codes, points, self.step)
+
+    def align(
+        self,
+        array: npt.ArrayLike,
+        row_or_key: int | str,
+        to: Literal["features", "image"] = "features",
+        *,
+        interpolation: Literal["nearest", "linear"] | None = None,
+        fill: float | None = None,
+        channels: Literal["first", "last"] | None = None,
+    ) -> npt.NDArray[Any]:
+        """Resample a mask or image to the grid of a row's features, or from there to the original image.
+
+        Args:
+            array: mask or image: [height, width], [height, width, channels] or [channels, height, width]. Its size is
+                that of the original as displayed (after EXIF rotation), or with ``to="image"`` that of the features.
+            row_or_key: the row.
+            to: the target grid.
+            interpolation: ``"nearest"`` keeps values: int64 for integers, bool for booleans, float32 for floats.
+                ``"linear"`` averages over the area of a target pixel along axes that shrink, and interpolates
+                linearly along axes that grow: float32. None: ``"nearest"`` for booleans and for [height, width]
+                integers, ``"linear"`` for others.
+            fill: value of target pixels without a source: padding in the features, or what was cropped from the
+                image. None: −1 for integers, False for booleans, NaN for floats.
+            channels: where the channels are; None: where the shape tells.
+
+        Returns:
+            The array on the other grid, its channels where they were.
+
+        Raises:
+            KeyError, IndexError, MissingFeatures, StoreError: as `geometry`.
+            TypeError: the array is not real numbers or booleans.
+            ValueError: its size is not that of the grid, or an option is unknown.
+        """
+        geometry = self.geometry(row_or_key)
+        return align(array, geometry, to, interpolation=interpolation, fill=fill, channels=channels)
 
     def reconstruct(self, features: npt.ArrayLike) -> Floats:
         """Reconstruct backbone channels from components: [k, …] → [C, …] float32, without the variance PCA dropped.
@@ -209,24 +259,6 @@ class FeatureStore:
             raise ValueError(f"features must be [k={self.layout.components}, …]: got shape {components.shape}")
         channels = np.tensordot(self.components, components, axes=(0, 0))
         return np.asarray(channels + self.mean.reshape(-1, *[1] * (components.ndim - 1)), dtype=np.float32)
-
-    def _affine(self, row: int) -> npt.NDArray[np.float64]:
-        """Affine map [2, 3] from original pixels to feature pixels."""
-        affine = np.array(self.index["affine"][row].as_py(), dtype=np.float64)
-        if affine.shape != (6,) or not np.isfinite(affine).all():
-            raise StoreError(f"{self.uri}: {layout.INDEX} is damaged: row {row} has the affine map {affine}; {_REPAIR}")
-        return affine.reshape(2, 3)
-
-    def _missing(self, row: int) -> MissingFeatures | StoreError:
-        status, error = (self.index[name][row].as_py() for name in ("status", "error"))
-        key = self.index["key"][row].as_py()
-        if status == "ok":
-            return StoreError(f"{self.uri}: {layout.INDEX} is damaged: row {row} is ok but has no chunk; {_REPAIR}")
-        if status == "pending":
-            return MissingFeatures(
-                row, status, f"row {row} ({key}): its shard is not done yet; resume the job to compute it"
-            )
-        return MissingFeatures(row, status, f"row {row} ({key}) has no features: {status}: {error}")
 
     def array(self, name: str) -> Floats:
         """Read a small array of the store as float32, e.g. ``"pca/explained_variance"``.
@@ -247,22 +279,9 @@ class FeatureStore:
         return array
 
 
-_REPAIR = "verify the store with jobs/verify_store.py --repair and compute the lost rows again with --resume"
+_READ_AHEAD = 4
 
 
-def _bilinear(codes: npt.NDArray[Any], points: npt.NDArray[np.float64], step: Floats | None) -> Floats:
-    """Interpolate [k, H, W] at (x, y) points, corners at integers; dequantize only the pixels needed."""
-    height, width = codes.shape[1:]
-    x = np.clip(points[:, 0] - 0.5, 0, width - 1)
-    y = np.clip(points[:, 1] - 0.5, 0, height - 1)
-    x0, y0 = (np.minimum(np.floor(c).astype(int), max(n - 2, 0)) for c, n in ((x, width), (y, height)))
-    x1, y1 = np.minimum(x0 + 1, width - 1), np.minimum(y0 + 1, height - 1)
-    fx, fy = (x - x0).astype(np.float32), (y - y0).astype(np.float32)
-    corners: Sequence[tuple[Any, Any, Floats]] = (
-        (y0, x0, (1 - fy) * (1 - fx)),
-        (y0, x1, (1 - fy) * fx),
-        (y1, x0, fy * (1 - fx)),
-        (y1, x1, fy * fx),
-    )
-    total = sum(layout.dequantize(codes[:, rows, columns], step) * weight for rows, columns, weight in corners)
-    return np.ascontiguousarray(np.asarray(total, dtype=np.float32).T)
+def _shape(part: tuple[slice, slice]) -> tuple[int, int]:
+    rows, columns = part
+    return rows.stop - rows.start, columns.stop - columns.start

@@ -9,13 +9,14 @@ import inspect
 import os
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import fsspec
 from fsspec import AbstractFileSystem, get_filesystem_class
 from fsspec.implementations.local import LocalFileSystem
 
-from densefeat.errors import PlaceError
+from densefeat.errors import PlaceError, missing_package
 
 __all__ = ["absolute_place", "encloses", "is_local", "open_place", "open_uri", "split_place"]
 
@@ -23,6 +24,8 @@ _LOCAL_PROTOCOLS = ("file", "local")
 # The first part of a path is a bucket: nothing can be written above it, and no path begins with a slash.
 _BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "tos")
 _OTHER_NAMES = {"s3a": "s3", "gcs": "gs", "az": "abfs", "abfss": "abfs"}  # aliases of the same file system
+# The package that each protocol requires, and densefeat's extra that has it.
+_PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "http": ("aiohttp", "http"), "https": ("aiohttp", "http")}
 # Double slashes in a URL can be significant, and nothing is ever written there.
 _SLASHES_KEPT = ("http", "https")
 # Constructor arguments of file systems inside another one (archives, caches); only these allow a chain.
@@ -80,7 +83,8 @@ def open_place(
         storage_options: keyword arguments for a remote file system, passed to fsspec.
 
     Raises:
-        ImportError: the package for the protocol is not installed.
+        MissingPackage: the package for the protocol is not installed, and is in one of densefeat's extras.
+        ImportError: another package for the protocol is not installed.
         PlaceError: ``place`` is not a valid path or URI, or its protocol is unknown.
     """
     return open_uri(absolute_place(place), storage_options)
@@ -215,6 +219,11 @@ def _filesystem_class(text: str) -> type[AbstractFileSystem]:
             f"{text!r} has the unknown protocol {protocol}://: expected a path, s3://, gs://, http(s):// or another "
             "fsspec protocol; put ./ in front if it is a file name"
         ) from error
+    except ImportError as error:
+        package, extra = _PACKAGES.get(_OTHER_NAMES.get(protocol, protocol), ("", ""))
+        if not package or find_spec(package) is not None:  # another package, or a broken one
+            raise
+        raise missing_package(f"{protocol}:// ({text!r})", package, extra) from error
 
 
 def _is_chain(text: str) -> bool:

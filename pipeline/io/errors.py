@@ -25,6 +25,10 @@ def explain_storage_error(
     Returns:
         None if the error is transient, already explains itself, or is not from a storage.
     """
+    if isinstance(error, ImportError):  # MissingPackage too
+        return JobError(
+            f"{place}: the package for this protocol is not installed ({error}). On a cluster, install it on every node"
+        )
     if isinstance(error, DensefeatError) or is_transient(error):
         return None
     if lacks_credentials(error):
@@ -33,11 +37,6 @@ def explain_storage_error(
             "and AWS_SECRET_ACCESS_KEY or AWS_PROFILE (GOOGLE_APPLICATION_CREDENTIALS for gs://), give the machine a "
             "role, or set FSSPEC_S3_ANON=true if it is public; on a cluster, on every node. Renew expired credentials, "
             "and check the clock"
-        )
-    if isinstance(error, ImportError):
-        return JobError(
-            f"{place}: the package for this protocol is not installed ({error}). Install densefeat[s3], "
-            "densefeat[gcs] or densefeat[http]; on a cluster, on every node"
         )
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return JobError(

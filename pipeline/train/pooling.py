@@ -6,7 +6,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from densefeat._version import __version__
+from densefeat import __version__
 from pipeline.errors import JobError
 from pipeline.images.sample import usable_images
 from pipeline.io.outputs import check_output_file, write_output_file

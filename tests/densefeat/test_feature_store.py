@@ -152,7 +152,7 @@ def test_damage_is_an_error_not_wrong_numbers(tmp_path: Path) -> None:
         store.read(4)
     assert np.array_equal(store.read_codes(5), known.codes[5])
     path.unlink()
-    with pytest.raises(StoreError, match="is missing"):
+    with pytest.raises(StoreError, match="row 5 is missing"):
         store.read(5)
 
 

@@ -199,7 +199,7 @@ def test_a_lost_affine_map_is_damage(known: KnownStore) -> None:
     changed_index(known, with_column("affine", pa.nulls(ROWS, pa.list_(pa.float64(), 6))))
     store = FeatureStore(known.uri)
     assert store.sample(5, [[1, 1]]).shape == (1, 5)
-    with pytest.raises(StoreError, match="row 5 has the affine map"):
+    with pytest.raises(StoreError, match="row 5: it has the affine map"):
         store.sample(5, [[1, 1]], coordinates="image")
 
 

@@ -1,4 +1,4 @@
-"""A PyTorch dataset over a feature store."""
+"""A PyTorch dataset of images with their dense features."""
 
 import os
 from collections.abc import Callable
@@ -14,15 +14,25 @@ from densefeat.store import FeatureStore
 class TorchFeatures(Dataset[Any]):
     """Map-style dataset of the rows that have features.
 
-    Each sample is a dict: ``features`` [k, H, W] tensor, ``row`` int, ``key`` str, ``label`` int (−1 if unknown).
-    Failed and pending rows are left out: ``len(dataset)`` counts the others, ``dataset.rows`` ([len] int64) lists them.
-    Works with ``fork`` and ``spawn`` workers: each process opens the store itself, and pickles are small.
+    Each sample is a dict:
+
+    - ``features``: [k, H, W] float32 tensor; with ``dequantize=False`` int8 or float16, as stored
+    - ``row``: int, the row of the store
+    - ``key``: str
+    - ``label``: int, −1 if unknown
+
+    A ``DataLoader`` makes batches of them: ``features`` [batch, k, H, W], ``row`` and ``label`` [batch] int64 tensors,
+    ``key`` a list of str. Failed and pending rows are left out: ``len(dataset)`` counts the others. Works with ``fork``
+    and ``spawn`` workers: each process opens the store itself, and pickles are small.
 
     Args:
         store: a ``FeatureStore``, or its location (``str`` or ``Path``).
         transform: applied to each sample in the worker.
         dequantize: False returns the stored codes (int8 or float16) instead of float32: a quarter (int8) or half
             (float16) of the bytes from worker to device. Multiply int8 codes by ``dataset.step`` there.
+
+    Attributes:
+        rows: [len] int64 tensor, the rows in use.
 
     Raises:
         StoreError: there is no store, or its index is damaged; when reading an item: its row is damaged.
@@ -38,11 +48,9 @@ class TorchFeatures(Dataset[Any]):
         self.store = store if isinstance(store, FeatureStore) else FeatureStore(store)
         self.transform = transform
         self.dequantize = dequantize
-        index = self.store.index
-        usable = (index["chunk_offset"].is_valid()).to_numpy()
         # Arrays, not lists: forked workers share the pages of arrays; reference counts would copy those of lists.
-        self.rows = torch.from_numpy(usable.nonzero()[0])
-        self._labels = torch.from_numpy(index["label"].fill_null(-1).to_numpy().copy())
+        self.rows = torch.from_numpy(self.store.rows_with_features.copy())
+        self._labels = torch.from_numpy(self.store.labels.copy())
 
     @property
     def step(self) -> torch.Tensor | None:

@@ -1,0 +1,193 @@
+"""The command ``densefeat``: describe, export and browse a feature store. It only reads the store.
+
+Exit codes: 0: done; 2: cannot be done as requested; 70: internal error in densefeat; 130: interrupted.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from densefeat import __version__
+from densefeat.errors import DensefeatError, missing_package
+
+# zarr and pyarrow are imported by the commands that need them, so that --help is quick.
+if TYPE_CHECKING:
+    from densefeat.store import FeatureStore
+
+__all__ = ["main"]
+
+DONE, REFUSED, FAULT, INTERRUPTED = 0, 2, 70, 130
+
+
+class _Refused(DensefeatError):  # noqa: N818 - says what happened
+    """The command cannot be done as requested."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, and exit with its code.
+
+    Args:
+        arguments: without the program's name; None: those of the process.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (DensefeatError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(REFUSED)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        print("internal error; please report it with the traceback above", file=sys.stderr)  # noqa: T201
+        sys.exit(FAULT)
+    sys.exit(DONE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("densefeat", description="Describe, export or browse a store of dense features.")
+    parser.add_argument("--version", action="version", version=f"densefeat {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = _command(commands, "info", _info, "print rows, failures, shape, size and configuration")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+
+    export = _command(commands, "export", _export, "write rows to an .npz file, or their pixels to a .parquet file")
+    export.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="row numbers, or ranges such as 0:100")
+    export.add_argument("--keys", nargs="+", default=[], metavar="KEY", help="keys of rows")
+    export.add_argument("--output", required=True, type=Path, help="file to write, .npz or .parquet; must not exist")
+
+    browse = _command(commands, "browse", _browse, "show the store in a web browser")
+    browse.add_argument("--images", metavar="ROOT", help="folder or URI of the images, if they have moved")
+    browse.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    browse.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    browse.add_argument("--token", help="password that visitors must give")
+    return parser
+
+
+def _command(commands: Any, name: str, function: Any, purpose: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=purpose, description=f"{purpose.capitalize()}.")
+    command.add_argument("store", metavar="STORE", help="folder or URI of the store")
+    command.set_defaults(command=function)
+    return command
+
+
+def _info(options: argparse.Namespace) -> None:
+    from densefeat.store import FeatureStore
+
+    facts = _facts(FeatureStore(options.store))
+    if options.json:
+        print(json.dumps(facts, indent=2))  # noqa: T201
+        return
+    k, height, width = facts["shape"]
+    statuses = dict(facts["statuses"])
+    variance = facts["explained_variance"]
+    print(f"{facts['uri']}")  # noqa: T201
+    print(f"rows      {facts['rows']:,}: {statuses.pop('ok', 0):,} with features")  # noqa: T201
+    for status, count in statuses.items():
+        print(f"          {count:,} {status}, e.g. {facts['examples'][status]}")  # noqa: T201
+    print(f"features  {k}×{height}×{width} {facts['dtype']} (components × height × width)")  # noqa: T201
+    print(f"variance  {'unknown' if variance is None else f'{variance:.1%} explained'}")  # noqa: T201
+    print(  # noqa: T201
+        f"size      {facts['nbytes'] / 1e6:,.1f} MB compressed, {facts['uncompressed_nbytes'] / 1e6:,.1f} MB before"
+    )
+    print(f"classes   {len(facts['class_names']):,}")  # noqa: T201
+    print("configuration")  # noqa: T201
+    print(json.dumps(facts["configuration"], indent=2))  # noqa: T201
+
+
+def _facts(store: "FeatureStore") -> dict[str, Any]:
+    """What `info --json` prints; sizes are in bytes."""
+    keys, statuses, errors = (store.index[name].to_pylist() for name in ("key", "status", "error"))
+    examples: dict[str, str] = {}
+    for key, status, error in zip(keys, statuses, errors, strict=True):
+        if status != "ok":
+            examples.setdefault(status, f"{key}: {error}" if error else key)
+    counts = Counter(statuses)
+    return {
+        "uri": store.uri,
+        "rows": len(store),
+        "statuses": dict(counts.most_common()),
+        "examples": examples,
+        "shape": store.shape,
+        "dtype": store.layout.dtype,
+        "nbytes": sum(filter(None, store.index["chunk_nbytes"].to_pylist())),
+        "uncompressed_nbytes": counts["ok"] * store.layout.image_nbytes,
+        "explained_variance": store.attributes.get("explained_variance"),
+        "class_names": store.class_names,
+        "configuration": store.attributes["configuration"],
+        "configuration_hash": store.attributes["configuration_hash"],
+        "versions": store.attributes.get("versions"),
+    }
+
+
+def _export(options: argparse.Namespace) -> None:
+    from densefeat import export
+    from densefeat.store import FeatureStore
+
+    write = {".npz": export.write_npz, ".parquet": export.write_pixels}.get(options.output.suffix.lower())
+    if write is None:
+        raise _Refused(f"--output must end with .npz or .parquet: got {options.output}")
+    if options.output.exists():
+        raise _Refused(f"--output {options.output} exists: delete it, or choose another name")
+    if not options.output.absolute().parent.is_dir():
+        raise _Refused(f"--output {options.output}: the folder {options.output.parent} does not exist")
+    if not options.rows and not options.keys:
+        raise _Refused("nothing to export: pass --rows or --keys")
+    store = FeatureStore(options.store)
+    try:
+        rows = store.checked_rows([*_numbers(options.rows, len(store)), *options.keys])
+    except (KeyError, IndexError) as error:
+        raise _Refused(str(error.args[0])) from error
+    partial = options.output.with_name(f".{options.output.name}.{os.getpid()}.tmp")
+    try:
+        write(store, rows.tolist(), partial)
+        partial.replace(options.output)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(options.output)  # noqa: T201
+
+
+def _numbers(texts: Sequence[str], rows: int) -> list[int]:
+    """Row numbers of ``--rows``: each text is a number, negative to count from the end, or a range ``a:b``."""
+    numbers: list[int] = []
+    for text in texts:
+        start, colon, end = text.partition(":")
+        try:
+            if colon:
+                part = range(rows)[slice(int(start) if start else None, int(end) if end else None)]
+                if not part:
+                    raise _Refused(f"--rows {text} is empty: the store has rows 0 … {rows - 1}")
+                numbers.extend(part)
+            else:
+                numbers.append(int(text))
+        except ValueError:
+            raise _Refused(f"--rows takes numbers and ranges such as 0:100: got {text!r}; --keys takes keys") from None
+    return numbers
+
+
+def _browse(options: argparse.Namespace) -> None:
+    from densefeat.store import FeatureStore
+
+    store = FeatureStore(options.store)
+    try:
+        page = importlib.import_module("densefeat.page")
+    except ModuleNotFoundError as error:
+        raise missing_package("densefeat browse", error.name or "densefeat.page", "page") from error
+    page.serve(store, images=options.images, host=options.host, port=options.port, token=options.token)
+
+
+if __name__ == "__main__":
+    main()
