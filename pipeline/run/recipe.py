@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone, build_backbone
@@ -124,8 +125,8 @@ class UpsampleRecipe(FeatureRecipe):
     error_floor: float
     shard_rows: int
 
+    @override
     def build(self) -> Stages:
-        """As `FeatureRecipe.build`, with the upsampler."""
         backbone = super().build().backbone
         upsampler = build_upsampler(self.upsampler, self.upsampler_weights, backbone, self.upsampler_options)
         _check_identity("upsampler", upsampler.identity(), self.upsampler_identity)

@@ -1,6 +1,6 @@
 """Claim: an epoch of random pixels takes a second, where dense maps take many.
 
-    python -m benchmarks.reader --images ../shared/data/coco200/images/train
+    python -m benchmarks.densefeat.reader --images ../shared/data/coco200/images/train
 
 Makes a store of 60 photographs (224 px, k = 64, int8) with random weights, and times reading one row, a box of it,
 several rows in one call, and an epoch of 1,000 labelled pixels an image, from dense maps and with PixelFeatures.
