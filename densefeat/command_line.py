@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 DONE, REFUSED, FAULT, INTERRUPTED = 0, 2, 70, 130
+_DIGEST = 64  # characters of a SHA-256 in hex
 
 
 class _Refused(DensefeatError):  # noqa: N818 - says what happened
@@ -104,8 +105,19 @@ def _info(options: argparse.Namespace) -> None:
         f"size      {facts['nbytes'] / 1e6:,.1f} MB compressed, {facts['uncompressed_nbytes'] / 1e6:,.1f} MB before"
     )
     print(f"classes   {len(facts['class_names']):,}")  # noqa: T201
-    print("configuration")  # noqa: T201
-    print(json.dumps(facts["configuration"], indent=2))  # noqa: T201
+    for part, settings in facts["configuration"].items():
+        print(f"{part:<9} {_on_one_line(settings)}")  # noqa: T201
+
+
+def _on_one_line(settings: Any) -> str:
+    """Settings as ``name value`` pairs; digests are shortened."""
+    if not isinstance(settings, dict):
+        return str(settings)
+    values = {name: str(value) for name, value in settings.items() if value is not None}
+    shown = {
+        name: f"{text[:12]}…" if len(text) == _DIGEST and text.isalnum() else text for name, text in values.items()
+    }
+    return ", ".join(f"{name} {text}" for name, text in shown.items())
 
 
 def _facts(store: "FeatureStore") -> dict[str, Any]:
