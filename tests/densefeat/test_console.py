@@ -55,7 +55,7 @@ def test_info(known: KnownStore, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("info", known.uri) == 0
     text = capsys.readouterr().out
     for words in (f"{ROWS}: {ROWS - 2} with features", "2 corrupt, e.g. class/002.jpg: image file is truncated",
-                  f"{K}×{H}×{W} int8", "80.0% explained", '"bilinear"'):  # fmt: skip
+                  f"{K}×{H}×{W} int8", "80.0% explained", "name bilinear"):  # fmt: skip
         assert words in text
     assert exit_code("info", known.uri, "--json") == 0
     facts = json.loads(capsys.readouterr().out)
