@@ -308,7 +308,7 @@ class IndexedRows:
             return MissingFeatures(row, status, reason)
         rows = (row, *others)
         shown = ", ".join(map(str, rows[:_SHOWN])) + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
-        advice = 'pass missing="nan" or missing="skip" to read the others'
+        advice = "leave them out (rows_with_features lists the others, read() has missing=)"
         return MissingFeatures(row, status, f"{len(rows)} rows have no features: {shown}; {advice}. {reason}", rows)
 
     def _no_chunk(self, row: int) -> StoreError:

@@ -1,7 +1,7 @@
 """Shared entry point of all jobs: parse options, set up logging, turn errors into messages and exit codes.
 
-Exit codes: 0: done; 1: done, but too many rows failed, or a training diverged; 2: cannot be done as requested; 70:
-internal error in densefeat; 130: interrupted.
+Exit codes: 0: done; 1: the result is incomplete (too many failed rows, shards given up, a damaged or unfinished store,
+a diverged training); 2: cannot be done as requested; 70: internal error in densefeat; 130: interrupted.
 """
 
 import importlib.metadata

@@ -1,7 +1,9 @@
 """Fit a PCA basis on a dataset's low-resolution features, to be shared by several stores (e.g. train and validation).
 
-python -m jobs.fit_pca --images photos/ --output basis.npz
-python -m jobs.upsample_imagenet --images others/ --store features/ --pca basis.npz
+For example::
+
+    python -m jobs.fit_pca --images photos/ --output basis.npz
+    python -m jobs.upsample_imagenet --images others/ --store features/ --pca basis.npz
 """
 
 import logging

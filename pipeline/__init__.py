@@ -1,8 +1,10 @@
 """The application: from a dataset of images to a store of features. Run from the checkout, never installed.
 
-Rooms in the order of the data; each imports those above it in this list, and none below:
+Packages in the order of the data; each may import those above it, none below. All may import ``pipeline.errors``, the
+schemas, the kernels and the reader. Only ``run.ray`` and ``train.ray_train`` use Ray:
 
-    io, reporting    places that are written to; what a job says
+    io               checks of outputs, storage errors
+    reporting        progress, the report
     images           which images, their bytes, their pixels
     features         pixels to C channels, to k components
     views            random views of an image, and what undoes them

@@ -6,7 +6,7 @@ __all__ = ["ImageError", "JobError", "TrainingDiverged"]
 
 
 class JobError(DensefeatError):
-    """The job cannot run as requested. Raised before work starts if possible; jobs exit with code 2."""
+    """The job cannot run as requested. Raised before work starts if possible."""
 
 
 class TrainingDiverged(JobError):  # noqa: N818 - says what happened

@@ -17,7 +17,7 @@ DEFAULT_COMPONENTS = 128
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureConfig:
-    """Options shared by all jobs: the images, and their low-resolution features."""
+    """Options of jobs that run one backbone on a dataset: the images, and their low-resolution features."""
 
     # Images: a folder, a list (.txt, .csv, .tsv), WebDataset tars, Parquet files, or a pattern (*.tar, {000..099});
     # local, s3://, gs:// or http(s)://. The plan lists unused files by reason.
@@ -42,7 +42,8 @@ class FeatureConfig:
     components: int | None = None
     # Images to fit the PCA basis on, spread evenly over the dataset; 0 means all.
     pca_images: int = 2000
-    # Images per forward pass of the backbone; if omitted, 32 on a GPU, 4 per core on a CPU.
+    # Images per forward pass of the backbone; if omitted, 32 on a GPU, 4 on a CPU, where
+    # several batches run at once.
     batch_size: int | None = None
     # Device: "auto", "cpu" or "cuda".
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -238,7 +238,7 @@ class TrainConfig(JBUTrainOptions, LiFTTrainOptions, SharedTrainOptions):
             raise ValueError("--backbones: got none, expected at least one")
         labels = [(choice.name, choice.layer) for choice in self.backbone_choices]
         if len(set(labels)) < len(labels):
-            raise ValueError(f"--backbones: got one twice in {' '.join(self.backbones)}, expected different ones")
+            raise ValueError(f"--backbones {' '.join(self.backbones)} names a backbone and layer twice")
         alone = "lift mixes channels" if self.upsampler == "lift" else "--final mixes channels" if self.final else ""
         for option, several in (
             ("several --backbones", len(self.backbones) > 1),

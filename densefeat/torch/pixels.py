@@ -66,7 +66,8 @@ class PixelFeatures(IterableDataset[dict[str, torch.Tensor]]):
         KeyError, IndexError, TypeError: ``rows`` has an unknown row.
         MissingFeatures: some of ``rows`` have no features; its attribute ``rows`` has their numbers.
         FileNotFoundError: the folder lacks masks of some rows.
-        ValueError: an argument is out of range; while reading, a mask has another size than its image.
+        ValueError: an argument is out of range; while reading, a mask is not integers [height, width] of the size of
+            its image.
         StoreError: there is no store, or it is damaged.
     """
 

@@ -1,4 +1,1 @@
-"""From pixels to C channels of a timm backbone, and from those to k principal components.
-
-May import ``pipeline.io``.
-"""
+"""From pixels to C channels of a timm backbone, and from those to k principal components."""

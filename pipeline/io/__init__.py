@@ -1,4 +1,1 @@
-"""Checks of the outputs of a job before the work, and messages for storage errors.
-
-Imports only the reader.
-"""
+"""Checks of the outputs of a job before the work, and messages for storage errors."""

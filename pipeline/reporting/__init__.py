@@ -1,1 +1,1 @@
-"""Progress while a job runs, and the report at its end. Imports no other subpackage of ``pipeline``."""
+"""Progress while a job runs, and the report at its end."""

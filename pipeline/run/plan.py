@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from densefeat.errors import StoreError
 from densefeat.index import stored_index
 from densefeat.layout import ZSTD_LEVEL, FeatureLayout
 from densefeat.storage.objects import Objects
@@ -100,7 +101,7 @@ class Plan:
             f"shards      {layout.shards:,} of {layout.shard_rows} images"
             + (f", {len(self.shards):,} of them by this job ({config.shards})" if config.shards else ""),
             f"bytes       at most {readable_size(nbytes)} (before compression){self._source_size()}",
-            "workers     " + ("on Ray" if self.stages is None else "this process, without Ray (--workers 1 to use it)"),
+            "workers     " + ("on Ray" if self.stages is None else "this process, without Ray (--workers 1 uses Ray)"),
         ]
         for stage, settings in self.configuration.to_dict().items():
             text = ", ".join(f"{name} {_short(value)}" for name, value in settings.items() if name != "name")
@@ -236,6 +237,7 @@ def read_basis(uri: str, backbone: Backbone) -> Basis:
 
     Raises:
         JobError: the basis cannot be read, or was fitted to other features.
+        StorageUnavailable: the storage does not answer.
     """
     if uri.endswith(".npz"):
         try:
@@ -244,8 +246,11 @@ def read_basis(uri: str, backbone: Backbone) -> Basis:
         except (OSError, ValueError) as error:
             raise JobError(f"--pca {uri} cannot be read: {error}; make one with jobs/fit_pca.py") from error
     else:
-        store = FeatureStore(uri)
-        basis, provenance = Basis.of_store(store), store.attributes["configuration"]
+        try:
+            store = FeatureStore(uri)
+            basis, provenance = Basis.of_store(store), store.attributes["configuration"]
+        except StoreError as error:
+            raise JobError(f"--pca {uri} cannot be read: {error}") from error
     other, own = provenance["backbone"], backbone.identity()
     if other != own:
         raise JobError(

@@ -84,7 +84,7 @@ def _join(plan: Plan, objects: Objects) -> StoreEncoding | None:
     try:
         complete_setup(objects, plan.features, pending_index(plan.references))
     except FileExistsError as error:
-        raise JobError(f"{error}: stop one of them") from error
+        raise JobError(f"{error} while this job set it up: stop one of the two jobs") from error
     return _stored_encoding(plan, objects)
 
 

@@ -1,7 +1,8 @@
-"""Decide which task goes to which worker, and when. This module has the whole policy and no Ray; time is passed in.
+"""Decide which task goes to which worker, and when. All scheduling decisions are here, independent of Ray. Time is
+passed in.
 
-A task that failed is retried later, on another worker if possible, and alone if it may itself be the cause. A worker
-that is lost with its node does not count as an attempt of its tasks.
+A task that failed is retried later, on another worker if possible, and alone if it may itself be the cause. The loss
+of a worker with its node counts as a failed attempt of its tasks only after many losses.
 """
 
 from bisect import insort

@@ -1,7 +1,7 @@
-"""Resources that a process may use on its machine, and the placement of a job's workers on a cluster. Has no Ray.
+"""Resources that a process may use on its machine, and the placement of a job's workers on a cluster.
 
-In a container, the machine's number of cores says little: affinity and cgroup limits decide. The totals of a cluster
-say nothing about its nodes, so every process examines its own node.
+Independent of Ray. In a container, the machine's number of cores says little: affinity and cgroup limits decide. The
+totals of a cluster say nothing about its nodes, so every process examines its own node.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Process one shard end to end: the loop that calls the stages. Has no Ray.
+"""Process one shard end to end: the loop that calls the stages. Independent of Ray.
 
 A worker may have several shards at once, each in its own thread: while one computes, the next one is read and decoded,
 and the previous one is compressed and written. The bytes of a shard depend only on its rows and how they are split into
@@ -66,7 +66,7 @@ class ShardWorker(FeatureWorker):
         self.upsampler = self.stages.upsampler
         self._upsampled_by = self.upsampler.explain(self.device)
         slow = self._upsampled_by.startswith("reference")
-        message = "--upsampler %s runs on %s by %s"
+        message = "--upsampler %s runs on %s with the implementation %s"
         logger.log(
             logging.WARNING if slow else logging.DEBUG,
             message, self.recipe.upsampler, self.device, self._upsampled_by,

@@ -185,13 +185,13 @@ def _stored_configuration(config: TrainConfig) -> dict[str, Any] | None:
             if has_checkpoints(objects):
                 raise JobError(
                     f"--output {config.output} has checkpoints, but no {_CLAIM} with their configuration: choose "
-                    "another, or delete them"
+                    "another --output, or delete the checkpoints"
                 ) from None
             return None
         except (ValueError, LookupError, TypeError) as error:
             raise JobError(
                 f"--output {config.output}: its {_CLAIM} is damaged ({error}), so the configuration of its checkpoints "
-                "is unknown: start over with another"
+                "is unknown: start over with another --output"
             ) from error
     if not config.resume:
         raise JobError(

@@ -1,5 +1,4 @@
 """Upsamplers: from features at h × w to features at H × W.
 
-Each upsampler is a file, or a folder with its network; `pipeline.upsamplers.build` lists them. May import
-``pipeline.views``, ``pipeline.features`` and the kernels.
+Each upsampler is a file, or a folder with its network; `pipeline.upsamplers.build` lists them.
 """

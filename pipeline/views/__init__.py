@@ -1,4 +1,1 @@
-"""Views of images, and downsamplers to compare features with them: for training, multiview and implicit.
-
-May import ``pipeline.features``.
-"""
+"""Views of images, and downsamplers to compare features with them: for training, multiview and implicit."""

@@ -1,6 +1,6 @@
 """Decide when to start workers, how long their setup may take, and when to give up starting them.
 
-This module has the whole policy and no Ray. Time is passed in, as seconds of a monotonic clock.
+Independent of Ray. Time is passed in, as seconds of a monotonic clock.
 """
 
 from dataclasses import dataclass

@@ -215,7 +215,7 @@ def test_a_backbone_on_the_command_line() -> None:
         ({"learning_rate": float("nan")}, "--learning-rate must be positive and finite: got nan"),
         ({"size": "9x"}, "--size"),
         ({"backbones": ()}, "--backbones: got none"),
-        ({"backbones": ("resnet18", "resnet18")}, "--backbones: got one twice"),
+        ({"backbones": ("resnet18", "resnet18")}, "names a backbone and layer twice"),
         ({"backbones": ("resnet18", "resnet34"), "final": True}, "several --backbones: --final mixes channels"),
         ({"backbones": ("resnet18", "resnet34"), "upsampler": "lift"}, "several --backbones: lift mixes channels"),
         ({"held_out_backbone": "resnet34", "upsampler": "lift"}, "--held-out-backbone: lift"),
