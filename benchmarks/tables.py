@@ -265,8 +265,20 @@ def headline() -> str:
     )
 
 
+def page() -> str:
+    """Heat maps of the page."""
+    row = rows.read("page")[-1]
+    ms = row["ms"]
+    return (
+        f"At {row['height']}² × {row['k']}, on {_machine(row)}: {_ms(ms['heat map'])} from the request to the heat "
+        f"map, {_ms(ms['heat map of another image, not seen before'])} for an image not seen before, "
+        f"{_ms(ms['ranking'])} to rank {row['sample']} images (`python -m benchmarks.page`)."
+    )
+
+
 TABLES = {
     "headline": headline,
+    "page": page,
     "demo": demo,
     "main_job": main_job,
     "upsamplers": upsamplers,

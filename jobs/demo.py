@@ -34,7 +34,7 @@ class DemoConfig:
 
 
 def demo(config: DemoConfig) -> int:
-    """Run the demonstration; prints the path of the picture last, and returns the exit code.
+    """Run the demonstration; prints the path of the picture and how to look at the store last; returns the exit code.
 
     Raises:
         JobError: the packages of the extra ``demo`` are missing, or the store is incomplete or damaged.
@@ -57,7 +57,7 @@ def demo(config: DemoConfig) -> int:
     )
     if code != DONE or verify(VerifyConfig(store=str(store))) != DONE:
         raise JobError(f"the store {store} is incomplete; see the errors above")
-    return show(
+    code = show(
         ShowConfig(
             store=str(store),
             output=str(config.folder / "features.png"),
@@ -65,6 +65,8 @@ def demo(config: DemoConfig) -> int:
             weights=str(weights),
         )
     )
+    print(f"To look at the store in the browser:\ndensefeat browse {store}")
+    return code
 
 
 def copy_photographs(folder: Path) -> None:

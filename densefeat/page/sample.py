@@ -1,0 +1,118 @@
+"""A sample of the store on a coarse grid, in memory: which images have something like a query."""
+
+import logging
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from densefeat.errors import DensefeatError
+from densefeat.page.features import Features, Floats, Seen
+
+__all__ = ["Match", "Sample"]
+
+logger = logging.getLogger(__name__)
+
+_GRID = 28
+_MAX_IMAGES = 256
+_MAX_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class Match:
+    """A row of the sample.
+
+    Attributes:
+        row: its number.
+        cosine: of its best place with the query, −1 … 1.
+        x: of that place, 0 … 1 of the width.
+        y: 0 … 1 of the height.
+    """
+
+    row: int
+    cosine: float
+    x: float
+    y: float
+
+
+class Sample:
+    """Rows spread over the store, and all that were looked at, as directions on a grid of at most 28×28.
+
+    Read by a thread of its own from `start` on. The oldest make room for those looked at.
+
+    Args:
+        features: reads the rows.
+        max_images: at most so many; fewer if they need more than 128 MiB.
+    """
+
+    def __init__(self, features: Features, max_images: int = _MAX_IMAGES) -> None:
+        k, height, width = features.store.shape
+        self.grid = (min(_GRID, height), min(_GRID, width))
+        cells = self.grid[0] * self.grid[1]
+        self._features = features
+        self.target = min(max_images, max(1, _MAX_BYTES // (4 * cells * k)), len(features.ok_rows))
+        self._directions = np.zeros((self.target, cells, k), np.float32)
+        self._rows = np.full(self.target, -1, np.int64)
+        self._next = 0
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self.complete = threading.Event()
+
+    def __len__(self) -> int:
+        return int((self._rows >= 0).sum())
+
+    def start(self) -> None:
+        """Begin to read, once."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._fill, name="densefeat-page-sample", daemon=True)
+                self._thread.start()
+
+    def add(self, row: int, seen: Seen) -> None:
+        """Add a row that has been read."""
+        if self.target == 0 or row in self._rows:
+            return
+        directions = seen.normalised(self.grid)
+        with self._lock:
+            if row not in self._rows:
+                self._directions[self._next], self._rows[self._next] = directions, row
+                self._next = (self._next + 1) % self.target
+
+    def like_region(self, query: Floats, most: int = 24, without: int = -1) -> list[Match]:
+        """The rows with the most similar places to ``query`` ([k] of length 1), best first."""
+        cosines = self._directions @ query
+        best = cosines.argmax(axis=1)
+        values = cosines[np.arange(len(best)), best]
+        return [
+            Match(row, value, (cell % self.grid[1] + 0.5) / self.grid[1], (cell // self.grid[1] + 0.5) / self.grid[0])
+            for row, value, cell in self._ranked(values, best, most, without)
+        ]
+
+    def like_image(self, seen: Seen, most: int = 12, without: int = -1) -> list[Match]:
+        """The rows whose mean direction is most similar to that of an image, best first."""
+        means = self._directions.mean(axis=1)
+        lengths = np.linalg.norm(means, axis=1)
+        query = seen.at((0, 0, *seen.shape))
+        values = means @ query / np.where(lengths > 0, lengths, 1)
+        return [Match(row, value, 0.5, 0.5) for row, value, _ in self._ranked(values, self._rows, most, without)]
+
+    def _ranked(
+        self, values: Floats, cells: npt.NDArray[np.int64], most: int, without: int
+    ) -> list[tuple[int, float, int]]:
+        order = [one for one in np.argsort(-values, kind="stable") if self._rows[one] not in (-1, without)]
+        return [(int(self._rows[one]), float(values[one]), int(cells[one])) for one in order[:most]]
+
+    def _fill(self) -> None:
+        failed = 0
+        for row in self._features.spread(self.target):
+            if len(self) >= self.target:
+                break
+            try:
+                self.add(row, self._features.seen(row))
+            except (DensefeatError, OSError) as error:
+                failed += 1
+                logger.warning("row %d is left out of the sample: %s", row, error)
+        if failed:
+            logger.warning("%d rows of the sample could not be read", failed)
+        self.complete.set()

@@ -1,0 +1,57 @@
+// Elements, requests, and the state in the address.
+export function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value === true) made.setAttribute(name, "");
+    else if (value !== false && value != null) made.setAttribute(name, value);
+  }
+  made.append(...children.filter((child) => child != null));
+  return made;
+}
+
+export async function get(path, options = {}) {
+  const response = await fetch(path, options);
+  if (!response.ok) {
+    const text = await response.text();
+    let reason = text;
+    try { reason = JSON.parse(text).error; } catch { /* plain text */ }
+    throw new Error(reason || response.statusText);
+  }
+  return response;
+}
+
+export const json = async (path, options) => (await get(path, options)).json();
+export const count = (number) => number.toLocaleString("en");
+export const parameters = () => new URLSearchParams(location.search);
+
+// Change parameters of the address; null removes one. `keep`: as a new entry of the history.
+export function setParameters(changes, keep = false) {
+  const query = parameters();
+  for (const [name, value] of Object.entries(changes)) {
+    if (value == null || value === "") query.delete(name);
+    else query.set(name, value);
+  }
+  const text = query.toString().replaceAll("%2C", ",");
+  const address = location.pathname + (text ? `?${text}` : "");
+  history[keep ? "pushState" : "replaceState"](null, "", address);
+}
+
+export function choice(label, options, chosen, choose) {
+  const buttons = Object.entries(options).map(([value, text]) => element("button", {
+    type: "button", "data-value": value, "aria-pressed": String(value === chosen), onclick: () => choose(value) }, text));
+  return element("div", { class: "choice", role: "group", "aria-label": label }, ...buttons);
+}
+
+// A picture, or the reason why there is none.
+export function picture(source, description, lazy = false) {
+  const image = element("img", { alt: description, loading: lazy ? "lazy" : "eager", draggable: "false" });
+  image.addEventListener("error", async () => {
+    let reason = "cannot be shown";
+    try { await get(source); } catch (error) { reason = error.message; }
+    image.dispatchEvent(new CustomEvent("missing", { detail: reason }));
+    if (lazy) image.replaceWith(element("div", { class: "none", title: reason }, "no photograph"));
+  });
+  image.src = source;
+  return image;
+}

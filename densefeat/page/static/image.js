@@ -1,0 +1,169 @@
+// One image: its layers, and everything like a point or a box of it.
+import { choice, element, get, json, parameters, picture, setParameters } from "./dom.js";
+import { drawHeat } from "./heat.js";
+
+const LAYERS = { photograph: "Photograph", features: "Features", component: "Component", segments: "Segments" };
+
+export async function image(view, store, redraw, open) {
+  const number = location.pathname.split("/")[2], row = await json(`/api/image/${number}`), query = parameters();
+  const state = { layer: query.get("layer") in LAYERS ? query.get("layer") : "features", component: +(query.get("component") || 0),
+    segments: +(query.get("segments") || 6), opacity: +(query.get("opacity") || 70), point: query.get("point"), box: query.get("box") };
+  const facts = [row.label_name, row.width ? `${row.width}×${row.height}` : null, row.chunk_nbytes ? `${(row.chunk_nbytes / 1e6).toFixed(2)} MB` : null];
+  const step = (to, text, name) => element("button", { type: "button", "aria-label": name, disabled: to == null, onclick: () => open(`/image/${to}${layerOnly()}`) }, text);
+  const title = element("div", { class: "bar" }, element("div", {}, element("h1", {}, row.key), element("div", { class: "soft small" }, [`row ${row.row}`, ...facts].filter(Boolean).join(" · "))),
+    element("span", { class: "choice push" }, step(row.previous, "‹", "Previous image"), step(row.next, "›", "Next image")));
+  const keys = { ArrowLeft: () => row.previous != null && open(`/image/${row.previous}${layerOnly()}`),
+    ArrowRight: () => row.next != null && open(`/image/${row.next}${layerOnly()}`), Escape: () => open("/") };
+  if (row.status !== "ok") {
+    const reason = row.status === "pending" ? "This image is not done yet: its shard is pending." : `This image has no features: ${row.status}: ${row.error}`;
+    view.replaceChildren(title, element("p", { class: `notice ${row.status === "pending" ? "" : "bad"}` }, reason), element("p", { class: "soft small" }, row.uri));
+    return keys;
+  }
+  const notice = element("div"), over = element("img", { class: "over", alt: "" }), heat = element("canvas", { class: "over", id: "heat" });
+  const spot = element("div", { class: "spot", hidden: true }), stage = element("div", { class: "stage", id: "stage" });
+  const photo = picture(`/api/photograph/${number}?size=1024`, `Photograph ${row.key}`);
+  let noPhotograph = false;
+  photo.addEventListener("missing", (event) => {
+    noPhotograph = true;
+    photo.hidden = true;
+    notice.replaceChildren(element("p", { class: "notice", id: "no-photograph" }, `The photograph ${event.detail}`));
+    draw();
+  });
+  stage.append(photo, over, heat, spot);
+  const controls = element("div"), others = element("div", { class: "others" }), othersTitle = element("h2"), othersNote = element("p", { class: "soft small" });
+  view.replaceChildren(title, notice, element("div", { class: "looking" }, element("div", {}, stage, controls),
+    element("aside", {}, othersTitle, othersNote, others)));
+
+  const selected = () => state.box ? `box=${state.box}` : state.point ? `point=${state.point}` : null;
+  function layerOnly() {
+    const kept = new URLSearchParams();
+    for (const name of ["layer", "component", "segments", "opacity"]) if (parameters().get(name)) kept.set(name, parameters().get(name));
+    return kept.size ? `?${kept}` : "";
+  }
+  function set(changes, keep = false) {
+    Object.assign(state, changes);
+    setParameters(changes, keep);
+    draw();
+  }
+  function draw() {
+    const sources = { features: `/api/colours/${number}`, component: `/api/component/${number}?component=${state.component}`, segments: `/api/segments/${number}?count=${state.segments}` };
+    const layer = noPhotograph && state.layer === "photograph" ? "features" : state.layer, hot = !heat.hidden;
+    over.hidden = hot || layer === "photograph";
+    if (!over.hidden && over.getAttribute("src") !== sources[layer]) over.src = sources[layer];
+    const opacity = noPhotograph ? 1 : state.opacity / 100;
+    over.style.opacity = opacity;
+    heat.style.opacity = opacity;
+    panel(layer, hot);
+  }
+  function panel(layer, hot) {
+    const active = document.activeElement?.dataset?.control;
+    const range = (name, text, low, high) => element("label", {}, text, element("input", { type: "range", min: low, max: high, value: state[name], "data-control": name,
+      oninput: (event) => set({ [name]: +event.target.value }) }), element("output", {}, name === "opacity" ? `${state[name]} %` : String(state[name])));
+    const dim = noPhotograph || (layer === "photograph" && !hot) ? null : range("opacity", "Opacity", 0, 100);
+    controls.replaceChildren(
+      element("div", { class: "under" }, choice("Layer", LAYERS, state.layer, (value) => { heat.hidden = true; set({ layer: value, point: null, box: null }, true); place(); more(); })),
+      element("div", { class: "under" }, layer === "component" && !hot ? range("component", "Component", 0, store.k - 1) : null,
+        layer === "segments" && !hot ? range("segments", "Segments", 2, 16) : null, dim,
+        hot ? element("span", { class: "scale" }, "unlike", element("i"), "alike") : null),
+      element("p", { class: "soft small" }, selected() ? "Esc clears the selection." : "Point at a pixel to see what is like it; click to keep it; drag a box for a region."));
+    if (active) controls.querySelector(`[data-control=${active}]`)?.focus();
+  }
+  let busy = false, waiting = null;
+  async function showHeat(asked) {
+    if (busy) { waiting = asked; return; }
+    busy = true;
+    try {
+      const values = new Uint8Array(await (await get(`/api/heat/${number}?from=${number}&${asked}`)).arrayBuffer());
+      if (selected() === asked || (!selected() && hovering)) {
+        drawHeat(heat, values, store.width, store.height);
+        heat.hidden = false;
+        heat.dataset.selection = asked;
+        draw();
+      }
+    } catch (error) { notice.replaceChildren(element("p", { class: "notice bad" }, error.message)); }
+    busy = false;
+    if (waiting) { const next = waiting; waiting = null; showHeat(next); }
+  }
+  function place(box = state.box) {
+    const numbers = (box || state.point || "").split(",").map(Number);
+    spot.hidden = !(box || state.point);
+    spot.className = box ? "spot" : "spot point";
+    const percent = (value, whole) => `${(100 * value) / whole}%`;
+    spot.style.left = percent(numbers[0], store.width);
+    spot.style.top = percent(numbers[1], store.height);
+    spot.style.width = box ? percent(numbers[2] - numbers[0], store.width) : "";
+    spot.style.height = box ? percent(numbers[3] - numbers[1], store.height) : "";
+  }
+  async function more() {
+    const asked = selected();
+    let found;
+    try { found = await json(asked ? `/api/similar?from=${number}&${asked}` : `/api/nearest/${number}`); } catch { return; }
+    if (asked !== selected() || !view.contains(stage)) return;
+    othersTitle.textContent = asked ? "The same in other images" : "Nearest images";
+    const { images, of, complete } = found.sample;
+    othersNote.textContent = complete ? `Among ${images} of ${store.rows.toLocaleString("en")} images.` : `Reading images: ${images} of ${of}…`;
+    others.replaceChildren(...found.matches.slice(0, 18).map((match) => other(match, asked)));
+    if (!complete) setTimeout(() => stage.isConnected && asked === selected() && more(), 1200);
+  }
+  function other(match, asked) {
+    const inside = element("div", { class: "pair" }, noPhotograph ? picture(`/api/colours/${match.row}`, match.key, true) : picture(`/api/photograph/${match.row}?size=256`, match.key, true));
+    if (asked) heatOver(inside, match.row, asked);
+    const at = asked ? `?point=${(match.x * store.width).toFixed(1)},${(match.y * store.height).toFixed(1)}` : layerOnly();
+    return element("a", { class: "tile", href: `/image/${match.row}${at}`, title: match.key }, inside,
+      element("div", { class: "name" }, element("b", {}, match.key), element("span", {}, match.cosine.toFixed(2))));
+  }
+  async function heatOver(inside, row, asked) {
+    try {
+      const values = new Uint8Array(await (await get(`/api/heat/${row}?from=${number}&${asked}`)).arrayBuffer());
+      const canvas = element("canvas");
+      canvas.style.opacity = .65;
+      drawHeat(canvas, values, store.width, store.height);
+      inside.append(canvas);
+    } catch { /* the row is shown without it */ }
+  }
+
+  const at = (event) => {
+    const frame = stage.getBoundingClientRect();
+    const part = (value, size) => Math.min(Math.max(value, 0), 0.9999) * size;
+    return [part((event.clientX - frame.left) / frame.width, store.width), part((event.clientY - frame.top) / frame.height, store.height)];
+  };
+  const boxOf = (a, b) => [Math.min(a[0], b[0]), Math.min(a[1], b[1]), Math.max(a[0], b[0]), Math.max(a[1], b[1])].map((value) => value.toFixed(1)).join(",");
+  let from = null, hovering = false;
+  const dragged = (event) => from && Math.hypot(event.clientX - from.x, event.clientY - from.y) > 6;
+  stage.addEventListener("pointerdown", (event) => { if (event.button === 0) { from = { x: event.clientX, y: event.clientY, at: at(event) }; stage.setPointerCapture(event.pointerId); } });
+  stage.addEventListener("pointermove", (event) => {
+    if (dragged(event)) place(boxOf(from.at, at(event)));
+    else if (!from && !selected() && event.pointerType === "mouse") { hovering = true; showHeat(`point=${at(event).map((value) => value.toFixed(1)).join(",")}`); }
+  });
+  stage.addEventListener("pointerup", (event) => {
+    if (!from) return;
+    const end = at(event), keep = selected() == null;
+    if (dragged(event)) set({ box: boxOf(from.at, end), point: null }, keep);
+    else set({ point: end.map((value) => value.toFixed(1)).join(","), box: null }, keep);
+    from = null;
+    place();
+    showHeat(selected());
+    more();
+  });
+  stage.addEventListener("pointercancel", () => { from = null; place(); });
+  stage.addEventListener("pointerleave", () => { hovering = false; if (!selected()) { heat.hidden = true; draw(); } });
+  heat.hidden = true;
+  place();
+  draw();
+  more();
+  if (selected()) showHeat(selected());
+  const layers = Object.fromEntries(Object.keys(LAYERS).map((layer, i) => [String(i + 1), () => { heat.hidden = true; set({ layer, point: null, box: null }, true); place(); more(); }]));
+  const nudge = (by) => () => {
+    if (state.layer === "component") set({ component: Math.min(Math.max(state.component + by, 0), store.k - 1) });
+    if (state.layer === "segments") set({ segments: Math.min(Math.max(state.segments + by, 2), 16) });
+  };
+  const clear = () => {
+    if (!selected()) { open("/"); return; }
+    hovering = false;
+    heat.hidden = true;
+    set({ point: null, box: null }, true);
+    place();
+    more();
+  };
+  return { ...keys, ...layers, ArrowUp: nudge(1), ArrowDown: nudge(-1), Escape: clear };
+}
