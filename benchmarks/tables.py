@@ -272,7 +272,7 @@ def page() -> str:
     return (
         f"At {row['height']}² × {row['k']}, on {_machine(row)}: {_ms(ms['heat map'])} from the request to the heat "
         f"map, {_ms(ms['heat map of another image, not seen before'])} for an image not seen before, "
-        f"{_ms(ms['ranking'])} to rank {row['sample']} images (`python -m benchmarks.page`)."
+        f"{_ms(ms['ranking'])} to rank {row['sample']} images (`python -m benchmarks.densefeat.page`)."
     )
 
 

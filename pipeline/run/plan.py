@@ -23,6 +23,7 @@ from pipeline.images.listing.files import Scan, ScanMap
 from pipeline.images.listing.findings import Finding, describe_findings, refuse_losses
 from pipeline.images.listing.source import Source, keys_digest, list_images
 from pipeline.io.storage import check_writable
+from pipeline.reporting.units import readable_size
 from pipeline.run.feature_worker import WorkerSpec
 from pipeline.run.places import check_apart, check_same, stored_attributes_at
 from pipeline.run.recipe import FeatureRecipe, ImageRecipe, Stages, UpsampleRecipe
@@ -341,12 +342,3 @@ def _pca_configuration(config: UpsampleConfig, k: int, basis: Basis | None, rows
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) < 60 or os.sep in text else f"{text[:12]}…"
-
-
-def readable_size(nbytes: float) -> str:
-    """Format a number of bytes: ``"1.23 GB"``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"

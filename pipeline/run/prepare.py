@@ -14,9 +14,10 @@ from pipeline.errors import JobError
 from pipeline.features.pca import Basis, fit
 from pipeline.io.storage import storage_explained
 from pipeline.reporting.software import software_versions
+from pipeline.reporting.units import readable_size
 from pipeline.run.feature_worker import FeatureWorker
 from pipeline.run.gather import gather
-from pipeline.run.plan import Plan, readable_size
+from pipeline.run.plan import Plan
 from pipeline.run.shard_worker import ShardWorker, StoreEncoding
 from pipeline.run.workers import Workers
 from pipeline.store.calibration import choose_steps

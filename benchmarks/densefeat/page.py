@@ -1,6 +1,6 @@
 """How long the page takes for a heat map, over its HTTP interface.
 
-    python -m benchmarks.page STORE
+    python -m benchmarks.densefeat.page STORE
 
 The store must have at least 40 images; a row is added to results/page.jsonl.
 """
