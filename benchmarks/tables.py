@@ -126,7 +126,6 @@ def upsampler_costs() -> str:
 def fits() -> str:
     """Error on held-out views and time, for upsamplers that fit each image, and for bilinear and JBU."""
     latest = {(row["backbone"], row["method"]): row for row in rows.read("implicit") if not rows.on_gpu(row)}
-    on_gpu = {row["method"]: row for row in rows.read("implicit") if rows.on_gpu(row)}
     few = min(row["photos"] for row in latest.values())
     table = [
         f"| backbone | upsampler | error (share of bilinear's) | the same on {few} | s per image: fit | passes |",
@@ -151,16 +150,7 @@ def fits() -> str:
         "with them if that gives a lower error. A step takes "
         f"{step['plain_step_s']:.2g} s implemented as in FeatUp, {step['step_s']:.2g} s here, and "
         f"{step['step_of_four_s']:.2g} s for four images together.\n\n"
-    ) + "\n".join([*table, "", _fits_on_gpu(on_gpu)])
-
-
-def _fits_on_gpu(latest: dict[str, dict[str, Any]]) -> str:
-    fits = {method: row for method, row in latest.items() if row["extraction_s"]}
-    times = ", ".join(
-        f"{method} {_ms(1000 * row['fit_s'])} and {_ms(1000 * row['extraction_s'])}" for method, row in fits.items()
-    )
-    sample = next(iter(fits.values()))
-    return f"On one {sample['device']}, one image at a time, fit and passes with {sample['backbone']}: {times}."
+    ) + "\n".join(table)
 
 
 def probe() -> str:
