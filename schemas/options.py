@@ -38,10 +38,6 @@ class FeatureConfig:
     size: str = "224"
     # How to fit images of another shape: centre crop, pad at the right or bottom, or squash.
     fit: Fit = "crop"
-    # PCA components to keep; if omitted, 128, or all channels if the backbone has fewer.
-    components: int | None = None
-    # Images to fit the PCA basis on, spread evenly over the dataset; 0 means all.
-    pca_images: int = 2000
     # Images per forward pass of the backbone; if omitted, 32 on a GPU, 4 on a CPU, where
     # several batches run at once.
     batch_size: int | None = None
@@ -59,8 +55,6 @@ class FeatureConfig:
     def __post_init__(self) -> None:
         """Check everything that needs no access to data."""
         at_least("--limit", self.limit, 1)
-        at_least("--components", self.components, 1)
-        at_least("--pca-images", self.pca_images, 0)
         at_least("--batch-size", self.batch_size, 1)
         at_least("--workers", self.workers, 0)
         at_least("--min-side", self.min_side, 1)
@@ -79,7 +73,23 @@ class FeatureConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpsampleConfig(UpsamplerOptions, FeatureConfig):
+class PcaConfig(FeatureConfig):
+    """Options of jobs that project features on a PCA basis."""
+
+    # PCA components to keep; if omitted, 128, or all channels if the backbone has fewer.
+    components: int | None = None
+    # Images to fit the PCA basis on, spread evenly over the dataset; 0 means all.
+    pca_images: int = 2000
+
+    def __post_init__(self) -> None:
+        """Check everything that needs no access to data."""
+        FeatureConfig.__post_init__(self)
+        at_least("--components", self.components, 1)
+        at_least("--pca-images", self.pca_images, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpsampleConfig(UpsamplerOptions, PcaConfig):
     """Compute features of images and write a feature store."""
 
     # Feature store to write: a folder, s3://bucket/prefix or gs://bucket/prefix.
@@ -114,7 +124,7 @@ class UpsampleConfig(UpsamplerOptions, FeatureConfig):
 
     def __post_init__(self) -> None:
         """Check everything that needs no access to data."""
-        FeatureConfig.__post_init__(self)
+        PcaConfig.__post_init__(self)
         UpsamplerOptions.__post_init__(self)
         at_least("--shard-images", self.shard_images, 1)
         at_least("--attempts", self.attempts, 1)
@@ -151,7 +161,7 @@ class UpsampleConfig(UpsamplerOptions, FeatureConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitPcaConfig(FeatureConfig):
+class FitPcaConfig(PcaConfig):
     """Fit a PCA basis on images and write it to a file."""
 
     # Output: the .npz file or URI to write.
@@ -172,6 +182,8 @@ class FitPoolingConfig(FeatureConfig):
     output: str
     # Images to fit on, spread evenly over the dataset; settings are chosen on a quarter of them.
     fit_images: int = 24
+    # PCA components in which the settings are chosen; fewer if the backbone has fewer channels.
+    components: int = 64
     # Views per image. More views are better but slower, because the backbone runs on each.
     views: int = 21
     # Further views per image, on which settings are evaluated.
@@ -186,6 +198,7 @@ class FitPoolingConfig(FeatureConfig):
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"--output: got {self.output!r}, expected a name that ends in .safetensors")
         at_least("--fit-images", self.fit_images, 4)
+        at_least("--components", self.components, 1)
         at_least("--views", self.views, 2)
         at_least("--held-out-views", self.held_out_views, 1)
         at_least("--solver-stride", self.solver_stride, 1)

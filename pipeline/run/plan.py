@@ -41,7 +41,7 @@ from schemas.configuration import (
     differences,
 )
 from schemas.index import REFERENCES
-from schemas.options import DEFAULT_COMPONENTS, FeatureConfig, UpsampleConfig
+from schemas.options import DEFAULT_COMPONENTS, FeatureConfig, PcaConfig, UpsampleConfig
 
 logger = logging.getLogger(__name__)
 
@@ -264,9 +264,10 @@ def read_basis(uri: str, backbone: Backbone) -> Basis:
 
 def _checked_backbone(config: FeatureConfig) -> Backbone:
     backbone = build_backbone(config.backbone, size=config.size_px, weights=config.weights, layer=config.layer)
-    if config.components is not None and config.components > backbone.num_chs:
+    asked = config.components if isinstance(config, PcaConfig) else None
+    if asked is not None and asked > backbone.num_chs:
         raise JobError(
-            f"--components {config.components}, but {config.backbone} has {backbone.num_chs} channels at layer "
+            f"--components {asked}, but {config.backbone} has {backbone.num_chs} channels at layer "
             f"{backbone.layer}: ask for at most {backbone.num_chs}"
         )
     return backbone

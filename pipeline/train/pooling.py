@@ -24,8 +24,6 @@ __all__ = ["make_pooling_model"]
 
 logger = logging.getLogger(__name__)
 
-_COMPONENTS = 64  # in which settings are chosen
-
 
 def make_pooling_model(config: FitPoolingConfig) -> None:
     """Fit the model, write it to ``--output``, and log its errors on held-out views.
@@ -42,7 +40,7 @@ def make_pooling_model(config: FitPoolingConfig) -> None:
     check_output_file("--output", config.output)  # before the work, not after it
     worker = FeatureWorker(spec, stages)
     images = _sample_images(worker, references, config.fit_images)
-    components = config.components or min(_COMPONENTS, backbone.num_chs)
+    components = min(config.components, backbone.num_chs)
     with (
         all_cores(),
         sampled_views(
