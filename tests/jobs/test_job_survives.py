@@ -63,7 +63,8 @@ def shards_done(store: Path) -> int:
 
 
 def shard_bytes(store: Path) -> dict[str, bytes]:
-    files = [path for path in (store / "features" / "c").rglob("*") if path.is_file()]
+    # A worker killed while it writes leaves a part, which is nobody's.
+    files = [path for path in (store / "features" / "c").rglob("*") if path.is_file() and path.suffix != ".partial"]
     return {str(path.relative_to(store)): path.read_bytes() for path in files}
 
 

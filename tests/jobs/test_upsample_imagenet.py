@@ -219,7 +219,7 @@ def test_features_lie_where_the_affine_map_says(fit: str, tmp_path: Path) -> Non
     rows, columns = np.nonzero(mask)
     assert np.hypot(columns.mean() + 0.5 - expected[0], rows.mean() + 0.5 - expected[1]) < 0.5
     assert difference[mask].mean() > 3 * difference[~mask].mean()
-    moved = store.align(np.roll(disc, 60, axis=1), "disc.png")
+    moved = store.align(np.roll(disc, -60, axis=1), "disc.png")
     assert difference[moved].mean() < 0.5 * difference[mask].mean()
     y0, x0, y1, x1 = store.index["valid_box"][0].as_py()
     assert (y1 - y0, x1 - x0) == ((77, 128) if fit == "pad" else (96, 128))

@@ -83,8 +83,12 @@ def explained(images: str) -> Iterator[None]:
     """Turn storage errors during a listing into a ``JobError`` that says what to do."""
     try:
         yield
-    except DensefeatError:
-        raise
+    except DensefeatError as error:
+        # MissingPackage names the extra; on a cluster it is to be installed on every node.
+        known = explain_storage_error(error, f"Images {images!r}", "read")
+        if known is None:
+            raise
+        raise known from error
     except FileNotFoundError as error:
         missing = error.filename or (error.args[-1] if error.args else images)
         raise JobError(
