@@ -4,7 +4,6 @@ Exit codes: 0: done; 2: cannot be done as requested; 70: internal error in dense
 """
 
 import argparse
-import importlib
 import json
 import os
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from densefeat import __version__
-from densefeat.errors import DensefeatError, missing_package
+from densefeat.errors import DensefeatError
 
 # zarr and pyarrow are imported by the commands that need them, so that --help is quick.
 if TYPE_CHECKING:
@@ -72,9 +71,15 @@ def _parser() -> argparse.ArgumentParser:
 
     browse = _command(commands, "browse", _browse, "show the store in a web browser")
     browse.add_argument("--images", metavar="ROOT", help="folder or URI of the images, if they have moved")
-    browse.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    browse.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-    browse.add_argument("--token", help="password that visitors must give")
+    browse.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; others than loopback need a token (default: %(default)s)",
+    )
+    browse.add_argument(
+        "--port", type=int, default=8000, help="port to listen on, 0 for any free one (default: %(default)s)"
+    )
+    browse.add_argument("--token", help="token that each request must carry; random by default on other hosts")
     return parser
 
 
@@ -191,14 +196,12 @@ def _numbers(texts: Sequence[str], rows: int) -> list[int]:
 
 
 def _browse(options: argparse.Namespace) -> None:
-    from densefeat.store import FeatureStore
+    from densefeat.page import serve
 
-    store = FeatureStore(options.store)
     try:
-        page = importlib.import_module("densefeat.page")
-    except ModuleNotFoundError as error:
-        raise missing_package("densefeat browse", error.name or "densefeat.page", "page") from error
-    page.serve(store, images=options.images, host=options.host, port=options.port, token=options.token)
+        serve(options.store, images=options.images, host=options.host, port=options.port, token=options.token)
+    except ValueError as error:  # the port, or the token
+        raise _Refused(str(error)) from error
 
 
 if __name__ == "__main__":

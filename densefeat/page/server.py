@@ -7,7 +7,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
-from densefeat.errors import DensefeatError
+from densefeat.errors import missing_package
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -35,7 +35,7 @@ def create_app(
         storage_options: for the file system of the store, passed to fsspec.
 
     Raises:
-        DensefeatError: the packages of the extra ``page`` are missing.
+        MissingPackage: the packages of the extra ``page`` are missing.
         StoreError, OSError: as for ``densefeat.FeatureStore``.
         ValueError: ``host`` is not a loopback address, and there is no token; or the token is empty.
     """
@@ -46,7 +46,7 @@ def create_app(
     try:
         from densefeat.page.app import build_app
     except ImportError as error:
-        raise _extra_is_missing(error) from error
+        raise missing_package("the page", error.name or "a package", "page") from error
     return build_app(store, images=images, host=host, token=token, storage_options=storage_options)
 
 
@@ -63,7 +63,7 @@ def serve(
         token: None: a random token if ``host`` is not a loopback address, else none.
 
     Raises:
-        DensefeatError: the packages of the extra ``page`` are missing.
+        MissingPackage: the packages of the extra ``page`` are missing.
         StoreError: there is no store, or it is damaged.
         OSError: the port is in use, or a storage error.
         ValueError: the port is out of range, or the token is empty.
@@ -76,12 +76,13 @@ def serve(
     try:
         import uvicorn
     except ImportError as error:
-        raise _extra_is_missing(error) from error
+        raise missing_package("the page", error.name or "a package", "page") from error
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
+            listener.listen()  # from here on, a browser waits and is not refused
         except OSError as error:
             raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port") from error
         sys.stdout.write(f"{store} is at {_address(host, listener.getsockname()[1], token)}\nCtrl+C stops the page.\n")
@@ -106,7 +107,3 @@ def _address(host: str, port: int, token: str | None) -> str:
     name = socket.gethostname() if host in ("0.0.0.0", "::") else host
     name = f"[{name}]" if ":" in name else name
     return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
-
-
-def _extra_is_missing(error: ImportError) -> DensefeatError:
-    return DensefeatError(f"the page needs the extra page: pip install 'densefeat[page]' ({error})")

@@ -1,11 +1,12 @@
 """The command ``densefeat``."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
 import tomllib
-import types
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -115,18 +116,36 @@ def test_what_is_refused(known: KnownStore, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_browse(known: KnownStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "densefeat.page", None)
+    monkeypatch.setitem(sys.modules, "densefeat.page.app", None)
     assert exit_code("browse", known.uri) == 2
     assert "pip install 'densefeat[page]'" in capsys.readouterr().err
     served: list[Any] = []
-    page = types.ModuleType("densefeat.page")
-    page.serve = lambda store, **options: served.append((store.uri, options))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "densefeat.page", page)
+    monkeypatch.setattr("densefeat.page.serve", lambda store, **options: served.append((store, options)))
     assert exit_code("browse", known.uri, "--images", "photos", "--port", 81, "--token", "x") == 0
     assert served == [(known.uri, {"images": "photos", "host": "127.0.0.1", "port": 81, "token": "x"})]
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    page.serve = interrupted  # type: ignore[attr-defined]
+    monkeypatch.setattr("densefeat.page.serve", interrupted)
     assert exit_code("browse", known.uri) == 130
+
+
+def test_browse_refuses_bad_options(known: KnownStore, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, words in ((("--port", 70000), "port must be"), (("--token", " "), "the token is empty")):
+        assert exit_code("browse", known.uri, *options) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["densefeat.command_line", "browse"], ["densefeat.page"]])
+def test_browse_serves_the_store(known: KnownStore, command: list[str]) -> None:
+    arguments = [sys.executable, "-m", *command, known.uri, "--port", "0"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            address = server.stdout.readline().split()[-1]
+            with urllib.request.urlopen(address, timeout=30) as answer:
+                assert answer.status == 200
+        finally:
+            server.send_signal(signal.SIGINT)
+    assert server.returncode == 0
