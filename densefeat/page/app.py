@@ -24,6 +24,7 @@ from densefeat.page.figures import store_figures
 from densefeat.page.guard import Guard
 from densefeat.page.library import Library, Shown
 from densefeat.page.photographs import PhotographMissing, Photographs, aligned
+from densefeat.page.sample import Match
 
 __all__ = ["build_app"]
 
@@ -127,10 +128,9 @@ class Page:
     def similar(self, request: Request) -> Response:
         """Rows of the sample with places like a selection in row ``from``."""
         shown = self.library.shown()
-        source = self._source(request, shown)
+        source, query = self._source(request, shown), self._query(request, shown)
         shown.sample.start()
-        found = shown.sample.like_region(self._query(request, shown), without=source)
-        return self._matches(shown, found)
+        return self._matches(shown, lambda: shown.sample.like_region(query, without=source))
 
     def nearest(self, request: Request) -> Response:
         """Rows of the sample whose mean features are like those of a row."""
@@ -138,7 +138,7 @@ class Page:
         seen = shown.features.seen(row)
         shown.sample.start()
         shown.sample.add(row, seen)
-        return self._matches(shown, shown.sample.like_image(seen, without=row))
+        return self._matches(shown, lambda: shown.sample.like_image(seen, without=row))
 
     def figures(self, request: Request) -> Response:
         """The store in figures."""
@@ -157,10 +157,11 @@ class Page:
         seen = shown.features.seen(self._source(request, shown))
         return seen.at(selection(request, height, width))
 
-    def _matches(self, shown: Shown, found: list[Any]) -> Response:
-        index = shown.store.index
-        matches = [{**vars(match), "key": index["key"][match.row].as_py()} for match in found]
+    def _matches(self, shown: Shown, rank: Callable[[], list[Match]]) -> Response:
+        # Before the ranking: "complete" promises that it has seen the whole sample.
         sample = {"images": len(shown.sample), "of": shown.sample.target, "complete": shown.sample.complete.is_set()}
+        index = shown.store.index
+        matches = [{**vars(match), "key": index["key"][match.row].as_py()} for match in rank()]
         return JSONResponse({"matches": matches, "sample": sample})
 
     def _picture(self, key: tuple[Any, ...], make: Callable[[], bytes]) -> Response:

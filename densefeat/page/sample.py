@@ -81,27 +81,24 @@ class Sample:
 
     def like_region(self, query: Floats, most: int = 24, without: int = -1) -> list[Match]:
         """The rows with the most similar places to ``query`` ([k] of length 1), best first."""
-        cosines = self._directions @ query
+        with self._lock:  # directions and rows of one moment
+            cosines, rows = self._directions @ query, self._rows.copy()
         best = cosines.argmax(axis=1)
         values = cosines[np.arange(len(best)), best]
+        columns, lines = (best % self.grid[1] + 0.5) / self.grid[1], (best // self.grid[1] + 0.5) / self.grid[0]
         return [
-            Match(row, value, (cell % self.grid[1] + 0.5) / self.grid[1], (cell // self.grid[1] + 0.5) / self.grid[0])
-            for row, value, cell in self._ranked(values, best, most, without)
+            Match(int(rows[one]), float(values[one]), float(columns[one]), float(lines[one]))
+            for one in _ranked(values, rows, most, without)
         ]
 
     def like_image(self, seen: Seen, most: int = 12, without: int = -1) -> list[Match]:
         """The rows whose mean direction is most similar to that of an image, best first."""
-        means = self._directions.mean(axis=1)
+        with self._lock:  # directions and rows of one moment
+            means, rows = self._directions.mean(axis=1), self._rows.copy()
         lengths = np.linalg.norm(means, axis=1)
         query = seen.at((0, 0, *seen.shape))
         values = means @ query / np.where(lengths > 0, lengths, 1)
-        return [Match(row, value, 0.5, 0.5) for row, value, _ in self._ranked(values, self._rows, most, without)]
-
-    def _ranked(
-        self, values: Floats, cells: npt.NDArray[np.int64], most: int, without: int
-    ) -> list[tuple[int, float, int]]:
-        order = [one for one in np.argsort(-values, kind="stable") if self._rows[one] not in (-1, without)]
-        return [(int(self._rows[one]), float(values[one]), int(cells[one])) for one in order[:most]]
+        return [Match(int(rows[one]), float(values[one]), 0.5, 0.5) for one in _ranked(values, rows, most, without)]
 
     def _fill(self) -> None:
         failed = 0
@@ -116,3 +113,9 @@ class Sample:
         if failed:
             logger.warning("%d rows of the sample could not be read", failed)
         self.complete.set()
+
+
+def _ranked(values: Floats, rows: npt.NDArray[np.int64], most: int, without: int) -> list[int]:
+    """The places of the greatest values, best first; not those that have no row yet (−1), nor that of ``without``."""
+    order = np.argsort(-values, kind="stable")
+    return [int(one) for one in order if rows[one] not in (-1, without)][:most]
