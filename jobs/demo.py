@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 BACKBONE = "tf_efficientnet_lite0"
-LAYER = -2  # stride 16, 112 channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,6 @@ def demo(config: DemoConfig) -> int:
             store=str(store),
             backbone=BACKBONE,
             weights=str(weights),
-            layer=LAYER,
             components=64,
             resume=True,  # a second run finds everything done
         )

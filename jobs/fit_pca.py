@@ -22,17 +22,17 @@ def fit_pca(config: FitPcaConfig) -> int:
     """
     from pipeline.io.outputs import check_output_file, write_output_file
     from pipeline.run.job import open_workers
-    from pipeline.run.plan import feature_spec
+    from pipeline.run.planning.plan import feature_spec
     from pipeline.run.prepare import fit_basis
     from pipeline.run.resources import fits_this_process
 
     spec, references, stages = feature_spec(config)
     backbone = stages.backbone
     check_output_file("--output", config.output)  # before the work
-    k = config.components or min(DEFAULT_COMPONENTS, backbone.num_chs)
+    components = config.components or min(DEFAULT_COMPONENTS, backbone.num_chs)
     inline = stages if fits_this_process(config.workers, config.device, references.num_rows) else None
     with open_workers(spec, inline, config, attempts=3, stall_timeout_s=1800) as workers:
-        basis = fit_basis(references, k, config.pca_images, workers)
+        basis = fit_basis(references, components, config.pca_images, workers)
     provenance = {
         "backbone": backbone.identity(),
         "size": list(config.size_px),
@@ -41,6 +41,7 @@ def fit_pca(config: FitPcaConfig) -> int:
         "fitted_on_images": min(config.pca_images or references.num_rows, references.num_rows),
     }
     write_output_file("--output", config.output, basis.to_npz(provenance))
+    k = len(basis.components)
     for count in sorted({1, 8, 32, 64, 128, k}):
         if count <= k:
             share = 100 * basis.explained_variance_ratio[:count].sum()

@@ -26,10 +26,11 @@ def upsample(config: UpsampleConfig) -> int:
     """
     started = time.monotonic()
     from pipeline.run.job import carry_out
-    from pipeline.run.plan import make_plan
+    from pipeline.run.planning.describe import describe
+    from pipeline.run.planning.plan import make_plan
 
     plan = make_plan(config)
-    logger.info("%s", plan.describe())
+    logger.info("%s", describe(plan))
     if config.dry_run:
         return DONE
     report = carry_out(plan, started)

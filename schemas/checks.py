@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-__all__ = ["at_least", "check_method_options", "own_options", "parse_size", "positive"]
+__all__ = [
+    "at_least",
+    "check_components",
+    "check_method_options",
+    "own_options",
+    "parse_layers",
+    "parse_size",
+    "positive",
+]
 
 Options = TypeVar("Options")
 
@@ -23,6 +31,20 @@ def parse_size(option: str, text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def parse_layers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """ "10" → (10,); "8,9,-1" → (8, 9, -1). None, an omitted option, gives None.
+
+    Raises:
+        ValueError: ``text`` is not a list of whole numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} is a layer or several, N or N,N,…: got {text!r}") from None
+
+
 def at_least(option: str, value: float | None, least: float) -> None:
     """Refuse a value below ``least``, NaN and infinity. None, an omitted option, passes.
 
@@ -35,6 +57,17 @@ def at_least(option: str, value: float | None, least: float) -> None:
         raise ValueError(f"{option} must be a finite number: got {value}")
     if value < least:
         raise ValueError(f"{option} must be at least {least}: got {value}")
+
+
+def check_components(option: str, value: float | None) -> None:
+    """Refuse a value that is neither a number of components, 1 or more, nor a share of the variance, 0 … 1.
+
+    Raises:
+        ValueError: the value is refused.
+    """
+    if isinstance(value, float) and not 0 < value < 1:
+        raise ValueError(f"{option} is a whole number, or a share between 0 and 1 of the variance: got {value}")
+    at_least(option, value, 0 if isinstance(value, float) else 1)
 
 
 def positive(option: str, value: float) -> None:

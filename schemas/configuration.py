@@ -106,14 +106,16 @@ class PcaConfiguration(_Part):
     """The basis of the components.
 
     Attributes:
-        components: k.
+        components: k; None: as many as explain the share, and not fitted yet.
         fitted_on_images: requested size of the sample for the fit; None: the basis was given.
         basis: digest of the basis; None: not fitted yet.
+        explained_share: requested share of the variance; None: k was requested.
     """
 
-    components: int
+    components: int | None
     fitted_on_images: int | None = None
     basis: str | None = None
+    explained_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,9 @@ class StoreConfiguration:
         """SHA-256 (hex) of the configuration as canonical JSON."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
-    def with_basis(self, digest: str) -> "StoreConfiguration":
-        """Return a copy with the digest of the basis."""
-        return replace(self, pca=replace(self.pca, basis=digest))
+    def with_basis(self, digest: str, components: int) -> "StoreConfiguration":
+        """Return a copy with the digest of the basis, and its number of components."""
+        return replace(self, pca=replace(self.pca, basis=digest, components=components))
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Convert to JSON types."""
@@ -199,15 +201,21 @@ _PARTS: dict[str, type[_Part]] = {
 def incompatibilities(stored: StoreConfiguration, asked: StoreConfiguration) -> list[str]:
     """Reasons why a job must not work on a store, one line each; empty if it may. All jobs use this rule.
 
-    A fitted basis is not compared, because fits on different machines can differ in a bit: later jobs use the basis in
-    the store.
+    A fitted basis is not compared, nor a number of components that follows from a share of the variance, because fits
+    on different machines can differ in a bit: later jobs use the basis in the store.
 
     Args:
         stored: configuration of the store.
         asked: configuration of the job, with a basis only if one was given.
     """
-    if stored.pca.fitted_on_images is not None:
-        stored = replace(stored, pca=replace(stored.pca, basis=None))
+    pca = stored.pca
+    if pca.fitted_on_images is not None:
+        pca = replace(pca, basis=None)
+    if asked.pca.explained_share is None:
+        pca = replace(pca, explained_share=None)  # k was asked for: why the store has as many does not matter
+    else:
+        pca = replace(pca, components=asked.pca.components)
+    stored = replace(stored, pca=pca)
     return differences(stored.to_dict(), asked.to_dict())
 
 

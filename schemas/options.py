@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from schemas.checks import at_least, parse_size
+from schemas.checks import at_least, check_components, parse_layers, parse_size
 from schemas.configuration import MAX_PIXELS, MIN_SIDE, Fit
 from schemas.upsamplers import UpsamplerOptions
 
@@ -12,7 +12,7 @@ from schemas.upsamplers import UpsamplerOptions
 # large enough for object storage, small enough to recompute.
 SHARD_IMAGES = {"int8": 64, "float16": 8}
 MOST_SHARD_BYTES = 512 << 20  # before compression: a worker holds several shards
-DEFAULT_COMPONENTS = 128
+DEFAULT_COMPONENTS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,10 @@ class FeatureConfig:
     # Weights of the backbone: "pretrained" (downloaded by timm), "random" (for tests), or a .safetensors/.pth file or
     # URI.
     weights: str = "pretrained"
-    # ViT block or ConvNet stage whose output is used; negative numbers count from the end.
-    layer: int = -1
+    # ViT block or ConvNet stage whose output is used; negative numbers count from the end. Several, "8,9,10,11", are
+    # concatenated on the finest one's grid. If omitted, the last with a stride of at most 16 pixels: a ViT's last
+    # block, a ConvNet's last stage but one.
+    layer: str | None = None
     # Input size of the backbone in pixels: "224" or "HEIGHTxWIDTH".
     size: str = "224"
     # How to fit images of another shape: centre crop, pad at the right or bottom, or squash.
@@ -60,6 +62,12 @@ class FeatureConfig:
         at_least("--min-side", self.min_side, 1)
         at_least("--max-pixels", self.max_pixels, self.min_side**2)
         parse_size("--size", self.size)
+        parse_layers("--layer", self.layer)
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """The layers as numbers; None: the default of the backbone's family."""
+        return parse_layers("--layer", self.layer)
 
     @property
     def size_px(self) -> tuple[int, int]:
@@ -76,15 +84,16 @@ class FeatureConfig:
 class PcaConfig(FeatureConfig):
     """Options of jobs that project features on a PCA basis."""
 
-    # PCA components to keep; if omitted, 128, or all channels if the backbone has fewer.
-    components: int | None = None
+    # PCA components to keep: a number, or a share of the variance, such as 0.95, for as many as explain it. If omitted,
+    # 64, or all channels if the backbone has fewer.
+    components: int | float | None = None
     # Images to fit the PCA basis on, spread evenly over the dataset; 0 means all.
     pca_images: int = 2000
 
     def __post_init__(self) -> None:
         """Check everything that needs no access to data."""
         FeatureConfig.__post_init__(self)
-        at_least("--components", self.components, 1)
+        check_components("--components", self.components)
         at_least("--pca-images", self.pca_images, 0)
 
 

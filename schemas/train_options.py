@@ -4,14 +4,14 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from schemas.checks import at_least, check_method_options, parse_size, positive
+from schemas.checks import at_least, check_method_options, parse_layers, parse_size, positive
 from schemas.configuration import MAX_PIXELS, MIN_SIDE, Fit
 
 # FeatUp publishes 4 images per step. LiFT publishes 64 to 256; 16 suit a CPU or a small GPU.
 _BATCH_SIZE = {"jbu": 4, "lift": 16}
 # FeatUp's published rate. LiFT's, 1e-3, is too high for weights that start close to a solution.
 _LEARNING_RATE = {"jbu": 1e-3, "lift": 3e-4}
-_CHOICE = re.compile(r"(?P<name>[^@=\s]+)(?:@(?P<layer>-?\d+))?(?:=(?P<weights>.+))?")
+_CHOICE = re.compile(r"(?P<name>[^@=\s]+)(?:@(?P<layer>[^@=\s]+))?(?:=(?P<weights>.+))?")
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class BackboneChoice:
 
     Attributes:
         name: name of a timm model.
-        layer: as ``--layer`` of the main job.
+        layers: as ``--layer`` of the main job; None: the default of the backbone's family.
         weights: as ``--weights`` of the main job.
     """
 
     name: str
-    layer: int = -1
+    layers: tuple[int, ...] | None = None
     weights: str = "pretrained"
 
     @classmethod
@@ -38,7 +38,7 @@ class BackboneChoice:
         match = _CHOICE.fullmatch(text)
         if not match:
             raise ValueError(f"{option} is NAME, NAME@LAYER, NAME=WEIGHTS or NAME@LAYER=WEIGHTS: got {text!r}")
-        return cls(match["name"], int(match["layer"] or -1), match["weights"] or "pretrained")
+        return cls(match["name"], parse_layers(option, match["layer"]), match["weights"] or "pretrained")
 
 
 _LEAST: dict[str, float] = {
@@ -236,7 +236,7 @@ class TrainConfig(JBUTrainOptions, LiFTTrainOptions, SharedTrainOptions):
     def _check_backbones(self) -> None:
         if not self.backbones:
             raise ValueError("--backbones: got none, expected at least one")
-        labels = [(choice.name, choice.layer) for choice in self.backbone_choices]
+        labels = [(choice.name, choice.layers) for choice in self.backbone_choices]
         if len(set(labels)) < len(labels):
             raise ValueError(f"--backbones {' '.join(self.backbones)} names a backbone and layer twice")
         alone = "lift mixes channels" if self.upsampler == "lift" else "--final mixes channels" if self.final else ""

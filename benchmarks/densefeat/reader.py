@@ -35,7 +35,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         job = UpsampleConfig(
-            images=options.images, store=f"{folder}/store", backbone="resnet18", weights="random", layer=2,
+            images=options.images, store=f"{folder}/store", backbone="resnet18", weights="random", layer="2",
             size=str(SIZE), components=K, limit=IMAGES, device="cpu", workers=0,
         )  # fmt: skip
         assert upsample(job) == 0

@@ -38,8 +38,8 @@ def main() -> None:
     if arguments.one:
         run_one(arguments.one)
         return
-    lite0 = {"backbone": "tf_efficientnet_lite0", "weights": str(arguments.lite0), "layer": -2}
-    vit = {"backbone": "vit_small_patch14_dinov2.lvd142m", "weights": str(arguments.vit), "layer": 10}
+    lite0 = {"backbone": "tf_efficientnet_lite0", "weights": str(arguments.lite0), "layer": "-2"}
+    vit = {"backbone": "vit_small_patch14_dinov2.lvd142m", "weights": str(arguments.vit), "layer": "10"}
     if arguments.vit_pooling:
         fit = {"upsampler": "multiview", "upsampler_weights": str(arguments.vit_pooling)}
         runs = [(vit | fit, 1)]
@@ -100,7 +100,7 @@ def run_one(options: dict[str, Any]) -> None:
     import logging
 
     from pipeline.run.job import carry_out
-    from pipeline.run.plan import make_plan
+    from pipeline.run.planning.plan import make_plan
     from schemas.options import UpsampleConfig
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

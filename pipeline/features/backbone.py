@@ -1,4 +1,4 @@
-"""Pixels -> low-res features [B, C, h, w]: any timm model, truncated after one of its stages or blocks."""
+"""Pixels -> low-res features [B, C, h, w]: any timm model, truncated after the stages or blocks that give them."""
 
 import contextlib
 import difflib
@@ -7,7 +7,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -16,21 +15,18 @@ from torch import Tensor, nn
 from pipeline.errors import JobError
 from pipeline.features.checkpoints import load_strict, read_state_dict, state_digest
 from pipeline.features.hub import go_offline_if_unreachable
+from pipeline.features.layers import SAM, feature_info, has_norm, layer_label, on_finest_grid, resolve_layers
+from pipeline.reporting.units import listed
 
 __all__ = ["Backbone", "build_backbone"]
 
 _logger = logging.getLogger(__name__)
 
 _RANDOM_SEED = 0
-# timm declares SAM's input size fixed, but its ViT resizes both position embeddings in each forward pass. Built for
-# another size, its shapes would differ from its checkpoints', and no filter in timm adapts those.
-_SAM = "timm.models.vision_transformer_sam"
-# timm rejects norm=True for these: they normalise after pooling, like BEiT.
-_NO_NORM = ("timm.models.hiera", "timm.models.hieradet_sam2")
 
 
 class Backbone(nn.Module):
-    """A frozen timm model that returns the features of one layer.
+    """A frozen timm model that returns the features of one layer, or of several, concatenated on the finest grid.
 
     The features are taken *after the model's final norm* where timm has one for that layer: at every block of a plain
     ViT (the practice of DINOv2, ``get_intermediate_layers(norm=True)``), at the last stage of Swin, ConvNeXt and RDNet
@@ -42,37 +38,48 @@ class Backbone(nn.Module):
 
     Attributes:
         name: timm model name as requested, ``arch`` or ``arch.tag``.
-        layer: index of the layer, non-negative, as in timm's ``feature_info``.
-        num_chs: C, channels of the features.
-        reduction: stride of the features in input pixels.
+        layers: indices of the layers, non-negative and ascending, as in timm's ``feature_info``.
+        num_chs: C, channels of the features: of all layers together.
+        reduction: stride of the features in input pixels: the smallest of the layers'.
         size: (H, W) in pixels that ``forward`` accepts.
         grid: (h, w) of the features. A ConvNet rounds up: h = ceil(H / reduction).
         norm: whether the model's final norm was requested (see above for where one exists).
     """
 
-    def __init__(self, name: str, model: nn.Module, *, layer: int, size: tuple[int, int], norm: bool) -> None:
+    def __init__(
+        self, name: str, model: nn.Module, *, layers: tuple[int, ...], size: tuple[int, int], norm: bool
+    ) -> None:
         """Wrap a headless timm model. Use `build_backbone` to build from a name; it documents the errors."""
         super().__init__()
-        self.name, self.layer, self.size, self.norm = name, layer, size, norm
+        self.name, self.layers, self.size, self.norm = name, layers, size, norm
         # NHWC convolutions: lite0 takes 0.7 of the time on a CPU, and tensor cores prefer them on a GPU.
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         cfg: dict[str, Any] = vars(model)["pretrained_cfg"]
         self._mean, self._std = tuple(cfg["mean"]), tuple(cfg["std"])
         self.register_buffer("mean", 255 * torch.tensor(self._mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(self._std).view(1, 3, 1, 1), persistent=False)
-        try:  # one black image: the only reliable source of every family's strides, paddings and necks
-            black = self(torch.zeros(1, 3, *size, dtype=torch.uint8))
-        except Exception as error:  # timm's families reject a size with AssertionError, RuntimeError, ValueError …
-            raise _refused_size(name, size, error) from error
-        self.num_chs: int = black.shape[1]
-        self.grid: tuple[int, int] = (black.shape[2], black.shape[3])
-        self.reduction = int(_feature_info(model)[layer]["reduction"])
-        if self.grid != (even := tuple(-(-length // self.reduction) for length in size)):
-            raise JobError(
-                f"Backbone {name!r}: got a grid of {self.grid[0]}×{self.grid[1]} features from {size[0]}×{size[1]} "
-                f"pixels, expected {even[0]}×{even[1]} at its stride of {self.reduction}: the grid does not cover the "
-                "image evenly, so features cannot be aligned with it. Use multiples of the stride, or another model."
-            )
+        self._strides = [int(feature_info(model)[layer]["reduction"]) for layer in layers]
+        self.reduction = min(self._strides)
+        with torch.inference_mode():
+            black = self.normalise(torch.zeros(1, 3, *size, dtype=torch.uint8))
+            try:  # one image: the only reliable source of every family's strides, paddings and necks
+                maps = self._maps(black)
+            except Exception as error:  # timm's families reject a size with AssertionError, RuntimeError, ValueError …
+                raise _refused_size(name, size, error) from error
+        for features, stride in zip(maps, self._strides, strict=True):
+            _check_even(name, features.shape[2:], size, stride)
+        self.num_chs: int = sum(features.shape[1] for features in maps)
+        self.grid: tuple[int, int] = (-(-size[0] // self.reduction), -(-size[1] // self.reduction))
+
+    @property
+    def layer(self) -> int | list[int]:
+        """The layer, or the list of several: as in the identity."""
+        return self.layers[0] if len(self.layers) == 1 else list(self.layers)
+
+    @property
+    def label(self) -> str:
+        """Human-readable name: ``resnet18 at layer 2``."""
+        return f"{self.name} at {layer_label(self.layer)}"
 
     @functools.cached_property
     def digest(self) -> str:
@@ -124,24 +131,27 @@ class Backbone(nn.Module):
                 "torch.uint8. Decode to the size that the backbone was built for."
             )
         with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            features = self._features(self.normalise(images))
+            maps = self._maps(self.normalise(images))
+            features = maps[0] if len(maps) == 1 else on_finest_grid([one.float() for one in maps], self._strides)
         # Copied outside inference mode: autograd cannot save inference tensors.
         return features.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
-    def _features(self, pixels: Tensor) -> Tensor:
-        # stop_early and a single index: no later layers are computed and no other intermediates kept.
+    def _maps(self, pixels: Tensor) -> list[Tensor]:
+        """The features of each layer: [B, C_i, h_i, w_i]. No later layers are computed and no others kept."""
         run: Any = self.model.forward_intermediates
         return run(  # type: ignore[no-any-return]
             pixels,
-            indices=[self.layer],
+            indices=list(self.layers),
             norm=self.norm,
             stop_early=True,
             output_fmt="NCHW",
             intermediates_only=True,
-        )[0]
+        )
 
 
-def build_backbone(name: str, *, size: tuple[int, int], weights: str = "pretrained", layer: int = -1) -> Backbone:
+def build_backbone(
+    name: str, *, size: tuple[int, int], weights: str = "pretrained", layer: int | Sequence[int] | None = None
+) -> Backbone:
     """Build a backbone from a timm model name. Everything else is checked before any weights are fetched.
 
     A ViT's position embedding is resampled to the grid of ``size`` as in timm (bicubic, antialiased), Swin pads its
@@ -154,14 +164,16 @@ def build_backbone(name: str, *, size: tuple[int, int], weights: str = "pretrain
         weights: ``"pretrained"`` (timm downloads them, or finds them in its cache), ``"random"`` (seed 0, for tests
             and benchmarks), or a checkpoint's path or URI, with timm's tensor names or those of an original release
             that timm can convert.
-        layer: index into the model's stages (ConvNets, Swin) or blocks (ViTs); negative counts from the end.
+        layer: index into the model's stages (ConvNets, Swin) or blocks (ViTs); negative counts from the end. Several
+            indices: their channels are concatenated, see `pipeline.features.layers.on_finest_grid`. None: the last
+            layer with a stride of at most 16 pixels.
 
     Returns:
         The backbone, on the CPU.
 
     Raises:
-        JobError: the model, tag or layer is unknown; the model does not accept the size; or the weights cannot be
-            fetched or do not match.
+        JobError: the model, tag or layer is unknown; the layers do not go together; the model does not accept the
+            size; or the weights cannot be fetched or do not match.
     """
     if weights == "pretrained":
         go_offline_if_unreachable()
@@ -172,9 +184,9 @@ def build_backbone(name: str, *, size: tuple[int, int], weights: str = "pretrain
         model = _create(name, size)
     except (AssertionError, RuntimeError, ValueError) as error:  # a fixed-size model that does not support this size
         raise _refused_size(name, size, error) from error
-    index = _resolve_layer(name, model, layer)
+    layers = resolve_layers(name, model, (layer,) if isinstance(layer, int) else layer)
     _check_patches(name, model, size)
-    backbone = Backbone(name, model, layer=index, size=size, norm=_has_norm(model, index))
+    backbone = Backbone(name, model, layers=layers, size=size, norm=has_norm(model, layers))
     if weights == "random":
         _logger.warning("Backbone %s has random weights: its features are meaningless.", name)
         return backbone
@@ -203,7 +215,7 @@ def _check_name(name: str, weights: str) -> None:
     except RuntimeError as error:  # a tag that this architecture does not have
         tags = [other for other in known if other.startswith(arch + ".")]
         raise JobError(
-            f"Backbone {name!r}: got an unknown tag of {arch}, expected {_listed(tags) or 'none'}. Use one of "
+            f"Backbone {name!r}: got an unknown tag of {arch}, expected {listed(tags) or 'none'}. Use one of "
             f"these, or {arch!r} alone."
         ) from error
     if weights == "pretrained" and not (cfg and cfg.has_weights):
@@ -220,7 +232,7 @@ def _create(name: str, size: tuple[int, int], *, pretrained: bool = False) -> nn
 
     head: dict[str, Any] = {} if pretrained else {"num_classes": 0}
     cfg = get_pretrained_cfg(name)
-    fixed = cfg is not None and cfg.fixed_input_size and model_entrypoint(name).__module__ != _SAM
+    fixed = cfg is not None and cfg.fixed_input_size and model_entrypoint(name).__module__ != SAM
 
     def create(**geometry: Any) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # leave the caller's random state unchanged
@@ -235,28 +247,6 @@ def _create(name: str, size: tuple[int, int], *, pretrained: bool = False) -> nn
         if "dynamic_img_size" not in str(error):
             raise
     return create(img_size=size)  # has this size's shapes, to which timm's checkpoint filter resamples
-
-
-def _resolve_layer(name: str, model: nn.Module, layer: int) -> int:
-    info = _feature_info(model)
-    if not info or not hasattr(model, "forward_intermediates"):
-        raise JobError(
-            f"Backbone {name!r}: timm {version('timm')} provides no intermediate features for this model. Use another "
-            "model, or a newer timm."
-        )
-    if not -len(info) <= layer < len(info):
-        rows = _listed([f"{i}: {row['num_chs']} channels, stride {row['reduction']}" for i, row in enumerate(info)], 48)
-        raise JobError(
-            f"Backbone {name!r}: got layer {layer}, expected {-len(info)} to {len(info) - 1}. Its layers are {rows}."
-        )
-    return layer % len(info)
-
-
-def _has_norm(model: nn.Module, layer: int) -> bool:
-    family = type(model).__module__
-    if family == _SAM:  # its "norm" is the neck: convolutions trained on the last block, meaningless elsewhere
-        return layer == len(_feature_info(model)) - 1
-    return family not in _NO_NORM
 
 
 def _check_patches(name: str, model: nn.Module, size: tuple[int, int]) -> None:
@@ -277,6 +267,15 @@ def _check_patches(name: str, model: nn.Module, size: tuple[int, int]) -> None:
 def _multiples(length: int, step: int) -> str:
     below = length // step * step
     return f"{below} or {below + step}" if below else str(step)
+
+
+def _check_even(name: str, grid: Sequence[int], size: tuple[int, int], stride: int) -> None:
+    if tuple(grid) != (even := tuple(-(-length // stride) for length in size)):
+        raise JobError(
+            f"Backbone {name!r}: got a grid of {grid[0]}×{grid[1]} features from {size[0]}×{size[1]} pixels, expected "
+            f"{even[0]}×{even[1]} at its stride of {stride}: the grid does not cover the image evenly, so features "
+            "cannot be aligned with it. Use multiples of the stride, or another model."
+        )
 
 
 def _refused_size(name: str, size: tuple[int, int], error: Exception) -> JobError:
@@ -336,11 +335,3 @@ def _classifiers(model: nn.Module) -> list[str]:
     names = [named] if isinstance(named, str) else list(named)
     roots = {key.partition(".")[0] for key in model.state_dict()}
     return [name if name.partition(".")[0] in roots else name.partition(".")[0] for name in names]
-
-
-def _feature_info(model: nn.Module) -> list[dict[str, Any]]:
-    return list(getattr(model, "feature_info", ()))
-
-
-def _listed(names: Sequence[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (" …" if len(names) > limit else "")

@@ -108,6 +108,20 @@ class Basis:
             raise JobError(f"--components {k}, but the basis has only {len(self.components)}: fit a larger one")
         return Basis(self.mean, self.components[:k], self.explained_variance[:k], self.explained_variance_ratio[:k])
 
+    def explaining(self, share: float) -> int:
+        """The smallest number of components that together explain a share (0 … 1) of the variance.
+
+        Raises:
+            JobError: all of them explain less.
+        """
+        explained = self.explained_variance_ratio.cumsum()
+        if explained[-1] < share:
+            raise JobError(
+                f"--components {share}, but the {len(explained)} components of the basis explain "
+                f"{explained[-1]:.3f} of the variance: fit a larger one"
+            )
+        return int(explained.searchsorted(share)) + 1
+
     def to_npz(self, provenance: dict[str, Any]) -> bytes:
         """Serialise to the bytes of a NumPy .npz file; ``provenance`` records what the basis was fitted on."""
         buffer = io.BytesIO()
@@ -129,12 +143,12 @@ class Basis:
             raise ValueError(f"not a basis made by jobs/fit_pca.py: {error}") from error
 
 
-def fit(moments: Moments, k: int, *, at_most: bool = False) -> Basis:
-    """Fit a basis of the ``k`` components of largest variance.
+def fit(moments: Moments, components: float, *, at_most: bool = False) -> Basis:
+    """Fit a basis of the components of largest variance.
 
     Args:
         moments: moments of the feature vectors.
-        k: number of components.
+        components: their number k (int), or the share of the variance that they are to explain (float, 0 … 1).
         at_most: return fewer components if the vectors, e.g. of a small sample, span fewer dimensions.
 
     Raises:
@@ -143,8 +157,12 @@ def fit(moments: Moments, k: int, *, at_most: bool = False) -> Basis:
     # Divided by count, not count − 1: this also works for one vector, and variances are only compared.
     covariance = moments.scatter / max(moments.count, 1)
     values, vectors = np.linalg.eigh(covariance)  # ascending
-    values, components = values[::-1].clip(min=0), vectors[:, ::-1].T
+    values, directions = values[::-1].clip(min=0), vectors[:, ::-1].T
     rank = int((values > values[0] * 1e-10).sum()) if values[0] > 0 else 0
+    if isinstance(components, float):
+        k = max(1, min(int((values.cumsum() / values.sum()).searchsorted(components)) + 1, rank)) if rank else 1
+    else:
+        k = int(components)
     if at_most:
         k = max(1, min(k, rank))
     if rank < k:
@@ -152,11 +170,11 @@ def fit(moments: Moments, k: int, *, at_most: bool = False) -> Basis:
             f"PCA found {rank} independent components in {moments.count:,} feature vectors, fewer than the {k} "
             "requested: lower --components, or fit on more images (--pca-images)"
         )
-    strongest = np.abs(components[:k]).argmax(1)
-    signs = np.sign(components[np.arange(k), strongest])
+    strongest = np.abs(directions[:k]).argmax(1)
+    signs = np.sign(directions[np.arange(k), strongest])
     return Basis(
         moments.mean.astype(np.float32),
-        np.ascontiguousarray(components[:k] * signs[:, None], dtype=np.float32),
+        np.ascontiguousarray(directions[:k] * signs[:, None], dtype=np.float32),
         values[:k].copy(),
         values[:k] / values.sum(),
     )

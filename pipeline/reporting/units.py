@@ -1,6 +1,8 @@
-"""Quantities as text."""
+"""Quantities and lists as text."""
 
-__all__ = ["readable_size"]
+from collections.abc import Sequence
+
+__all__ = ["listed", "readable_size"]
 
 
 def readable_size(nbytes: float) -> str:
@@ -10,3 +12,8 @@ def readable_size(nbytes: float) -> str:
             return f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:.3g} TB"
+
+
+def listed(names: Sequence[str], limit: int = 8) -> str:
+    """Join the first ``limit`` names with commas; an ellipsis stands for the others."""
+    return ", ".join(names[:limit]) + (" …" if len(names) > limit else "")

@@ -14,7 +14,7 @@ from densefeat.store import FeatureStore
 from pipeline.reporting.progress import Progress
 from pipeline.reporting.report import Report
 from pipeline.run.feature_worker import WorkerSpec
-from pipeline.run.plan import Plan
+from pipeline.run.planning.plan import Plan
 from pipeline.run.prepare import prepare
 from pipeline.run.recipe import Stages
 from pipeline.run.shard_worker import ShardWorker, StoreEncoding, make_worker

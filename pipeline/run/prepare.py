@@ -2,12 +2,13 @@
 
 import logging
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from densefeat.layout import FEATURES
+from densefeat.layout import FEATURES, FeatureLayout
 from densefeat.storage.objects import Objects
 from densefeat.store import FeatureStore
 from pipeline.errors import JobError
@@ -17,7 +18,7 @@ from pipeline.reporting.software import software_versions
 from pipeline.reporting.units import readable_size
 from pipeline.run.feature_worker import FeatureWorker
 from pipeline.run.gather import gather
-from pipeline.run.plan import Plan
+from pipeline.run.planning.plan import Plan
 from pipeline.run.shard_worker import ShardWorker, StoreEncoding
 from pipeline.run.workers import Workers
 from pipeline.store.calibration import choose_steps
@@ -43,13 +44,13 @@ def prepare(plan: Plan, objects: Objects, workers: Workers) -> StoreEncoding:
     with storage_explained(objects.uri):
         if plan.config.resume and (joined := _join(plan, objects)):
             return joined
-    basis = plan.basis or fit_basis(plan.references, plan.features.components, plan.config.pca_images, workers)
+    basis = plan.basis or fit_basis(plan.references, plan.components, plan.config.pca_images, workers)
     explained = float(basis.explained_variance_ratio.sum())
     logger.info("PCA: %d components explain %.1f %% of the variance", len(basis.components), 100 * explained)
     step, image_nbytes = _calibrate(plan, basis, workers)
     _check_space(plan, objects, image_nbytes)
     attributes = StoreAttributes(
-        configuration=plan.configuration.with_basis(basis.digest),
+        configuration=plan.configuration.with_basis(basis.digest, len(basis.components)),
         versions=software_versions(),
         class_names=plan.class_names,
         explained_variance=explained,
@@ -83,10 +84,11 @@ def _join(plan: Plan, objects: Objects) -> StoreEncoding | None:
     if different := incompatibilities(stored.configuration, plan.configuration):
         raise JobError(f"another job set up {objects.uri} in the meantime, with other options: {'; '.join(different)}")
     try:
-        complete_setup(objects, plan.features, pending_index(plan.references))
+        features = replace(plan.features, components=stored.configuration.pca.components or 0)
+        complete_setup(objects, features, pending_index(plan.references))
     except FileExistsError as error:
         raise JobError(f"{error} while this job set it up: stop one of the two jobs") from error
-    return _stored_encoding(plan, objects)
+    return _stored_encoding(features, objects)
 
 
 def _delete_planned(plan: Plan, objects: Objects) -> None:
@@ -103,15 +105,24 @@ def _delete_planned(plan: Plan, objects: Objects) -> None:
     delete_store(objects)
 
 
-def fit_basis(references: pa.Table, k: int, images: int, workers: Workers) -> Basis:
-    """Fit ``k`` components on a sample of ``images`` (0: all) usable images, distributed over the workers.
+def fit_basis(references: pa.Table, components: float, images: int, workers: Workers) -> Basis:
+    """Fit components on a sample of ``images`` (0: all) usable images, distributed over the workers.
+
+    Args:
+        references: the images.
+        components: as in `pipeline.features.pca.fit`.
+        images: size of the sample.
+        workers: the workers.
 
     Raises:
         JobError: too few images are usable.
     """
-    logger.info("PCA: fitting %d components on %d images", k, min(images, references.num_rows) or references.num_rows)
+    number = (
+        f"(as many as explain {100 * components:g} %)" if isinstance(components, float) else f"{components} components"
+    )
+    logger.info("PCA: fitting %s on %d images", number, min(images, references.num_rows) or references.num_rows)
     sample = gather(workers, FeatureWorker.moments, references, images, images_in_task=_IMAGES_IN_TASK, what="PCA")
-    return fit(sample.sums, k)
+    return fit(sample.sums, components)
 
 
 def _calibrate(plan: Plan, basis: Basis, workers: Workers) -> tuple[npt.NDArray[np.float32] | None, float]:
@@ -151,13 +162,13 @@ def _check_space(plan: Plan, objects: Objects, image_nbytes: float) -> None:
         )
 
 
-def _stored_encoding(plan: Plan, objects: Objects) -> StoreEncoding:
+def _stored_encoding(features: FeatureLayout, objects: Objects) -> StoreEncoding:
     store = FeatureStore(objects.uri)
     basis, attributes = Basis.of_store(store), stored_attributes(objects.uri, store.attributes)
     if basis.digest != attributes.configuration.pca.basis:
         raise JobError(f"the PCA basis in {objects.uri} does not match its attributes: use --overwrite")
     if step_sha256(store.step) != attributes.step_sha256:
         raise JobError(f"the quantization steps in {objects.uri} do not match its attributes: use --overwrite")
-    if store.layout != plan.features:
-        raise JobError(f"the array in {objects.uri} is {store.layout}, expected {plan.features}: use --overwrite")
+    if store.layout != features:
+        raise JobError(f"the array in {objects.uri} is {store.layout}, expected {features}: use --overwrite")
     return StoreEncoding(basis, store.step, attributes.hash)

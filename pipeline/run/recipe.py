@@ -1,6 +1,6 @@
 """The recipe of a job: its options, resolved once by the driver, as a value that builds the stages.
 
-Workers get the recipe instead of the options. Detected values (the layer counted from the end, the kind of the dataset)
+Workers get the recipe instead of the options. Detected values (layers counted from the end, the kind of the dataset)
 are detected only once, and every stage that is built elsewhere must have the identity of the driver's stage.
 """
 
@@ -78,14 +78,14 @@ class FeatureRecipe:
     Attributes:
         images: how images are read.
         backbone: name of the timm model.
-        layer: layer of the model, 0 or more.
+        layers: layers of the model, each 0 or more.
         weights: "pretrained", "random", or the URI of a checkpoint.
         backbone_identity: `Backbone.identity` of the backbone that the driver built.
     """
 
     images: ImageRecipe
     backbone: str
-    layer: int
+    layers: tuple[int, ...]
     weights: str
     backbone_identity: Mapping[str, Any]
 
@@ -96,7 +96,7 @@ class FeatureRecipe:
             JobError: a stage cannot be built, or differs from the driver's because this machine has other weights.
         """
         size = self.images.geometry.size
-        backbone = build_backbone(self.backbone, size=size, weights=self.weights, layer=self.layer)
+        backbone = build_backbone(self.backbone, size=size, weights=self.weights, layer=self.layers)
         _check_identity("backbone", backbone.identity(), self.backbone_identity)
         return Stages(backbone)
 

@@ -134,7 +134,7 @@ def _features_of(backbone: Backbone, images: torch.Tensor) -> torch.Tensor:
     # Checked here because later it would look like a problem of the images or the learning rate.
     if not features.isfinite().all():
         raise JobError(
-            f"{backbone.name} at layer {backbone.layer}: its features of the training images contain NaN or infinity: "
+            f"{backbone.label}: its features of the training images contain NaN or infinity: "
             "choose another layer, or check its weights"
         )
     return features

@@ -105,7 +105,7 @@ def _variance(backbone: Backbone, total: Tensor, squares: Tensor, count: float) 
     Raises:
         JobError: it is zero (up to rounding) or not finite.
     """
-    subject = f"{backbone.name} at layer {backbone.layer}: its features of the images to measure held-out views on"
+    subject = f"{backbone.label}: its features of the images to measure held-out views on"
     if not squares.isfinite().all():
         raise JobError(f"{subject} contain NaN or infinity: choose another layer, or check its weights")
     variance = float((squares - total.square() / count).sum())

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from densefeat.storage.objects import Objects
 from pipeline.errors import JobError, TrainingDiverged
 from pipeline.features.backbone import Backbone
+from pipeline.features.layers import choice_label
 from pipeline.io.storage import storage_explained
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.train.build import TrainStages, build_stages
@@ -256,4 +257,4 @@ class Training:
 
 
 def _label(backbone: Backbone) -> str:
-    return f"{backbone.name}@{backbone.layer}"
+    return choice_label(backbone.name, backbone.layer)

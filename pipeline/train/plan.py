@@ -15,14 +15,15 @@ from densefeat.storage.objects import Objects
 from densefeat.storage.places import absolute_place
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone, build_backbone
+from pipeline.features.layers import choice_label
 from pipeline.features.provenance import backbone_name
 from pipeline.images.listing.findings import Finding, describe_findings
 from pipeline.images.listing.source import Source, keys_digest, list_images
 from pipeline.io.outputs import check_output_file
 from pipeline.io.storage import check_writable, storage_explained
 from pipeline.reporting.software import software_versions
-from pipeline.run.places import check_apart
-from pipeline.run.plan import cluster_scan_map
+from pipeline.run.planning.places import check_apart
+from pipeline.run.planning.plan import cluster_scan_map
 from pipeline.train.checkpoints import has_checkpoints
 from pipeline.train.data import ImageTable, key_hash
 from pipeline.train.objectives.lift import lift_scales
@@ -173,7 +174,7 @@ def build_backbones(plan: TrainPlan, choice: BackboneChoice, built: Backbone | N
 def backbone_at(config: TrainConfig, choice: BackboneChoice, scale: float = 1) -> Backbone:
     """Build a backbone on the CPU for images of ``scale`` times --size."""
     height, width = (round(scale * side) for side in config.size_px)
-    return build_backbone(choice.name, size=(height, width), weights=choice.weights, layer=choice.layer)
+    return build_backbone(choice.name, size=(height, width), weights=choice.weights, layer=choice.layers)
 
 
 def _stored_configuration(config: TrainConfig) -> dict[str, Any] | None:
@@ -207,17 +208,17 @@ def _check_writable(config: TrainConfig) -> None:
         check_output_file("--featup-checkpoint", config.featup_checkpoint)
 
 
-def _check_labels(config: TrainConfig, identities: list[dict[str, object]], held_out: dict[str, object] | None) -> None:
+def _check_labels(config: TrainConfig, identities: list[dict[str, Any]], held_out: dict[str, Any] | None) -> None:
     """Check that name and layer are unique: tables and metadata identify backbones by them."""
     named = [(f"--backbones {text}", identity) for text, identity in zip(config.backbones, identities, strict=True)]
     if held_out is not None:
         named.append((f"--held-out-backbone {config.held_out_backbone}", held_out))
-    seen: dict[tuple[object, object], str] = {}
+    seen: dict[str, str] = {}
     for option, identity in named:
-        label = identity["name"], identity["layer"]
+        label = choice_label(identity["name"], identity["layer"])
         if label in seen:
             raise JobError(
-                f"{option} and {seen[label]} are both {label[0]} at layer {label[1]}, and would be indistinguishable "
+                f"{option} and {seen[label]} are both {label}, and would be indistinguishable "
                 "in the results: omit one, or choose another layer"
             )
         seen[label] = option
@@ -228,18 +229,18 @@ def _check_grids(config: TrainConfig, backbones: list[Backbone]) -> None:
     for backbone in backbones:
         if min(backbone.grid) < 2:
             raise JobError(
-                f"{backbone.name} at layer {backbone.layer} has a grid of {backbone.grid[0]}×{backbone.grid[1]} at "
+                f"{backbone.label} has a grid of {backbone.grid[0]}×{backbone.grid[1]} at "
                 f"--size {config.size}: expected at least 2×2. Choose a larger --size or an earlier layer"
             )
         if config.upsampler == "lift" and backbone.num_chs % 2:
             raise JobError(
-                f"{backbone.name} has {backbone.num_chs} channels at layer {backbone.layer}: lift halves them, so "
+                f"{backbone.label} has {backbone.num_chs} channels: lift halves them, so "
                 "their number must be even. Choose another layer"
             )
         step = 2 ** (config.lift_octaves - 1) * backbone.reduction
         if config.upsampler == "lift" and any(side % step for side in config.size_px):
             raise JobError(
-                f"--size {config.size}: lift trains on {backbone.name}, layer {backbone.layer}, with a stride of "
+                f"--size {config.size}: lift trains on {backbone.label}, with a stride of "
                 f"{backbone.reduction} px, at {config.lift_octaves} octaves: expected multiples of {step}"
             )
 
@@ -288,8 +289,8 @@ def _configuration(
     config: TrainConfig,
     train: ImageTable,
     val: ImageTable,
-    identities: list[dict[str, object]],
-    held_out: dict[str, object] | None,
+    identities: list[dict[str, Any]],
+    held_out: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Everything that weights and measurements depend on, except the number of steps."""
     names = ["batch_images", "effective_learning_rate", "seed", "workers"]
@@ -297,7 +298,7 @@ def _configuration(
         names += ["jitters", "projection_chs", "crf_weight", "initial_sigma", "downsampler", "final"]
     else:
         names += ["lift_initial", "lift_loss", "lift_octaves", "lift_consistency"]
-    backbones = {f"{identity['name']}@{identity['layer']}": identity for identity in identities}
+    backbones = {choice_label(identity["name"], identity["layer"]): identity for identity in identities}
     return {
         "upsampler": config.upsampler,
         "backbones": backbones,

@@ -12,7 +12,7 @@ from pipeline.images.sample import usable_images
 from pipeline.io.outputs import check_output_file, write_output_file
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.run.feature_worker import FeatureWorker
-from pipeline.run.plan import feature_spec
+from pipeline.run.planning.plan import feature_spec
 from pipeline.run.resources import all_cores
 from pipeline.upsamplers.multiview.fit import Fit, fit_pooling
 from pipeline.upsamplers.multiview.pooling import Origin, PoolingModel

@@ -3,6 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from densefeat import FeatureStore
+from jobs.pictures import stored_geometry
+from pipeline.images.decoding.decode import decode
 from schemas.options import UpsampleConfig
 
 SIZE = 64
@@ -13,7 +19,7 @@ def config(images: Path | str, store: Path | str, **options: Any) -> UpsampleCon
     defaults: dict[str, Any] = {
         "backbone": "resnet18",
         "weights": "random",
-        "layer": 2,
+        "layer": "2",
         "size": str(SIZE),
         "components": 8,
         "shard_images": 4,
@@ -27,3 +33,12 @@ def config(images: Path | str, store: Path | str, **options: Any) -> UpsampleCon
 def shard_bytes(store: Path) -> dict[str, bytes]:
     files = [path for path in (store / "features" / "c").rglob("*") if path.is_file()]
     return {str(path.relative_to(store)): path.read_bytes() for path in files}
+
+
+def direct_features(store: FeatureStore, row: int, backbone: Any, upsampler: Any) -> np.ndarray:
+    """The definition: all channels upsampled, then centred and projected, in one image."""
+    geometry = stored_geometry(store)
+    pixels = torch.from_numpy(decode(Path(store.index["uri"][row].as_py()).read_bytes(), geometry).pixels)[None]
+    with torch.inference_mode():
+        high = upsampler(backbone(pixels), pixels, geometry.output_size)[0].double().numpy()
+    return np.einsum("kc,chw->khw", store.components.astype(float), high - store.mean[:, None, None])

@@ -25,7 +25,7 @@ from tests.helpers.stores import SHARED
 
 COCO = SHARED / "data" / "coco200" / "images"
 LITE0 = SHARED / "weights" / "tf_efficientnet_lite0.safetensors"
-SMALL: dict[str, Any] = {"backbone": "resnet18", "weights": "random", "layer": 2, "size": "64x48", "device": "cpu"}
+SMALL: dict[str, Any] = {"backbone": "resnet18", "weights": "random", "layer": "2", "size": "64x48", "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -200,14 +200,14 @@ def test_a_store_is_made_and_failures_are_rows(fitted: Path, pictures: Path, tmp
     with pytest.raises(JobError, match="regularisation"):
         upsample(replace(job, resume=True, regularisation=7.0))
     with pytest.raises(JobError, match="this job has resnet18 at layer 1"):
-        upsample(replace(job, store=str(tmp_path / "other"), layer=1))
+        upsample(replace(job, store=str(tmp_path / "other"), layer="1"))
 
 
 @pytest.mark.skipif(not COCO.exists(), reason=f"needs the photographs and weights in {SHARED}")
 def test_photographs_are_fitted_better_than_interpolated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     lite0: dict[str, Any] = {
-        "backbone": "tf_efficientnet_lite0", "weights": str(LITE0), "layer": 3, "size": "224", "limit": 4,
+        "backbone": "tf_efficientnet_lite0", "weights": str(LITE0), "layer": "3", "size": "224", "limit": 4,
     }  # fmt: skip
     output = tmp_path / "lite0.safetensors"
     options = {"fit_images": 4, "views": 9, "held_out_views": 6, "components": 32}

@@ -26,8 +26,8 @@ def test_a_picture_of_a_store(tmp_path: Path, weights: str | None, components: i
     for name in ("a", "b"):
         (tmp_path / "photos" / f"{name}.jpg").write_bytes(photo(96, 96))
     job = UpsampleConfig(
-        images=str(tmp_path / "photos"), store=str(tmp_path / "store"), backbone="resnet18", weights="random", layer=2,
-        size="64", components=components, workers=0, device="cpu",
+        images=str(tmp_path / "photos"), store=str(tmp_path / "store"), backbone="resnet18", weights="random",
+        layer="2", size="64", components=components, workers=0, device="cpu",
     )  # fmt: skip
     assert upsample(job) == 0
     picture = tmp_path / "new" / "picture.PNG"
@@ -48,7 +48,7 @@ def test_pictures_of_images_within_files(tmp_path: Path, kind: str) -> None:
     (tmp_path / "x.txt").write_text("\n".join(photos))
     images = tmp_path / {"tar": "x.tar", "parquet": "x.parquet", "list": "x.txt"}[kind]
     job = UpsampleConfig(
-        images=str(images), store=str(tmp_path / "store"), backbone="resnet18", weights="random", layer=2,
+        images=str(images), store=str(tmp_path / "store"), backbone="resnet18", weights="random", layer="2",
         size="64", components=4, workers=0, device="cpu",
     )  # fmt: skip
     assert upsample(job) == 0

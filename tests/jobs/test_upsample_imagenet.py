@@ -17,17 +17,15 @@ import zarr
 
 from densefeat import FeatureStore, MissingFeatures, TorchFeatures, layout
 from jobs.fit_pca import fit_pca
-from jobs.pictures import stored_geometry
 from jobs.upsample_imagenet import upsample
 from jobs.verify_store import VerifyConfig, verify
 from pipeline.errors import JobError
 from pipeline.features.backbone import build_backbone
-from pipeline.images.decoding.decode import decode
 from pipeline.upsamplers.build import build_upsampler
 from schemas.options import FitPcaConfig
 from tests.helpers.photographs import orientation_exif, photo, png_header
 from tests.helpers.stores import SHARED
-from tests.helpers.upsample_jobs import SIZE, config, shard_bytes
+from tests.helpers.upsample_jobs import SIZE, config, direct_features, shard_bytes
 
 COCO = SHARED / "data" / "coco200" / "images"
 
@@ -40,26 +38,17 @@ needs_shared = pytest.mark.skipif(not COCO.exists(), reason=f"needs the photogra
 README = Path(__file__).parents[2] / "README.md"
 
 
-def direct_features(store: FeatureStore, row: int, backbone: Any, upsampler: Any) -> np.ndarray:
-    """The definition: all channels upsampled, then centred and projected, in one image."""
-    geometry = stored_geometry(store)
-    pixels = torch.from_numpy(decode(Path(store.index["uri"][row].as_py()).read_bytes(), geometry).pixels)[None]
-    with torch.inference_mode():
-        high = upsampler(backbone(pixels), pixels, geometry.output_size)[0].double().numpy()
-    return np.einsum("kc,chw->khw", store.components.astype(float), high - store.mean[:, None, None])
-
-
 @needs_shared
 @pytest.mark.parametrize(
     ("backbone", "weights", "layer", "upsampler", "dtype"),
     [
-        ("tf_efficientnet_lite0", LITE0, -2, "jbu", "int8"),
-        ("vit_small_patch14_dinov2.lvd142m", VIT, 10, "jbu", "float16"),
-        ("tf_efficientnet_lite0", LITE0, -2, "bilinear", "int8"),
+        ("tf_efficientnet_lite0", LITE0, "-2", "jbu", "int8"),
+        ("vit_small_patch14_dinov2.lvd142m", VIT, "10", "jbu", "float16"),
+        ("tf_efficientnet_lite0", LITE0, "-2", "bilinear", "int8"),
     ],
 )
 def test_a_store_of_photographs_reads_back_as_computed_directly(
-    tmp_path: Path, backbone: str, weights: Path, layer: int, upsampler: str, dtype: str
+    tmp_path: Path, backbone: str, weights: Path, layer: str, upsampler: str, dtype: str
 ) -> None:
     job = config(
         COCO, tmp_path / "store", backbone=backbone, weights=str(weights), layer=layer, size="224",
@@ -67,7 +56,7 @@ def test_a_store_of_photographs_reads_back_as_computed_directly(
     )  # fmt: skip
     assert upsample(job) == 0
     store = FeatureStore(job.store)
-    stage = build_backbone(backbone, size=(224, 224), weights=str(weights), layer=layer)
+    stage = build_backbone(backbone, size=(224, 224), weights=str(weights), layer=job.layers)
     for row in (0, 5, 9):
         expected = direct_features(store, row, stage, build_upsampler(upsampler, None, stage))
         stored = store.read(row)
@@ -89,7 +78,7 @@ def test_a_store_made_on_a_gpu_is_that_of_the_definition(
     job = config(photographs, tmp_path / "store", device="cuda", upsampler=upsampler, dtype=dtype)
     assert upsample(job) == 0
     store = FeatureStore(job.store)
-    stage = build_backbone(job.backbone, size=(SIZE, SIZE), weights="random", layer=job.layer)
+    stage = build_backbone(job.backbone, size=(SIZE, SIZE), weights="random", layer=job.layers)
     for row in (0, 13):
         expected = direct_features(store, row, stage, build_upsampler(upsampler, None, stage))
         error = np.linalg.norm(store.read(row) - expected) / np.linalg.norm(expected)
@@ -206,7 +195,7 @@ def test_features_lie_where_the_affine_map_says(fit: str, tmp_path: Path) -> Non
         if disc:
             ImageDraw.Draw(image).ellipse([centre[0] - 9, centre[1] - 9, centre[0] + 9, centre[1] + 9], "white")
         image.save(tmp_path / "images" / f"{name}.png")
-    job = config(tmp_path / "images", tmp_path / "store", layer=1, fit=fit, size="96x128", components=2)
+    job = config(tmp_path / "images", tmp_path / "store", layer="1", fit=fit, size="96x128", components=2)
     assert upsample(job) == 0
     store = FeatureStore(job.store)
     difference = np.abs(store.read("disc.png") - store.read("plain.png")).sum(0)
@@ -236,7 +225,7 @@ def test_a_basis_can_be_shared(photographs: Path, tmp_path: Path) -> None:
         assert np.array_equal(store.components, FeatureStore(job.store).components)
         assert shard_bytes(tmp_path / name) == shard_bytes(tmp_path / "train")
     with pytest.raises(JobError, match=r"fitted to other features.*layer: stored 2, asked 1"):
-        upsample(replace(job, store=str(tmp_path / "other"), layer=1, pca=str(tmp_path / "basis.npz")))
+        upsample(replace(job, store=str(tmp_path / "other"), layer="1", pca=str(tmp_path / "basis.npz")))
     with pytest.raises(JobError, match="only 8"):
         upsample(replace(job, store=str(tmp_path / "other"), components=9, pca=str(tmp_path / "basis.npz")))
 

@@ -26,13 +26,13 @@ from tests.helpers.upsample_jobs import config
         ({"upsampler": "bilinear", "upsampler_weights": "x.pth"}, "bilinear"),
         ({"weights": "/nothing.safetensors"}, "/nothing.safetensors"),
         ({"upsampler_weights": "/nothing.pth"}, "/nothing.pth"),
-        ({"components": 129}, "128 channels at layer 2: ask for at most 128"),
-        ({"layer": 9}, "layer"),
-        ({"backbone": "vit_tiny_patch16_224", "layer": -1, "size": "230"}, "240"),
+        ({"components": 129}, "resnet18 at layer 2 has 128 channels: ask for at most"),
+        ({"layer": "9"}, "layer"),
+        ({"backbone": "vit_tiny_patch16_224", "layer": "-1", "size": "230"}, "240"),
         ({"pca": "/nothing.npz"}, "/nothing.npz"),
         ({"pca_images": 1, "components": 100}, "PCA found"),
         ({"shards": "7:9"}, "none of the 4 shards"),
-        ({"layer": 4, "size": "32"}, "larger --size or an earlier --layer"),
+        ({"layer": "4", "size": "32"}, "larger --size or an earlier --layer"),
         ({"device": "cuda"}, "CUDA"),
         ({"store": "/proc/store"}, "--store /proc/store"),
     ],
@@ -59,7 +59,7 @@ def test_an_existing_store_is_safe(photographs: Path, tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"exists: pass --resume .* --overwrite"):
         upsample(job)
     with pytest.raises(JobError) as caught:
-        upsample(replace(job, resume=True, layer=1, dtype="float16"))
+        upsample(replace(job, resume=True, layer="1", dtype="float16"))
     for line in ("backbone.layer: stored 2, asked 1", 'storage.dtype: stored "int8", asked "float16"'):
         assert line in str(caught.value)
     assert upsample(replace(job, overwrite=True, components=4)) == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import read_metadata, read_state_dict, state_digest
-from pipeline.features.provenance import Provenance
+from pipeline.features.provenance import Provenance, backbone_name
 from schemas.configuration import differences
 
 __all__ = ["FitSettings", "Origin", "PoolingModel"]
@@ -94,8 +94,8 @@ class PoolingModel:
             return
         size, others = "×".join(map(str, backbone.size)), "×".join(map(str, origin.size))
         raise JobError(
-            f"Weights {uri!r} were fitted on {origin.backbone.get('name')} at layer {origin.backbone.get('layer')} and "
-            f"{others} pixels, this job has {backbone.name} at layer {backbone.layer} and {size} pixels: "
+            f"Weights {uri!r} were fitted on {backbone_name(origin.backbone)} and {others} pixels, this job has "
+            f"{backbone.label} and {size} pixels: "
             f"{'; '.join(differences(other, own))}. Fit a pooling model for this job with jobs/fit_pooling.py."
         )
 

@@ -50,7 +50,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 @needs_lite0
 def test_lite0_layers():
     images = random_images(2, (224, 224))
-    last = build_backbone("tf_efficientnet_lite0", size=(224, 224), weights=str(LITE0))
+    last = build_backbone("tf_efficientnet_lite0", size=(224, 224), weights=str(LITE0), layer=-1)
     assert last(images).shape == (2, 320, 7, 7)
     inner = build_backbone("tf_efficientnet_lite0", size=(224, 224), weights=str(LITE0), layer=-2)
     assert inner(images).shape == (2, 112, 14, 14)
@@ -70,7 +70,7 @@ def test_pretrained_is_the_same_as_the_file(monkeypatch):
 @needs_lite0
 @needs_imagenet
 def test_lite0_classifies_what_normalise_gives_it():
-    backbone = build_backbone("tf_efficientnet_lite0", size=(224, 224), weights=str(LITE0))
+    backbone = build_backbone("tf_efficientnet_lite0", size=(224, 224), weights=str(LITE0), layer=-1)
     full = timm.create_model("tf_efficientnet_lite0").eval()
     load_strict(full, read_state_dict(str(LITE0)), what="lite0")
     with (IMAGENET / "labels.csv").open() as file:

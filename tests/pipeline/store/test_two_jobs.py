@@ -16,8 +16,8 @@ from jobs.verify_store import VerifyConfig, verify
 from pipeline.errors import JobError
 from pipeline.features.pca import Basis
 from pipeline.run.job import carry_out
-from pipeline.run.places import check_apart
-from pipeline.run.plan import Plan, make_plan
+from pipeline.run.planning.places import check_apart
+from pipeline.run.planning.plan import Plan, make_plan
 from pipeline.run.prepare import prepare
 from pipeline.run.shard_worker import ShardWorker, StoreEncoding
 from pipeline.run.workers import InlineWorkers
@@ -41,7 +41,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(images: Path, store: Path | str, **options: Any) -> UpsampleConfig:
     defaults: dict[str, Any] = {
-        "backbone": "resnet18", "weights": "random", "layer": 2, "size": "64", "components": 4, "shard_images": 2,
+        "backbone": "resnet18", "weights": "random", "layer": "2", "size": "64", "components": 4, "shard_images": 2,
         "batch_size": 2, "device": "cpu", "workers": 0, "upsampler": "bilinear",
     }  # fmt: skip
     return UpsampleConfig(images=str(images), store=str(store), **{**defaults, **options})
@@ -57,7 +57,7 @@ def claim_a_bit_apart(plan: Plan, encoding: StoreEncoding, *, scale: float = 1 +
     basis = replace(encoding.basis, mean=encoding.basis.mean * np.float32(scale))
     assert encoding.step is not None
     step = encoding.step * np.float32(scale)
-    configuration = plan.configuration.with_basis(basis.digest)
+    configuration = plan.configuration.with_basis(basis.digest, len(basis.components))
     attributes = StoreAttributes(configuration, {}, plan.class_names, 0.5, step_sha256(step))
     claim(Objects(plan.config.store), attributes, basis, step)
     return StoreEncoding(basis, step, attributes.hash)
@@ -86,7 +86,7 @@ def test_equal_options_join_though_the_bits_differ(photographs: Path, tmp_path: 
     assert np.array_equal(np.asarray(store.step), np.asarray(begun.step))
 
 
-@pytest.mark.parametrize("options", [{"components": 3}, {"error_floor": 0.2}, {"layer": 1}, {"pca_images": 3}])
+@pytest.mark.parametrize("options", [{"components": 3}, {"error_floor": 0.2}, {"layer": "1"}, {"pca_images": 3}])
 def test_other_options_do_not_touch_a_claim(photographs: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     """A job planned before the claim, with --resume and other options: whether setup is complete or not."""
     late = make_plan(config(photographs, tmp_path / "store", resume=True, **options))
@@ -160,14 +160,14 @@ def test_what_is_compared_and_what_is_adopted() -> None:
     base = known_configuration("abc")
     given = replace(base, pca=PcaConfiguration(4, basis="abc"))
     fit = replace(base, pca=PcaConfiguration(4, fitted_on_images=9))
-    fitted = fit.with_basis("abc")
+    fitted = fit.with_basis("abc", 4)
     assert incompatibilities(StoreConfiguration.from_dict(json.loads(json.dumps(fitted.to_dict()))), fit) == []
     assert incompatibilities(given, given) == []
     elsewhere = replace(fit, source=replace(fit.source, images="/b"))
     for stored, asked, words in [
         (fitted, given, "pca.fitted_on_images: stored 9, asked null"),
         (given, fit, 'pca.basis: stored "abc", asked null'),
-        (given, given.with_basis("abd"), 'pca.basis: stored "abc", asked "abd"'),
+        (given, given.with_basis("abd", 4), 'pca.basis: stored "abc", asked "abd"'),
         (fitted, replace(fit, pca=PcaConfiguration(4, fitted_on_images=8)), "pca.fitted_on_images: stored 9, asked 8"),
         (fitted, elsewhere, 'source.images: stored "/photos", asked "/b"'),
     ]:

@@ -156,7 +156,7 @@ def test_mixed_precision_is_for_lift_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -
 class _Painter(nn.Module):
     """Stands in for a backbone whose features are the mean colours of 4×4 pixels: as equivariant as can be."""
 
-    name, layer = "painter", 7
+    label = "painter at layer 7"
     num_chs, reduction, grid = 3, 4, (8, 12)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

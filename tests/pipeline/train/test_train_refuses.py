@@ -36,7 +36,7 @@ def test_backbones_that_results_could_not_tell_apart(photographs: Path, tmp_path
         ({"held_out_backbone": f"resnet18@3={tmp_path}/other.pth"}, ("--held-out-backbone", "--backbones resnet18@3")),
         ({"held_out_backbone": "resnet18@3=random"}, ("--held-out-backbone", "--backbones resnet18@3")),
     ]:
-        with pytest.raises(JobError, match="are both resnet18 at layer 3") as caught:
+        with pytest.raises(JobError, match="are both resnet18@3") as caught:
             train_upsampler(replace(train_config(photographs, tmp_path / "training"), **changed))
         assert all(word in str(caught.value) for word in words)
 

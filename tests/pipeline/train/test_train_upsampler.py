@@ -50,7 +50,7 @@ needs_shared = pytest.mark.skipif(not COCO.exists(), reason=f"needs the photogra
 
 def upsample_config(images: Path, store: Path, weights: Path, **changed: Any) -> UpsampleConfig:
     values = {
-        "backbone": "resnet18", "weights": "random", "layer": 3, "size": "64", "components": 4, "shard_images": 4,
+        "backbone": "resnet18", "weights": "random", "layer": "3", "size": "64", "components": 4, "shard_images": 4,
         "batch_size": 2, "device": "cpu", "workers": 0, "upsampler_weights": str(weights), **changed,
     }  # fmt: skip
     return UpsampleConfig(images=str(images), store=str(store), **values)
@@ -128,7 +128,7 @@ def test_several_backbones_take_turns_and_one_is_only_measured_on(photographs: P
 
 def test_the_main_job_takes_the_weights_for_any_backbone(undisturbed: Path, photographs: Path, tmp_path: Path) -> None:
     weights = undisturbed / "upsampler.safetensors"
-    job = upsample_config(photographs / "train", tmp_path / "store", weights, backbone="resnet34", layer=2)
+    job = upsample_config(photographs / "train", tmp_path / "store", weights, backbone="resnet34", layer="2")
     assert upsample(job) == 0
     store = FeatureStore(job.store)
     assert store.index["status"].to_pylist() == ["ok"] * 6
@@ -145,7 +145,7 @@ def test_weights_with_a_final_convolution_are_for_one_backbone(photographs: Path
     weights = tmp_path / "training" / "upsampler.safetensors"
     assert upsample(upsample_config(photographs / "train", tmp_path / "store", weights)) == 0
     for changed, words in (
-        ({"layer": 2}, "128 channels|at layer 3 .* the backbone is resnet18 at layer 2 .* layer: weights 3, asked 2"),
+        ({"layer": "2"}, "128 channels|at layer 3 .* the backbone is resnet18 at layer 2 .* layer: weights 3, asked 2"),
         ({"backbone": "resnet34"}, "for resnet18 at layer 3 .* the backbone is resnet34 at layer 3"),
     ):
         with pytest.raises(JobError, match=words):

@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.errors import JobError
 from pipeline.images.listing.source import list_images
-from pipeline.run.plan import Plan, cluster_scan_map, feature_spec, make_plan
+from pipeline.run.planning.describe import describe
+from pipeline.run.planning.plan import Plan, cluster_scan_map, feature_spec, make_plan
 from schemas.options import FitPcaConfig, UpsampleConfig
 from tests.helpers.datasets import column, tar_info, write_tar
 from tests.helpers.photographs import photo
@@ -17,7 +18,7 @@ from tests.helpers.photographs import photo
 
 def plan(images: Path, **options: Any) -> Plan:
     defaults: dict[str, Any] = {
-        "backbone": "resnet18", "weights": "random", "layer": 2, "size": "64", "components": 8, "workers": 0,
+        "backbone": "resnet18", "weights": "random", "layer": "2", "size": "64", "components": 8, "workers": 0,
         "device": "cpu", "dry_run": True,
     }  # fmt: skip
     return make_plan(UpsampleConfig(images=str(images), store=f"{images}-store", **{**defaults, **options}))
@@ -37,7 +38,7 @@ def test_the_plan_says_what_is_not_used(tmp_path: Path) -> None:
         plan(path)
     assert f"images of an unsupported format (.heic), e.g. c.heic in {path}" in str(error.value)
     made = plan(path, max_failed_share=0.4)
-    lines = made.describe().splitlines()
+    lines = describe(made).splitlines()
     assert lines[0] == f"images      2 from {path}, 1 with a label"
     assert lines[1].startswith("left out    1 images of an unsupported format (.heic)")
     assert lines[2] == "skipped     1 further images of a sample, of which only one is used, e.g. a.png"

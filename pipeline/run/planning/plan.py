@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from densefeat.errors import StoreError
 from densefeat.index import stored_index
@@ -23,9 +22,8 @@ from pipeline.images.listing.files import Scan, ScanMap
 from pipeline.images.listing.findings import Finding, describe_findings, refuse_losses
 from pipeline.images.listing.source import Source, keys_digest, list_images
 from pipeline.io.storage import check_writable
-from pipeline.reporting.units import readable_size
 from pipeline.run.feature_worker import WorkerSpec
-from pipeline.run.places import check_apart, check_same, stored_attributes_at
+from pipeline.run.planning.places import check_apart, check_same, stored_attributes_at
 from pipeline.run.recipe import FeatureRecipe, ImageRecipe, Stages, UpsampleRecipe
 from pipeline.run.resources import available_cores, fits_this_process
 from pipeline.upsamplers.build import build_upsampler
@@ -55,7 +53,7 @@ class Plan:
         references: the images, one per row (``schemas.index.REFERENCES``).
         class_names: class names of the labels.
         channels: of the backbone, before PCA.
-        features: shape and sharding of the feature array.
+        features: shape and sharding of the feature array, with the most components if a share is to decide on them.
         configuration: everything that the features depend on, except for a basis that is not fitted yet.
         basis: basis from ``--pca``; None: to be fitted.
         stored: attributes of the store that is to be resumed or overwritten; None if there is no store.
@@ -81,42 +79,16 @@ class Plan:
         """Shards that this job makes, unless they are done."""
         return self.config.shard_range(self.features.shards)
 
+    @property
+    def components(self) -> float:
+        """Components of a basis that is to be fitted, as `pipeline.features.pca.fit` takes them."""
+        share = self.configuration.pca.explained_share
+        return self.features.components if share is None else share
+
     def shard_references(self, shard: int) -> pa.Table:
         """References of a shard's images."""
         rows = self.features.rows_of(shard)
         return self.references.slice(rows.start, len(rows))
-
-    def describe(self) -> str:
-        """The plan as text for the user."""
-        layout, config = self.features, self.config
-        k, height, width = layout.image_shape
-        nbytes = layout.rows * layout.image_nbytes
-        labelled = layout.rows - self.references["label"].null_count
-        lines = [
-            f"images      {layout.rows:,} from {config.images}"
-            + (f", {len(self.class_names):,} classes" if self.class_names else "")
-            + (f", {labelled:,} with a label" if labelled else ", no labels"),
-            *describe_findings(self.findings),
-            f"store       {config.store}" + (" (resumed)" if config.resume and self.stored else ""),
-            f"features    {k} components{self._all_channels()}, {height}×{width}, {layout.dtype}",
-            f"shards      {layout.shards:,} of {layout.shard_rows} images"
-            + (f", {len(self.shards):,} of them by this job ({config.shards})" if config.shards else ""),
-            f"bytes       at most {readable_size(nbytes)} (before compression){self._source_size()}",
-            "workers     " + ("on Ray" if self.stages is None else "this process, without Ray (--workers 1 uses Ray)"),
-        ]
-        for stage, settings in self.configuration.to_dict().items():
-            text = ", ".join(f"{name} {_short(value)}" for name, value in settings.items() if name != "name")
-            lines.append(f"{stage:11} " + " ".join(filter(None, [settings.get("name"), text and f"({text})"])))
-        return "\n".join(lines)
-
-    def _all_channels(self) -> str:
-        whole = self.features.components == self.channels
-        return " (all channels: --components N keeps fewer)" if whole else f" of {self.channels} channels"
-
-    def _source_size(self) -> str:
-        sizes = self.references["nbytes"]
-        known = sizes.null_count == 0 and len(sizes)
-        return f"; the images are {readable_size(pc.sum(sizes).as_py())}" if known else ""
 
 
 def make_plan(config: UpsampleConfig) -> Plan:
@@ -128,13 +100,15 @@ def make_plan(config: UpsampleConfig) -> Plan:
     check_apart(config.images, "--store", config.store)
     stored = stored_attributes_at(config)
     resumed = stored if config.resume else None
+    if resumed:
+        config = _with_stored_defaults(config, resumed.configuration)
     backbone = _checked_backbone(config)
     upsampler = build_upsampler(config.upsampler, config.upsampler_weights, backbone, config.upsampler_options)
     _check_upsampler(upsampler, backbone, config)
     basis = None if config.pca is None else read_basis(config.pca, backbone)
-    k = _components(config, backbone, basis)
+    k = _components(config, backbone, basis, resumed)
     source, references, class_names, findings = _source(config, resumed)
-    features = _layout(config, references.num_rows, k, resumed)
+    features = _layout(config, references.num_rows, k)
     recipe = _upsample_recipe(config, source, features, backbone, upsampler)
     own = config.shard_range(features.shards)
     if not own:
@@ -146,7 +120,7 @@ def make_plan(config: UpsampleConfig) -> Plan:
         class_names=class_names,
         channels=backbone.num_chs,
         features=features,
-        configuration=_configuration(config, source, recipe, basis),
+        configuration=_configuration(config, source, recipe, basis, resumed=resumed is not None),
         basis=None if basis is None else basis.truncated(k),
         stored=stored,
         spec=_spec(config, recipe),
@@ -171,7 +145,7 @@ def feature_spec(config: FeatureConfig) -> tuple[WorkerSpec, pa.Table, Stages]:
     for line in describe_findings(source.findings):
         logger.info("%s", line)
     images = _image_recipe(config, source.kind, source.image_column)
-    recipe = FeatureRecipe(images, config.backbone, backbone.layer, config.weights, backbone.identity())
+    recipe = FeatureRecipe(images, config.backbone, backbone.layers, config.weights, backbone.identity())
     return _spec(config, recipe), source.references, Stages(backbone)
 
 
@@ -190,7 +164,7 @@ def _upsample_recipe(
     return UpsampleRecipe(
         images=_image_recipe(config, source.kind, source.image_column),
         backbone=config.backbone,
-        layer=backbone.layer,
+        layers=backbone.layers,
         weights=config.weights,
         backbone_identity=backbone.identity(),
         upsampler=config.upsampler,
@@ -205,7 +179,7 @@ def _upsample_recipe(
 
 
 def _configuration(
-    config: UpsampleConfig, source: SourceConfiguration, recipe: UpsampleRecipe, basis: Basis | None
+    config: UpsampleConfig, source: SourceConfiguration, recipe: UpsampleRecipe, basis: Basis | None, *, resumed: bool
 ) -> StoreConfiguration:
     geometry = recipe.images.geometry
     floor = recipe.error_floor if recipe.dtype == "int8" else None
@@ -215,18 +189,29 @@ def _configuration(
         geometry=GeometryConfiguration(
             geometry.size, geometry.fit, geometry.output_size, recipe.images.max_pixels, recipe.images.min_side
         ),
-        pca=_pca_configuration(config, recipe.components, basis, source.rows),
+        pca=_pca_configuration(config, recipe.components, basis, source.rows, resumed=resumed),
         upsampler=recipe.upsampler_identity,
         storage=StorageConfiguration(recipe.dtype, recipe.shard_rows, ZSTD_LEVEL, floor),
     )
 
 
-def _layout(config: UpsampleConfig, rows: int, k: int, resumed: StoreAttributes | None) -> FeatureLayout:
+def _with_stored_defaults(config: UpsampleConfig, stored: StoreConfiguration) -> UpsampleConfig:
+    """Options for a resumed store: those that are omitted are the store's, whatever their defaults are by now."""
+    adopted: dict[str, Any] = {}
+    if config.shard_images is None:
+        adopted["shard_images"] = stored.storage.shard_images
+    if config.backbone == stored.backbone.get("name"):
+        layer = stored.backbone.get("layer")
+        if config.layer is None and layer is not None:
+            adopted["layer"] = ",".join(map(str, layer)) if isinstance(layer, list) else str(layer)
+        if config.components is None:
+            adopted["components"] = stored.pca.explained_share or stored.pca.components
+    return replace(config, **adopted)
+
+
+def _layout(config: UpsampleConfig, rows: int, k: int) -> FeatureLayout:
     layout = FeatureLayout(rows, k, *config.output_size_px, config.dtype, shard_rows=1)
-    shard_rows = config.shard_rows(layout.image_nbytes)
-    if resumed and config.shard_images is None:
-        shard_rows = resumed.configuration.storage.shard_images
-    return replace(layout, shard_rows=shard_rows)
+    return replace(layout, shard_rows=config.shard_rows(layout.image_nbytes))
 
 
 def _spec(config: FeatureConfig, recipe: FeatureRecipe) -> WorkerSpec:
@@ -263,12 +248,11 @@ def read_basis(uri: str, backbone: Backbone) -> Basis:
 
 
 def _checked_backbone(config: FeatureConfig) -> Backbone:
-    backbone = build_backbone(config.backbone, size=config.size_px, weights=config.weights, layer=config.layer)
+    backbone = build_backbone(config.backbone, size=config.size_px, weights=config.weights, layer=config.layers)
     asked = config.components if isinstance(config, PcaConfig) else None
-    if asked is not None and asked > backbone.num_chs:
+    if isinstance(asked, int) and asked > backbone.num_chs:
         raise JobError(
-            f"--components {asked}, but {config.backbone} has {backbone.num_chs} channels at layer "
-            f"{backbone.layer}: ask for at most {backbone.num_chs}"
+            f"--components {asked}, but {backbone.label} has {backbone.num_chs} channels: ask for at most that many"
         )
     return backbone
 
@@ -279,11 +263,19 @@ def _check_upsampler(upsampler: Upsampler, backbone: Backbone, config: UpsampleC
     except ValueError as error:
         raise JobError(
             f"--upsampler {config.upsampler} does not accept the {backbone.grid[0]}×{backbone.grid[1]} features of "
-            f"{config.backbone} at layer {backbone.layer}: {error}. Choose a larger --size or an earlier --layer"
+            f"{backbone.label}: {error}. Choose a larger --size or an earlier --layer"
         ) from error
 
 
-def _components(config: UpsampleConfig, backbone: Backbone, basis: Basis | None) -> int:
+def _components(
+    config: UpsampleConfig, backbone: Backbone, basis: Basis | None, resumed: StoreAttributes | None
+) -> int:
+    """k; for a share of the variance and a basis that is to be fitted, the most that it can be."""
+    if isinstance(config.components, float):
+        if basis is not None:
+            return basis.explaining(config.components)
+        stored = resumed.configuration.pca.components if resumed else None
+        return stored or backbone.num_chs
     if config.components is not None:
         return config.components
     return min(DEFAULT_COMPONENTS, backbone.num_chs if basis is None else len(basis.components))
@@ -334,12 +326,13 @@ def cluster_scan_map() -> ScanMap | None:
     return scan
 
 
-def _pca_configuration(config: UpsampleConfig, k: int, basis: Basis | None, rows: int) -> PcaConfiguration:
+def _pca_configuration(
+    config: UpsampleConfig, k: int, basis: Basis | None, rows: int, *, resumed: bool
+) -> PcaConfiguration:
     if basis is not None:
         return PcaConfiguration(k, basis=basis.truncated(k).digest)
-    return PcaConfiguration(k, fitted_on_images=min(config.pca_images or rows, rows))
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) < 60 or os.sep in text else f"{text[:12]}…"
+    images = min(config.pca_images or rows, rows)
+    if isinstance(config.components, float):
+        known = k if resumed else None
+        return PcaConfiguration(known, explained_share=config.components, fitted_on_images=images)
+    return PcaConfiguration(k, fitted_on_images=images)

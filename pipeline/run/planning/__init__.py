@@ -1,0 +1,1 @@
+"""The plan of a job: made and checked, described, and measured on a few images."""
