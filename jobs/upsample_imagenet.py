@@ -27,10 +27,13 @@ def upsample(config: UpsampleConfig) -> int:
     started = time.monotonic()
     from pipeline.run.job import carry_out
     from pipeline.run.planning.describe import describe
+    from pipeline.run.planning.measure import measure
     from pipeline.run.planning.plan import make_plan
 
     plan = make_plan(config)
     logger.info("%s", describe(plan))
+    if config.measure:
+        logger.info("%s", measure(plan).describe(on_ray=plan.stages is None))
     if config.dry_run:
         return DONE
     report = carry_out(plan, started)

@@ -123,6 +123,8 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
     overwrite: bool = False
     # Print the plan and exit.
     dry_run: bool = False
+    # With --dry-run: compute a few images in this process, and print the bytes and the time that the job will take.
+    measure: bool = False
     # Exit with code 1 if more than this share of the images failed; with code 2, before any work, if the listing
     # already shows that more will fail (unsupported formats such as .heic, broken links).
     max_failed_share: float = 0.01
@@ -141,6 +143,8 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
         at_least("--stall-timeout-s", self.stall_timeout_s, 1)
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"--max-failed-share is a share: got {self.max_failed_share}, expected 0 … 1")
+        if self.measure and not self.dry_run:
+            raise ValueError("--measure computes a few images for a plan: pass --dry-run too, or omit it")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues the store, --overwrite replaces it: pass only one")
         if self.output_size is not None:

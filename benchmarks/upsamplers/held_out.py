@@ -50,12 +50,12 @@ def build(name: str, device: torch.device) -> Backbone:
 
 
 def fitted_basis(backbone: Backbone, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Fit mean [C] and components [K, C] on the training photographs' features."""
+    """Fit mean [C] and components [K, C], fewer than K if C is, on the training photographs' features."""
     total = Moments.none(backbone.num_chs)
     for photo in photos("train", BASIS_PHOTOS, device):
         features = backbone(photo)
         total = total.merged(Moments.of(features, torch.ones_like(features[:, 0], dtype=torch.bool)))
-    mean, components = fit(total, K).tensors
+    mean, components = fit(total, K, at_most=True).tensors
     return mean.to(device), components.to(device)
 
 

@@ -1,10 +1,12 @@
 """Claim: how useful upsampled features are for training: a linear segmentation probe, overall and at borders.
 
-    python -m benchmarks.upsamplers.probe --photos-each 50
+    python -m benchmarks.upsamplers.probe
 
 A linear classifier of the 20 most frequent classes, on k = 64 components at 224 pixels, is trained on sampled pixels of
 coco200's training half and evaluated on all pixels of the validation half: mean IoU, accuracy, and accuracy within 3
-pixels of a border between classes, where upsamplers differ.
+pixels of a border between classes, where upsamplers differ. Each run trains on its own draw, with replacement, of the
+training photographs and of their pixels, the same for all upsamplers. Intervals and paired differences to bilinear also
+resample the evaluation photographs.
 """
 
 import json
@@ -20,14 +22,17 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import rows
+from benchmarks.bootstrap import Estimate, paired
 from benchmarks.upsamplers.held_out import BACKBONES, COCO, SIZE, K, build, fitted_basis, pooling_file
 from pipeline.images.decoding.decode import Geometry, decode
 from pipeline.run.feature_worker import pick_device
 from pipeline.upsamplers.build import build_upsampler
 from pipeline.upsamplers.interface import Projected
 
-CLASSES, BORDER_PX, PIXELS_OF_A_PHOTO, WEIGHT_DECAY = 20, 3, 3000, 1e-3
+CLASSES, BORDER_PX, PIXELS_OF_A_PHOTO, WEIGHT_DECAY = 20, 3, 1000, 1e-3
+BASELINE = "bilinear"
 Photo = tuple[Tensor, Tensor]  # [1, 3, H, W] uint8, and classes [H, W], -1 for ignored pixels
+High = Callable[[Tensor], Tensor]  # photograph -> features [1, k, H, W] float16
 
 
 def labelled(part: str, count: int, device: torch.device) -> list[Photo]:
@@ -69,33 +74,75 @@ def pixels_of(features: Tensor) -> Tensor:
     return features[0].flatten(1).T.float()
 
 
-def probe(high: Callable[[Tensor], Tensor], train: list[Photo], val: list[Photo]) -> dict[str, float]:
-    """Train and evaluate a classifier on the features that ``high`` computes from photographs."""
-    generator, inputs, targets = torch.Generator().manual_seed(0), [], []
-    for photo, classes in train:
-        chosen = torch.randperm(classes.numel(), generator=generator)[:PIXELS_OF_A_PHOTO].to(classes.device)
-        chosen = chosen[classes.flatten()[chosen] >= 0]
-        inputs.append(pixels_of(high(photo))[chosen])
-        targets.append(classes.flatten()[chosen])
-    x, y = torch.cat(inputs), torch.cat(targets)
+class Draws:
+    """Training photographs and pixels of each run.
+
+    Attributes:
+        photos: [R, P], drawn with replacement from P training photographs.
+        pixels: [R, P, n], places in a flattened photograph.
+    """
+
+    def __init__(self, runs: int, photos: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.photos = torch.randint(photos, (runs, photos), generator=generator)
+        self.pixels = torch.randint(SIZE[0] * SIZE[1], (runs, photos, PIXELS_OF_A_PHOTO), generator=generator)
+
+
+def trained(high: High, train: list[Photo], draws: Draws) -> list[torch.nn.Linear]:
+    """One classifier of features [k] a run."""
+    # All runs' pixels of a photograph are taken from one computation of its features.
+    pools = [
+        (pixels_of(high(photo))[places].half(), classes.flatten()[places])
+        for (photo, classes), places in zip(train, draws.pixels.transpose(0, 1).to(train[0][0].device), strict=True)
+    ]
+    classifiers = []
+    for run, chosen in enumerate(draws.photos.tolist()):
+        x, y = (torch.cat([pools[photo][part][run] for photo in chosen]) for part in range(2))
+        classifiers.append(standardized_classifier(x[y >= 0].float(), y[y >= 0]))
+    return classifiers
+
+
+def standardized_classifier(x: Tensor, y: Tensor) -> torch.nn.Linear:
+    """Fit on standardized features, and fold mean and deviation into the weights."""
     mean, deviation = x.mean(0), x.std(0)
     with torch.inference_mode(False), torch.enable_grad():
         classifier = fit_classifier(((x - mean) / deviation).clone(), y.clone())
-    confusion, border = torch.zeros(CLASSES, CLASSES), torch.zeros(2)
+    classifier.weight /= deviation
+    classifier.bias -= classifier.weight @ mean
+    return classifier
+
+
+def evaluated(high: High, classifiers: list[torch.nn.Linear], val: list[Photo]) -> tuple[Tensor, Tensor]:
+    """Confusion [R, P, classes, classes] of R classifiers on P photographs; correct and all border pixels [R, P, 2]."""
+    weights = torch.cat([classifier.weight for classifier in classifiers])
+    biases = torch.cat([classifier.bias for classifier in classifiers])
+    confusions, borders = [], []
     for photo, classes in val:
-        predicted = classifier((pixels_of(high(photo)) - mean) / deviation).argmax(1).view_as(classes)
-        known = classes >= 0
-        pairs = classes[known] * CLASSES + predicted[known]
-        confusion += torch.bincount(pairs, minlength=CLASSES**2).view_as(confusion).cpu()
-        edge = known & near_borders(classes)
-        border += torch.stack([(predicted == classes)[edge].sum(), edge.sum()]).cpu()
-    correct = confusion.diag()
-    iou = (correct / (confusion.sum(0) + confusion.sum(1) - correct))[confusion.sum(1) > 0]
-    return {
-        "miou": round(iou.mean().item(), 4),
-        "accuracy": round((correct.sum() / confusion.sum()).item(), 4),
-        "border_accuracy": round((border[0] / border[1]).item(), 4),
-    }
+        known, edge = classes >= 0, near_borders(classes)
+        scores = F.linear(pixels_of(high(photo))[known.flatten()], weights, biases)
+        predicted = scores.unflatten(1, (len(classifiers), CLASSES)).argmax(2)
+        truth, at_edge = classes[known], edge[known]
+        pairs = truth[:, None] * CLASSES + predicted
+        confusions.append(torch.stack([torch.bincount(own, minlength=CLASSES**2) for own in pairs.T]))
+        correct = (predicted == truth[:, None])[at_edge].sum(0)
+        borders.append(torch.stack([correct, torch.full_like(correct, int(at_edge.sum()))], 1))
+    return torch.stack(confusions, 1).unflatten(2, (CLASSES, CLASSES)).cpu(), torch.stack(borders, 1).cpu()
+
+
+def mean_iou(confusion: Tensor) -> Tensor:
+    """Mean over the classes that occur, of confusion [N, truth, predicted]: [N]."""
+    correct = confusion.diagonal(dim1=1, dim2=2)
+    truth = confusion.sum(2)
+    iou = correct / (truth + confusion.sum(1) - correct)
+    return iou.where(truth > 0, torch.nan).nanmean(1)
+
+
+def accuracy(confusion: Tensor) -> Tensor:
+    return confusion.diagonal(dim1=1, dim2=2).sum(1) / confusion.sum((1, 2))
+
+
+def border_accuracy(border: Tensor) -> Tensor:
+    return border[:, 0] / border[:, 1]
 
 
 def fit_classifier(x: Tensor, y: Tensor) -> torch.nn.Linear:
@@ -115,25 +162,26 @@ def fit_classifier(x: Tensor, y: Tensor) -> torch.nn.Linear:
     return classifier.requires_grad_(False)
 
 
-def methods(name: str, folder: Path, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Name -> photograph [1, 3, H, W] to features [1, k, H, W] float16, each computed once."""
+def methods(name: str, folder: Path, device: torch.device) -> dict[str, High]:
+    """Name -> photograph [1, 3, H, W] to features [1, k, H, W]."""
     backbone = build(name, device)
     basis = fitted_basis(backbone, device)
     stages = {
-        "bilinear": build_upsampler("bilinear", None, backbone),
+        BASELINE: build_upsampler("bilinear", None, backbone),
         "jbu, universal": build_upsampler("jbu", "universal", backbone),
         "jbu": build_upsampler("jbu", None, backbone),
         "multiview": build_upsampler("multiview", pooling_file(folder, name, device.type), backbone),
     }
 
-    def high(stage: Projected) -> Callable[[Tensor], Tensor]:
+    def high(stage: Projected) -> High:
         return lambda photo: stage(backbone(photo), photo, SIZE)
 
     return {method: high(stage.to(device).with_basis(*basis).to(device)) for method, stage in stages.items()}
 
 
 def main(
-    photos_each: int = 50,
+    photos_each: int = 100,
+    runs: int = 20,
     backbones: tuple[str, ...] = tuple(BACKBONES),
     folder: Path = Path("pooling_models"),
     device: str = "auto",
@@ -142,6 +190,7 @@ def main(
 
     Args:
         photos_each: number of photographs of the training and of the validation part, each.
+        runs: classifiers of each upsampler.
         backbones: "lite0" and "vit".
         folder: folder of the pooling models.
         device: "auto", "cpu" or "cuda".
@@ -151,12 +200,30 @@ def main(
     with torch.inference_mode():
         photos = (labelled(part, photos_each, chosen) for part in ("train", "val"))
         train, val = with_frequent_classes(*photos)
+        draws = Draws(runs, photos_each)
         for name in backbones:
+            counts = {}
             for method, high in methods(name, folder, chosen).items():
-                row: dict[str, Any] = {"backbone": name, "method": method, "photos": photos_each, "k": K}
-                row |= probe(high, train, val)
-                rows.append("probe", {**row, **rows.measured_on()})
-                print(json.dumps(row), flush=True)
+                counts[method] = evaluated(high, trained(high, train, draws), val)
+                print(name, method, f"{mean_iou(counts[method][0].double().sum(1)).mean():.4f}", flush=True)
+            confusion, border = ({method: count[part] for method, count in counts.items()} for part in range(2))
+            write(name, photos_each, runs, {
+                "miou": paired(confusion, mean_iou, BASELINE),
+                "accuracy": paired(confusion, accuracy, BASELINE),
+                "border_accuracy": paired(border, border_accuracy, BASELINE),
+            })  # fmt: skip
+
+
+def write(backbone: str, photos: int, runs: int, estimates: dict[str, dict[str, tuple[Estimate, Estimate]]]) -> None:
+    """One row a method: every metric with its interval, and its difference to bilinear."""
+    for method in estimates["miou"]:
+        row: dict[str, Any] = {"backbone": backbone, "method": method, "photos": photos, "runs": runs, "k": K}
+        for metric, of_methods in estimates.items():
+            value, difference = of_methods[method]
+            row[metric] = value.row()
+            row[f"{metric}_difference"] = difference.row()
+        rows.append("probe", {**row, **rows.measured_on()})
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

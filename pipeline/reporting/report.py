@@ -95,7 +95,8 @@ class Report:
         """Commands for the finished store."""
         return [
             f"read        from densefeat import FeatureStore; FeatureStore({self.store!r}).read(0)",
-            f"look        python -m jobs.show_features --store {shlex.quote(self.store)}",
+            f"look        python -m densefeat.page {shlex.quote(self.store)}",
+            f"picture     python -m jobs.show_features --store {shlex.quote(self.store)}",
             f"verify      python -m jobs.verify_store --store {shlex.quote(self.store)}",
         ]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-__all__ = ["listed", "readable_size"]
+__all__ = ["listed", "readable_duration", "readable_size"]
 
 
 def readable_size(nbytes: float) -> str:
@@ -12,6 +12,14 @@ def readable_size(nbytes: float) -> str:
             return f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:.3g} TB"
+
+
+def readable_duration(seconds: float) -> str:
+    """Format a duration: ``"12 s"``, ``"3.5 min"``, ``"2.1 h"``."""
+    for unit, length, most in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 72)):
+        if seconds < most * length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds / 86400:,.1f} days"
 
 
 def listed(names: Sequence[str], limit: int = 8) -> str:

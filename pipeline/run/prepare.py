@@ -30,7 +30,7 @@ from schemas.index import pending_index
 logger = logging.getLogger(__name__)
 
 _IMAGES_IN_TASK = 32  # images of the PCA sample in one task
-_CALIBRATION_IMAGES = 32  # images whose upsampled features set the quantization steps
+CALIBRATION_IMAGES = 32  # images whose upsampled features set the quantization steps
 _IMAGES_IN_CALIBRATION_TASK = 4  # few, because an upsampler that fits each image takes minutes per image
 
 
@@ -117,10 +117,8 @@ def fit_basis(references: pa.Table, components: float, images: int, workers: Wor
     Raises:
         JobError: too few images are usable.
     """
-    number = (
-        f"(as many as explain {100 * components:g} %)" if isinstance(components, float) else f"{components} components"
-    )
-    logger.info("PCA: fitting %s on %d images", number, min(images, references.num_rows) or references.num_rows)
+    wanted = f"{100 * components:g} % of the variance" if isinstance(components, float) else f"{components} components"
+    logger.info("PCA: fitting %s on %d images", wanted, min(images, references.num_rows) or references.num_rows)
     sample = gather(workers, FeatureWorker.moments, references, images, images_in_task=_IMAGES_IN_TASK, what="PCA")
     return fit(sample.sums, components)
 
@@ -131,7 +129,7 @@ def _calibrate(plan: Plan, basis: Basis, workers: Workers) -> tuple[npt.NDArray[
         workers,
         ShardWorker.calibrate,
         plan.references,
-        _CALIBRATION_IMAGES,
+        CALIBRATION_IMAGES,
         workers.share(basis),
         images_in_task=_IMAGES_IN_CALIBRATION_TASK,
         what="calibration",

@@ -70,6 +70,9 @@ class InlineWorkers:
         attempts: number of failures after which a task is given up.
         first_wait_s: as for `TaskQueue`.
         make: builds the worker.
+
+    Attributes:
+        worker: the worker, once entered.
     """
 
     count = 1
@@ -93,8 +96,8 @@ class InlineWorkers:
         threads = threads_in_operations(pick_device(self._spec.device), self._spec.threads)
         with ExitStack() as stack:
             stack.enter_context(torch_threads(threads))
-            self._worker = self._make(self._spec)
-            self._pool = ThreadPoolExecutor(self._worker.tasks_at_once, "task")
+            self.worker = self._make(self._spec)
+            self._pool = ThreadPoolExecutor(self.worker.tasks_at_once, "task")
             self._entered = stack.pop_all()
         return self
 
@@ -103,7 +106,7 @@ class InlineWorkers:
     ) -> None:
         """Stop tasks that are still running (after an error) before their next batch."""
         with self._entered:
-            self._worker.stop()
+            self.worker.stop()
             self._pool.shutdown(wait=False, cancel_futures=True)
             wait([task for task in self._running if not task.cancelled()], timeout=_STOP_S)
 
@@ -118,18 +121,18 @@ class InlineWorkers:
         on_progress: Callable[[int], None] = lambda images: None,
     ) -> Iterator[tuple[int, Result | TaskFailed]]:
         """As ``Workers.map``."""
-        before = self._worker.images_done
+        before = self.worker.images_done
         queue = TaskQueue[InlineWorkers](len(tasks), attempts=self._attempts, first_wait_s=self._first_wait_s)
-        queue.join(self, None, self._worker.tasks_at_once, time.monotonic())
+        queue.join(self, None, self.worker.tasks_at_once, time.monotonic())
         while queue.left:
             for _, task in queue.hand_out(time.monotonic()):
-                self._running[self._pool.submit(method, self._worker, *tasks[task])] = task
+                self._running[self._pool.submit(method, self.worker, *tasks[task])] = task
             if not self._running:
                 time.sleep(min(_POLL_S, self._first_wait_s))
             for future in wait(self._running, timeout=_POLL_S, return_when=FIRST_COMPLETED).done:
                 yield from self._settle(queue, self._running.pop(future), future)
-            on_progress(self._worker.images_done - before)
-            before = self._worker.images_done
+            on_progress(self.worker.images_done - before)
+            before = self.worker.images_done
 
     def _settle(
         self, queue: "TaskQueue[InlineWorkers]", task: int, future: Future[Result]

@@ -1,0 +1,73 @@
+"""95% intervals of a figure, and of its paired difference to a baseline, from runs evaluated photo by photo."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESAMPLES = 4000
+Metric = Callable[[Tensor], Tensor]  # summed counts [..., *] -> values [...]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure over all runs and photographs, and the interval that holds 95% of its resampled values."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+    def row(self) -> dict[str, float]:
+        return {name: round(value, 5) for name, value in asdict(self).items()}
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Estimate":
+        return cls(row["mean"], row["low"], row["high"])
+
+
+def paired(counts: Mapping[str, Tensor], metric: Metric, baseline: str) -> dict[str, tuple[Estimate, Estimate]]:
+    """Estimate ``metric`` for each side, and its difference to the side ``baseline``.
+
+    Every resample draws one run, and photographs with replacement; the draws are the same for all sides, so that the
+    difficulty of photographs and of training sets cancels in the difference.
+
+    Args:
+        counts: for each side [R, P, …]: counts of R runs on P photographs, summed before ``metric`` is taken.
+        metric: from summed counts [N, …] to values [N].
+        baseline: name of a side.
+    """
+    runs, photos = counts[baseline].shape[:2]
+    generator = torch.Generator().manual_seed(0)
+    run = torch.randint(runs, (RESAMPLES,), generator=generator)
+    drawn = torch.randint(photos, (RESAMPLES, photos), generator=generator)
+    times = torch.zeros(RESAMPLES, photos, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones(RESAMPLES, photos, dtype=torch.float64)
+    )
+    whole = {side: metric(count.double().sum(1)).mean() for side, count in counts.items()}
+    resampled = {side: metric(_summed(count.double(), run, times)) for side, count in counts.items()}
+    return {
+        side: (
+            _estimate(whole[side], resampled[side]),
+            _estimate(whole[side] - whole[baseline], resampled[side] - resampled[baseline]),
+        )
+        for side in counts
+    }
+
+
+def _summed(counts: Tensor, run: Tensor, times: Tensor) -> Tensor:
+    """Counts [R, P, …] of the drawn run, each photograph as often as it was drawn: [N, …]."""
+    total = counts.new_zeros(len(run), counts[0, 0].numel())
+    for number in range(len(counts)):
+        total[run == number] = times[run == number] @ counts[number].flatten(1)
+    return total.view(len(run), *counts.shape[2:])
+
+
+def _estimate(value: Tensor, resampled: Tensor) -> Estimate:
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Estimate(float(value), low, high)
