@@ -25,7 +25,6 @@ RECORDED = ("height", "width", "affine", "valid_box")
 _TO = ("features", "image")
 _INTERPOLATIONS = ("nearest", "linear")
 _CHANNELS = ("first", "last")
-_PARALLEL_REQUESTS = 16
 
 
 @dataclass(frozen=True)
@@ -276,7 +275,7 @@ class MaskFolder:
         """
         keys = list(keys)
         if not self._objects.can_list:
-            exist = in_order(lambda key: any(map(self._objects.exists, _mask_names(key))), keys, _PARALLEL_REQUESTS)
+            exist = in_order(lambda key: any(map(self._objects.exists, _mask_names(key))), keys)
             return [key for key, exists in zip(keys, exist, strict=True) if not exists]
         found = set(self._objects.list())
         if not found:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,6 +16,7 @@ from densefeat.errors import MissingFeatures, StoreError
 from densefeat.layout import FeatureLayout
 from densefeat.parquet import read_parquet
 from densefeat.storage.objects import Objects
+from densefeat.storage.parallel import in_order
 
 __all__ = ["IndexedRows", "read_index", "recorded_shards", "stored_index"]
 
@@ -24,7 +24,6 @@ Rows = slice | Iterable[int | str]
 
 logger = logging.getLogger(__name__)
 
-_PARALLEL_REQUESTS = 32
 _PENDING = "pending"
 _SHOWN = 10
 # Columns that this package reads: `_OUTCOME` from ledger records, `_COLUMNS` from the index. schemas/index.py has the
@@ -95,17 +94,14 @@ def recorded_shards(objects: Objects, features: FeatureLayout) -> list[int]:
     if objects.can_list:
         keys = set(objects.list(layout.LEDGER))
         return [shard for shard in range(features.shards) if layout.ledger_key(shard) in keys]
-    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-        exists = list(pool.map(lambda shard: objects.exists(layout.ledger_key(shard)), range(features.shards)))
+    exists = in_order(lambda shard: objects.exists(layout.ledger_key(shard)), range(features.shards))
     return [shard for shard, recorded in enumerate(exists) if recorded]
 
 
 def _with_finished_shards(index: pa.Table, objects: Objects, features: FeatureLayout) -> pa.Table:
     """Complete the index of an unfinished store from the valid ledger records."""
     shards = recorded_shards(objects, features)
-    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-        read = partial(_outcomes, objects, features, index.schema)
-        records = dict(zip(shards, pool.map(read, shards), strict=True))
+    records = dict(zip(shards, in_order(partial(_outcomes, objects, features, index.schema), shards), strict=True))
     parts = []
     for shard in range(features.shards):
         rows = features.rows_of(shard)

@@ -33,8 +33,7 @@ class FeatureConfig:
     # URI.
     weights: str = "pretrained"
     # ViT block or ConvNet stage whose output is used; negative numbers count from the end. Several, "8,9,10,11", are
-    # concatenated on the finest one's grid. If omitted, the last with a stride of at most 16 pixels: a ViT's last
-    # block, a ConvNet's last stage but one.
+    # concatenated on the finest one's grid. If omitted, a ViT's last block, a ConvNet's last stage and the one before.
     layer: str | None = None
     # Input size of the backbone in pixels: "224" or "HEIGHTxWIDTH".
     size: str = "224"

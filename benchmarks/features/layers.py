@@ -15,7 +15,16 @@ import tyro
 from benchmarks import rows
 from benchmarks.bootstrap import paired
 from benchmarks.upsamplers.held_out import SHARED, SIZE, K, fitted_basis
-from benchmarks.upsamplers.probe import Draws, High, evaluated, labelled, mean_iou, trained, with_frequent_classes
+from benchmarks.upsamplers.probe import (
+    Draws,
+    High,
+    border_accuracy,
+    evaluated,
+    labelled,
+    mean_iou,
+    trained,
+    with_frequent_classes,
+)  # fmt: skip
 from pipeline.features.backbone import Backbone, build_backbone
 from pipeline.upsamplers.build import build_upsampler
 
@@ -25,7 +34,7 @@ CASES: dict[str, tuple[str, str, list[tuple[int, ...]]]] = {
     "lite0": (
         "tf_efficientnet_lite0",
         "tf_efficientnet_lite0.safetensors",
-        [(3,), (2,), (4,), (3, 4), (2, 3, 4)],
+        [(3, 4), (2,), (3,), (4,), (2, 3, 4)],
     ),
     "vit-ti": (
         "vit_tiny_patch16_224",
@@ -66,21 +75,31 @@ def main(photos_each: int = 100, runs: int = 10, backbones: Sequence[str] = tupl
             for layer in layers:
                 backbone = build_backbone(name, size=SIZE, weights=str(WEIGHTS / weights), layer=layer)
                 high = upsampled(backbone)
-                counts[layer] = evaluated(high, trained(high, train, draws), val)[0]
-                print(case, layer, f"{mean_iou(counts[layer].double().sum(1)).mean():.4f}", flush=True)
+                counts[layer] = evaluated(high, trained(high, train, draws), val)
+                print(case, layer, f"{mean_iou(counts[layer][0].double().sum(1)).mean():.4f}", flush=True)
             write(case, {"photos": photos_each, "runs": runs, "k": K}, counts, layers[0])
 
 
 def write(
-    case: str, setting: dict[str, int], counts: dict[tuple[int, ...], torch.Tensor], default: tuple[int, ...]
+    case: str,
+    setting: dict[str, int],
+    counts: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]],
+    default: tuple[int, ...],
 ) -> None:
-    """One row a layer: mean IoU with its interval, and its difference to the default's."""
-    named = {",".join(map(str, layer)): count for layer, count in counts.items()}
-    for layer, (value, difference) in paired(named, mean_iou, ",".join(map(str, default))).items():
+    """One row a layer: mean IoU and accuracy near borders with their intervals, and differences to the default's."""
+    confusion, border = ({_name(layer): count[part] for layer, count in counts.items()} for part in range(2))
+    miou = paired(confusion, mean_iou, _name(default))
+    near_borders = paired(border, border_accuracy, _name(default))
+    for layer in miou:
         row: dict[str, Any] = {"backbone": case, "layer": layer, **setting}
-        row |= {"miou": value.row(), "miou_difference": difference.row()}
+        for metric, (value, difference) in (("miou", miou[layer]), ("border_accuracy", near_borders[layer])):
+            row |= {metric: value.row(), f"{metric}_difference": difference.row()}
         rows.append("layers", {**row, **rows.measured_on()})
         print(json.dumps(row), flush=True)
+
+
+def _name(layers: tuple[int, ...]) -> str:
+    return ",".join(map(str, layers))
 
 
 if __name__ == "__main__":

@@ -165,8 +165,8 @@ def build_backbone(
             and benchmarks), or a checkpoint's path or URI, with timm's tensor names or those of an original release
             that timm can convert.
         layer: index into the model's stages (ConvNets, Swin) or blocks (ViTs); negative counts from the end. Several
-            indices: their channels are concatenated, see `pipeline.features.layers.on_finest_grid`. None: the last
-            layer with a stride of at most 16 pixels.
+            indices: their channels are concatenated, see `pipeline.features.layers.on_finest_grid`. None: a ViT's
+            last block; of a network whose strides differ, the last layer and the last with a stride of at most 16.
 
     Returns:
         The backbone, on the CPU.

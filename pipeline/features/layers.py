@@ -13,10 +13,9 @@ from pipeline.reporting.units import listed
 
 __all__ = ["SAM", "choice_label", "feature_info", "has_norm", "layer_label", "on_finest_grid", "resolve_layers"]
 
-# Of its layers, a model's last one with at most this stride is the default. Among ViTs, whose blocks share a stride,
-# that is the last block, from which DINOv2's and DINOv3's linear probes, FeatUp, LiFT and AnyUp take their features.
-# The last stage of ConvNets and of Swin has a stride of 32, too coarse for dense tasks: DeepLab (Chen et al. 2017)
-# removes it. benchmarks/features/layers.py compares layers.
+# The default layers. A ViT's last block: DINOv2's and DINOv3's linear probes, FeatUp, LiFT and AnyUp take it. Where
+# strides differ (ConvNets, Swin), the last stage, of stride 32, knows more but is too coarse for 224 pixels. Together
+# with the last one of at most this stride, a linear probe is better than with either: benchmarks/features/layers.py.
 _DEFAULT_STRIDE = 16
 
 # timm declares SAM's input size fixed, but its ViT resizes both position embeddings in each forward pass. Built for
@@ -50,7 +49,7 @@ def resolve_layers(name: str, model: nn.Module, asked: Sequence[int] | None) -> 
             "model, or a newer timm."
         )
     if asked is None:
-        return (_default_layer(info),)
+        return _default_layers([row["reduction"] for row in info])
     if outside := [layer for layer in asked if not -len(info) <= layer < len(info)]:
         rows = [f"{i}: {row['num_chs']} channels, stride {row['reduction']}" for i, row in enumerate(info)]
         raise JobError(
@@ -64,10 +63,10 @@ def resolve_layers(name: str, model: nn.Module, asked: Sequence[int] | None) -> 
     return layers
 
 
-def _default_layer(info: Sequence[dict[str, Any]]) -> int:
-    strides = [row["reduction"] for row in info]
-    most = max(_DEFAULT_STRIDE, min(strides))
-    return max(layer for layer, stride in enumerate(strides) if stride <= most)
+def _default_layers(strides: Sequence[int]) -> tuple[int, ...]:
+    last = len(strides) - 1
+    fine = [layer for layer, stride in enumerate(strides) if stride <= _DEFAULT_STRIDE < strides[last]]
+    return (fine[-1], last) if fine else (last,)
 
 
 def _check_together(name: str, model: nn.Module, layers: Sequence[int]) -> None:

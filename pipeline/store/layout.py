@@ -13,7 +13,7 @@ import io
 import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -26,12 +26,12 @@ from densefeat.index import stored_index
 from densefeat.layout import FeatureLayout
 from densefeat.parquet import parquet_bytes
 from densefeat.storage.objects import Objects
+from densefeat.storage.parallel import in_order
 from densefeat.store import read_attributes
 from pipeline.errors import JobError
 from pipeline.features.pca import Basis
 from pipeline.io.storage import CHECK
 from pipeline.store.documents import zarr_documents
-from pipeline.store.shard import in_parallel
 from schemas.attributes import StoreAttributes
 from schemas.index import REFERENCES, pending_index, with_outcomes
 from schemas.ledger import LedgerRecord, manifest
@@ -99,8 +99,8 @@ def delete_store(objects: Objects) -> None:
     """
     own = [key for key in objects.list() if _OWN_KEY.fullmatch(key) and key != layout.ATTRIBUTES]
     objects.delete(layout.MANIFEST)
-    in_parallel(objects.delete, [key for key in own if key.startswith(f"{layout.FEATURES}/")])
-    in_parallel(objects.delete, own)
+    _delete_all(objects, [key for key in own if key.startswith(f"{layout.FEATURES}/")])
+    _delete_all(objects, own)
     objects.delete(layout.ATTRIBUTES)
 
 
@@ -192,6 +192,11 @@ def _claimed_outcome(objects: Objects, claimed: bytes) -> tuple[Basis, np.ndarra
     return Basis(**outcome), step
 
 
+def _delete_all(objects: Objects, keys: Iterable[str]) -> None:
+    for _ in in_order(objects.delete, keys):
+        pass
+
+
 def step_sha256(step: np.ndarray[Any, Any] | None) -> str | None:
     """SHA-256 of the quantization steps; None for float16."""
     return None if step is None else hashlib.sha256(step.astype("<f4").tobytes()).hexdigest()
@@ -214,6 +219,6 @@ def finish(objects: Objects, records: Sequence[LedgerRecord]) -> None:
     merged = with_outcomes(stored_index(objects), pa.concat_tables(record.outcomes for record in ordered))
     objects.put(layout.INDEX, parquet_bytes(merged))
     objects.put(layout.MANIFEST, parquet_bytes(manifest(ordered)))
-    in_parallel(objects.delete, objects.list(layout.INTENTS))  # left by killed workers; no longer needed
+    _delete_all(objects, objects.list(layout.INTENTS))  # left by killed workers; no longer needed
     objects.delete_folder(layout.INTENTS)
     objects.sweep()

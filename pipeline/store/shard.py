@@ -20,29 +20,25 @@ This relies only on exclusive creation and read-after-write consistency.
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from densefeat import layout
 from densefeat.errors import StoreError
 from densefeat.storage.objects import Objects
+from densefeat.storage.parallel import in_order
 from densefeat.store import read_attributes
 from pipeline.errors import JobError
 from pipeline.reporting.seconds import StageSeconds
 from schemas.ledger import LedgerRecord, RowOutcome, outcomes_table
 
-__all__ = ["committed", "finished_shards", "in_parallel", "read_record", "withdraw", "write_shard"]
+__all__ = ["committed", "finished_shards", "read_record", "withdraw", "write_shard"]
 
 logger = logging.getLogger(__name__)
 
 _LEDGER_KEY = re.compile(re.escape(layout.LEDGER) + r"/(\d{6,})\.parquet")
-_PARALLEL_REQUESTS = 32
 _REPAIR = "run jobs/verify_store.py --repair, then this job with --resume"
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def write_shard(
@@ -123,7 +119,7 @@ def finished_shards(objects: Objects, configuration_hash: str) -> dict[int, Ledg
     """
     shards = [int(match[1]) for match in map(_LEDGER_KEY.fullmatch, objects.list(layout.LEDGER)) if match]
     sizes = objects.list(f"{layout.FEATURES}/c")
-    records = in_parallel(lambda shard: _recorded(objects, shard, configuration_hash), shards)
+    records = in_order(lambda shard: _recorded(objects, shard, configuration_hash), shards)
     return {
         record.shard: record
         for record in records
@@ -148,12 +144,6 @@ def withdraw(objects: Objects, shard: int) -> None:
     """
     objects.delete(layout.shard_key(shard))
     objects.delete(layout.ledger_key(shard))
-
-
-def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Apply ``function`` to every item in parallel threads; results are in the order of the items."""
-    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-        return list(pool.map(function, items))
 
 
 def _commit(objects: Objects, record: LedgerRecord) -> LedgerRecord:

@@ -2,7 +2,6 @@
 
 import hashlib
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import pyarrow as pa
@@ -12,6 +11,7 @@ from densefeat.errors import StoreError
 from densefeat.index import recorded_shards
 from densefeat.parquet import read_parquet
 from densefeat.storage.objects import Objects
+from densefeat.storage.parallel import in_order
 from densefeat.store import FeatureStore
 from pipeline.features.pca import Basis
 from pipeline.images.listing.source import keys_digest
@@ -20,8 +20,6 @@ from pipeline.store.shard import read_record
 from schemas.attributes import StoreAttributes
 from schemas.index import OK, OUTCOMES
 from schemas.ledger import LedgerRecord, manifest
-
-_PARALLEL_REQUESTS = 32
 
 
 class StoreCheck:
@@ -171,6 +169,5 @@ class StoreCheck:
             except (FileNotFoundError, ValueError):
                 return None
 
-        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-            records = zip(self.recorded, pool.map(read, self.recorded), strict=True)
-            return {shard: record for shard, record in records if record is not None}
+        records = zip(self.recorded, in_order(read, self.recorded), strict=True)
+        return {shard: record for shard, record in records if record is not None}

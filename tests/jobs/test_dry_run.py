@@ -55,7 +55,8 @@ def test_measured_bytes_are_those_that_the_store_takes(
 def test_a_plan_with_figures(photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     job = config(photographs, tmp_path / "store")
     said = text(caplog, replace(job, **KIND))
-    assert re.search(r"measured    14 images on cpu \(\d+ threads\), 8 components: [\d.]+ kB and [\d.e-]+ s an image", said)
+    cost = r"measured    14 images on cpu \(\d+ threads\), 8 components: [\d.]+ kB and [\d.e-]+ s an image"
+    assert re.search(cost, said)
     assert re.search(r"bytes       about [\d.]+ kB when the store is finished", said)
     assert re.search(r"time        about [\d.]+ s for 14 images in this process, .*of it for PCA", said)
     assert "one worker like this process; N take about 1/N" in text(caplog, replace(job, **KIND, workers=2))

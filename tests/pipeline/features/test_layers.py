@@ -20,25 +20,25 @@ def _expected_warning_is_quiet() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "layer", "stride"),
+    ("name", "size", "layers", "stride"),
     [
-        ("resnet18", (64, 96), 3, 16),
-        ("mobilenetv3_small_050", (64, 96), 3, 16),
-        ("tf_efficientnet_lite0", (64, 96), 3, 16),
-        ("convnext_atto", (64, 96), 2, 16),
-        ("swin_tiny_patch4_window7_224", (96, 160), 2, 16),
-        ("hrnet_w18_small", (64, 96), 3, 16),
-        ("vit_tiny_patch16_224", (96, 160), 11, 16),
-        ("vit_small_patch14_dinov2", (70, 98), 11, 14),
-        ("vit_small_patch8_224", (64, 96), 11, 8),
-        ("vit_base_patch32_clip_224", (96, 160), 11, 32),
+        ("resnet18", (64, 96), (3, 4), 16),
+        ("mobilenetv3_small_050", (64, 96), (3, 4), 16),
+        ("tf_efficientnet_lite0", (64, 96), (3, 4), 16),
+        ("convnext_atto", (64, 96), (2, 3), 16),
+        ("swin_tiny_patch4_window7_224", (96, 160), (2, 3), 16),
+        ("hrnet_w18_small", (64, 96), (3, 4), 16),
+        ("vit_tiny_patch16_224", (96, 160), (11,), 16),
+        ("vit_small_patch14_dinov2", (70, 98), (11,), 14),
+        ("vit_small_patch8_224", (64, 96), (11,), 8),
+        ("vit_base_patch32_clip_224", (96, 160), (11,), 32),
     ],
 )
-def test_the_default_is_the_last_layer_that_is_fine_enough(
-    name: str, size: tuple[int, int], layer: int, stride: int
+def test_the_default_is_the_last_layer_and_one_that_is_fine_enough(
+    name: str, size: tuple[int, int], layers: tuple[int, ...], stride: int
 ) -> None:
     backbone = build_backbone(name, size=size, weights="random")
-    assert (backbone.layers, backbone.reduction) == ((layer,), stride)
+    assert (backbone.layers, backbone.reduction) == (layers, stride)
 
 
 @pytest.mark.parametrize(
