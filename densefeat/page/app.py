@@ -23,7 +23,7 @@ from densefeat.page.features import component_picture, encoded, segment_colours,
 from densefeat.page.figures import store_figures
 from densefeat.page.guard import Guard
 from densefeat.page.library import Library, Shown
-from densefeat.page.photographs import PhotographMissing, Photographs, aligned
+from densefeat.page.photographs import PhotographMissing, Photographs
 from densefeat.page.sample import Match
 
 __all__ = ["build_app"]
@@ -84,12 +84,8 @@ class Page:
 
         def make() -> bytes:
             record = listing.record(shown.store.index, row, shown.class_names)
-            picture = self.photographs.read(record)
             _, height, width = shown.store.shape
-            if record["affine"] is None:
-                picture.thumbnail((size, size))
-            else:
-                picture = aligned(picture, record["affine"], (height, width), size)
+            picture = self.photographs.read(record, (height, width), size)
             return encoded(picture, "JPEG" if picture.mode == "RGB" else "PNG")
 
         return self._picture(("photograph", row, size), make)
@@ -176,7 +172,7 @@ def build_app(
     """As `densefeat.page.create_app`, which checks the options."""
     library = Library(store, storage_options)
     source = library.shown().store.attributes["configuration"].get("source", {})
-    page = Page(library, Photographs(str(source.get("kind", "folder")), images))
+    page = Page(library, Photographs(source, images))
     per_row = ("image", "photograph", "colours", "component", "segments", "heat", "nearest")
     routes: list[Route | Mount] = [Route(f"/api/{name}/{{row}}", getattr(page, name)) for name in per_row]
     routes += [Route(f"/api/{name}", getattr(page, name)) for name in ("store", "rows", "similar", "figures")]

@@ -1,8 +1,9 @@
 """Small stores with photographs, for the page."""
 
+import io
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from PIL import Image
 
@@ -11,6 +12,13 @@ from densefeat.parquet import parquet_bytes, read_parquet
 from tests.helpers.stores import ROWS, H, W, make_store, set_up_store, write_known_shard
 
 MISSING_ROW = 5  # its photograph is deleted
+
+
+def photograph(row: int, kind: str = "JPEG", size: tuple[int, int] = (2 * W, 2 * H)) -> bytes:
+    """A photograph of (width, height) in a colour of its own."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (20 * row % 256, 100, (200 - 10 * row) % 256)).save(buffer, kind)
+    return buffer.getvalue()
 
 
 def photographed_store(folder: Path, *, finished: bool = True) -> str:
@@ -22,13 +30,19 @@ def photographed_store(folder: Path, *, finished: bool = True) -> str:
     photographs = folder / "photographs" / "class"
     photographs.mkdir(parents=True)
     for row in range(ROWS):
-        pixels = np.full((2 * H, 2 * W, 3), (20 * row, 100, 200 - 10 * row), np.uint8)
-        Image.fromarray(pixels).save(photographs / f"{row:03d}.jpg")
+        (photographs / f"{row:03d}.jpg").write_bytes(photograph(row))
     (photographs / f"{MISSING_ROW:03d}.jpg").unlink()
-    file = folder / "store" / INDEX
-    index = read_parquet(file.read_bytes())
-    uris = pa.array([str(photographs / f"{row:03d}.jpg") for row in range(ROWS)])
-    file.write_bytes(
-        parquet_bytes(index.set_column(index.schema.get_field_index("uri"), index.schema.field("uri"), uris))
-    )
+    replace_columns(uri, uri=[str(photographs / f"{row:03d}.jpg") for row in range(ROWS)])
     return uri
+
+
+def replace_columns(uri: str, /, **columns: list[Any] | pa.Array | pa.ChunkedArray) -> None:
+    """Replace columns of the index of a local store."""
+    file = Path(uri) / INDEX
+    index = read_parquet(file.read_bytes())
+    for name, values in columns.items():
+        number = index.schema.get_field_index(name)
+        field = index.schema.field(number)
+        values = pa.array(values, field.type) if isinstance(values, list) else values
+        index = index.set_column(number, field, values)
+    file.write_bytes(parquet_bytes(index))
