@@ -20,7 +20,6 @@ from densefeat.page import listing
 from densefeat.page.arguments import integer, row_number, selection
 from densefeat.page.cache import ByteCache
 from densefeat.page.features import component_picture, encoded, segment_colours, segments
-from densefeat.page.figures import store_figures
 from densefeat.page.guard import Guard
 from densefeat.page.library import Library, Shown
 from densefeat.page.photographs import PhotographMissing, Photographs
@@ -139,7 +138,8 @@ class Page:
     def figures(self, request: Request) -> Response:
         """The store in figures."""
         shown = self.library.shown()
-        return JSONResponse(store_figures(shown.store, shown.objects, finished=shown.finished))
+        shards = {} if shown.finished else self.library.recorded.figures(shown.store.layout)
+        return JSONResponse({**shown.figures, **shards})
 
     def _row(self, request: Request) -> tuple[Shown, int]:
         shown = self.library.shown()

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from functools import cached_property
 from typing import Any
 
 import numpy.typing as npt
@@ -9,6 +10,7 @@ import numpy.typing as npt
 from densefeat import layout
 from densefeat.page.cache import ByteCache
 from densefeat.page.features import Features
+from densefeat.page.figures import RecordedShards, manifest_figures, store_figures
 from densefeat.page.listing import counts, matching_rows
 from densefeat.page.sample import Sample
 from densefeat.storage.objects import Objects
@@ -38,6 +40,12 @@ class Shown:
         self.opened = time.monotonic()
         self._filtered: ByteCache[npt.NDArray[Any]] = ByteCache(_FILTERS_BYTES, lambda rows: rows.nbytes)
 
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """The store in figures; of an unfinished store, without those of its shards."""
+        found = store_figures(self.store)
+        return {**found, **manifest_figures(self.objects)} if self.finished else found
+
     def rows(self, text: str, status: str, label: int | None) -> npt.NDArray[Any]:
         """As `densefeat.page.listing.matching_rows`."""
         return self._filtered.get(
@@ -57,6 +65,7 @@ class Library:
         self._uri, self._options, self._refresh_s = uri, storage_options, refresh_s
         self._lock = threading.Lock()
         self._shown = Shown(uri, storage_options)
+        self.recorded = RecordedShards(self._shown.objects)
 
     def shown(self) -> Shown:
         """The store as it is now, or was at most ``refresh_s`` seconds ago."""

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-__all__ = ["counts", "matching_rows", "record", "records"]
+__all__ = ["counts", "matching_rows", "record", "records", "without_features"]
 
 _SHOWN = ("row", "key", "label", "status", "error")
 
@@ -59,6 +59,17 @@ def counts(index: pa.Table, names: list[str], most: int = 1000) -> dict[str, Any
         "statuses": statuses,
         "labels": [{"label": one, "name": _label_name(one, names), "rows": labels[one]} for one in shown],
     }
+
+
+def without_features(index: pa.Table) -> list[dict[str, Any]]:
+    """Failed and pending rows by status and reason, the most frequent first: ``[{status, error, rows, first}]``.
+
+    ``rows`` is how many there are, ``first`` the first of them.
+    """
+    table = index.select(["row", "status", "error"]).filter(pc.not_equal(index["status"], "ok"))
+    groups = table.group_by(["status", "error"]).aggregate([("row", "count"), ("row", "min")])
+    found = groups.rename_columns({"row_count": "rows", "row_min": "first"}).to_pylist()
+    return sorted(found, key=lambda one: (-one["rows"], one["first"]))
 
 
 def _counted(column: pa.ChunkedArray) -> dict[Any, int]:

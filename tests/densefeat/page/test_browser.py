@@ -130,7 +130,8 @@ def test_a_store_that_is_being_made(page: Page, served: dict[str, Any]) -> None:
     page.goto(f"{served['pending']}/image/{ROWS - 1}")
     expect(page.locator(".notice")).to_contain_text("not done yet")
     page.goto(f"{served['pending']}/figures")
-    expect(page.locator("main")).to_contain_text("Known when the store is finished")
+    expect(page.locator("main")).to_contain_text("Of 1 finished shard, 3 images.")
+    expect(page.locator("tr", has_text="write")).to_contain_text("ms an image")
 
 
 def test_the_keyboard(page: Page, served: dict[str, Any]) -> None:
