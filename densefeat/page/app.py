@@ -1,6 +1,7 @@
 """The HTTP interface: the page's files, JSON, pictures, and heat maps as raw bytes. All requests are GET."""
 
 import logging
+import secrets
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,13 +48,20 @@ class Page:
         self.library = library
         self.photographs = photographs
         self._pictures: ByteCache[bytes] = ByteCache(_PICTURES_BYTES, len)
+        self._version = secrets.token_hex(4)  # another page may have had this address before
 
     def store(self, request: Request) -> Response:
-        """What the store is, and how many rows it has by status and label."""
+        """What the store is, and how many rows it has by status and label.
+
+        ``version`` goes into the addresses of all that browsers keep; ``problem`` says why the store, while it is being
+        made, cannot be read any more.
+        """
         shown = self.library.shown()
         k, height, width = shown.store.shape
         facts = {"uri": shown.store.uri, "rows": len(shown.store), "finished": shown.finished, **shown.counts}
-        return JSONResponse({**facts, "k": k, "height": height, "width": width, "dtype": shown.store.layout.dtype})
+        facts |= {"k": k, "height": height, "width": width, "dtype": shown.store.layout.dtype}
+        version = f"{self._version}.{self.library.generation}"
+        return JSONResponse({**facts, "version": version, "problem": self.library.problem})
 
     def rows(self, request: Request) -> Response:
         """One page of the rows that match ``q``, ``status`` and ``label``."""
@@ -137,9 +145,7 @@ class Page:
 
     def figures(self, request: Request) -> Response:
         """The store in figures."""
-        shown = self.library.shown()
-        shards = {} if shown.finished else self.library.recorded.figures(shown.store.layout)
-        return JSONResponse({**shown.figures, **shards})
+        return JSONResponse(self.library.shown().figures)
 
     def _row(self, request: Request) -> tuple[Shown, int]:
         shown = self.library.shown()
@@ -161,7 +167,7 @@ class Page:
         return JSONResponse({"matches": matches, "sample": sample})
 
     def _picture(self, key: tuple[Any, ...], make: Callable[[], bytes]) -> Response:
-        data = self._pictures.get(key, make)
+        data = self._pictures.get((self.library.generation, *key), make)
         kind = "image/png" if data.startswith(b"\x89PNG") else "image/jpeg"
         return Response(data, media_type=kind, headers=_KEPT)
 

@@ -75,14 +75,15 @@ class Features:
 
     Args:
         store: the store.
+        before: of the same store when fewer rows were done; its codes and scale are taken over.
         max_bytes: of all codes kept.
     """
 
-    def __init__(self, store: FeatureStore, max_bytes: int = 512 << 20) -> None:
+    def __init__(self, store: FeatureStore, before: "Features | None" = None, max_bytes: int = 512 << 20) -> None:
         self.store = store
-        self._seen: ByteCache[Seen] = ByteCache(max_bytes, lambda seen: seen.nbytes)
+        self._seen: ByteCache[Seen] = before._seen if before else ByteCache(max_bytes, lambda seen: seen.nbytes)
         self._scale_lock = threading.Lock()
-        self._scale: tuple[Floats, Floats] | None = None
+        self._scale: tuple[Floats, Floats] | None = before._scale if before else None
 
     @cached_property
     def ok_rows(self) -> npt.NDArray[np.int64]:

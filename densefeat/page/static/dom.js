@@ -10,6 +10,11 @@ export function element(tag, attributes = {}, ...children) {
   return made;
 }
 
+// The address of something that the browser keeps: another store may have had the same one.
+let version = "";
+export function setVersion(text) { version = text; }
+export const kept = (path) => `${path}${path.includes("?") ? "&" : "?"}v=${version}`;
+
 export async function get(path, options = {}) {
   const response = await fetch(path, options);
   if (!response.ok) {

@@ -11,13 +11,11 @@ export async function figures(view, store) {
   const found = await json("/api/figures"), each = found.images ? found.bytes / found.images : 0;
   const share = found.explained_variance_ratio.reduce((sum, one) => sum + one, 0);
   const code = `from densefeat import FeatureStore\nstore = FeatureStore(${JSON.stringify(store.uri)})\nfeatures = store.read(0)  # [${store.k}, ${store.height}, ${store.width}] float32`;
-  const timing = card("Seconds by stage");
-  drawSeconds(timing, found, store);
   const cards = [
     card("Images", ...big(count(found.images), `with features, of ${count(store.rows)}; ${store.finished ? "finished" : "still being made"}`)),
     card("Variance explained", ...big(`${(100 * share).toFixed(1)} %`, `by ${store.k} components`), bars(found.explained_variance_ratio)),
     card("Bytes an image", ...big(found.images ? bytes(each) : "none yet", `${bytes(found.bytes)} together; ${(found.uncompressed_bytes_per_image / (each || 1)).toFixed(1)} times smaller than uncompressed`), found.sizes ? bars(found.sizes.counts) : ""),
-    timing,
+    card("Seconds by stage", ...seconds(found, store)),
     card("Failures", found.failures.length ? failures(found.failures) : element("p", { class: "soft" }, "No image failed.")),
     card("Read it", element("pre", {}, code), copy(code)),
     card("Configuration", table([...flat(found.configuration), ...flat({ versions: found.versions }), ["hash", found.configuration_hash]].map(([name, value]) => [cell(name), cell(value)]))),
@@ -27,16 +25,10 @@ export async function figures(view, store) {
   return {};
 }
 
-// The records of an unfinished store are read bit by bit.
-function drawSeconds(timing, found, store) {
-  const note = (text) => element("p", { class: "soft small" }, text);
-  const shards = `${count(found.shards)} finished ${found.shards === 1 ? "shard" : "shards"}`;
-  timing.replaceChildren(timing.firstChild, found.seconds ? meters(found.seconds, found.timed_images) : element("p", { class: "soft" }, "Known when the first shard is finished."),
-    store.finished || !found.seconds ? "" : note(found.unread_shards ? `Of ${shards}; reading ${count(found.unread_shards)} more…` : `Of ${shards}, ${count(found.timed_images)} images.`));
-  if (found.unread_shards) setTimeout(async () => {
-    if (!timing.isConnected) return;
-    try { drawSeconds(timing, await json("/api/figures"), store); } catch (error) { timing.append(note(error.message)); }
-  }, 500);
+function seconds(found, store) {
+  if (!found.seconds) return [element("p", { class: "soft" }, "Known when the first shard is finished.")];
+  const shards = `${count(found.shards)} ${found.shards === 1 ? "shard" : "shards"}`;
+  return [meters(found.seconds, found.timed_images), store.finished ? "" : element("p", { class: "soft small" }, `Of the ${count(found.timed_images)} images in ${shards} that are done.`)];
 }
 
 function bars(values) {

@@ -1,5 +1,5 @@
 // One image: its layers, and everything like a point or a box of it.
-import { choice, element, get, json, parameters, picture, setParameters } from "./dom.js";
+import { choice, element, get, json, kept, parameters, picture, setParameters } from "./dom.js";
 import { drawHeat } from "./heat.js";
 
 const LAYERS = { photograph: "Photograph", features: "Features", component: "Component", segments: "Segments" };
@@ -21,7 +21,7 @@ export async function image(view, store, redraw, open) {
   }
   const notice = element("div"), over = element("img", { class: "over", alt: "" }), heat = element("canvas", { class: "over", id: "heat" });
   const spot = element("div", { class: "spot", hidden: true }), stage = element("div", { class: "stage", id: "stage" });
-  const photo = picture(`/api/photograph/${number}?size=1024`, `Photograph ${row.key}`);
+  const photo = picture(kept(`/api/photograph/${number}?size=1024`), `Photograph ${row.key}`);
   let noPhotograph = false;
   photo.addEventListener("missing", (event) => {
     noPhotograph = true;
@@ -36,9 +36,9 @@ export async function image(view, store, redraw, open) {
 
   const selected = () => state.box ? `box=${state.box}` : state.point ? `point=${state.point}` : null;
   function layerOnly() {
-    const kept = new URLSearchParams();
-    for (const name of ["layer", "component", "segments", "opacity"]) if (parameters().get(name)) kept.set(name, parameters().get(name));
-    return kept.size ? `?${kept}` : "";
+    const query = new URLSearchParams();
+    for (const name of ["layer", "component", "segments", "opacity"]) if (parameters().get(name)) query.set(name, parameters().get(name));
+    return query.size ? `?${query}` : "";
   }
   function set(changes, keep = false) {
     Object.assign(state, changes);
@@ -46,7 +46,8 @@ export async function image(view, store, redraw, open) {
     draw();
   }
   function draw() {
-    const sources = { features: `/api/colours/${number}`, component: `/api/component/${number}?component=${state.component}`, segments: `/api/segments/${number}?count=${state.segments}` };
+    const sources = { features: kept(`/api/colours/${number}`), component: kept(`/api/component/${number}?component=${state.component}`),
+      segments: kept(`/api/segments/${number}?count=${state.segments}`) };
     const layer = noPhotograph && state.layer === "photograph" ? "features" : state.layer, hot = !heat.hidden;
     over.hidden = hot || layer === "photograph";
     if (!over.hidden && over.getAttribute("src") !== sources[layer]) over.src = sources[layer];
@@ -73,7 +74,7 @@ export async function image(view, store, redraw, open) {
     if (busy) { waiting = asked; return; }
     busy = true;
     try {
-      const values = new Uint8Array(await (await get(`/api/heat/${number}?from=${number}&${asked}`)).arrayBuffer());
+      const values = new Uint8Array(await (await get(kept(`/api/heat/${number}?from=${number}&${asked}`))).arrayBuffer());
       if (selected() === asked || (!selected() && hovering)) {
         drawHeat(heat, values, store.width, store.height);
         heat.hidden = false;
@@ -106,7 +107,7 @@ export async function image(view, store, redraw, open) {
     if (!complete) setTimeout(() => stage.isConnected && asked === selected() && more(), 1200);
   }
   function other(match, asked) {
-    const inside = element("div", { class: "pair" }, noPhotograph ? picture(`/api/colours/${match.row}`, match.key, true) : picture(`/api/photograph/${match.row}?size=256`, match.key, true));
+    const inside = element("div", { class: "pair" }, noPhotograph ? picture(kept(`/api/colours/${match.row}`), match.key, true) : picture(kept(`/api/photograph/${match.row}?size=256`), match.key, true));
     if (asked) heatOver(inside, match.row, asked);
     const at = asked ? `?point=${(match.x * store.width).toFixed(1)},${(match.y * store.height).toFixed(1)}` : layerOnly();
     return element("a", { class: "tile", href: `/image/${match.row}${at}`, title: match.key }, inside,
@@ -114,7 +115,7 @@ export async function image(view, store, redraw, open) {
   }
   async function heatOver(inside, row, asked) {
     try {
-      const values = new Uint8Array(await (await get(`/api/heat/${row}?from=${number}&${asked}`)).arrayBuffer());
+      const values = new Uint8Array(await (await get(kept(`/api/heat/${row}?from=${number}&${asked}`))).arrayBuffer());
       const canvas = element("canvas");
       canvas.style.opacity = .65;
       drawHeat(canvas, values, store.width, store.height);

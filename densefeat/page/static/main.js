@@ -1,5 +1,5 @@
 // Views by address, theme, keyboard.
-import { element, json } from "./dom.js";
+import { element, json, setVersion } from "./dom.js";
 import { figures } from "./figures.js";
 import { image } from "./image.js";
 import { wall } from "./wall.js";
@@ -16,9 +16,11 @@ async function redraw() {
   const turn = ++drawn, path = location.pathname, name = path === "/figures" ? "figures" : path.startsWith("/image/") ? "image" : "wall";
   const place = element("div");
   for (const link of document.querySelectorAll("nav a")) link.classList.toggle("here", link.dataset.view === name || (name === "image" && link.dataset.view === "wall"));
-  let found = {};
+  let found = {}, problem = null;
   try {
     const store = await json("/api/store");
+    problem = store.problem;
+    setVersion(store.version);
     document.documentElement.style.setProperty("--ratio", `${store.width} / ${store.height}`);
     document.getElementById("where").textContent = store.uri;
     found = await { figures, image, wall }[name](place, store, redraw, open);
@@ -28,7 +30,7 @@ async function redraw() {
   }
   if (turn !== drawn) return;
   keys = found;
-  view.replaceChildren(place);
+  view.replaceChildren(...(problem ? [element("p", { class: "notice bad" }, `The store cannot be read now: ${problem}`)] : []), place);
   view.dataset.view = name;
   document.title = name === "image" ? `${place.querySelector("h1")?.textContent ?? "image"} · densefeat` : "densefeat";
   if (view.dataset.path !== location.pathname) scrollTo(0, 0);

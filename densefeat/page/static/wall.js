@@ -1,5 +1,5 @@
 // All images, by page, with filters.
-import { choice, count, element, json, parameters, picture, setParameters } from "./dom.js";
+import { choice, count, element, json, kept, parameters, picture, setParameters } from "./dom.js";
 
 const SIZE = 96;
 
@@ -55,8 +55,8 @@ function select(name, options, chosen, choose) {
 
 function tile(row, show) {
   const ok = row.status === "ok", parts = [];
-  if (ok && show !== "colours") parts.push(picture(`/api/photograph/${row.row}?size=256`, `Photograph ${row.key}`, true));
-  if (ok && show !== "photograph") parts.push(picture(`/api/colours/${row.row}`, `Features of ${row.key}`, true));
+  if (ok && show !== "colours") parts.push(picture(kept(`/api/photograph/${row.row}?size=256`), `Photograph ${row.key}`, true));
+  if (ok && show !== "photograph") parts.push(picture(kept(`/api/colours/${row.row}`), `Features of ${row.key}`, true));
   if (!ok) parts.push(element("div", { class: `none ${row.status === "pending" ? "" : "bad"}` }, row.error ? `${row.status}: ${row.error}` : row.status));
   const inside = element("div", { class: "pair" }, ...parts);
   if (!ok && show === "both") inside.style.setProperty("--ratio", "2 / 1");

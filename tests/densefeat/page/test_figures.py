@@ -12,8 +12,9 @@ from densefeat import command_line, layout
 from densefeat.index import read_index
 from densefeat.layout import FeatureLayout
 from densefeat.page import create_app
-from densefeat.page.figures import RecordedShards
+from densefeat.page.library import Ledger, Library
 from densefeat.page.listing import without_features
+from densefeat.parquet import parquet_bytes, read_parquet
 from densefeat.storage.objects import Objects
 from pipeline.store.layout import finish
 from schemas.ledger import LedgerRecord
@@ -32,51 +33,61 @@ def write_timed_shard(store: KnownStore, shard: int) -> LedgerRecord:
 
 def test_an_unfinished_store_has_the_figures_of_its_shards(tmp_path: Path) -> None:
     store = set_up_store(str(tmp_path / "store"))
-    client = TestClient(create_app(store.uri), base_url="http://127.0.0.1:8000")
-    found = client.get("/api/figures").json()
+    library = Library(store.uri)
+    found = library.shown().figures
     assert (found["seconds"], found["shards"], found["timed_images"]) == (None, 0, 0)
     records = [write_timed_shard(store, 0), write_timed_shard(store, 1)]
-    found = client.get("/api/figures").json()
+    found = Library(store.uri).shown().figures
     assert found["seconds"] == {"backbone": 4.0, "read": 1.75, "write": 0.5}
     assert list(found["seconds"]) == ["backbone", "read", "write"]
-    assert (found["shards"], found["unread_shards"], found["timed_images"]) == (2, 0, 7)
+    assert (found["shards"], found["timed_images"]) == (2, 7)
     assert found["devices"] == {"cuda 0": 1, "cuda 1": 1}
     finish(Objects(store.uri), [*records, write_timed_shard(store, 2)])
-    ended = TestClient(create_app(store.uri), base_url="http://127.0.0.1:8000").get("/api/figures").json()
+    client = TestClient(create_app(store.uri), base_url="http://127.0.0.1:8000")
+    ended = client.get("/api/figures").json()
     assert ended["seconds"] == {"backbone": 6.0, "read": 1.75, "write": 0.5}
     assert (ended["shards"], ended["timed_images"]) == (3, ROWS - 2)
-    assert RecordedShards(Objects(store.uri)).figures(FEATURES) == {name: ended[name] for name in (
-        "seconds", "timed_images", "shards", "unread_shards", "devices", "clipped")}  # fmt: skip
 
 
 def test_records_are_read_once_and_damaged_ones_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = set_up_store(str(tmp_path / "store"))
     for shard in range(3):
         write_timed_shard(store, shard)
-    recorded = RecordedShards(Objects(store.uri))
+    expected = read_index(Objects(store.uri), FEATURES)
     place = tmp_path / "store" / layout.ledger_key(1)
     good = place.read_bytes()
     place.write_bytes(good[: len(good) // 2])
     with caplog.at_level(logging.WARNING):
-        assert recorded.figures(FEATURES)["shards"] == 2
-    assert "shard 1 is damaged" in caplog.text
-    (tmp_path / "store" / layout.ledger_key(2)).write_bytes(b"not read again")
+        ledger = Ledger(Objects(store.uri), FEATURES).read_on()
+        assert ledger.read_on() is ledger
+    assert caplog.text.count("000001.parquet is damaged") == 1
+    assert ledger.sums.figures()["shards"] == 2
+    assert ledger.index.equals(read_index(Objects(store.uri), FEATURES))
     place.write_bytes(good)
-    assert recorded.figures(FEATURES)["seconds"] == {"backbone": 6.0, "read": 1.75, "write": 0.5}
+    (tmp_path / "store" / layout.ledger_key(2)).write_bytes(b"not read again")
+    complete = ledger.read_on()
+    assert complete.sums.figures()["seconds"] == {"backbone": 6.0, "read": 1.75, "write": 0.5}
+    assert complete.index.equals(expected)
+    assert ledger.sums.figures()["shards"] == 2
     place.unlink()  # by a repair
-    assert recorded.figures(FEATURES)["seconds"] == SECONDS[0]
+    assert complete.read_on().sums.figures()["seconds"] == SECONDS[0]
 
 
-def test_many_records_are_read_bit_by_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["of another shard", "without facts", "without columns"])
+def test_records_that_do_not_fit_leave_their_rows_pending(tmp_path: Path, damage: str) -> None:
     store = set_up_store(str(tmp_path / "store"))
     record = write_timed_shard(store, 0)
-    objects, features = Objects(store.uri), replace(FEATURES, rows=100 * SHARD_ROWS)
-    for shard in range(100):
-        objects.put(layout.ledger_key(shard), replace(record, shard=shard).to_bytes())
-    recorded = RecordedShards(objects)
-    found = [recorded.figures(features, budget_s=0) for _ in range(4)]
-    assert [(one["shards"], one["unread_shards"]) for one in found] == [(32, 68), (64, 36), (96, 4), (100, 0)]
-    assert found[-1]["seconds"] == {"backbone": 400.0, "read": 150.0}
+    table = read_parquet(record.to_bytes())
+    if damage == "without columns":
+        table = table.drop_columns(["chunk_offset"])
+    if damage == "without facts":
+        table = table.replace_schema_metadata(None)
+    place = layout.ledger_key(int(damage == "of another shard"))
+    Objects(store.uri).put(layout.ledger_key(0), b"")
+    Objects(store.uri).put(place, parquet_bytes(table))
+    ledger = Ledger(Objects(store.uri), FEATURES).read_on()
+    assert set(ledger.index["status"].to_pylist()) == {"pending"}
+    assert ledger.sums.figures()["shards"] == 0
 
 
 def test_failures_are_counted_once_for_page_and_console(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
