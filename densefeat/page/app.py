@@ -54,14 +54,15 @@ class Page:
         """What the store is, and how many rows it has by status and label.
 
         ``version`` goes into the addresses of all that browsers keep; ``problem`` says why the store, while it is being
-        made, cannot be read any more.
+        made, cannot be read any more; ``unread_shards``: finished ones whose records are still to be read.
         """
         shown = self.library.shown()
         k, height, width = shown.store.shape
         facts = {"uri": shown.store.uri, "rows": len(shown.store), "finished": shown.finished, **shown.counts}
         facts |= {"k": k, "height": height, "width": width, "dtype": shown.store.layout.dtype}
         version = f"{self._version}.{self.library.generation}"
-        return JSONResponse({**facts, "version": version, "problem": self.library.problem})
+        unread = shown.ledger.unread if shown.ledger else 0
+        return JSONResponse({**facts, "version": version, "problem": self.library.problem, "unread_shards": unread})
 
     def rows(self, request: Request) -> Response:
         """One page of the rows that match ``q``, ``status`` and ``label``."""

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _FILTERS_BYTES = 64 << 20
 _PARALLEL_REQUESTS = 32
+_FIRST_S, _LATER_S = 2.0, 5.0  # a store with 20,000 finished shards is shown before all of their records are read
 _OUTCOME = ("status", "error", "chunk_offset", "chunk_nbytes")  # columns that each record has
 _FACTS = ("rows_ok", "clipped", "seconds", "made_by")
 
@@ -46,6 +47,7 @@ class Ledger:
     Attributes:
         index: one record per row, as ``FeatureStore.index``.
         sums: over the shards.
+        unread: number of records that `read_on` has not read yet.
 
     Raises:
         StoreError, OSError: the index is missing or damaged, or the storage failed.
@@ -56,13 +58,17 @@ class Ledger:
         self._shards: frozenset[int] = frozenset()
         self._damaged: dict[int, str] = {}
         self.sums = ShardSums()
+        self.unread = 0
         stored = stored_index(objects, features.rows)
         columns = {name: pa.nulls(stored.num_rows, stored.schema.field(name).type) for name in _OUTCOME}
         columns["status"] = pa.repeat("pending", stored.num_rows)
         self.index = pa.table([columns.get(name, stored[name]) for name in stored.column_names], schema=stored.schema)
 
-    def read_on(self) -> "Ledger":
+    def read_on(self, budget_s: float) -> "Ledger":
         """The ledger as it is now: this one, or a new one if shards were finished, or dropped by a repair.
+
+        Args:
+            budget_s: seconds to read records for; there are then `unread` ones left.
 
         Raises:
             StoreError, OSError: as the class.
@@ -74,15 +80,22 @@ class Ledger:
                 raise
             raise StoreError(f"{self._objects.uri}: cannot tell which shards are done: {error}") from error
         if not self._shards <= set(recorded):
-            return Ledger(self._objects, self._features).read_on()
-        found = copy.copy(self)
-        found.sums = copy.deepcopy(self.sums)
+            return Ledger(self._objects, self._features).read_on(budget_s)
         unread = [shard for shard in recorded if shard not in self._shards]
+        found, end = dict[int, tuple[dict[str, Any], pa.Table]](), time.monotonic() + budget_s
         with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-            records = {shard: one for shard, one in zip(unread, pool.map(self._record, unread), strict=True) if one}
-        if not records:
-            return self
+            while unread:
+                part, unread = unread[:_PARALLEL_REQUESTS], unread[_PARALLEL_REQUESTS:]
+                found |= {shard: one for shard, one in zip(part, pool.map(self._record, part), strict=True) if one}
+                if time.monotonic() > end:
+                    break
+        return self._with(found, len(unread)) if found else self
+
+    def _with(self, records: dict[int, tuple[dict[str, Any], pa.Table]], unread: int) -> "Ledger":
+        found = copy.copy(self)
         found._shards = self._shards | records.keys()
+        found.unread = unread
+        found.sums = copy.deepcopy(self.sums)
         for facts, _ in records.values():
             found.sums.add(facts)
         found.index = _replaced(self.index, [outcomes for _, outcomes in records.values()])
@@ -94,11 +107,15 @@ class Ledger:
         try:
             record = read_parquet(self._objects.get(key))
             facts = json.loads((record.schema.metadata or {})[layout.ATTRIBUTES_KEY.encode()])
-            schema = self.index.schema
-            names = [name for name in schema.names if name in record.column_names]
-            outcomes = record.select(names).cast(pa.schema([schema.field(name) for name in names]))
-            if not set(_OUTCOME) <= set(names) or outcomes["row"].to_pylist() != list(self._features.rows_of(shard)):
-                raise ValueError("it is about other rows, or does not have all columns")
+            names = set(record.column_names)
+            if not names.issuperset(_OUTCOME):
+                raise ValueError("columns are missing")
+            if record["row"].to_pylist() != list(self._features.rows_of(shard)):
+                raise ValueError("it is about other rows")
+            schema = pa.schema([field for field in self.index.schema if field.name in names])
+            outcomes = record.select(schema.names).replace_schema_metadata(None)
+            if outcomes.schema != schema:
+                outcomes = outcomes.cast(schema)
             return {name: facts[name] for name in _FACTS}, outcomes
         except FileNotFoundError:  # deleted by a job since it was listed
             return None
@@ -184,7 +201,8 @@ class Library:
     def shown(self) -> Shown:
         """The store as it was when it was looked at last."""
         with self._lock:
-            due = not self._shown.finished and time.monotonic() - self._looked >= self._refresh_s
+            ledger = self._shown.ledger
+            due = ledger is not None and (ledger.unread > 0 or time.monotonic() - self._looked >= self._refresh_s)
             if due and not self._looking:
                 self._looking = True
                 threading.Thread(target=self._look, name="densefeat-page-library", daemon=True).start()
@@ -214,11 +232,11 @@ class Library:
         if finished:
             return Shown(store, self._objects, None, before)
         if before is not None and before.ledger is not None:
-            ledger = before.ledger.read_on()
+            ledger = before.ledger.read_on(_LATER_S)
             if ledger is before.ledger:
                 return before
         else:
-            ledger = Ledger(self._objects, store.layout).read_on()
+            ledger = Ledger(self._objects, store.layout).read_on(_FIRST_S)
         store.index = ledger.index
         return Shown(store, self._objects, ledger, before)
 

@@ -16,7 +16,8 @@ export function setVersion(text) { version = text; }
 export const kept = (path) => `${path}${path.includes("?") ? "&" : "?"}v=${version}`;
 
 export async function get(path, options = {}) {
-  const response = await fetch(path, options);
+  let response;
+  try { response = await fetch(path, options); } catch { throw new Error("The page does not answer: is the command still running?"); }
   if (!response.ok) {
     const text = await response.text();
     let reason = text;
@@ -39,7 +40,7 @@ export function setParameters(changes, keep = false) {
   }
   const text = query.toString().replaceAll("%2C", ",");
   const address = location.pathname + (text ? `?${text}` : "");
-  history[keep ? "pushState" : "replaceState"](null, "", address);
+  history[keep ? "pushState" : "replaceState"](keep ? null : history.state, "", address);
 }
 
 export function choice(label, options, chosen, choose) {
@@ -48,14 +49,14 @@ export function choice(label, options, chosen, choose) {
   return element("div", { class: "choice", role: "group", "aria-label": label }, ...buttons);
 }
 
-// A picture, or the reason why there is none.
-export function picture(source, description, lazy = false) {
-  const image = element("img", { alt: description, loading: lazy ? "lazy" : "eager", draggable: "false" });
+// A picture, or the reason why there is none. `instead`: replaces a picture that is loaded when it is scrolled to.
+export function picture(source, description, instead = null) {
+  const image = element("img", { alt: description, loading: instead ? "lazy" : "eager", draggable: "false" });
   image.addEventListener("error", async () => {
     let reason = "cannot be shown";
     try { await get(source); } catch (error) { reason = error.message; }
     image.dispatchEvent(new CustomEvent("missing", { detail: reason }));
-    if (lazy) image.replaceWith(element("div", { class: "none", title: reason }, "no photograph"));
+    if (instead) image.replaceWith(element("div", { class: "none", title: reason }, instead));
   });
   image.src = source;
   return image;

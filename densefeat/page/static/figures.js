@@ -14,7 +14,7 @@ export async function figures(view, store) {
   const cards = [
     card("Images", ...big(count(found.images), `with features, of ${count(store.rows)}; ${store.finished ? "finished" : "still being made"}`)),
     card("Variance explained", ...big(`${(100 * share).toFixed(1)} %`, `by ${store.k} components`), bars(found.explained_variance_ratio)),
-    card("Bytes an image", ...big(found.images ? bytes(each) : "none yet", `${bytes(found.bytes)} together; ${(found.uncompressed_bytes_per_image / (each || 1)).toFixed(1)} times smaller than uncompressed`), found.sizes ? bars(found.sizes.counts) : ""),
+    card("Bytes an image", ...big(found.images ? bytes(each) : "none", found.images ? `${bytes(found.bytes)} together; ${(found.uncompressed_bytes_per_image / each).toFixed(1)} times smaller than uncompressed` : "No image has features."), found.sizes ? bars(found.sizes.counts) : ""),
     card("Seconds by stage", ...seconds(found, store)),
     card("Failures", found.failures.length ? failures(found.failures) : element("p", { class: "soft" }, "No image failed.")),
     card("Read it", element("pre", {}, code), copy(code)),

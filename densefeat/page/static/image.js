@@ -6,8 +6,11 @@ const LAYERS = { photograph: "Photograph", features: "Features", component: "Com
 
 export async function image(view, store, redraw, open) {
   const number = location.pathname.split("/")[2], row = await json(`/api/image/${number}`), query = parameters();
-  const state = { layer: query.get("layer") in LAYERS ? query.get("layer") : "features", component: +(query.get("component") || 0),
-    segments: +(query.get("segments") || 6), opacity: +(query.get("opacity") || 70), point: query.get("point"), box: query.get("box") };
+  // Whatever an address says, or one that was kept of another store.
+  const whole = (name, low, high, otherwise) => Math.min(Math.max(Math.round(+(query.get(name) ?? otherwise)) || low, low), high);
+  const numbers = (name, many) => { const text = query.get(name); return text && text.split(",").length === many && text.split(",").every((one) => one !== "" && Number.isFinite(+one)) ? text : null; };
+  const state = { layer: Object.hasOwn(LAYERS, query.get("layer")) ? query.get("layer") : "features", component: whole("component", 0, store.k - 1, 0),
+    segments: whole("segments", 2, 16, 6), opacity: whole("opacity", 0, 100, 70), point: numbers("point", 2), box: numbers("box", 4) };
   const facts = [row.label_name, row.width ? `${row.width}×${row.height}` : null, row.chunk_nbytes ? `${(row.chunk_nbytes / 1e6).toFixed(2)} MB` : null];
   const step = (to, text, name) => element("button", { type: "button", "aria-label": name, disabled: to == null, onclick: () => open(`/image/${to}${layerOnly()}`) }, text);
   const title = element("div", { class: "bar" }, element("div", {}, element("h1", {}, row.key), element("div", { class: "soft small" }, [`row ${row.row}`, ...facts].filter(Boolean).join(" · "))),
@@ -26,8 +29,13 @@ export async function image(view, store, redraw, open) {
   photo.addEventListener("missing", (event) => {
     noPhotograph = true;
     photo.hidden = true;
-    notice.replaceChildren(element("p", { class: "notice", id: "no-photograph" }, `The photograph ${event.detail}`));
+    notice.append(element("p", { class: "notice", id: "no-photograph" }, `The photograph ${event.detail}`));
     draw();
+  });
+  over.addEventListener("error", async () => {
+    let reason = "unknown";
+    try { await get(over.getAttribute("src")); } catch (error) { reason = error.message; }
+    if (!document.getElementById("no-features")) notice.append(element("p", { class: "notice bad", id: "no-features" }, `The features cannot be shown: ${reason}`));
   });
   stage.append(photo, over, heat, spot);
   const controls = element("div"), others = element("div", { class: "others" }), othersTitle = element("h2"), othersNote = element("p", { class: "soft small" });
@@ -101,13 +109,14 @@ export async function image(view, store, redraw, open) {
     try { found = await json(asked ? `/api/similar?from=${number}&${asked}` : `/api/nearest/${number}`); } catch { return; }
     if (asked !== selected() || !view.contains(stage)) return;
     othersTitle.textContent = asked ? "The same in other images" : "Nearest images";
+    const among = (number) => `${number.toLocaleString("en")} ${number === 1 ? "image" : "images"}`;
     const { images, of, complete } = found.sample;
-    othersNote.textContent = complete ? `Among ${images} of ${store.rows.toLocaleString("en")} images.` : `Reading images: ${images} of ${of}…`;
+    othersNote.textContent = complete ? (found.matches.length ? `Among ${images} of ${among(store.rows)}.` : "No other image has features.") : `Reading images: ${images} of ${of}…`;
     others.replaceChildren(...found.matches.slice(0, 18).map((match) => other(match, asked)));
     if (!complete) setTimeout(() => stage.isConnected && asked === selected() && more(), 1200);
   }
   function other(match, asked) {
-    const inside = element("div", { class: "pair" }, noPhotograph ? picture(kept(`/api/colours/${match.row}`), match.key, true) : picture(kept(`/api/photograph/${match.row}?size=256`), match.key, true));
+    const inside = element("div", { class: "pair" }, noPhotograph ? picture(kept(`/api/colours/${match.row}`), match.key, "features cannot be read") : picture(kept(`/api/photograph/${match.row}?size=256`), match.key, "no photograph"));
     if (asked) heatOver(inside, match.row, asked);
     const at = asked ? `?point=${(match.x * store.width).toFixed(1)},${(match.y * store.height).toFixed(1)}` : layerOnly();
     return element("a", { class: "tile", href: `/image/${match.row}${at}`, title: match.key }, inside,

@@ -5,9 +5,18 @@ import { image } from "./image.js";
 import { wall } from "./wall.js";
 
 const view = document.getElementById("view"), dialog = document.getElementById("keys");
-let keys = {}, drawn = 0;
+let keys = {}, drawn = 0, scrolled = 0;
+
+// Where the reader was on this page, to be there again after the back button.
+history.scrollRestoration = "manual";
+addEventListener("scroll", () => {
+  clearTimeout(scrolled);
+  scrolled = setTimeout(() => history.replaceState({ scroll: scrollY }, ""), 150);
+});
 
 function open(address) {
+  clearTimeout(scrolled);
+  history.replaceState({ scroll: scrollY }, "");
   history.pushState(null, "", address);
   redraw();
 }
@@ -33,8 +42,9 @@ async function redraw() {
   view.replaceChildren(...(problem ? [element("p", { class: "notice bad" }, `The store cannot be read now: ${problem}`)] : []), place);
   view.dataset.view = name;
   document.title = name === "image" ? `${place.querySelector("h1")?.textContent ?? "image"} · densefeat` : "densefeat";
-  if (view.dataset.path !== location.pathname) scrollTo(0, 0);
-  view.dataset.path = location.pathname;
+  const shown = `${location.pathname} ${new URLSearchParams(location.search).get("page")}`;
+  if (view.dataset.shown !== shown) scrollTo(0, history.state?.scroll ?? 0);
+  view.dataset.shown = shown;
 }
 
 document.addEventListener("click", (event) => {
@@ -60,5 +70,5 @@ document.getElementById("theme").addEventListener("click", () => {
   root.dataset.theme = dark ? "light" : "dark";
   localStorage.setItem("theme", root.dataset.theme);
 });
-addEventListener("popstate", redraw);
+addEventListener("popstate", () => { clearTimeout(scrolled); redraw(); });
 redraw();

@@ -5,6 +5,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from starlette.testclient import TestClient
 
@@ -58,19 +59,19 @@ def test_records_are_read_once_and_damaged_ones_again(tmp_path: Path, caplog: py
     good = place.read_bytes()
     place.write_bytes(good[: len(good) // 2])
     with caplog.at_level(logging.WARNING):
-        ledger = Ledger(Objects(store.uri), FEATURES).read_on()
-        assert ledger.read_on() is ledger
+        ledger = Ledger(Objects(store.uri), FEATURES).read_on(1.0)
+        assert ledger.read_on(1.0) is ledger
     assert caplog.text.count("000001.parquet is damaged") == 1
     assert ledger.sums.figures()["shards"] == 2
     assert ledger.index.equals(read_index(Objects(store.uri), FEATURES))
     place.write_bytes(good)
     (tmp_path / "store" / layout.ledger_key(2)).write_bytes(b"not read again")
-    complete = ledger.read_on()
+    complete = ledger.read_on(1.0)
     assert complete.sums.figures()["seconds"] == {"backbone": 6.0, "read": 1.75, "write": 0.5}
     assert complete.index.equals(expected)
     assert ledger.sums.figures()["shards"] == 2
     place.unlink()  # by a repair
-    assert complete.read_on().sums.figures()["seconds"] == SECONDS[0]
+    assert complete.read_on(1.0).sums.figures()["seconds"] == SECONDS[0]
 
 
 @pytest.mark.parametrize("damage", ["of another shard", "without facts", "without columns"])
@@ -85,7 +86,7 @@ def test_records_that_do_not_fit_leave_their_rows_pending(tmp_path: Path, damage
     place = layout.ledger_key(int(damage == "of another shard"))
     Objects(store.uri).put(layout.ledger_key(0), b"")
     Objects(store.uri).put(place, parquet_bytes(table))
-    ledger = Ledger(Objects(store.uri), FEATURES).read_on()
+    ledger = Ledger(Objects(store.uri), FEATURES).read_on(1.0)
     assert set(ledger.index["status"].to_pylist()) == {"pending"}
     assert ledger.sums.figures()["shards"] == 0
 
@@ -111,3 +112,23 @@ def test_failures_are_counted_once_for_page_and_console(tmp_path: Path, capsys: 
     assert facts["examples"] == {
         "corrupt": "class/001.jpg: cut", "too_small": "class/003.jpg: 2 pixels", "pending": "class/006.jpg"
     }  # fmt: skip
+
+
+def test_many_records_are_read_bit_by_bit(tmp_path: Path) -> None:
+    store = set_up_store(str(tmp_path / "store"))
+    record = write_timed_shard(store, 0)
+    objects, features = Objects(store.uri), replace(FEATURES, rows=100 * SHARD_ROWS)
+    index = pa.concat_tables([read_index(objects, FEATURES).slice(0, SHARD_ROWS)] * 100)
+    numbers = pa.array(range(100 * SHARD_ROWS), pa.int64())
+    objects.put(layout.INDEX, parquet_bytes(index.set_column(0, index.schema.field(0), numbers)))
+    for shard in range(100):
+        rows = pa.array(features.rows_of(shard), pa.int64())
+        outcomes = record.outcomes.set_column(0, record.outcomes.schema.field(0), rows)
+        objects.put(layout.ledger_key(shard), replace(record, shard=shard, outcomes=outcomes).to_bytes())
+    ledgers = [Ledger(objects, features).read_on(0.0)]
+    while ledgers[-1].unread:
+        ledgers.append(ledgers[-1].read_on(0.0))
+    assert [(ledger.sums.figures()["shards"], ledger.unread) for ledger in ledgers] == [
+        (32, 68), (64, 36), (96, 4), (100, 0)]  # fmt: skip
+    assert [ledger.index["status"].to_pylist().count("ok") for ledger in ledgers] == [96, 192, 288, 300]
+    assert ledgers[-1].sums.figures()["seconds"] == {"backbone": 400.0, "read": 150.0}

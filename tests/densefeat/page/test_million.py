@@ -4,23 +4,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 from playwright.sync_api import Page, Request, expect
 
-from densefeat import layout
-from densefeat.layout import FeatureLayout
-from densefeat.storage.objects import Objects
-from pipeline.reporting.seconds import StageSeconds
-from pipeline.store.layout import set_up, step_sha256
-from pipeline.store.shard import write_shard
-from schemas.attributes import StoreAttributes
-from schemas.index import OK, REFERENCES, pending_index
-from schemas.ledger import RowOutcome
 from tests.densefeat.page.serving import NEEDS_CHROMIUM, serving
-from tests.densefeat.page.stores import photograph
-from tests.helpers.stores import C, H, K, W, basis, known_configuration
+from tests.densefeat.page.stores import photograph, references, written_store
+from tests.helpers.stores import H, K, W
 
 pytestmark = [pytest.mark.slow, NEEDS_CHROMIUM]
 
@@ -33,28 +22,13 @@ SLOWEST_MS = 1000  # each answer; measured: 320 ms, on two busy cores shared wit
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("million")
     (folder / "photograph.jpg").write_bytes(photograph(3))
-    uri, rows = str(folder / "store"), np.arange(ROWS)
     keys = [f"n{row % CLASSES:08d}/n{row % CLASSES:08d}_{row}.JPEG" for row in range(ROWS)]
-    columns = [keys, [str(folder / "photograph.jpg")] * ROWS, pa.nulls(ROWS, pa.int64()), rows + 1000, rows % CLASSES]
-    step = np.full(K, 0.05, np.float32)
-    store_basis = basis(K, C)
-    names = tuple(f"class {number}" for number in range(CLASSES))
-    attributes = StoreAttributes(known_configuration(store_basis.digest), {}, names, 0.8, step_sha256(step))
-    features = FeatureLayout(ROWS, K, H, W, "int8", SHARD_ROWS)
-    set_up(Objects(uri), attributes, features, store_basis, step, pending_index(pa.table(columns, schema=REFERENCES)))
-    rng = np.random.default_rng(0)
-    for shard in DONE:
-        outcomes = [
-            RowOutcome(row, OK, None, 2 * H, 2 * W, (0.5, 0, 0, 0, 0.5, 0), (0, 0, H, W))
-            if row % 50
-            else RowOutcome(row, "corrupt", f"cut off at byte {row}")
-            for row in features.rows_of(shard)
-        ]
-        codes = [rng.integers(-127, 128, (K, H, W)).astype(np.int8) for _ in outcomes]
-        chunks = [layout.encode_chunk(one) if o.ok else None for one, o in zip(codes, outcomes, strict=True)]
-        facts = {"configuration_hash": attributes.hash, "clipped": 0, "made_by": {}}
-        write_shard(Objects(uri), shard, SHARD_ROWS, chunks, outcomes, StageSeconds(), facts)
-    return uri
+    images = references(keys, [str(folder / "photograph.jpg")] * ROWS, CLASSES)
+    names = [f"class {number}" for number in range(CLASSES)]
+    failed = range(0, ROWS, 50)
+    return written_store(
+        str(folder / "store"), images, (K, H, W), shard_rows=SHARD_ROWS, shards=DONE, failed=failed, classes=names
+    )
 
 
 @pytest.fixture
