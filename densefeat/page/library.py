@@ -83,7 +83,8 @@ class Ledger:
             return Ledger(self._objects, self._features).read_on(budget_s)
         unread = [shard for shard in recorded if shard not in self._shards]
         found, end = dict[int, tuple[dict[str, Any], pa.Table]](), time.monotonic() + budget_s
-        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+        # From a local disk it is Arrow that takes the time, and more threads would only keep requests waiting.
+        with ThreadPoolExecutor(_PARALLEL_REQUESTS if self._objects.local_path is None else 1) as pool:
             while unread:
                 part, unread = unread[:_PARALLEL_REQUESTS], unread[_PARALLEL_REQUESTS:]
                 found |= {shard: one for shard, one in zip(part, pool.map(self._record, part), strict=True) if one}

@@ -49,14 +49,18 @@ export function choice(label, options, chosen, choose) {
   return element("div", { class: "choice", role: "group", "aria-label": label }, ...buttons);
 }
 
-// A picture, or the reason why there is none. `instead`: replaces a picture that is loaded when it is scrolled to.
+// A picture. Without `instead`, an event "missing" says why there is none; with it, the picture is loaded when it is
+// scrolled to, and replaced by that text if there is none; its title says why.
 export function picture(source, description, instead = null) {
   const image = element("img", { alt: description, loading: instead ? "lazy" : "eager", draggable: "false" });
+  const reason = async () => { try { await get(source); } catch (error) { return error.message; } return "cannot be shown"; };
   image.addEventListener("error", async () => {
-    let reason = "cannot be shown";
-    try { await get(source); } catch (error) { reason = error.message; }
-    image.dispatchEvent(new CustomEvent("missing", { detail: reason }));
-    if (instead) image.replaceWith(element("div", { class: "none", title: reason }, instead));
+    if (!instead) image.dispatchEvent(new CustomEvent("missing", { detail: await reason() }));
+    else {
+      const none = element("div", { class: "none" }, instead);
+      none.addEventListener("pointerenter", async () => { none.title = await reason(); }, { once: true });
+      image.replaceWith(none);
+    }
   });
   image.src = source;
   return image;
