@@ -90,12 +90,14 @@ class Ledger:
                 found |= {shard: one for shard, one in zip(part, pool.map(self._record, part), strict=True) if one}
                 if time.monotonic() > end:
                     break
-        return self._with(found, len(unread)) if found else self
+        return self._with(found, len(unread)) if found or len(unread) != self.unread else self
 
     def _with(self, records: dict[int, tuple[dict[str, Any], pa.Table]], unread: int) -> "Ledger":
         found = copy.copy(self)
-        found._shards = self._shards | records.keys()
         found.unread = unread
+        if not records:  # the rest is damaged
+            return found
+        found._shards = self._shards | records.keys()
         found.sums = copy.deepcopy(self.sums)
         for facts, _ in records.values():
             found.sums.add(facts)
