@@ -127,12 +127,15 @@ def _on_one_line(settings: Any) -> str:
 
 def _facts(store: "FeatureStore") -> dict[str, Any]:
     """What `info --json` prints; sizes are in bytes."""
-    keys, statuses, errors = (store.index[name].to_pylist() for name in ("key", "status", "error"))
+    from densefeat.page.listing import without_features
+
+    counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    for key, status, error in zip(keys, statuses, errors, strict=True):
-        if status != "ok":
-            examples.setdefault(status, f"{key}: {error}" if error else key)
-    counts = Counter(statuses)
+    for group in sorted(without_features(store.index), key=lambda group: group["first"]):
+        key, error = store.index["key"][group["first"]].as_py(), group["error"]
+        examples.setdefault(group["status"], f"{key}: {error}" if error else key)
+        counts[group["status"]] += group["rows"]
+    counts["ok"] = len(store) - counts.total()
     return {
         "uri": store.uri,
         "rows": len(store),
@@ -140,7 +143,7 @@ def _facts(store: "FeatureStore") -> dict[str, Any]:
         "examples": examples,
         "shape": store.shape,
         "dtype": store.layout.dtype,
-        "nbytes": sum(filter(None, store.index["chunk_nbytes"].to_pylist())),
+        "nbytes": int(store.index["chunk_nbytes"].drop_null().to_numpy().sum()),
         "uncompressed_nbytes": counts["ok"] * store.layout.image_nbytes,
         "explained_variance": store.attributes.get("explained_variance"),
         "class_names": store.class_names,

@@ -1,6 +1,7 @@
 """The HTTP interface: the page's files, JSON, pictures, and heat maps as raw bytes. All requests are GET."""
 
 import logging
+import secrets
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,9 @@ from densefeat.page import listing
 from densefeat.page.arguments import integer, row_number, selection
 from densefeat.page.cache import ByteCache
 from densefeat.page.features import component_picture, encoded, segment_colours, segments
-from densefeat.page.figures import store_figures
 from densefeat.page.guard import Guard
 from densefeat.page.library import Library, Shown
-from densefeat.page.photographs import PhotographMissing, Photographs, aligned
+from densefeat.page.photographs import PhotographMissing, Photographs
 from densefeat.page.sample import Match
 
 __all__ = ["build_app"]
@@ -48,13 +48,21 @@ class Page:
         self.library = library
         self.photographs = photographs
         self._pictures: ByteCache[bytes] = ByteCache(_PICTURES_BYTES, len)
+        self._version = secrets.token_hex(4)  # another page may have had this address before
 
     def store(self, request: Request) -> Response:
-        """What the store is, and how many rows it has by status and label."""
+        """What the store is, and how many rows it has by status and label.
+
+        ``version`` goes into the addresses of all that browsers keep; ``problem`` says why the store, while it is being
+        made, cannot be read any more; ``unread_shards``: finished ones whose records are still to be read.
+        """
         shown = self.library.shown()
         k, height, width = shown.store.shape
         facts = {"uri": shown.store.uri, "rows": len(shown.store), "finished": shown.finished, **shown.counts}
-        return JSONResponse({**facts, "k": k, "height": height, "width": width, "dtype": shown.store.layout.dtype})
+        facts |= {"k": k, "height": height, "width": width, "dtype": shown.store.layout.dtype}
+        version = f"{self._version}.{self.library.generation}"
+        unread = shown.ledger.unread if shown.ledger else 0
+        return JSONResponse({**facts, "version": version, "problem": self.library.problem, "unread_shards": unread})
 
     def rows(self, request: Request) -> Response:
         """One page of the rows that match ``q``, ``status`` and ``label``."""
@@ -84,12 +92,8 @@ class Page:
 
         def make() -> bytes:
             record = listing.record(shown.store.index, row, shown.class_names)
-            picture = self.photographs.read(record)
             _, height, width = shown.store.shape
-            if record["affine"] is None:
-                picture.thumbnail((size, size))
-            else:
-                picture = aligned(picture, record["affine"], (height, width), size)
+            picture = self.photographs.read(record, (height, width), size)
             return encoded(picture, "JPEG" if picture.mode == "RGB" else "PNG")
 
         return self._picture(("photograph", row, size), make)
@@ -142,8 +146,7 @@ class Page:
 
     def figures(self, request: Request) -> Response:
         """The store in figures."""
-        shown = self.library.shown()
-        return JSONResponse(store_figures(shown.store, shown.objects, finished=shown.finished))
+        return JSONResponse(self.library.shown().figures)
 
     def _row(self, request: Request) -> tuple[Shown, int]:
         shown = self.library.shown()
@@ -165,7 +168,7 @@ class Page:
         return JSONResponse({"matches": matches, "sample": sample})
 
     def _picture(self, key: tuple[Any, ...], make: Callable[[], bytes]) -> Response:
-        data = self._pictures.get(key, make)
+        data = self._pictures.get((self.library.generation, *key), make)
         kind = "image/png" if data.startswith(b"\x89PNG") else "image/jpeg"
         return Response(data, media_type=kind, headers=_KEPT)
 
@@ -176,7 +179,7 @@ def build_app(
     """As `densefeat.page.create_app`, which checks the options."""
     library = Library(store, storage_options)
     source = library.shown().store.attributes["configuration"].get("source", {})
-    page = Page(library, Photographs(str(source.get("kind", "folder")), images))
+    page = Page(library, Photographs(source, images))
     per_row = ("image", "photograph", "colours", "component", "segments", "heat", "nearest")
     routes: list[Route | Mount] = [Route(f"/api/{name}/{{row}}", getattr(page, name)) for name in per_row]
     routes += [Route(f"/api/{name}", getattr(page, name)) for name in ("store", "rows", "similar", "figures")]

@@ -1,6 +1,7 @@
 """Features of single rows, kept as codes; colours, components and segments of them."""
 
 import io
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from densefeat.errors import StoreError
 from densefeat.page.cache import ByteCache
 from densefeat.store import FeatureStore
 
@@ -18,6 +20,8 @@ __all__ = ["Features", "Seen", "component_picture", "encoded", "segments"]
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
+
+logger = logging.getLogger(__name__)
 
 _SCALE_IMAGES = 24
 _SCALE_STRIDE = 4
@@ -75,14 +79,15 @@ class Features:
 
     Args:
         store: the store.
+        before: of the same store when fewer rows were done; its codes and scale are taken over.
         max_bytes: of all codes kept.
     """
 
-    def __init__(self, store: FeatureStore, max_bytes: int = 512 << 20) -> None:
+    def __init__(self, store: FeatureStore, before: "Features | None" = None, max_bytes: int = 512 << 20) -> None:
         self.store = store
-        self._seen: ByteCache[Seen] = ByteCache(max_bytes, lambda seen: seen.nbytes)
+        self._seen: ByteCache[Seen] = before._seen if before else ByteCache(max_bytes, lambda seen: seen.nbytes)
         self._scale_lock = threading.Lock()
-        self._scale: tuple[Floats, Floats] | None = None
+        self._scale: tuple[Floats, Floats] | None = before._scale if before else None
 
     @cached_property
     def ok_rows(self) -> npt.NDArray[np.int64]:
@@ -133,17 +138,25 @@ class Features:
         """Lowest and highest value of the three components, [3] each, from rows spread over the store."""
         with self._scale_lock:
             if self._scale is None:
-                parts = [
-                    _first_three(self.store.read(row)[:3, ::_SCALE_STRIDE, ::_SCALE_STRIDE].reshape(-1, self._pixels()))
-                    for row in self.spread(_SCALE_IMAGES)
-                ]
+                parts = list(self._parts_of_scale())
                 low, high = np.percentile(np.concatenate(parts, axis=1), _PERCENTILES, axis=1).astype(np.float32)
                 self._scale = low, np.maximum(high, low + np.finfo(np.float32).eps)
             return self._scale
 
-    def _pixels(self) -> int:
-        _, height, width = self.store.shape
-        return -(-height // _SCALE_STRIDE) * -(-width // _SCALE_STRIDE)
+    def _parts_of_scale(self) -> Iterator[Floats]:
+        """Values of rows spread over the store, [3, pixels] each. Damaged rows are left out, unless all are."""
+        rows = self.spread(_SCALE_IMAGES)
+        damaged = 0
+        for row in rows:
+            try:
+                values = self.store.read(row)[:3, ::_SCALE_STRIDE, ::_SCALE_STRIDE]
+            except StoreError as error:
+                damaged += 1
+                if damaged == len(rows):
+                    raise
+                logger.warning("row %d is left out of the scale of colours: %s", row, error)
+            else:
+                yield _first_three(values.reshape(len(values), -1))
 
 
 def component_picture(seen: Seen, component: int, deviation: float) -> Pixels:

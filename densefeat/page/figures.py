@@ -4,65 +4,79 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from densefeat import layout
+from densefeat.page.listing import without_features
 from densefeat.parquet import read_parquet
 from densefeat.storage.objects import Objects
 from densefeat.store import FeatureStore
 
-__all__ = ["store_figures"]
+__all__ = ["ShardSums", "manifest_figures", "store_figures"]
+
+_FAILURES = 50
 
 
-def store_figures(store: FeatureStore, objects: Objects, *, finished: bool) -> dict[str, Any]:
-    """All figures, JSON-serializable.
+def store_figures(store: FeatureStore) -> dict[str, Any]:
+    """All figures but those of the shards, JSON-serializable.
 
     Raises:
         StoreError, OSError: the store is damaged, or its storage failed.
     """
-    index = store.index
-    nbytes = index["chunk_nbytes"].drop_null()
-    found = {
+    nbytes = store.index["chunk_nbytes"].drop_null()
+    return {
         "explained_variance_ratio": store.array("pca/explained_variance_ratio").tolist(),
         "explained_variance": store.attributes.get("explained_variance"),
         "images": len(nbytes),
         "bytes": pc.sum(nbytes).as_py() or 0,
         "uncompressed_bytes_per_image": store.layout.image_nbytes,
         "sizes": _histogram(nbytes.to_numpy()),
-        "failures": _failures(store),
+        "failures": without_features(store.index, pending=False)[:_FAILURES],
         "configuration": store.attributes["configuration"],
         "configuration_hash": store.attributes["configuration_hash"],
         "versions": store.attributes.get("versions", {}),
-        "seconds": None,
     }
-    return {**found, **(_manifest(objects) if finished else {})}
 
 
-def _manifest(objects: Objects) -> dict[str, Any]:
+def manifest_figures(objects: Objects) -> dict[str, Any]:
+    """Figures of the shards of a finished store; see `ShardSums.figures`.
+
+    Raises:
+        ValueError, OSError: the manifest is damaged, or the storage failed.
+    """
     manifest = read_parquet(objects.get(layout.MANIFEST))
-    seconds: Counter[str] = Counter()
-    for one in manifest["seconds"].to_pylist():
-        seconds.update(dict(one or []))
-    hosts = Counter(dict(one or []).get("device") for one in manifest["made_by"].to_pylist())
-    return {
-        "seconds": dict(seconds.most_common()),
-        "shards": manifest.num_rows,
-        "devices": {name: count for name, count in hosts.items() if name},
-        "clipped": pc.sum(manifest["clipped"]).as_py() or 0,
-    }
+    sums = ShardSums()
+    for record in manifest.select(["rows_ok", "clipped", "seconds", "made_by"]).to_pylist():
+        sums.add({**record, "seconds": dict(record["seconds"] or []), "made_by": dict(record["made_by"] or [])})
+    return sums.figures()
 
 
-def _failures(store: FeatureStore, most: int = 50) -> list[dict[str, Any]]:
-    """Failed rows by status and reason, the most frequent first."""
-    index = store.index.select(["row", "status", "error"])
-    failed = index.filter(pc.invert(pc.is_in(index["status"], pa.array(["ok", "pending"]))))
-    groups = failed.group_by(["status", "error"]).aggregate([("row", "count"), ("row", "min")]).to_pylist()
-    groups.sort(key=lambda group: -group["row_count"])
-    return [
-        {"status": one["status"], "error": one["error"], "rows": one["row_count"], "first": one["row_min"]}
-        for one in groups[:most]
-    ]
+class ShardSums:
+    """Sums over the records of shards."""
+
+    def __init__(self) -> None:
+        self._seconds: Counter[str] = Counter()
+        self._devices: Counter[str] = Counter()
+        self._shards = self._images = self._clipped = 0
+
+    def add(self, facts: dict[str, Any]) -> None:
+        """Add a record's ``rows_ok``, ``clipped``, ``seconds`` by stage and ``made_by``."""
+        self._shards += 1
+        self._images += facts["rows_ok"]
+        self._clipped += facts["clipped"]
+        self._seconds.update(facts["seconds"])
+        if device := facts["made_by"].get("device"):
+            self._devices[device] += 1
+
+    def figures(self) -> dict[str, Any]:
+        """``seconds`` by stage, the longest first (None before the first shard), and what they are of, to be shown."""
+        return {
+            "seconds": dict(self._seconds.most_common()) if self._shards else None,
+            "timed_images": self._images,
+            "shards": self._shards,
+            "devices": dict(self._devices),
+            "clipped": self._clipped,
+        }
 
 
 def _histogram(nbytes: Any, bins: int = 24) -> dict[str, Any] | None:

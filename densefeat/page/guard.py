@@ -1,5 +1,6 @@
 """Which requests are answered: Host header (against DNS rebinding), token, and the headers of every response."""
 
+import hashlib
 import hmac
 import ipaddress
 import socket
@@ -14,7 +15,6 @@ from densefeat.page.server import is_loopback
 
 __all__ = ["Guard"]
 
-_COOKIE = "densefeat_token"
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
     "frame-ancestors 'none'; form-action 'self'",
@@ -38,6 +38,8 @@ class Guard:
     def __init__(self, app: ASGIApp, *, host: str, token: str | None) -> None:
         self.app = app
         self.token = token
+        # Of its own for each token: browsers send cookies to all ports of a host, on which there may be several pages.
+        self._cookie_name = f"densefeat_{hashlib.sha256((token or '').encode()).hexdigest()[:12]}"
         self._local = is_loopback(host)
         self._names = {"localhost", host.lower(), *(() if self._local else _names_of_this_machine())}
 
@@ -61,7 +63,7 @@ class Guard:
         scheme, _, credentials = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and self._is_token(credentials.strip()):
             return self.app
-        if self._is_token(_cookie(headers.get("cookie", ""))):
+        if self._is_token(_cookie(headers.get("cookie", ""), self._cookie_name)):
             return self.app
         return PlainTextResponse("This page needs its token: open the address that the command printed.", 403)
 
@@ -83,7 +85,7 @@ class Guard:
         """Keep the token in a cookie, and take it out of the address."""
         path = "/" + quote(scope["path"].lstrip("/"))  # one slash: two would name another host
         response = RedirectResponse(path + (f"?{urlencode(query)}" if query else ""), 303)
-        response.set_cookie(_COOKIE, quote(self.token or ""), httponly=True, samesite="lax")
+        response.set_cookie(self._cookie_name, quote(self.token or ""), httponly=True, samesite="lax")
         response.headers["Cache-Control"] = "no-store"
         return response
 
@@ -97,9 +99,9 @@ def _with_headers(send: Send) -> Send:
     return sending
 
 
-def _cookie(header: str) -> str:
+def _cookie(header: str, name: str) -> str:
     try:
-        morsel = SimpleCookie(header).get(_COOKIE)
+        morsel = SimpleCookie(header).get(name)
     except CookieError:
         return ""
     return unquote(morsel.value) if morsel else ""

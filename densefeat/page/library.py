@@ -1,53 +1,191 @@
-"""The store that the page shows, opened again while it is being made."""
+"""The store that the page shows, followed while it is being made."""
 
+import copy
+import json
+import logging
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from densefeat import layout
+from densefeat.errors import DensefeatError, StoreError
+from densefeat.index import recorded_shards, stored_index
 from densefeat.page.cache import ByteCache
 from densefeat.page.features import Features
-from densefeat.page.listing import counts, matching_rows
+from densefeat.page.figures import ShardSums, manifest_figures, store_figures
+from densefeat.page.listing import counts, matching_rows, rows_with_text
 from densefeat.page.sample import Sample
+from densefeat.parquet import read_parquet
 from densefeat.storage.objects import Objects
 from densefeat.store import FeatureStore
 
-__all__ = ["Library", "Shown"]
+__all__ = ["Ledger", "Library", "Shown"]
+
+logger = logging.getLogger(__name__)
 
 _FILTERS_BYTES = 64 << 20
+_PARALLEL_REQUESTS = 32
+_FIRST_S, _LATER_S = 2.0, 5.0  # a store with 20,000 finished shards is shown before all of their records are read
+_OUTCOME = ("status", "error", "chunk_offset", "chunk_nbytes")  # columns that each record has
+_FACTS = ("rows_ok", "clipped", "seconds", "made_by")
+
+
+class Ledger:
+    """The shards of an unfinished store that are done, each of whose records is read once.
+
+    Args:
+        objects: the store.
+        features: its layout.
+
+    Attributes:
+        index: one record per row, as ``FeatureStore.index``.
+        sums: over the shards.
+        unread: number of records that `read_on` has not read yet.
+
+    Raises:
+        StoreError, OSError: the index is missing or damaged, or the storage failed.
+    """
+
+    def __init__(self, objects: Objects, features: layout.FeatureLayout) -> None:
+        self._objects, self._features = objects, features
+        self._shards: frozenset[int] = frozenset()
+        self._damaged: dict[int, str] = {}
+        self.sums = ShardSums()
+        self.unread = 0
+        stored = stored_index(objects, features.rows)
+        columns = {name: pa.nulls(stored.num_rows, stored.schema.field(name).type) for name in _OUTCOME}
+        columns["status"] = pa.repeat("pending", stored.num_rows)
+        self.index = pa.table([columns.get(name, stored[name]) for name in stored.column_names], schema=stored.schema)
+
+    def read_on(self, budget_s: float) -> "Ledger":
+        """The ledger as it is now: this one, or a new one if shards were finished, or dropped by a repair.
+
+        Args:
+            budget_s: seconds to read records for; there are then `unread` ones left.
+
+        Raises:
+            StoreError, OSError: as the class.
+        """
+        try:
+            recorded = recorded_shards(self._objects, self._features)
+        except PermissionError as error:
+            if self._objects.can_list:
+                raise
+            raise StoreError(f"{self._objects.uri}: cannot tell which shards are done: {error}") from error
+        if not self._shards <= set(recorded):
+            return Ledger(self._objects, self._features).read_on(budget_s)
+        unread = [shard for shard in recorded if shard not in self._shards]
+        found, end = dict[int, tuple[dict[str, Any], pa.Table]](), time.monotonic() + budget_s
+        # From a local disk it is Arrow that takes the time, and more threads would only keep requests waiting.
+        with ThreadPoolExecutor(_PARALLEL_REQUESTS if self._objects.local_path is None else 1) as pool:
+            while unread:
+                part, unread = unread[:_PARALLEL_REQUESTS], unread[_PARALLEL_REQUESTS:]
+                found |= {shard: one for shard, one in zip(part, pool.map(self._record, part), strict=True) if one}
+                if time.monotonic() > end:
+                    break
+        return self._with(found, len(unread)) if found or len(unread) != self.unread else self
+
+    def _with(self, records: dict[int, tuple[dict[str, Any], pa.Table]], unread: int) -> "Ledger":
+        found = copy.copy(self)
+        found.unread = unread
+        if not records:  # the rest is damaged
+            return found
+        found._shards = self._shards | records.keys()
+        found.sums = copy.deepcopy(self.sums)
+        for facts, _ in records.values():
+            found.sums.add(facts)
+        found.index = _replaced(self.index, [outcomes for _, outcomes in records.values()])
+        return found
+
+    def _record(self, shard: int) -> tuple[dict[str, Any], pa.Table] | None:
+        """Facts and outcomes in the record of a shard; None if it is damaged or gone, so that its rows are pending."""
+        key = layout.ledger_key(shard)
+        try:
+            record = read_parquet(self._objects.get(key))
+            facts = json.loads((record.schema.metadata or {})[layout.ATTRIBUTES_KEY.encode()])
+            names = set(record.column_names)
+            if not names.issuperset(_OUTCOME):
+                raise ValueError("columns are missing")
+            if record["row"].to_pylist() != list(self._features.rows_of(shard)):
+                raise ValueError("it is about other rows")
+            schema = pa.schema([field for field in self.index.schema if field.name in names])
+            outcomes = record.select(schema.names).replace_schema_metadata(None)
+            if outcomes.schema != schema:
+                outcomes = outcomes.cast(schema)
+            return {name: facts[name] for name in _FACTS}, outcomes
+        except FileNotFoundError:  # deleted by a job since it was listed
+            return None
+        except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
+            if self._damaged.get(shard) != str(error):
+                self._damaged[shard] = str(error)
+                logger.warning("the ledger record %s is damaged: %s; its rows count as pending", key, error)
+            return None
+
+
+def _replaced(index: pa.Table, outcomes: list[pa.Table]) -> pa.Table:
+    """The index with the outcomes of some rows. Arrow takes a million rows at once faster than shards one by one."""
+    places = np.arange(index.num_rows)
+    together = pa.concat_tables(outcomes, promote_options="default")
+    places[together["row"].to_numpy()] = index.num_rows + np.arange(together.num_rows)
+    rows = pa.array(places)
+    for number, name in enumerate(index.column_names):
+        if name in together.column_names and name != "row":
+            both = pa.chunked_array([*index[name].chunks, *together[name].chunks], index.schema.field(name).type)
+            index = index.set_column(number, index.schema.field(name), both.combine_chunks().take(rows))
+    return index
 
 
 class Shown:
     """A store as it was when it was opened, and what is kept of it.
 
     Args:
-        uri: of the store.
-        storage_options: passed to fsspec.
+        store: the store.
+        objects: its objects.
+        ledger: of an unfinished store; None: the store is finished.
+        before: the same store when it was opened last; what has been read then is kept.
     """
 
-    def __init__(self, uri: str, storage_options: dict[str, Any] | None) -> None:
-        self.objects = Objects(uri, storage_options)
-        self.finished = self.objects.exists(layout.MANIFEST)  # before the index: it may be finished in between
-        self.store = FeatureStore(uri, storage_options)
-        self.class_names = [str(name) for name in self.store.attributes.get("class_names") or ()]
-        self.counts = counts(self.store.index, self.class_names)
-        self.features = Features(self.store)
-        self.sample = Sample(self.features)
-        self.opened = time.monotonic()
+    def __init__(
+        self, store: FeatureStore, objects: Objects, ledger: Ledger | None, before: "Shown | None" = None
+    ) -> None:
+        self.store, self.objects, self.ledger = store, objects, ledger
+        self.finished = ledger is None
+        self.class_names = list(store.class_names)
+        self.counts = counts(store.index, self.class_names)
+        self.features: Features = Features(store, before.features if before else None)
+        self.sample: Sample = Sample(self.features, before=before.sample if before and ledger else None)
+        self._lower_keys: pa.ChunkedArray = before._lower_keys if before else pc.utf8_lower(store.index["key"])
         self._filtered: ByteCache[npt.NDArray[Any]] = ByteCache(_FILTERS_BYTES, lambda rows: rows.nbytes)
 
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """The store in figures."""
+        shards = manifest_figures(self.objects) if self.ledger is None else self.ledger.sums.figures()
+        return {**store_figures(self.store), **shards}
+
     def rows(self, text: str, status: str, label: int | None) -> npt.NDArray[Any]:
-        """As `densefeat.page.listing.matching_rows`."""
-        return self._filtered.get(
-            (text, status, label),
-            lambda: matching_rows(self.store.index, text=text, status=status, label=label),
-        )
+        """Rows whose key contains ``text``, with this status and label; see `densefeat.page.listing.matching_rows`."""
+
+        def make() -> npt.NDArray[Any]:
+            with_text = self.rows(text, "", None) if text and (status or label is not None) else None
+            if text and with_text is None:
+                return rows_with_text(self._lower_keys, text)
+            return matching_rows(self.store.index, with_text, status=status, label=label)
+
+        return self._filtered.get((text, status, label), make)
 
 
 class Library:
-    """Opens the store, and again every ``refresh_s`` seconds until it is finished.
+    """Opens the store, and looks every ``refresh_s`` seconds for shards finished since, until the store is finished.
+
+    A thread of its own looks when the page is used, so that no request waits.
 
     Raises:
         StoreError, OSError: as for ``densefeat.FeatureStore``.
@@ -55,15 +193,56 @@ class Library:
 
     def __init__(self, uri: str, storage_options: dict[str, Any] | None = None, *, refresh_s: float = 10.0) -> None:
         self._uri, self._options, self._refresh_s = uri, storage_options, refresh_s
+        self._objects = Objects(uri, storage_options)
         self._lock = threading.Lock()
-        self._shown = Shown(uri, storage_options)
+        self._looking = False
+        self._shown = self._opened(None)
+        self._looked = time.monotonic()
+        self.generation = 0  # stores at this place so far, less one
+        self.problem: str | None = None  # why the store could not be read when it was looked at last
 
     def shown(self) -> Shown:
-        """The store as it is now, or was at most ``refresh_s`` seconds ago."""
-        shown = self._shown
-        if shown.finished or time.monotonic() - shown.opened < self._refresh_s:
-            return shown
+        """The store as it was when it was looked at last."""
         with self._lock:
-            if self._shown is shown:
-                self._shown = Shown(self._uri, self._options)
+            ledger = self._shown.ledger
+            due = ledger is not None and (ledger.unread > 0 or time.monotonic() - self._looked >= self._refresh_s)
+            if due and not self._looking:
+                self._looking = True
+                threading.Thread(target=self._look, name="densefeat-page-library", daemon=True).start()
             return self._shown
+
+    def _look(self) -> None:
+        before, problem = self._shown, None
+        try:
+            shown = self._opened(before)
+        except (DensefeatError, OSError) as error:
+            logger.warning("the store cannot be read: %s", error)
+            shown, problem = before, str(error)
+        except Exception:
+            logger.exception("the store cannot be read")
+            shown, problem = before, "internal error; see the messages of the command"
+        with self._lock:
+            self.generation += not _is_same(shown.store, before.store)
+            self._shown, self.problem, self._looking = shown, problem, False
+            self._looked = time.monotonic()
+
+    def _opened(self, before: Shown | None) -> Shown:
+        """The store as it is now; ``before`` itself if nothing has changed."""
+        finished = self._objects.exists(layout.MANIFEST)  # before the index: it may be finished in between
+        store = FeatureStore(self._uri, self._options)
+        if before is not None and not _is_same(store, before.store):
+            before = None
+        if finished:
+            return Shown(store, self._objects, None, before)
+        if before is not None and before.ledger is not None:
+            ledger = before.ledger.read_on(_LATER_S)
+            if ledger is before.ledger:
+                return before
+        else:
+            ledger = Ledger(self._objects, store.layout).read_on(_FIRST_S)
+        store.index = ledger.index
+        return Shown(store, self._objects, ledger, before)
+
+
+def _is_same(one: FeatureStore, other: FeatureStore) -> bool:
+    return one.attributes == other.attributes and one.layout == other.layout

@@ -44,9 +44,10 @@ class Sample:
     Args:
         features: reads the rows.
         max_images: at most so many; fewer if they need more than 128 MiB.
+        before: of the same store when fewer rows were done; what it has read is taken over.
     """
 
-    def __init__(self, features: Features, max_images: int = _MAX_IMAGES) -> None:
+    def __init__(self, features: Features, max_images: int = _MAX_IMAGES, before: "Sample | None" = None) -> None:
         k, height, width = features.store.shape
         self.grid = (min(_GRID, height), min(_GRID, width))
         cells = self.grid[0] * self.grid[1]
@@ -58,6 +59,14 @@ class Sample:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self.complete = threading.Event()
+        if before is not None:
+            with before._lock:
+                taken = np.flatnonzero(before._rows >= 0)[: self.target]
+                self._directions[: len(taken)], self._rows[: len(taken)] = (
+                    before._directions[taken],
+                    before._rows[taken],
+                )
+            self._next = len(taken) % max(self.target, 1)
 
     def __len__(self) -> int:
         return int((self._rows >= 0).sum())

@@ -10,8 +10,14 @@ export function element(tag, attributes = {}, ...children) {
   return made;
 }
 
+// The address of something that the browser keeps: another store may have had the same one.
+let version = "";
+export function setVersion(text) { version = text; }
+export const kept = (path) => `${path}${path.includes("?") ? "&" : "?"}v=${version}`;
+
 export async function get(path, options = {}) {
-  const response = await fetch(path, options);
+  let response;
+  try { response = await fetch(path, options); } catch { throw new Error("The page does not answer: is the command still running?"); }
   if (!response.ok) {
     const text = await response.text();
     let reason = text;
@@ -34,7 +40,7 @@ export function setParameters(changes, keep = false) {
   }
   const text = query.toString().replaceAll("%2C", ",");
   const address = location.pathname + (text ? `?${text}` : "");
-  history[keep ? "pushState" : "replaceState"](null, "", address);
+  history[keep ? "pushState" : "replaceState"](keep ? null : history.state, "", address);
 }
 
 export function choice(label, options, chosen, choose) {
@@ -43,14 +49,18 @@ export function choice(label, options, chosen, choose) {
   return element("div", { class: "choice", role: "group", "aria-label": label }, ...buttons);
 }
 
-// A picture, or the reason why there is none.
-export function picture(source, description, lazy = false) {
-  const image = element("img", { alt: description, loading: lazy ? "lazy" : "eager", draggable: "false" });
+// A picture. Without `instead`, an event "missing" says why there is none; with it, the picture is loaded when it is
+// scrolled to, and replaced by that text if there is none; its title says why.
+export function picture(source, description, instead = null) {
+  const image = element("img", { alt: description, loading: instead ? "lazy" : "eager", draggable: "false" });
+  const reason = async () => { try { await get(source); } catch (error) { return error.message; } return "cannot be shown"; };
   image.addEventListener("error", async () => {
-    let reason = "cannot be shown";
-    try { await get(source); } catch (error) { reason = error.message; }
-    image.dispatchEvent(new CustomEvent("missing", { detail: reason }));
-    if (lazy) image.replaceWith(element("div", { class: "none", title: reason }, "no photograph"));
+    if (!instead) image.dispatchEvent(new CustomEvent("missing", { detail: await reason() }));
+    else {
+      const none = element("div", { class: "none" }, instead);
+      none.addEventListener("pointerenter", async () => { none.title = await reason(); }, { once: true });
+      image.replaceWith(none);
+    }
   });
   image.src = source;
   return image;

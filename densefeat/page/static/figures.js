@@ -14,8 +14,8 @@ export async function figures(view, store) {
   const cards = [
     card("Images", ...big(count(found.images), `with features, of ${count(store.rows)}; ${store.finished ? "finished" : "still being made"}`)),
     card("Variance explained", ...big(`${(100 * share).toFixed(1)} %`, `by ${store.k} components`), bars(found.explained_variance_ratio)),
-    card("Bytes an image", ...big(found.images ? bytes(each) : "none yet", `${bytes(found.bytes)} together; ${(found.uncompressed_bytes_per_image / (each || 1)).toFixed(1)} times smaller than uncompressed`), found.sizes ? bars(found.sizes.counts) : ""),
-    card("Seconds by stage", found.seconds ? meters(found.seconds, found.images) : element("p", { class: "soft" }, "Known when the store is finished.")),
+    card("Bytes an image", ...big(found.images ? bytes(each) : "none", found.images ? `${bytes(found.bytes)} together; ${(found.uncompressed_bytes_per_image / each).toFixed(1)} times smaller than uncompressed` : "No image has features."), found.sizes ? bars(found.sizes.counts) : ""),
+    card("Seconds by stage", ...seconds(found, store)),
     card("Failures", found.failures.length ? failures(found.failures) : element("p", { class: "soft" }, "No image failed.")),
     card("Read it", element("pre", {}, code), copy(code)),
     card("Configuration", table([...flat(found.configuration), ...flat({ versions: found.versions }), ["hash", found.configuration_hash]].map(([name, value]) => [cell(name), cell(value)]))),
@@ -23,6 +23,12 @@ export async function figures(view, store) {
   cards.at(-1).classList.add("wide");
   view.replaceChildren(element("div", { class: "cards" }, ...cards));
   return {};
+}
+
+function seconds(found, store) {
+  if (!found.seconds) return [element("p", { class: "soft" }, "Known when the first shard is finished.")];
+  const shards = `${count(found.shards)} ${found.shards === 1 ? "shard" : "shards"}`;
+  return [meters(found.seconds, found.timed_images), store.finished ? "" : element("p", { class: "soft small" }, `Of the ${count(found.timed_images)} images in ${shards} that are done.`)];
 }
 
 function bars(values) {

@@ -1,13 +1,16 @@
 // One image: its layers, and everything like a point or a box of it.
-import { choice, element, get, json, parameters, picture, setParameters } from "./dom.js";
+import { choice, element, get, json, kept, parameters, picture, setParameters } from "./dom.js";
 import { drawHeat } from "./heat.js";
 
 const LAYERS = { photograph: "Photograph", features: "Features", component: "Component", segments: "Segments" };
 
 export async function image(view, store, redraw, open) {
   const number = location.pathname.split("/")[2], row = await json(`/api/image/${number}`), query = parameters();
-  const state = { layer: query.get("layer") in LAYERS ? query.get("layer") : "features", component: +(query.get("component") || 0),
-    segments: +(query.get("segments") || 6), opacity: +(query.get("opacity") || 70), point: query.get("point"), box: query.get("box") };
+  // Whatever an address says, or one that was kept of another store.
+  const whole = (name, low, high, otherwise) => Math.min(Math.max(Math.round(+(query.get(name) ?? otherwise)) || low, low), high);
+  const numbers = (name, many) => { const text = query.get(name); return text && text.split(",").length === many && text.split(",").every((one) => one !== "" && Number.isFinite(+one)) ? text : null; };
+  const state = { layer: Object.hasOwn(LAYERS, query.get("layer")) ? query.get("layer") : "features", component: whole("component", 0, store.k - 1, 0),
+    segments: whole("segments", 2, 16, 6), opacity: whole("opacity", 0, 100, 70), point: numbers("point", 2), box: numbers("box", 4) };
   const facts = [row.label_name, row.width ? `${row.width}×${row.height}` : null, row.chunk_nbytes ? `${(row.chunk_nbytes / 1e6).toFixed(2)} MB` : null];
   const step = (to, text, name) => element("button", { type: "button", "aria-label": name, disabled: to == null, onclick: () => open(`/image/${to}${layerOnly()}`) }, text);
   const title = element("div", { class: "bar" }, element("div", {}, element("h1", {}, row.key), element("div", { class: "soft small" }, [`row ${row.row}`, ...facts].filter(Boolean).join(" · "))),
@@ -21,13 +24,18 @@ export async function image(view, store, redraw, open) {
   }
   const notice = element("div"), over = element("img", { class: "over", alt: "" }), heat = element("canvas", { class: "over", id: "heat" });
   const spot = element("div", { class: "spot", hidden: true }), stage = element("div", { class: "stage", id: "stage" });
-  const photo = picture(`/api/photograph/${number}?size=1024`, `Photograph ${row.key}`);
+  const photo = picture(kept(`/api/photograph/${number}?size=1024`), `Photograph ${row.key}`);
   let noPhotograph = false;
   photo.addEventListener("missing", (event) => {
     noPhotograph = true;
     photo.hidden = true;
-    notice.replaceChildren(element("p", { class: "notice", id: "no-photograph" }, `The photograph ${event.detail}`));
+    notice.append(element("p", { class: "notice", id: "no-photograph" }, `The photograph ${event.detail}`));
     draw();
+  });
+  over.addEventListener("error", async () => {
+    let reason = "unknown";
+    try { await get(over.getAttribute("src")); } catch (error) { reason = error.message; }
+    if (!document.getElementById("no-features")) notice.append(element("p", { class: "notice bad", id: "no-features" }, `The features cannot be shown: ${reason}`));
   });
   stage.append(photo, over, heat, spot);
   const controls = element("div"), others = element("div", { class: "others" }), othersTitle = element("h2"), othersNote = element("p", { class: "soft small" });
@@ -36,9 +44,9 @@ export async function image(view, store, redraw, open) {
 
   const selected = () => state.box ? `box=${state.box}` : state.point ? `point=${state.point}` : null;
   function layerOnly() {
-    const kept = new URLSearchParams();
-    for (const name of ["layer", "component", "segments", "opacity"]) if (parameters().get(name)) kept.set(name, parameters().get(name));
-    return kept.size ? `?${kept}` : "";
+    const query = new URLSearchParams();
+    for (const name of ["layer", "component", "segments", "opacity"]) if (parameters().get(name)) query.set(name, parameters().get(name));
+    return query.size ? `?${query}` : "";
   }
   function set(changes, keep = false) {
     Object.assign(state, changes);
@@ -46,7 +54,8 @@ export async function image(view, store, redraw, open) {
     draw();
   }
   function draw() {
-    const sources = { features: `/api/colours/${number}`, component: `/api/component/${number}?component=${state.component}`, segments: `/api/segments/${number}?count=${state.segments}` };
+    const sources = { features: kept(`/api/colours/${number}`), component: kept(`/api/component/${number}?component=${state.component}`),
+      segments: kept(`/api/segments/${number}?count=${state.segments}`) };
     const layer = noPhotograph && state.layer === "photograph" ? "features" : state.layer, hot = !heat.hidden;
     over.hidden = hot || layer === "photograph";
     if (!over.hidden && over.getAttribute("src") !== sources[layer]) over.src = sources[layer];
@@ -73,7 +82,7 @@ export async function image(view, store, redraw, open) {
     if (busy) { waiting = asked; return; }
     busy = true;
     try {
-      const values = new Uint8Array(await (await get(`/api/heat/${number}?from=${number}&${asked}`)).arrayBuffer());
+      const values = new Uint8Array(await (await get(kept(`/api/heat/${number}?from=${number}&${asked}`))).arrayBuffer());
       if (selected() === asked || (!selected() && hovering)) {
         drawHeat(heat, values, store.width, store.height);
         heat.hidden = false;
@@ -100,13 +109,14 @@ export async function image(view, store, redraw, open) {
     try { found = await json(asked ? `/api/similar?from=${number}&${asked}` : `/api/nearest/${number}`); } catch { return; }
     if (asked !== selected() || !view.contains(stage)) return;
     othersTitle.textContent = asked ? "The same in other images" : "Nearest images";
+    const among = (number) => `${number.toLocaleString("en")} ${number === 1 ? "image" : "images"}`;
     const { images, of, complete } = found.sample;
-    othersNote.textContent = complete ? `Among ${images} of ${store.rows.toLocaleString("en")} images.` : `Reading images: ${images} of ${of}…`;
+    othersNote.textContent = complete ? (found.matches.length ? `Among ${images} of ${among(store.rows)}.` : "No other image has features.") : `Reading images: ${images} of ${of}…`;
     others.replaceChildren(...found.matches.slice(0, 18).map((match) => other(match, asked)));
     if (!complete) setTimeout(() => stage.isConnected && asked === selected() && more(), 1200);
   }
   function other(match, asked) {
-    const inside = element("div", { class: "pair" }, noPhotograph ? picture(`/api/colours/${match.row}`, match.key, true) : picture(`/api/photograph/${match.row}?size=256`, match.key, true));
+    const inside = element("div", { class: "pair" }, noPhotograph ? picture(kept(`/api/colours/${match.row}`), match.key, "features cannot be read") : picture(kept(`/api/photograph/${match.row}?size=256`), match.key, "no photograph"));
     if (asked) heatOver(inside, match.row, asked);
     const at = asked ? `?point=${(match.x * store.width).toFixed(1)},${(match.y * store.height).toFixed(1)}` : layerOnly();
     return element("a", { class: "tile", href: `/image/${match.row}${at}`, title: match.key }, inside,
@@ -114,7 +124,7 @@ export async function image(view, store, redraw, open) {
   }
   async function heatOver(inside, row, asked) {
     try {
-      const values = new Uint8Array(await (await get(`/api/heat/${row}?from=${number}&${asked}`)).arrayBuffer());
+      const values = new Uint8Array(await (await get(kept(`/api/heat/${row}?from=${number}&${asked}`))).arrayBuffer());
       const canvas = element("canvas");
       canvas.style.opacity = .65;
       drawHeat(canvas, values, store.width, store.height);

@@ -1,13 +1,22 @@
 // Views by address, theme, keyboard.
-import { element, json } from "./dom.js";
+import { element, json, setVersion } from "./dom.js";
 import { figures } from "./figures.js";
 import { image } from "./image.js";
 import { wall } from "./wall.js";
 
 const view = document.getElementById("view"), dialog = document.getElementById("keys");
-let keys = {}, drawn = 0;
+let keys = {}, drawn = 0, scrolled = 0;
+
+// Where the reader was on this page, to be there again after the back button.
+history.scrollRestoration = "manual";
+addEventListener("scroll", () => {
+  clearTimeout(scrolled);
+  scrolled = setTimeout(() => history.replaceState({ scroll: scrollY }, ""), 150);
+});
 
 function open(address) {
+  clearTimeout(scrolled);
+  history.replaceState({ scroll: scrollY }, "");
   history.pushState(null, "", address);
   redraw();
 }
@@ -16,9 +25,11 @@ async function redraw() {
   const turn = ++drawn, path = location.pathname, name = path === "/figures" ? "figures" : path.startsWith("/image/") ? "image" : "wall";
   const place = element("div");
   for (const link of document.querySelectorAll("nav a")) link.classList.toggle("here", link.dataset.view === name || (name === "image" && link.dataset.view === "wall"));
-  let found = {};
+  let found = {}, problem = null;
   try {
     const store = await json("/api/store");
+    problem = store.problem;
+    setVersion(store.version);
     document.documentElement.style.setProperty("--ratio", `${store.width} / ${store.height}`);
     document.getElementById("where").textContent = store.uri;
     found = await { figures, image, wall }[name](place, store, redraw, open);
@@ -28,11 +39,12 @@ async function redraw() {
   }
   if (turn !== drawn) return;
   keys = found;
-  view.replaceChildren(place);
+  view.replaceChildren(...(problem ? [element("p", { class: "notice bad" }, `The store cannot be read now: ${problem}`)] : []), place);
   view.dataset.view = name;
   document.title = name === "image" ? `${place.querySelector("h1")?.textContent ?? "image"} · densefeat` : "densefeat";
-  if (view.dataset.path !== location.pathname) scrollTo(0, 0);
-  view.dataset.path = location.pathname;
+  const shown = `${location.pathname} ${new URLSearchParams(location.search).get("page")}`;
+  if (view.dataset.shown !== shown) scrollTo(0, history.state?.scroll ?? 0);
+  view.dataset.shown = shown;
 }
 
 document.addEventListener("click", (event) => {
@@ -58,5 +70,5 @@ document.getElementById("theme").addEventListener("click", () => {
   root.dataset.theme = dark ? "light" : "dark";
   localStorage.setItem("theme", root.dataset.theme);
 });
-addEventListener("popstate", redraw);
+addEventListener("popstate", () => { clearTimeout(scrolled); redraw(); });
 redraw();

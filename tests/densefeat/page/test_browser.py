@@ -1,56 +1,28 @@
 """The page in a headless Chromium."""
 
-import os
-import socket
-import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from densefeat import FeatureStore
-from densefeat.page import create_app
+from tests.densefeat.page.serving import NEEDS_CHROMIUM, serving
 from tests.densefeat.page.stores import MISSING_ROW, photographed_store
 from tests.helpers.stores import FAILED_ROWS, ROWS, H, W
 
-CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM}: apt-get install chromium")
+pytestmark = NEEDS_CHROMIUM
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """Addresses of the page of a finished and of an unfinished store."""
-    stores = {
-        "finished": photographed_store(tmp_path_factory.mktemp("finished")),
-        "pending": photographed_store(tmp_path_factory.mktemp("pending"), finished=False),
-    }
-    servers, found = [], {"uri": stores["finished"]}
-    for name, uri in stores.items():
-        listener = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(uri), log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        servers.append((server, thread, listener))
-        found[name] = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    yield found
-    for server, thread, listener in servers:
-        server.should_exit = True
-        thread.join(20)
-        listener.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
-        yield chromium
-        chromium.close()
+    finished = photographed_store(tmp_path_factory.mktemp("finished"))
+    pending = photographed_store(tmp_path_factory.mktemp("pending"), finished=False)
+    with serving(finished) as one, serving(pending) as other:
+        yield {"uri": finished, "finished": one, "pending": other}
 
 
 @pytest.fixture
@@ -130,7 +102,8 @@ def test_a_store_that_is_being_made(page: Page, served: dict[str, Any]) -> None:
     page.goto(f"{served['pending']}/image/{ROWS - 1}")
     expect(page.locator(".notice")).to_contain_text("not done yet")
     page.goto(f"{served['pending']}/figures")
-    expect(page.locator("main")).to_contain_text("Known when the store is finished")
+    expect(page.locator("main")).to_contain_text("Of the 3 images in 1 shard that are done.")
+    expect(page.locator("tr", has_text="write")).to_contain_text("ms an image")
 
 
 def test_the_keyboard(page: Page, served: dict[str, Any]) -> None:

@@ -41,7 +41,9 @@ def test_other_addresses_need_a_token(uri: str) -> None:
     for path in ("/", "/static/main.js", "/api/store", "/?token=wrong", "/?token="):
         assert client.get(path).status_code == 403
     assert client.get("/api/store", headers={"Authorization": "Bearer wrong"}).status_code == 403
-    assert client.get("/api/store", headers={"Cookie": "densefeat_token=wrong"}).status_code == 403
+    name = client.get("/", params={"token": TOKEN}, follow_redirects=False).headers["set-cookie"].partition("=")[0]
+    client.cookies.clear()
+    assert client.get("/api/store", headers={"Cookie": f"{name}=wrong"}).status_code == 403
     assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
     bearer = {"Authorization": f"Bearer {TOKEN}"}
     assert client.get("/api/store", headers=bearer).status_code == 200
@@ -56,6 +58,22 @@ def test_the_token_stays_in_a_cookie_after_the_first_visit(uri: str) -> None:
     assert client.get("/api/store").status_code == 200
     away = client.get("http://10.0.0.7:8000//evil.example", params={"token": TOKEN}, follow_redirects=False)
     assert away.headers["location"] == "/evil.example"
+
+
+def test_two_pages_of_one_host_do_not_take_each_others_cookies(uri: str) -> None:
+    cookies: list[str] = []
+    clients = []
+    for number, token in enumerate(("first", "second")):
+        app = create_app(uri, host="0.0.0.0", token=token)
+        client = TestClient(app, base_url=f"http://10.0.0.7:800{number}")
+        answer = client.get("/", params={"token": token}, follow_redirects=False)
+        cookies.append(answer.headers["set-cookie"].partition(";")[0])
+        clients.append(TestClient(app, base_url=f"http://10.0.0.7:800{number}"))
+    for client in clients:  # browsers send both to both
+        assert client.get("/api/store").status_code == 403
+        assert client.get("/api/store", headers={"Cookie": "; ".join(cookies)}).status_code == 200
+        assert client.get("/api/store", headers={"Cookie": "; ".join(cookies[::-1])}).status_code == 200
+    assert cookies[0].partition("=")[0] != cookies[1].partition("=")[0]
 
 
 @pytest.mark.parametrize("key", ["../secret.jpg", "class/../../secret.jpg", "/etc/passwd", "link/secret.jpg", ""])

@@ -14,8 +14,7 @@ from densefeat import FeatureStore
 from densefeat.page import create_app
 from densefeat.page.cache import ByteCache
 from densefeat.page.features import Features, segments
-from densefeat.page.library import Library
-from densefeat.page.listing import matching_rows
+from densefeat.page.listing import matching_rows, rows_with_text
 from densefeat.page.sample import Sample
 from densefeat.storage.objects import Objects
 from tests.densefeat.page.stores import MISSING_ROW, photographed_store
@@ -142,15 +141,12 @@ def test_figures(client: TestClient) -> None:
     assert sum(found["explained_variance_ratio"]) == pytest.approx(0.8)
 
 
-def test_a_store_that_is_being_made_grows(tmp_path: Path) -> None:
+def test_rows_of_shards_that_are_not_done(tmp_path: Path) -> None:
     store = set_up_store(str(tmp_path / "store"))
-    library = Library(store.uri, refresh_s=0)
-    assert library.shown().counts["statuses"] == {"pending": ROWS}
     write_known_shard(store, 0)
-    assert library.shown().counts["statuses"]["ok"] == 3
     client = TestClient(create_app(store.uri), base_url=ADDRESS)
     assert client.get("/api/colours/10").json()["status"] == "pending"
-    assert client.get("/api/figures").json()["seconds"] is None
+    assert client.get("/api/colours/0").status_code == 200
 
 
 @pytest.mark.s3
@@ -207,9 +203,13 @@ def test_a_cache_keeps_to_its_bytes() -> None:
 
 def test_a_million_rows_are_filtered_in_arrow() -> None:
     rows = 1_000_000
-    keys = pa.array(np.char.add("class/", np.arange(rows).astype(str)))
+    keys = pa.array([f"class/{row:x}" for row in range(rows)])
     index = pa.table({"key": keys, "status": pa.array(np.where(np.arange(rows) % 1000, "ok", "corrupt")),
                       "label": pa.array(np.arange(rows) % 10)})  # fmt: skip
-    found = matching_rows(index, text="99999", status="ok", label=9)
-    expected = [row for row in range(9, rows, 10) if "99999" in str(row) and row % 1000]
-    assert found.tolist() == expected
+    with_text = rows_with_text(index["key"], "9A999")
+    assert with_text.tolist() == [row for row in range(rows) if "9a999" in f"{row:x}"]
+    found = matching_rows(index, with_text, status="ok", label=9)
+    assert found.tolist() == [row for row in with_text if row % 10 == 9 and row % 1000]
+    assert matching_rows(index, status="failed").tolist() == list(range(0, rows, 1000))
+    assert matching_rows(index, label=3, status="corrupt").tolist() == []
+    assert len(matching_rows(index)) == rows
