@@ -4,8 +4,8 @@
     python -m benchmarks.jobs.main_job --images PHOTOS --vit FILE --vit-pooling FILE --picture fits.png
 
 With a pooling model from jobs/fit_pooling.py, the job runs with ``--upsampler multiview`` instead. Each run is the job
-as a user starts it (in a separate process, on Ray), on 200 photographs and on five copies of them. Memory is the sum of
-the proportional set sizes (PSS) of all its processes.
+as a user starts it (in a separate process, on Ray, with the default layers), on 200 photographs and on five copies of
+them. Memory is the sum of the proportional set sizes (PSS) of all its processes.
 """
 
 import argparse
@@ -38,8 +38,8 @@ def main() -> None:
     if arguments.one:
         run_one(arguments.one)
         return
-    lite0 = {"backbone": "tf_efficientnet_lite0", "weights": str(arguments.lite0), "layer": "-2"}
-    vit = {"backbone": "vit_small_patch14_dinov2.lvd142m", "weights": str(arguments.vit), "layer": "10"}
+    lite0 = {"backbone": "tf_efficientnet_lite0", "weights": str(arguments.lite0)}
+    vit = {"backbone": "vit_small_patch14_dinov2.lvd142m", "weights": str(arguments.vit)}
     if arguments.vit_pooling:
         fit = {"upsampler": "multiview", "upsampler_weights": str(arguments.vit_pooling)}
         runs = [(vit | fit, 1)]
@@ -69,7 +69,6 @@ def measure(images: Path, repeats: int, chosen: dict[str, Any], picture: Path | 
             show(ShowConfig(store=options["store"], output=str(picture), weights=options["weights"]))
     return {
         "backbone": chosen["backbone"],
-        "layer": chosen["layer"],
         "upsampler": chosen.get("upsampler", "jbu"),
         "k": K,
         "size": SIZE,
@@ -105,8 +104,10 @@ def run_one(options: dict[str, Any]) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     started = time.monotonic()
-    report = carry_out(make_plan(UpsampleConfig(**options)), started)
+    plan = make_plan(UpsampleConfig(**options))
+    report = carry_out(plan, started)
     row = {
+        "layer": plan.configuration.backbone["layer"],
         "images": report.rows_ok + report.rows_failed,
         "failed": report.rows_failed,
         "images_per_s": round(report.images_per_second, 2),
