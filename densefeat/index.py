@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,28 +14,20 @@ from densefeat.align import RECORDED, RowGeometry
 from densefeat.arguments import whole_number
 from densefeat.errors import MissingFeatures, StoreError
 from densefeat.layout import FeatureLayout
-from densefeat.parquet import read_parquet
+from densefeat.ledger import OUTCOME, check_columns, pending, read_record, recorded_shards, with_outcomes
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
+from densefeat.storage.parquet import read_parquet
 
-__all__ = ["IndexedRows", "read_index", "recorded_shards", "stored_index"]
+__all__ = ["IndexedRows", "read_index", "stored_index"]
 
 Rows = slice | Iterable[int | str]
 
 logger = logging.getLogger(__name__)
 
-_PENDING = "pending"
 _SHOWN = 10
-# Columns that this package reads: `_OUTCOME` from ledger records, `_COLUMNS` from the index. schemas/index.py has the
-# whole schema.
-_OUTCOME = {
-    "row": pa.int64(),
-    "status": pa.string(),
-    "error": pa.string(),
-    "chunk_offset": pa.int64(),
-    "chunk_nbytes": pa.int64(),
-}
-_COLUMNS = {"key": pa.string(), "label": pa.int64(), "affine": pa.list_(pa.float64()), **_OUTCOME}
+# Columns of the index that this package reads. schemas/index.py has the whole schema.
+_COLUMNS = {"key": pa.string(), "label": pa.int64(), "affine": pa.list_(pa.float64()), **OUTCOME}
 
 REPAIR = "verify the store with jobs/verify_store.py --repair and compute the lost rows again with --resume"
 _REBUILD = "jobs/verify_store.py --repair rebuilds it from the images and the ledger"
@@ -73,7 +65,7 @@ def stored_index(objects: Objects, rows: int | None = None) -> pa.Table:
     """
     try:
         index = read_parquet(objects.get(layout.INDEX))
-        _check_columns(index, _COLUMNS)
+        check_columns(index, _COLUMNS)
         if rows is not None and index.num_rows != rows:
             raise ValueError(f"it has {index.num_rows} rows, the features have {rows}")
         if not np.array_equal(index["row"].to_numpy(), np.arange(index.num_rows)):
@@ -85,73 +77,23 @@ def stored_index(objects: Objects, rows: int | None = None) -> pa.Table:
     return index
 
 
-def recorded_shards(objects: Objects, features: FeatureLayout) -> list[int]:
-    """The shards that have a ledger record, in order.
-
-    Raises:
-        OSError: the storage failed.
-    """
-    if objects.can_list:
-        keys = set(objects.list(layout.LEDGER))
-        return [shard for shard in range(features.shards) if layout.ledger_key(shard) in keys]
-    exists = in_order(lambda shard: objects.exists(layout.ledger_key(shard)), range(features.shards))
-    return [shard for shard, recorded in enumerate(exists) if recorded]
-
-
 def _with_finished_shards(index: pa.Table, objects: Objects, features: FeatureLayout) -> pa.Table:
-    """Complete the index of an unfinished store from the valid ledger records."""
-    shards = recorded_shards(objects, features)
-    records = dict(zip(shards, in_order(partial(_outcomes, objects, features, index.schema), shards), strict=True))
-    parts = []
-    for shard in range(features.shards):
-        rows = features.rows_of(shard)
-        part = index.slice(rows.start, len(rows))
-        outcomes = records.get(shard)
-        # Only the ledger says what is done; outcomes that an earlier merge left in the index are ignored.
-        parts.append(_replaced(part, _pending(part) if outcomes is None else outcomes))
-    return pa.concat_tables(parts).combine_chunks()
+    """Complete the index of an unfinished store from the ledger; rows of a damaged record are pending."""
 
+    def outcomes(shard: int) -> pa.Table | None:
+        try:
+            return read_record(objects, features, index.schema, shard)
+        except FileNotFoundError:  # deleted by a job since it was listed
+            return None
+        except ValueError as error:
+            logger.warning(
+                "%s: the ledger record %s is damaged: %s; its rows count as pending, and --resume computes them again",
+                objects.uri, layout.ledger_key(shard), error,
+            )  # fmt: skip
+            return None
 
-def _outcomes(objects: Objects, features: FeatureLayout, index: pa.Schema, shard: int) -> pa.Table | None:
-    """The outcomes of a shard's rows in its ledger record; None if the record is damaged or gone.
-
-    The shard then counts as not done, as for a resumed job, which drops the record and computes the shard again.
-    """
-    key = layout.ledger_key(shard)
-    try:
-        record = read_parquet(objects.get(key))
-        _check_columns(record, _OUTCOME)
-        _check_columns(record, {field.name: field.type for field in index if field.name in record.column_names})
-        if record["row"].to_pylist() != list(features.rows_of(shard)):
-            raise ValueError("it is about other rows")
-    except FileNotFoundError:  # deleted by a job since it was listed
-        return None
-    except ValueError as error:
-        logger.warning(
-            "%s: the ledger record %s is damaged: %s; its rows count as pending, and --resume computes them again",
-            objects.uri, key, error,
-        )  # fmt: skip
-        return None
-    return record
-
-
-def _check_columns(table: pa.Table, columns: dict[str, pa.DataType]) -> None:
-    for name, kind in columns.items():
-        if table.column_names.count(name) != 1:
-            raise ValueError(f"it has {table.column_names.count(name)} columns {name!r}, expected 1")
-        if table.schema.field(name).type != kind:
-            raise ValueError(f"its column {name!r} holds {table.schema.field(name).type}, expected {kind}")
-
-
-def _pending(index: pa.Table) -> pa.Table:
-    rows = index.num_rows
-    columns = {name: pa.nulls(rows, kind) for name, kind in _OUTCOME.items()}
-    return pa.table({**columns, "row": index["row"], "status": pa.array([_PENDING] * rows)})
-
-
-def _replaced(index: pa.Table, outcomes: pa.Table) -> pa.Table:
-    columns = [outcomes[name] if name in outcomes.column_names else index[name] for name in index.column_names]
-    return pa.table(columns, schema=index.schema)
+    found = in_order(outcomes, recorded_shards(objects, features))
+    return with_outcomes(pending(index), [record for record in found if record is not None])
 
 
 class IndexedRows:

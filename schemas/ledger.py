@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from densefeat.parquet import parquet_bytes, read_parquet
+from densefeat.storage.parquet import parquet_bytes, read_parquet
 from schemas.index import OK, OUTCOMES
 
 _METADATA_KEY = b"densefeat"

@@ -8,8 +8,8 @@ import pyarrow.compute as pc
 
 from densefeat import layout
 from densefeat.page.listing import without_features
-from densefeat.parquet import read_parquet
 from densefeat.storage.objects import Objects
+from densefeat.storage.parquet import read_parquet
 from densefeat.store import FeatureStore
 
 __all__ = ["ShardSums", "manifest_figures", "store_figures"]

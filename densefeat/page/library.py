@@ -9,21 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from densefeat import layout
 from densefeat.errors import DensefeatError, StoreError
-from densefeat.index import recorded_shards, stored_index
+from densefeat.index import stored_index
+from densefeat.ledger import pending, read_record, recorded_shards, with_outcomes
 from densefeat.page.cache import ByteCache
 from densefeat.page.features import Features
 from densefeat.page.figures import ShardSums, manifest_figures, store_figures
 from densefeat.page.listing import counts, matching_rows, rows_with_text
 from densefeat.page.sample import Sample
-from densefeat.parquet import read_parquet
 from densefeat.storage.objects import Objects
+from densefeat.storage.parallel import PARALLEL_REQUESTS
 from densefeat.store import FeatureStore
 
 __all__ = ["Ledger", "Library", "Shown"]
@@ -31,9 +31,7 @@ __all__ = ["Ledger", "Library", "Shown"]
 logger = logging.getLogger(__name__)
 
 _FILTERS_BYTES = 64 << 20
-_PARALLEL_REQUESTS = 32
 _FIRST_S, _LATER_S = 2.0, 5.0  # a store with 20,000 finished shards is shown before all of their records are read
-_OUTCOME = ("status", "error", "chunk_offset", "chunk_nbytes")  # columns that each record has
 _FACTS = ("rows_ok", "clipped", "seconds", "made_by")
 
 
@@ -59,10 +57,7 @@ class Ledger:
         self._damaged: dict[int, str] = {}
         self.sums = ShardSums()
         self.unread = 0
-        stored = stored_index(objects, features.rows)
-        columns = {name: pa.nulls(stored.num_rows, stored.schema.field(name).type) for name in _OUTCOME}
-        columns["status"] = pa.repeat("pending", stored.num_rows)
-        self.index = pa.table([columns.get(name, stored[name]) for name in stored.column_names], schema=stored.schema)
+        self.index = pending(stored_index(objects, features.rows))
 
     def read_on(self, budget_s: float) -> "Ledger":
         """The ledger as it is now: this one, or a new one if shards were finished, or dropped by a repair.
@@ -84,9 +79,9 @@ class Ledger:
         unread = [shard for shard in recorded if shard not in self._shards]
         found, end = dict[int, tuple[dict[str, Any], pa.Table]](), time.monotonic() + budget_s
         # From a local disk it is Arrow that takes the time, and more threads would only keep requests waiting.
-        with ThreadPoolExecutor(_PARALLEL_REQUESTS if self._objects.local_path is None else 1) as pool:
+        with ThreadPoolExecutor(PARALLEL_REQUESTS if self._objects.local_path is None else 1) as pool:
             while unread:
-                part, unread = unread[:_PARALLEL_REQUESTS], unread[_PARALLEL_REQUESTS:]
+                part, unread = unread[:PARALLEL_REQUESTS], unread[PARALLEL_REQUESTS:]
                 found |= {shard: one for shard, one in zip(part, pool.map(self._record, part), strict=True) if one}
                 if time.monotonic() > end:
                     break
@@ -101,45 +96,23 @@ class Ledger:
         found.sums = copy.deepcopy(self.sums)
         for facts, _ in records.values():
             found.sums.add(facts)
-        found.index = _replaced(self.index, [outcomes for _, outcomes in records.values()])
+        found.index = with_outcomes(self.index, [outcomes for _, outcomes in records.values()])
         return found
 
     def _record(self, shard: int) -> tuple[dict[str, Any], pa.Table] | None:
         """Facts and outcomes in the record of a shard; None if it is damaged or gone, so that its rows are pending."""
         key = layout.ledger_key(shard)
         try:
-            record = read_parquet(self._objects.get(key))
-            facts = json.loads((record.schema.metadata or {})[layout.ATTRIBUTES_KEY.encode()])
-            names = set(record.column_names)
-            if not names.issuperset(_OUTCOME):
-                raise ValueError("columns are missing")
-            if record["row"].to_pylist() != list(self._features.rows_of(shard)):
-                raise ValueError("it is about other rows")
-            schema = pa.schema([field for field in self.index.schema if field.name in names])
-            outcomes = record.select(schema.names).replace_schema_metadata(None)
-            if outcomes.schema != schema:
-                outcomes = outcomes.cast(schema)
+            outcomes = read_record(self._objects, self._features, self.index.schema, shard)
+            facts = json.loads((outcomes.schema.metadata or {})[layout.ATTRIBUTES_KEY.encode()])
             return {name: facts[name] for name in _FACTS}, outcomes
         except FileNotFoundError:  # deleted by a job since it was listed
             return None
-        except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             if self._damaged.get(shard) != str(error):
                 self._damaged[shard] = str(error)
                 logger.warning("the ledger record %s is damaged: %s; its rows count as pending", key, error)
             return None
-
-
-def _replaced(index: pa.Table, outcomes: list[pa.Table]) -> pa.Table:
-    """The index with the outcomes of some rows. Arrow takes a million rows at once faster than shards one by one."""
-    places = np.arange(index.num_rows)
-    together = pa.concat_tables(outcomes, promote_options="default")
-    places[together["row"].to_numpy()] = index.num_rows + np.arange(together.num_rows)
-    rows = pa.array(places)
-    for number, name in enumerate(index.column_names):
-        if name in together.column_names and name != "row":
-            both = pa.chunked_array([*index[name].chunks, *together[name].chunks], index.schema.field(name).type)
-            index = index.set_column(number, index.schema.field(name), both.combine_chunks().take(rows))
-    return index
 
 
 class Shown:

@@ -24,9 +24,9 @@ from densefeat import layout
 from densefeat.errors import StoreError
 from densefeat.index import stored_index
 from densefeat.layout import FeatureLayout
-from densefeat.parquet import parquet_bytes
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
+from densefeat.storage.parquet import parquet_bytes
 from densefeat.store import read_attributes
 from pipeline.errors import JobError
 from pipeline.features.pca import Basis

@@ -7,8 +7,8 @@ import pyarrow as pa
 from densefeat import layout
 from densefeat.errors import StoreError
 from densefeat.index import stored_index
-from densefeat.parquet import parquet_bytes
 from densefeat.storage.objects import Objects
+from densefeat.storage.parquet import parquet_bytes
 from densefeat.store import FeatureStore
 from pipeline.errors import JobError
 from pipeline.images.listing.source import keys_digest, list_images

@@ -8,10 +8,10 @@ import pyarrow as pa
 
 from densefeat import layout
 from densefeat.errors import StoreError
-from densefeat.index import recorded_shards
-from densefeat.parquet import read_parquet
+from densefeat.ledger import recorded_shards
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
+from densefeat.storage.parquet import read_parquet
 from densefeat.store import FeatureStore
 from pipeline.features.pca import Basis
 from pipeline.images.listing.source import keys_digest

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 import densefeat.index
 from densefeat import FeatureStore, MissingFeatures, StoreError, TorchFeatures, layout
-from densefeat.parquet import parquet_bytes, read_parquet
 from densefeat.storage.objects import Objects
+from densefeat.storage.parquet import parquet_bytes, read_parquet
 from pipeline.store.layout import finish
 from tests.helpers.stores import (
     FAILED_ROWS,
@@ -217,7 +217,7 @@ def test_dataset_gives_codes_and_transforms(known: KnownStore) -> None:
 
 
 def test_reading_an_index_starts_no_threads(known: KnownStore) -> None:
-    # Threads of Arrow's that are still at work when a program ends have killed it (densefeat/parquet.py).
+    # Threads of Arrow's that are still at work when a program ends have killed it (densefeat/storage/parquet.py).
     program = (
         "import os, sys; from densefeat import FeatureStore; store = FeatureStore(sys.argv[1])\n"
         "before = len(os.listdir('/proc/self/task')); store.index.to_pylist()\n"

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from densefeat import FeatureStore, MissingFeatures, StoreError, TorchFeatures, layout
-from densefeat.parquet import parquet_bytes, read_parquet
+from densefeat.storage.parquet import parquet_bytes, read_parquet
 from tests.helpers.stores import FAILED_ROWS, ROWS, SHARD_ROWS, KnownStore, make_store, set_up_store, write_known_shard
 
 GOOD_ROWS = [row for row in range(ROWS) if row not in FAILED_ROWS]

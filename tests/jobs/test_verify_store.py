@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from densefeat import FeatureStore, MissingFeatures, StoreError, layout
-from densefeat.parquet import parquet_bytes, read_parquet
 from densefeat.storage.objects import Objects
+from densefeat.storage.parquet import parquet_bytes, read_parquet
 from jobs.verify_store import VerifyConfig, verify
 from pipeline.errors import JobError
 from pipeline.images.listing.source import keys_digest

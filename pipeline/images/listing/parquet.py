@@ -197,7 +197,7 @@ def _read_rows(file: pq.ParquetFile, columns: list[str], rows: int) -> pa.Table:
     while total < rows:
         total += file.metadata.row_group(len(groups)).num_rows
         groups.append(len(groups))
-    # In this thread: see densefeat/parquet.py.
+    # In this thread: see densefeat/storage/parquet.py.
     return file.read_row_groups(groups, columns=columns, use_threads=False).slice(0, rows)
 
 

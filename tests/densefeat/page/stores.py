@@ -11,8 +11,8 @@ from PIL import Image
 
 from densefeat import layout
 from densefeat.layout import INDEX, FeatureLayout
-from densefeat.parquet import parquet_bytes, read_parquet
 from densefeat.storage.objects import Objects
+from densefeat.storage.parquet import parquet_bytes, read_parquet
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.store.layout import finish, set_up, step_sha256
 from pipeline.store.shard import write_shard

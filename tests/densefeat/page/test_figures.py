@@ -15,8 +15,8 @@ from densefeat.layout import FeatureLayout
 from densefeat.page import create_app
 from densefeat.page.library import Ledger, Library
 from densefeat.page.listing import without_features
-from densefeat.parquet import parquet_bytes, read_parquet
 from densefeat.storage.objects import Objects
+from densefeat.storage.parquet import parquet_bytes, read_parquet
 from pipeline.store.layout import finish
 from schemas.ledger import LedgerRecord
 from tests.densefeat.page.stores import replace_columns

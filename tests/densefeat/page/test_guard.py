@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 
 from densefeat.layout import INDEX
 from densefeat.page import create_app
-from densefeat.parquet import parquet_bytes, read_parquet
+from densefeat.storage.parquet import parquet_bytes, read_parquet
 from tests.densefeat.page.stores import photographed_store
 from tests.helpers.stores import ROWS, make_store
 
