@@ -1,1 +1,4 @@
-"""One script per claim. Results go to ``results/``; ``benchmarks.tables`` makes the README's tables from them."""
+"""One script per claim.
+
+Results go to ``results/``; ``benchmarks.tables`` makes the tables of README.md and docs/ from them.
+"""

@@ -14,11 +14,12 @@ _PLACE = re.compile(r"--(?:store|output|images|pca) ([\w./-]+[\w/])")
 
 def commands() -> str:
     """All texts that have commands for a person."""
-    files = [ROOT / "README.md", ROOT / "ray_cluster.yaml", *(ROOT / "jobs").glob("*.py")]
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    files = [*documents, ROOT / "ray_cluster.yaml", *(ROOT / "jobs").glob("*.py")]
     return "\n".join(file.read_text() for file in files)
 
 
-def test_what_the_readmes_commands_read_and_write_is_not_packed() -> None:
+def test_what_the_documents_commands_read_and_write_is_not_packed() -> None:
     places = {place for place in _PLACE.findall(commands()) if "." in place or "/" in place}
     assert {"features/", "basis.npz", "photos/", "jbu/", "features.png"} <= places
     packed = [

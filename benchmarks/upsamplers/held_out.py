@@ -24,12 +24,12 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "lite0": {
         "backbone": "tf_efficientnet_lite0",
         "weights": str(SHARED / "weights" / "tf_efficientnet_lite0.safetensors"),
-        "layer": 3,
+        "layer": "3",
     },
     "vit": {
         "backbone": "vit_small_patch14_dinov2.lvd142m",
         "weights": str(SHARED / "weights" / "vit_small_patch14_dinov2.focus.safetensors"),
-        "layer": 10,
+        "layer": "10",
     },
 }
 
@@ -45,7 +45,7 @@ def photos(part: str, count: int, device: torch.device) -> list[Tensor]:
 def build(name: str, device: torch.device) -> Backbone:
     """Build one of `BACKBONES`."""
     options = BACKBONES[name]
-    backbone = build_backbone(options["backbone"], size=SIZE, weights=options["weights"], layer=options["layer"])
+    backbone = build_backbone(options["backbone"], size=SIZE, weights=options["weights"], layer=int(options["layer"]))
     return backbone.to(device)
 
 

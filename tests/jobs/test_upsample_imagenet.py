@@ -35,7 +35,8 @@ VIT = SHARED / "weights" / "vit_small_patch14_dinov2.focus.safetensors"
 
 needs_shared = pytest.mark.skipif(not COCO.exists(), reason=f"needs the photographs and weights in {SHARED}")
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @needs_shared
@@ -230,18 +231,19 @@ def test_a_basis_can_be_shared(photographs: Path, tmp_path: Path) -> None:
         upsample(replace(job, store=str(tmp_path / "other"), components=9, pca=str(tmp_path / "basis.npz")))
 
 
-def test_the_readmes_snippets_run(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documents_snippets_run(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "photographs"
     folder.mkdir()
     for i, path in enumerate(sorted(photographs.rglob("*.png"))[:4]):
         shutil.copyfile(path, folder / ("chelsea.png" if i == 1 else path.name))
     assert upsample(config(folder, tmp_path / "demo" / "store")) == 0
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     results = []
     for snippet in snippets:
         names: dict[str, Any] = {}
-        exec(compile(snippet, "README.md", "exec"), names)
+        exec(compile(snippet, "a document's snippet", "exec"), names)
         results.append(names)
     reading, plain_zarr, kernels = results
     for names in (reading, plain_zarr):

@@ -1,0 +1,45 @@
+"""Tables within documents, between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.tables import features, performance, upsamplers
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+TABLES: dict[str, Callable[[], str]] = {
+    "headline": performance.headline,
+    "choice": upsamplers.choice,
+    "held_out_of_jbu": upsamplers.held_out_of_jbu,
+    "layers": features.layers,
+    "upsamplers": upsamplers.upsamplers,
+    "upsampler_costs": upsamplers.upsampler_costs,
+    "probe": upsamplers.probe,
+    "fits": upsamplers.fits,
+    "training": upsamplers.training,
+    "demo": performance.demo,
+    "main_job": performance.main_job,
+    "start": performance.start,
+    "reader": performance.reader,
+    "page": performance.page,
+    "jbu_parts": performance.jbu_parts,
+    "jbu": performance.jbu,
+}
+
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def names(text: str) -> list[str]:
+    """Names of the tables in ``text``, in order."""
+    return [mark[2] for mark in MARKED.finditer(text)]
+
+
+def with_tables(text: str) -> str:
+    """Regenerate the content between each table's marks in ``text``.
+
+    Raises:
+        KeyError: there is no table of that name.
+    """
+    return MARKED.sub(lambda mark: f"{mark[1]}{TABLES[mark[2]]()}\n{mark[3]}", text)

@@ -1,0 +1,57 @@
+"""Intervals of paired figures, compared with their known distributions."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.bootstrap import paired
+
+
+def share(counts: Tensor) -> Tensor:
+    """Hits divided by trials: [N, 2] -> [N]."""
+    return counts[:, 0] / counts[:, 1]
+
+
+def tries(hits: Tensor, trials: int) -> Tensor:
+    return torch.stack([hits, torch.full_like(hits, trials)], -1)
+
+
+def test_the_interval_of_a_mean_is_that_of_its_standard_error() -> None:
+    photos, trials = 400, 100
+    hits = torch.randint(0, trials + 1, (1, photos), generator=torch.Generator().manual_seed(1))
+    estimate, difference = paired({"base": tries(hits, trials)}, share, "base")["base"]
+    values = hits[0].double() / trials
+    assert estimate.mean == pytest.approx(float(values.mean()))
+    assert estimate.half_width == pytest.approx(1.96 * float(values.std()) / math.sqrt(photos), rel=0.05)
+    assert (difference.mean, difference.low, difference.high) == (0, 0, 0)
+
+
+def test_what_is_common_to_both_sides_cancels() -> None:
+    """Photographs of very different difficulty, and one side better by the same amount on each."""
+    base = torch.randint(0, 90, (3, 50), generator=torch.Generator().manual_seed(2))
+    found = paired({"base": tries(base, 100), "better": tries(base + 5, 100)}, share, "base")
+    value, difference = found["better"]
+    assert value.half_width > 0.05
+    assert difference.mean == pytest.approx(0.05)
+    assert difference.half_width == pytest.approx(0, abs=1e-9)
+
+
+def test_differences_between_runs_widen_the_interval() -> None:
+    same = torch.full((8, 50), 50)
+    apart = same + torch.arange(8)[:, None] * 5 - 17
+    narrow, wide = (paired({"base": tries(hits, 100)}, share, "base")["base"][0] for hits in (same, apart))
+    assert narrow.half_width == pytest.approx(0, abs=1e-9)
+    assert wide.half_width == pytest.approx(0.175, abs=0.005)
+
+
+def test_noise_alone_is_within_the_interval() -> None:
+    """Of 100 comparisons of equals about 5 are called different; 15 would be very unlikely."""
+    generator = torch.Generator().manual_seed(3)
+    wrong = 0
+    for _ in range(100):
+        sides = torch.randint(0, 101, (2, 1, 60), generator=generator)
+        _, difference = paired({"a": tries(sides[0], 100), "b": tries(sides[1], 100)}, share, "a")["b"]
+        wrong += difference.low > 0 or difference.high < 0
+    assert 1 <= wrong <= 14
