@@ -49,7 +49,9 @@ def test_a_store_made_by_share_is_resumed(photographs: Path, tmp_path: Path) -> 
     assert upsample(whole) == 0
     assert upsample(replace(parts, shards=":1")) == 0
     k = FeatureStore(parts.store).shape[0]
-    assert f"features    {k} components of 128 channels" in describe(make_plan(replace(parts, resume=True)))
+    resumed = make_plan(replace(parts, resume=True))
+    assert resumed.components == k
+    assert f"features    {k} components of 128 channels" in describe(resumed)
     for components, shards in ((0.9, "1:2"), (k, "2:3"), (None, None)):
         assert upsample(replace(parts, components=components, shards=shards, resume=True)) == 0
     assert shard_bytes(Path(parts.store)) == shard_bytes(Path(whole.store))

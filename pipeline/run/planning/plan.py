@@ -82,8 +82,8 @@ class Plan:
     @property
     def components(self) -> float:
         """Components of a basis that is to be fitted, as `pipeline.features.pca.fit` takes them."""
-        share = self.configuration.pca.explained_share
-        return self.features.components if share is None else share
+        pca = self.configuration.pca
+        return self.features.components if pca.explained_share is None or pca.components else pca.explained_share
 
     def shard_references(self, shard: int) -> pa.Table:
         """References of a shard's images."""
