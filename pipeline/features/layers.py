@@ -14,8 +14,8 @@ from pipeline.reporting.units import listed
 __all__ = ["SAM", "choice_label", "feature_info", "has_norm", "layer_label", "on_finest_grid", "resolve_layers"]
 
 # The default layers. A ViT's last block: DINOv2's and DINOv3's linear probes, FeatUp, LiFT and AnyUp take it. Where
-# strides differ (ConvNets, Swin), the last stage, of stride 32, knows more but is too coarse for 224 pixels. Together
-# with the last one of at most this stride, a linear probe is better than with either: benchmarks/features/layers.py.
+# strides differ (ConvNets, Swin), the last stage, of stride 32, is coarse for 224 pixels. Together with the last one of
+# at most this stride, it serves a linear probe far better than that one alone: see docs/features.md.
 _DEFAULT_STRIDE = 16
 
 # timm declares SAM's input size fixed, but its ViT resizes both position embeddings in each forward pass. Built for
