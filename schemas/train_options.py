@@ -11,7 +11,7 @@ from schemas.configuration import MAX_PIXELS, MIN_SIDE, Fit
 _BATCH_SIZE = {"jbu": 4, "lift": 16}
 # FeatUp's published rate. LiFT's, 1e-3, is too high for weights that start close to a solution.
 _LEARNING_RATE = {"jbu": 1e-3, "lift": 3e-4}
-_CHOICE = re.compile(r"(?P<name>[^@=\s]+)(?:@(?P<layer>[^@=\s]+))?(?:=(?P<weights>.+))?")
+_CHOICE = re.compile(r"(?P<name>[^@=\s]+)(?:@(?P<layer>-?\d+(?:,-?\d+)*))?(?:=(?P<weights>.+))?")
 
 
 @dataclass(frozen=True)

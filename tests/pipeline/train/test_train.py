@@ -192,11 +192,14 @@ def test_tables_and_curves() -> None:
 
 def test_a_backbone_on_the_command_line() -> None:
     name = "vit_small_patch14_dinov2.lvd142m"
-    assert BackboneChoice.parse("--backbones", name) == BackboneChoice(name, -1, "pretrained")
-    assert BackboneChoice.parse("", f"{name}@10") == BackboneChoice(name, 10, "pretrained")
-    assert BackboneChoice.parse("", f"{name}@-2=s3://b/x=1/v@2.pth") == BackboneChoice(name, -2, "s3://b/x=1/v@2.pth")
-    assert BackboneChoice.parse("", f"{name}=random") == BackboneChoice(name, -1, "random")
-    for text in ("", "@3", f"{name}@", f"{name}@ten", f"{name}="):
+    assert BackboneChoice.parse("--backbones", name) == BackboneChoice(name, None, "pretrained")
+    assert BackboneChoice.parse("", f"{name}@10") == BackboneChoice(name, (10,), "pretrained")
+    assert BackboneChoice.parse("", f"{name}@8,-1") == BackboneChoice(name, (8, -1), "pretrained")
+    assert BackboneChoice.parse("", f"{name}@-2=s3://b/x=1/v@2.pth") == BackboneChoice(
+        name, (-2,), "s3://b/x=1/v@2.pth"
+    )
+    assert BackboneChoice.parse("", f"{name}=random") == BackboneChoice(name, None, "random")
+    for text in ("", "@3", f"{name}@", f"{name}@ten", f"{name}@1,", f"{name}="):
         with pytest.raises(ValueError, match="--backbones is NAME"):
             BackboneChoice.parse("--backbones", text)
 

@@ -85,7 +85,7 @@ def test_a_file_written_before_reads_the_same(pooling, weights, backbone, tmp_pa
 
 def test_a_file_for_another_backbone_or_size_names_both(weights):
     other = build_backbone("resnet18", size=SIZE, weights="random", layer=1)
-    with pytest.raises(JobError, match=r"resnet18 at layer 2 and 64×96 pixels, this job has resnet18 at layer 1"):
+    with pytest.raises(JobError, match=r"resnet18 at layer 2 .* and 64×96 pixels, this job has resnet18 at layer 1"):
         build_upsampler("multiview", weights, other)
     larger = build_backbone("resnet18", size=(96, 96), weights="random", layer=2)
     with pytest.raises(JobError, match=r"layer 2 and 64×96 pixels, this job has .* and 96×96 pixels: .*size"):
@@ -174,7 +174,7 @@ def test_an_image_fails_alone_and_says_why(weights, backbone):
 def test_features_that_do_not_vary_fail(weights, backbone, monkeypatch):
     """As of a network whose activations died."""
     stage = projected(build_upsampler("multiview", weights, backbone), backbone.num_chs)
-    monkeypatch.setattr(backbone, "_features", lambda pixels: torch.ones(len(pixels), backbone.num_chs, *backbone.grid))
+    monkeypatch.setattr(backbone, "_maps", lambda pixels: [torch.ones(len(pixels), backbone.num_chs, *backbone.grid)])
     images = random_images(2)
     _, failures = stage.encode(backbone(images), images, SIZE, Encoding(None))
     assert sorted(failures) == [0, 1]
