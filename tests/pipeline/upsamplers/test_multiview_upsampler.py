@@ -88,7 +88,7 @@ def test_a_file_for_another_backbone_or_size_names_both(weights):
     with pytest.raises(JobError, match=r"resnet18 at layer 2 .* and 64×96 pixels, this job has resnet18 at layer 1"):
         build_upsampler("multiview", weights, other)
     larger = build_backbone("resnet18", size=(96, 96), weights="random", layer=2)
-    with pytest.raises(JobError, match=r"layer 2 and 64×96 pixels, this job has .* and 96×96 pixels: .*size"):
+    with pytest.raises(JobError, match=r"layer 2 .* and 64×96 pixels, this job has .* and 96×96 pixels: .*size"):
         build_upsampler("multiview", weights, larger)
 
 
