@@ -177,7 +177,7 @@ def _export(options: argparse.Namespace) -> None:
         partial.replace(options.output)
     finally:
         partial.unlink(missing_ok=True)
-    print(options.output)  # noqa: T201
+    print(f"{options.output}: {len(rows):,} row{'s' if len(rows) != 1 else ''}")  # noqa: T201
 
 
 def _numbers(texts: Sequence[str], rows: int) -> list[int]:

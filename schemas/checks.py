@@ -65,9 +65,12 @@ def check_components(option: str, value: float | None) -> None:
     Raises:
         ValueError: the value is refused.
     """
-    if isinstance(value, float) and not 0 < value < 1:
-        raise ValueError(f"{option} is a whole number, or a share between 0 and 1 of the variance: got {value}")
-    at_least(option, value, 0 if isinstance(value, float) else 1)
+    if value is None or (0 < value < 1 if isinstance(value, float) else value >= 1):
+        return
+    raise ValueError(
+        f"{option} is a number of components, such as 64, or a share of the variance to explain, between 0 and 1, such "
+        f"as 0.95: got {value}"
+    )
 
 
 def positive(option: str, value: float) -> None:

@@ -21,6 +21,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": upsamplers.training,
     "demo": performance.demo,
     "main_job": performance.main_job,
+    "main_job_layers": performance.main_job_layers,
     "start": performance.start,
     "reader": performance.reader,
     "page": performance.page,

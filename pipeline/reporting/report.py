@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.reporting.commands import this_python
 from schemas.index import OK
 from schemas.ledger import LedgerRecord
 
@@ -93,11 +94,12 @@ class Report:
 
     def _next(self) -> list[str]:
         """Commands for the finished store."""
+        python, store = this_python(), shlex.quote(self.store)
         return [
             f"read        from densefeat import FeatureStore; FeatureStore({self.store!r}).read(0)",
-            f"look        python -m densefeat.page {shlex.quote(self.store)}",
-            f"picture     python -m jobs.show_features --store {shlex.quote(self.store)}",
-            f"verify      python -m jobs.verify_store --store {shlex.quote(self.store)}",
+            f"look        {python} -m densefeat.page {store}",
+            f"picture     {python} -m jobs.show_features --store {store}",
+            f"verify      {python} -m jobs.verify_store --store {store}",
         ]
 
     @property

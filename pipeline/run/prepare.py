@@ -117,7 +117,8 @@ def fit_basis(references: pa.Table, components: float, images: int, workers: Wor
     Raises:
         JobError: too few images are usable.
     """
-    wanted = f"{100 * components:g} % of the variance" if isinstance(components, float) else f"{components} components"
+    share = f"components for {100 * components:g} % of the variance"
+    wanted = share if isinstance(components, float) else f"{components} components"
     logger.info("PCA: fitting %s on %d images", wanted, min(images, references.num_rows) or references.num_rows)
     sample = gather(workers, FeatureWorker.moments, references, images, images_in_task=_IMAGES_IN_TASK, what="PCA")
     return fit(sample.sums, components)

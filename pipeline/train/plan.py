@@ -96,14 +96,14 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
     for images in filter(None, (config.images, config.val_images)):
         check_apart(images, "--output", config.output)
     stored = _stored_configuration(config)
+    source = list_images(
+        config.images, limit=config.limit, image_column=config.image_column, scan_map=cluster_scan_map()
+    )
     backbones = [backbone_at(config, choice) for choice in config.backbone_choices]
     held_out = None if config.held_out_choice is None else backbone_at(config, config.held_out_choice).identity()
     identities = [backbone.identity() for backbone in backbones]
     _check_labels(config, identities, held_out)
     _check_grids(config, backbones)
-    source = list_images(
-        config.images, limit=config.limit, image_column=config.image_column, scan_map=cluster_scan_map()
-    )
     train, val = _split(config, source)
     plan = TrainPlan(
         config=config,

@@ -58,8 +58,12 @@ def test_a_plan_with_figures(photographs: Path, tmp_path: Path, caplog: pytest.L
     cost = r"measured    14 images on cpu \(\d+ threads\), 8 components: [\d.]+ kB and [\d.e-]+ s an image"
     assert re.search(cost, said)
     assert re.search(r"bytes       about [\d.]+ kB when the store is finished", said)
-    assert re.search(r"time        about [\d.]+ s for 14 images in this process, .*of it for PCA", said)
-    assert "one worker like this process; N take about 1/N" in text(caplog, replace(job, **KIND, workers=2))
+    assert re.search(
+        r"time        about [\d.]+ s in this process for 14 images \(PCA and .*: [\d.]+ s\); the start", said
+    )
+    assert "one worker like this process (N take about 1/N) for 14 images" in text(
+        caplog, replace(job, **KIND, workers=2)
+    )
     assert not Path(job.store).exists()
 
 
@@ -70,11 +74,24 @@ def test_a_resumed_store_is_measured_on_what_it_lacks(
     assert upsample(replace(job, shards=":2")) == 0
     before = {path: path.stat().st_mtime_ns for path in Path(job.store).rglob("*")}
     said = text(caplog, replace(job, resume=True, **KIND))
-    assert "for 6 images in this process" in said
-    assert "of it for PCA" not in said  # the store has its basis
+    assert "in this process for 6 images; the start" in said
+    assert "PCA and quantization" not in said  # the store has its basis
     assert {path: path.stat().st_mtime_ns for path in Path(job.store).rglob("*")} == before
     assert upsample(replace(job, resume=True)) == 0
     assert "time        none: the shards of this job are done" in text(caplog, replace(job, resume=True, **KIND))
+
+
+def test_a_share_takes_more_components_in_more_images(
+    real: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = config(real, tmp_path / "store", components=0.99, max_failed_share=0.5, **KIND)
+    every = text(caplog, job)
+    assert "at least" not in every
+    monkeypatch.setattr("pipeline.run.planning.measure._SHARE_IMAGES", 4)
+    few = text(caplog, job)
+    assert re.search(
+        r"measured    .*, at least \d+ components: .*\n.*bytes       at least .*\n.*time        at least", few
+    )
 
 
 def test_nothing_to_measure(tmp_path: Path) -> None:

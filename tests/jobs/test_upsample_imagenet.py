@@ -21,6 +21,7 @@ from jobs.upsample_imagenet import upsample
 from jobs.verify_store import VerifyConfig, verify
 from pipeline.errors import JobError
 from pipeline.features.backbone import build_backbone
+from pipeline.reporting.commands import this_python
 from pipeline.upsamplers.build import build_upsampler
 from schemas.options import FitPcaConfig
 from tests.helpers.photographs import orientation_exif, photo, png_header
@@ -109,7 +110,7 @@ def test_what_is_stored_and_reported(photographs: Path, tmp_path: Path, caplog: 
         "images/s",
         "backbone",
         "made on     cpu\n",
-        f"python -m jobs.verify_store --store {job.store}",
+        f"{this_python()} -m jobs.verify_store --store {job.store}",
     ):
         assert words in report
     assert verify(VerifyConfig(store=job.store)) == 0

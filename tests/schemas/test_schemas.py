@@ -29,7 +29,7 @@ def test_sizes(text: str, size: tuple[int, int]) -> None:
         ({"size": "0"}, "--size is in pixels"),
         ({"size": "224,224"}, "--size is in pixels"),
         ({"output_size": "big"}, "--output-size is in pixels"),
-        ({"components": 0}, "--components must be at least 1: got 0"),
+        ({"components": 0}, "--components is a number of components, .* or a share .*: got 0"),
         ({"shard_images": 0}, "--shard-images"),
         ({"limit": 0}, "--limit"),
         ({"batch_size": -1}, "--batch-size"),

@@ -201,4 +201,7 @@ def _protocol(uri: str) -> str:
 
 
 def _unreadable(uri: str, error: BaseException) -> ImageError:
-    return ImageError("unreadable", f"Cannot read {uri}: {type(error).__name__}: {error}")
+    # The system's own words; `str` of such an error would name the file again.
+    system = isinstance(error, OSError) and error.strerror and error.filename is not None
+    reason = error.strerror if system and isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return ImageError("unreadable", f"Cannot read {uri}: {reason}")

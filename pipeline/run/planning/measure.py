@@ -29,6 +29,7 @@ __all__ = ["Measurement", "measure"]
 
 _SLOW_S = 30.0  # longer than kernels take to compile: upsampling that fits each image is measured on one only
 _PCA_IMAGES = 16
+_SHARE_IMAGES = 256  # few images vary in few directions: a share of the variance takes more components in many
 _ROUNDS = 3  # batches per task that runs at the same time: the first round also fills the pipeline
 
 
@@ -39,7 +40,8 @@ class Measurement:
     Attributes:
         images: number of images computed, all stages.
         device: name of the device that computed them.
-        components: k of a basis fitted on them, or of the basis given.
+        components: k of a basis fitted on a few images, or of the basis given.
+        more_components: whether the job may need more, to explain a share of the variance in more images.
         image_nbytes: compressed size of an image.
         image_seconds: wall time of an image, with one worker in this process that computes as many at once as it can.
         preparing_seconds: estimated time for the basis and the quantization steps.
@@ -50,6 +52,7 @@ class Measurement:
     images: int
     device: str
     components: int
+    more_components: bool
     image_nbytes: float
     image_seconds: float
     preparing_seconds: float
@@ -58,21 +61,21 @@ class Measurement:
 
     def describe(self, *, on_ray: bool) -> str:
         """The measurement as text for the user; ``on_ray``: whether the job's workers are elsewhere."""
+        at_least = "at least " if self.more_components else ""
+        about = at_least or "about "
         lines = [
-            f"measured    {self.images} images on {self.device}, {self.components} components: "
+            f"measured    {self.images} images on {self.device}, {at_least}{self.components} components: "
             f"{readable_size(self.image_nbytes)} and {self.image_seconds:.3g} s an image",
-            f"bytes       about {readable_size(self.image_nbytes * self.images_stored)} when the store is finished",
+            f"bytes       {about}{readable_size(self.image_nbytes * self.images_stored)} when the store is finished",
         ]
         if not self.images_to_do:
             return "\n".join([*lines, "time        none: the shards of this job are done"])
-        total = readable_duration(self.image_seconds * self.images_to_do + self.preparing_seconds)
-        worker = "with one worker like this process; N take about 1/N" if on_ray else "in this process"
-        preparing = f", {readable_duration(self.preparing_seconds)} of it for PCA and quantization steps"
-        lines.append(
-            f"time        about {total} for {self.images_to_do:,} images {worker}, besides the start"
-            + (preparing if self.preparing_seconds else "")
-        )
-        return "\n".join(lines)
+        seconds = self.image_seconds * self.images_to_do + self.preparing_seconds
+        worker = "with one worker like this process (N take about 1/N)" if on_ray else "in this process"
+        line = f"time        {about}{readable_duration(seconds)} {worker} for {self.images_to_do:,} images"
+        if self.preparing_seconds:
+            line += f" (PCA and quantization steps: {readable_duration(self.preparing_seconds)})"
+        return "\n".join([*lines, f"{line}; the start comes on top"])
 
 
 def measure(plan: Plan) -> Measurement:
@@ -86,7 +89,10 @@ def measure(plan: Plan) -> Measurement:
     with InlineWorkers(plan.spec, attempts=1, make=partial(make_worker, stages=plan.stages)) as workers:
         worker = workers.worker
         assert isinstance(worker, ShardWorker)
-        basis, pca_s = _basis(plan, workers)
+        pca_images = min(plan.config.pca_images or len(plan.references), len(plan.references))
+        by_share = plan.basis is None and isinstance(plan.components, float)
+        fitted_on = min(_SHARE_IMAGES if by_share else _PCA_IMAGES, pca_images)
+        basis, pca_s = _basis(plan, fitted_on, workers)
         calibration, slow, calibration_s = _calibration(plan, basis, workers)
         if slow:
             images, image_s = 1, calibration_s / (worker.tasks_at_once - 1)
@@ -96,13 +102,13 @@ def measure(plan: Plan) -> Measurement:
             images, image_s, nbytes = _shards(plan, workers, basis, step)
         device = worker.made_by()["device"]
     to_do, prepared = _to_do(plan)
-    pca_images = 0 if plan.basis else min(plan.config.pca_images or len(plan.references), len(plan.references))
     calibrated = min(CALIBRATION_IMAGES, len(plan.references))
     preparing_s = 0.0 if prepared else pca_s * pca_images + calibration_s * calibrated
     return Measurement(
         images=images,
         device=f"{device} ({plan.spec.threads} threads)" if device == "cpu" else device,
         components=len(basis.components),
+        more_components=by_share and fitted_on < pca_images,
         image_nbytes=nbytes,
         image_seconds=image_s,
         preparing_seconds=preparing_s,
@@ -111,16 +117,16 @@ def measure(plan: Plan) -> Measurement:
     )
 
 
-def _basis(plan: Plan, workers: InlineWorkers) -> tuple[Basis, float]:
-    """The plan's basis, or one fitted on a few images; and seconds of PCA an image."""
+def _basis(plan: Plan, images: int, workers: InlineWorkers) -> tuple[Basis, float]:
+    """The plan's basis, or one fitted on some images; and seconds of PCA an image."""
     if plan.basis is not None:
         return plan.basis, 0.0
     threads = workers.worker.tasks_at_once - 1
-    images_in_task = max(1, _PCA_IMAGES // threads)
+    images_in_task = max(1, min(images // threads, workers.worker.batch_size * 4))
     gathered = partial(gather, workers, FeatureWorker.moments, plan.references, images_in_task=images_in_task)
     gathered(1, what="PCA")  # the first pass of a network is slow
     begun = time.monotonic()
-    sample = gathered(_PCA_IMAGES, what="PCA")
+    sample = gathered(images, what="PCA")
     return fit(sample.sums, plan.components, at_most=True), (time.monotonic() - begun) / sample.images
 
 

@@ -102,12 +102,12 @@ def make_plan(config: UpsampleConfig) -> Plan:
     resumed = stored if config.resume else None
     if resumed:
         config = _with_stored_defaults(config, resumed.configuration)
+    source, references, class_names, findings = _source(config, resumed)  # a mistyped path is said before downloads
     backbone = _checked_backbone(config)
     upsampler = build_upsampler(config.upsampler, config.upsampler_weights, backbone, config.upsampler_options)
     _check_upsampler(upsampler, backbone, config)
     basis = None if config.pca is None else read_basis(config.pca, backbone)
     k = _components(config, backbone, basis, resumed)
-    source, references, class_names, findings = _source(config, resumed)
     features = _layout(config, references.num_rows, k)
     recipe = _upsample_recipe(config, source, features, backbone, upsampler)
     own = config.shard_range(features.shards)
@@ -140,8 +140,8 @@ def feature_spec(config: FeatureConfig) -> tuple[WorkerSpec, pa.Table, Stages]:
     Raises:
         JobError: as in ``make_plan``.
     """
-    backbone = _checked_backbone(config)
     source = _listed(config)
+    backbone = _checked_backbone(config)
     for line in describe_findings(source.findings):
         logger.info("%s", line)
     images = _image_recipe(config, source.kind, source.image_column)
