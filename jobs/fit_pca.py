@@ -45,7 +45,7 @@ def fit_pca(config: FitPcaConfig) -> int:
     for count in sorted({1, 8, 32, 64, 128, k}):
         if count <= k:
             share = 100 * basis.explained_variance_ratio[:count].sum()
-            logger.info("%4d components explain %5.1f %% of the variance", count, share)
+            logger.info("%4d components explain %5.1f%% of the variance", count, share)
     logger.info("wrote %s", config.output)
     return DONE
 

@@ -3,7 +3,7 @@
 A tile is rows × columns vectors of `VECTOR_BYTES`, all of one dtype. Arithmetic broadcasts over rows and columns as in
 numpy, so that a step of a matrix product is ``sums = fma(column of weights, row of inputs, sums)``, and LLVM keeps the
 sums of such a loop in registers. Without tiles, LLVM would use half of the AVX-512 vector width, and load and store the
-sums at each step: 13 % of a core's peak, while tiles reached 80 to 90 % on a Xeon with AVX-512.
+sums at each step: 13% of a core's peak, while tiles reached 80 to 90% on a Xeon with AVX-512.
 
 Loads and stores are in `kernels.simd.memory`, functions like exp in `kernels.simd.functions`.
 """

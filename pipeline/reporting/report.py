@@ -80,7 +80,7 @@ class Report:
             f"bytes       {nbytes / 1e6:,.1f} MB, {nbytes / 1e6 / max(self.rows_ok, 1):.2f} MB per image",
         ]
         if self.explained_variance is not None:
-            lines.append(f"variance    {100 * self.explained_variance:.1f} % explained")
+            lines.append(f"variance    {100 * self.explained_variance:.1f}% explained")
         lines += [*self._seconds(), *self._failures()]
         lines += [f"given up    shard {shard}: {reason}" for shard, reason in sorted(self.given_up.items())]
         done = {record.shard for record in self.records}
@@ -148,7 +148,7 @@ class Report:
             lines.append("            the status and error of every row are in index.parquet")
         if self.too_many_failed:
             lines.append(
-                f"            {100 * self.failed_share:.3g} % of the rows failed, more than --max-failed-share "
+                f"            {100 * self.failed_share:.3g}% of the rows failed, more than --max-failed-share "
                 f"{self.max_failed_share:g} allows: the exit code is 1. Set a greater share to accept this"
             )
         clipped = sum(record.clipped for record in self.records)

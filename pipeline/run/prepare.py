@@ -46,7 +46,7 @@ def prepare(plan: Plan, objects: Objects, workers: Workers) -> StoreEncoding:
             return joined
     basis = plan.basis or fit_basis(plan.references, plan.components, plan.config.pca_images, workers)
     explained = float(basis.explained_variance_ratio.sum())
-    logger.info("PCA: %d components explain %.1f %% of the variance", len(basis.components), 100 * explained)
+    logger.info("PCA: %d components explain %.1f%% of the variance", len(basis.components), 100 * explained)
     step, image_nbytes = _calibrate(plan, basis, workers)
     _check_space(plan, objects, image_nbytes)
     attributes = StoreAttributes(
@@ -117,7 +117,7 @@ def fit_basis(references: pa.Table, components: float, images: int, workers: Wor
     Raises:
         JobError: too few images are usable.
     """
-    share = f"components for {100 * components:g} % of the variance"
+    share = f"components for {100 * components:g}% of the variance"
     wanted = share if isinstance(components, float) else f"{components} components"
     logger.info("PCA: fitting %s on %d images", wanted, min(images, references.num_rows) or references.num_rows)
     sample = gather(workers, FeatureWorker.moments, references, images, images_in_task=_IMAGES_IN_TASK, what="PCA")

@@ -151,7 +151,7 @@ class Training:
         """Total seconds and the share of each stage, for the log."""
         seconds = self.seconds.total()
         total = sum(seconds.values()) or 1.0
-        shares = ", ".join(f"{name} {100 * spent / total:.0f} %" for name, spent in seconds.items())
+        shares = ", ".join(f"{name} {100 * spent / total:.0f}%" for name, spent in seconds.items())
         return f"{total:.0f} s: {shares}"
 
     @property

@@ -5,7 +5,7 @@ the kernel K itself. So the K of an output pixel folds into a kernel on the low-
 matrices R and C per row and column (exact, borders included). This needs no high-res buffer, and the four outputs above
 one low-res pixel use the same source vectors. Each vector is loaded once for four fused multiply-adds, and the sums
 stay in registers over all taps. For 64 channels, 112 -> 224 pixels and radius 3, one core of a Xeon with AVX-512 took
-0.5 ms to fold and 1.5 ms to convolve, the latter at 83 % of its peak (204 GFLOP/s); the rest is memory.
+0.5 ms to fold and 1.5 ms to convolve, the latter at 83% of its peak (204 GFLOP/s); the rest is memory.
 
 Notation: h, w low-res and H, W = 2h, 2w high-res size; n = 2*radius + 1; N = 2*margin + 1 taps per side on the low-res
 grid; L pixels in a vector. Kernels are stored in blocks of two high-res rows × L columns: [h, blocks, taps, 2, L].

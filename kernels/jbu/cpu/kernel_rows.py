@@ -3,7 +3,7 @@
 A block's kernels, two rows × L columns of pixels, stay in the first-level cache from the products to the last addition.
 With two rows, a neighbour serves two pixels: loading and shifting it costs more than multiplying it. At 224 pixels and
 radius 3, one core of a Xeon with AVX-512 took 0.6 ms for the training-free kernels. The learned kernels took 1.1 ms
-(keys) and 5.2 ms, of which 1.5 ms for the products, 2.3 ms for the correction's matrix products (88 % of the core's
+(keys) and 5.2 ms, of which 1.5 ms for the products, 2.3 ms for the correction's matrix products (88% of the core's
 peak) and 1.2 ms for exp and GELU.
 
 Notation: D key and G guidance channels, T = n*n taps, L pixels in a vector. Images and kernels are stored as in

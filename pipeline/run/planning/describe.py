@@ -41,7 +41,7 @@ def describe(plan: Plan) -> str:
 def _components(plan: Plan) -> str:
     k, share = plan.features.components, plan.configuration.pca.explained_share
     if share is not None and plan.configuration.pca.components is None:
-        return f"as many of {plan.channels} components as explain {100 * share:g} % of the variance"
+        return f"as many of {plan.channels} components as explain {100 * share:g}% of the variance"
     if k == plan.channels:
         return f"{k} components (all channels: --components N keeps fewer)"
     return f"{k} components of {plan.channels} channels"

@@ -85,8 +85,8 @@ class LiFT(nn.Module):
             )
         lift = cls(made_for, patch, iterations)
         load_strict(lift, state, what=f"weights into LiFT for {made_for} channels")
-        # channels_last is 20 % faster on one CPU core. Folding batch normalisation into the convolutions gained only 1
-        # to 4 %, not worth a second set of state-dict names.
+        # channels_last is 20% faster on one CPU core. Folding batch normalisation into the convolutions gained only 1
+        # to 4%, not worth a second set of state-dict names.
         return lift.eval().to(memory_format=torch.channels_last)
 
     @property

@@ -33,7 +33,7 @@ _WORTHWHILE = 0.005  # stop after an alternation that reduces the error by a sma
 _REGULARISATIONS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _ITERATIONS = (4, 8, 12)
 # Choose the smoothest solution that is nearly as good. Held-out views are hardly sensitive to borders: with ten times
-# the λ that is best on them, the error was 8 to 15 % higher but a linear probe improved (mIoU .265 -> .282 with
+# the λ that is best on them, the error was 8 to 15% higher but a linear probe improved (mIoU .265 -> .282 with
 # ViT-S/14, .223 -> .237 with Lite0, 30 photos; λ was chosen on the same photos, so the gain is overstated).
 _ERROR_ALLOWED = 1.1
 _ITERATIONS_ALLOWED = 1.01

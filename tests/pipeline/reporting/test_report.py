@@ -37,7 +37,7 @@ def test_failures_are_grouped_by_reason_and_named_by_key() -> None:
 def test_an_exit_code_of_1_says_why() -> None:
     failed = report(["ok", "corrupt", "ok", "ok"])
     assert failed.too_many_failed
-    assert "25 % of the rows failed, more than --max-failed-share 0.01 allows: the exit code is 1" in failed.describe()
+    assert "25% of the rows failed, more than --max-failed-share 0.01 allows: the exit code is 1" in failed.describe()
     assert not report(["ok"] * 3).too_many_failed
     given_up = report(["ok"], given_up={1: "tried 3 times; the last time: EIO"}).describe()
     assert "given up    shard 1: tried 3 times; the last time: EIO" in given_up
