@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.features.hub import go_offline_if_unreachable
+from tests.helpers.photographs import photo
 
 ROOT = Path(__file__).parents[3]
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
@@ -61,6 +62,7 @@ def test_settings_and_proxies_are_left_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_job_says_so_without_retries(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(photo())
     arguments = [
         "--images",
         str(tmp_path / "photos"),
