@@ -19,6 +19,7 @@ from PIL import Image
 from densefeat.errors import DensefeatError
 from densefeat.page.cache import ByteCache
 from densefeat.storage.objects import Objects
+from densefeat.storage.parquet import cell_content
 from densefeat.storage.places import is_local, split_place
 
 __all__ = ["PhotographMissing", "References", "read_file", "unescaped"]
@@ -242,7 +243,7 @@ class _ParquetFile:
             self._batches = self._file.iter_batches(rows, row_groups=[group], columns=[self._column], use_threads=False)
         while self._next <= row:
             for value in next(self._batches).column(0):
-                yield self._next, _content(value)
+                yield self._next, cell_content(value)
                 self._next += 1
 
 
@@ -259,21 +260,6 @@ def _rows_at_once(group: Any, column: str) -> int:
     own = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] == column.partition(".")[0]]
     nbytes = sum(chunk.total_uncompressed_size for chunk in own)
     return int(max(1, min(group.num_rows, _BUFFER_BYTES * group.num_rows // max(nbytes, 1))))
-
-
-def _content(value: pa.Scalar) -> Cell:
-    """Bytes or text of a cell; of a struct its bytes, or its path if there are none."""
-    if isinstance(value, pa.StructScalar):
-        names = [field.name for field in value.type] if value.is_valid else []
-        content = _content(value["bytes"]) if "bytes" in names else None
-        return _content(value["path"]) if content is None and "path" in names else content
-    if isinstance(value, pa.DictionaryScalar):
-        value = value.value
-    if not value.is_valid:
-        return None
-    data: bytes = value.as_buffer().to_pybytes()
-    is_text = isinstance(value, pa.StringScalar | pa.LargeStringScalar | pa.StringViewScalar)
-    return data.decode("utf-8", "surrogateescape") if is_text else data
 
 
 def _image_in(cell: Cell, parquet_uri: str) -> bytes:

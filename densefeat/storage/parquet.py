@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["parquet_bytes", "read_parquet"]
+__all__ = ["cell_content", "parquet_bytes", "read_parquet"]
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -37,6 +37,24 @@ def read_parquet(data: bytes) -> pa.Table:
             raise ValueError(f"it has fixed-size lists, which require pyarrow 26 or newer: {error}") from error
         raise ValueError(f"not a complete Parquet file: {error}") from error
     return table.cast(_with_free_lists(table.schema)) if fixed else table
+
+
+def cell_content(value: pa.Scalar) -> bytes | str | None:
+    """Bytes or text of a cell; of a struct (Hugging Face's) its bytes, or its path if there are none; None if null.
+
+    Text may contain invalid UTF-8, as surrogates.
+    """
+    if isinstance(value, pa.StructScalar):
+        names = [field.name for field in value.type] if value.is_valid else []
+        content = cell_content(value["bytes"]) if "bytes" in names else None
+        return cell_content(value["path"]) if content is None and "path" in names else content
+    if isinstance(value, pa.DictionaryScalar):
+        value = value.value
+    if not value.is_valid:
+        return None
+    data: bytes = value.as_buffer().to_pybytes()
+    is_text = isinstance(value, pa.StringScalar | pa.LargeStringScalar | pa.StringViewScalar)
+    return data.decode("utf-8", "surrogateescape") if is_text else data
 
 
 def _with_free_lists(schema: pa.Schema) -> pa.Schema:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from densefeat.storage.parquet import cell_content
 from pipeline.errors import ImageError
 from pipeline.images.listing.inline import inline_image, is_inline_image
 from pipeline.images.listing.names import escaped
@@ -140,7 +141,7 @@ def _groups(metadata: pq.FileMetaData, numbers: Sequence[int]) -> tuple[list[int
 
 
 def _cell(value: pa.Scalar, parquet_uri: str, fetch: Fetch) -> Outcome | str:
-    content = _content(value)
+    content = cell_content(value)
     if content is None:
         return ImageError("unreadable", f"{parquet_uri}: the row's image is null.")
     if not isinstance(content, str):
@@ -163,18 +164,3 @@ def _cell(value: pa.Scalar, parquet_uri: str, fetch: Fetch) -> Outcome | str:
         return content
     path = escaped(content)
     return path if path.startswith("/") else f"{parquet_uri.rpartition('/')[0]}/{path}"
-
-
-def _content(value: pa.Scalar) -> str | bytes | None:
-    """Bytes or text of a cell (in a Hugging Face struct, whichever it has); text may contain invalid UTF-8."""
-    if isinstance(value, pa.StructScalar):
-        fields = [field.name for field in value.type]
-        content = _content(value["bytes"]) if value.is_valid else None
-        return _content(value["path"]) if content is None and value.is_valid and "path" in fields else content
-    if isinstance(value, pa.DictionaryScalar):
-        value = value.value
-    if not value.is_valid:
-        return None
-    data: bytes = value.as_buffer().to_pybytes()
-    is_text = isinstance(value, pa.StringScalar | pa.LargeStringScalar | pa.StringViewScalar)
-    return data.decode("utf-8", "surrogateescape") if is_text else data
