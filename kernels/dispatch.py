@@ -48,7 +48,11 @@ __all__ = [
 # Family -> name -> module, in order of preference. Imported at first use: it may need packages that are not installed.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "jbu": {"cpu": "kernels.jbu.cpu", "triton": "kernels.jbu.triton", "reference": "kernels.jbu.reference"},
-    "multiview": {"cpu": "kernels.multiview.cpu", "reference": "kernels.multiview.reference"},
+    "multiview": {
+        "cpu": "kernels.multiview.cpu",
+        "batched": "kernels.multiview.batched",
+        "reference": "kernels.multiview.reference",
+    },
     "window_attention": {
         "tiled": "kernels.window.attention.tiled",
         "reference": "kernels.window.attention.reference",

@@ -1,7 +1,4 @@
-"""The multiview solver in plain torch: the definition, for any floating dtype on any device; also used on GPUs.
-
-It solves image by image, so that nothing depends on the batch: at 224 px, the products of one image fill a GPU.
-"""
+"""The multiview solver in plain torch, image by image: the definition, for any floating dtype on any device."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,12 +8,12 @@ from torch import Tensor
 from kernels.dispatch import Kind
 from kernels.multiview.views import Solution, ViewMatrices
 
-__all__ = ["edge_weights", "reasons_not", "solve"]
+__all__ = ["OFFSETS", "edge_weights", "neighbours", "reasons_not", "solve"]
 
 # Smaller weights are set to 0: float32 denormals in the Laplacian would cost many times its arithmetic.
 _LEAST_EDGE = 1e-6
 # (down, right) offsets to half of a pixel's neighbours, so that each edge is counted once.
-_OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1))
+OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 
 def reasons_not(kinds: Sequence[Kind]) -> list[str]:
@@ -52,15 +49,15 @@ def edge_weights(image: Tensor, colour_sigma: float) -> Tensor:
     """
     image = image.double()
     weights = image.new_zeros(4, *image.shape[1:])
-    for edges, (down, right) in zip(weights, _OFFSETS, strict=True):
-        here, there = _neighbours(image.shape[1:], down, right)
+    for edges, (down, right) in zip(weights, OFFSETS, strict=True):
+        here, there = neighbours(image.shape[1:], down, right)
         distance = (image[:, *here] - image[:, *there]).square().sum(0)
         similar = torch.exp(-distance / (2 * colour_sigma**2))
         edges[here] = torch.where(similar < _LEAST_EDGE, 0.0, similar) / (down * down + right * right)
     return weights
 
 
-def _neighbours(size: torch.Size, down: int, right: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+def neighbours(size: torch.Size, down: int, right: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
     """Slices of all pixels that have a neighbour at this offset, and slices of these neighbours."""
     H, W = size
     columns, others = slice(max(0, -right), W - max(0, right)), slice(max(0, right), W - max(0, -right))
@@ -70,8 +67,8 @@ def _neighbours(size: torch.Size, down: int, right: int) -> tuple[tuple[slice, s
 def _laplacian(maps: Tensor, weights: Tensor) -> Tensor:
     """Half the gradient of ``Σ g_pq (X_p - X_q)²``: [k, H, W] -> the same."""
     output = torch.zeros_like(maps)
-    for edges, (down, right) in zip(weights, _OFFSETS, strict=True):
-        here, there = _neighbours(maps.shape[1:], down, right)
+    for edges, (down, right) in zip(weights, OFFSETS, strict=True):
+        here, there = neighbours(maps.shape[1:], down, right)
         flow = edges[here] * (maps[:, *here] - maps[:, *there])
         output[:, *here] += flow
         output[:, *there] -= flow

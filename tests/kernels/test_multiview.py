@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.multiview import ViewMatrices, solve
+from kernels.dispatch import IMPLEMENTATIONS
+from kernels.multiview import ViewMatrices, batched, solve
 from kernels.multiview.reference import edge_weights
 from kernels.multiview.views import Bands
 from pipeline.upsamplers.multiview.views import MOST_VIEWS, held_out_views, solver_grid, solver_views, view_operators
@@ -83,7 +84,10 @@ def test_bands_are_the_matrix():
     assert not ((matrix != 0) & (matrix.abs() < 1e-8)).any()  # no denormals
 
 
-@pytest.mark.parametrize(("implementation", "dtype", "rtol"), [("reference", torch.float64, 1e-8), ("cpu", None, 1e-3)])
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "rtol"),
+    [("reference", torch.float64, 1e-8), ("batched", torch.float64, 1e-8), ("cpu", None, 1e-3)],
+)
 def test_the_solution_is_that_of_dense_least_squares(implementation, dtype, rtol):
     targets, views, guidance, start = problem((12, 10), (3, 2), 1, 4, B=1, k=3, dtype=torch.float64)
     (H, W), n = views.high, 120
@@ -112,17 +116,19 @@ def test_the_solution_is_that_of_dense_least_squares(implementation, dtype, rtol
     ("size", "low", "stride", "views", "k"),
     [((40, 56), (5, 7), 2, 5, 11), ((30, 30), (2, 2), 1, 2, 1), ((64, 48), (8, 6), 4, 9, 16)],
 )
-def test_fast_is_reference(size, low, stride, views, k):
-    arguments = problem(size, low, stride, views, k=k)
+@pytest.mark.parametrize(("implementation", "group"), [("cpu", 1), ("batched", 1), ("batched", 2), ("batched", 4)])
+def test_fast_is_reference(size, low, stride, views, k, implementation, group, monkeypatch):
+    monkeypatch.setattr(batched, "_IMAGES", {"cpu": group})
+    arguments = problem(size, low, stride, views, B=3, k=k)
     start = arguments[3].clone()
-    fast, reference = (solve(*arguments, implementation=name, **OPTIONS) for name in ("cpu", "reference"))
+    fast, reference = (solve(*arguments, implementation=name, **OPTIONS) for name in (implementation, "reference"))
     assert torch.equal(arguments[3], start)
     for actual, expected in zip(fast, reference, strict=True):
         assert actual.dtype == expected.dtype
         assert_close(actual, expected, 2e-5, size=expected.abs().max())  # those that are few are sums of squares
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS["multiview"])
 def test_images_do_not_depend_on_their_batch_nor_on_threads(implementation):
     targets, views, guidance, start = problem(B=3)
     together = solve(targets, views, guidance, start, implementation=implementation, **OPTIONS)
@@ -140,7 +146,7 @@ def test_images_do_not_depend_on_their_batch_nor_on_threads(implementation):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS["multiview"])
 def test_what_is_not_finite_stays_in_its_channel(implementation):
     targets, views, guidance, start = problem()
     targets[1, 2, 3, 0, 0] = torch.nan
@@ -150,7 +156,7 @@ def test_what_is_not_finite_stays_in_its_channel(implementation):
     assert solution.iterations[1].tolist() == [0 if k == 3 else 6 for k in range(11)]
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS["multiview"])
 def test_a_channel_that_is_done_stops(implementation):
     targets, views, guidance, start = problem(k=2)
     targets[:, :, 1], start[:, 1] = 3.0, 3.0  # a constant is seen as itself
@@ -185,8 +191,9 @@ def test_bad_arguments_are_named():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_is_as_precise_and_does_not_depend_on_the_batch():
-    arguments = problem(B=3)
+@pytest.mark.parametrize("B", [3, 11])
+def test_a_gpu_is_as_precise_and_does_not_depend_on_the_batch(B):
+    arguments = problem(B=B)
     expected = solve(*arguments, **OPTIONS)
     there = tuple(argument.to("cuda") for argument in arguments)
     together = solve(*there, **OPTIONS)
