@@ -82,7 +82,7 @@ def _conjugate_gradient(
     iterations: int,
     tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Solve for all channels [H, N, W]; returns the solution, objectives before and after [N] float64, and steps [N]."""
+    """Solve for all channels [H, N, W]; return it, the objectives before and after ([N] float64), and steps [N]."""
     x = start
     residual, smoothness = target - project(x), smooth(x)
     initial = _squares(residual) + _dot(x, smoothness)
