@@ -6,6 +6,7 @@ A store is a Zarr v3 group with core codecs only, which any Zarr library can ope
     features/                  [rows, k, H, W] int8 or float16; one chunk per image, one shard object per run of rows
     pca/                       mean [C], components [k, C], explained_variance [k], explained_variance_ratio [k]
     step                       [k] float32, int8 only: feature = code * step
+    upsampler/                 arrays of an upsampler that was fitted to the images; multiview: bias [k, h, w]
     index.parquet              one record per row
     manifest.parquet           one record per shard, once all are done
     _ledger/000000.parquet     one file per finished shard; kept after the merge into the two files above
@@ -30,6 +31,7 @@ ATTRIBUTES = "zarr.json"
 ATTRIBUTES_KEY = "densefeat"
 FEATURES = "features"
 PCA = "pca"
+UPSAMPLER = "upsampler"
 STEP = "step"
 INDEX = "index.parquet"
 MANIFEST = "manifest.parquet"

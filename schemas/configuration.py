@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Self
 
 __all__ = [
+    "FITTED",
     "MAX_PIXELS",
     "MIN_SIDE",
     "Fit",
@@ -28,6 +29,7 @@ __all__ = [
 MAX_PIXELS = 178_956_970  # default maximum per image: Pillow refuses more as a decompression bomb
 MIN_SIDE = 8  # default minimum side of an image, in pixels
 
+FITTED = "fitted"  # in the upsampler's part: the identity of its fit to the images
 Fit = Literal["crop", "pad", "squash"]  # crop to the aspect ratio, pad to it, or distort to it
 SourceKind = Literal["folder", "list", "tar", "parquet"]
 
@@ -164,6 +166,10 @@ class StoreConfiguration:
         """Return a copy with the digest of the basis, and its number of components."""
         return replace(self, pca=replace(self.pca, basis=digest, components=components))
 
+    def with_fit(self, fit: Mapping[str, Any]) -> "StoreConfiguration":
+        """Return a copy with the identity of the upsampler's fit to the images."""
+        return replace(self, upsampler={**self.upsampler, FITTED: dict(fit)})
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Convert to JSON types."""
         return {
@@ -201,8 +207,8 @@ _PARTS: dict[str, type[_Part]] = {
 def incompatibilities(stored: StoreConfiguration, asked: StoreConfiguration) -> list[str]:
     """Reasons why a job must not work on a store, one line each; empty if it may. All jobs use this rule.
 
-    A fitted basis is not compared, nor a number of components that follows from a share of the variance, because fits
-    on different machines can differ in a bit: later jobs use the basis in the store.
+    A fitted basis is not compared, nor a number of components that follows from a share of the variance, nor the fit of
+    an upsampler, because fits on different machines can differ in a bit: later jobs use those in the store.
 
     Args:
         stored: configuration of the store.
@@ -215,7 +221,10 @@ def incompatibilities(stored: StoreConfiguration, asked: StoreConfiguration) -> 
         pca = replace(pca, explained_share=None)  # k was asked for: why the store has as many does not matter
     else:
         pca = replace(pca, components=asked.pca.components)
-    stored = replace(stored, pca=pca)
+    upsampler = dict(stored.upsampler)
+    if FITTED not in asked.upsampler:
+        upsampler.pop(FITTED, None)
+    stored = replace(stored, pca=pca, upsampler=upsampler)
     return differences(stored.to_dict(), asked.to_dict())
 
 

@@ -39,8 +39,8 @@ class LiFTOptions:
 class _ViewsOptions:
     """Options shared by the upsamplers that fit views of each image."""
 
-    # multiview, implicit: views per image to fit; if omitted, the number that multiview's weights were fitted with, or
-    # 100 for implicit. FeatUp's own schedule is --upsampler implicit --views 3000 --fit-steps 1200.
+    # multiview, implicit: views per image to fit; if omitted, 9 for multiview, or the number that its weights were fitted
+    # with, and 100 for implicit. FeatUp's own schedule is --upsampler implicit --views 3000 --fit-steps 1200.
     views: int | None = None
 
     def __post_init__(self) -> None:
@@ -52,7 +52,8 @@ class _ViewsOptions:
 class MultiviewOptions(_ViewsOptions):
     """Options of ``multiview``."""
 
-    # multiview: how strongly to smooth between neighbours of similar colour; if omitted, the value in its weights.
+    # multiview: how strongly to smooth between neighbours of similar colour; if omitted, it is fitted, or the value in its
+    # weights.
     regularisation: float | None = None
 
     def __post_init__(self) -> None:
@@ -90,9 +91,9 @@ class _ChosenUpsampler:
     # Upsampler: "bilinear", "jbu", "lift", "anyup", "multiview" or "implicit". An unknown name lists all with their
     # requirements.
     upsampler: str = "jbu"
-    # Checkpoint of the upsampler. Required for lift, anyup and multiview (the latter from jobs/fit_pooling.py). jbu
-    # accepts FeatUp's weights, or "universal", bundled weights that work with any backbone; without weights it is
-    # training-free.
+    # Checkpoint of the upsampler. Required for lift and anyup. jbu accepts FeatUp's weights, or "universal", bundled
+    # weights that work with any backbone; without weights it is training-free. multiview accepts a file from
+    # jobs/fit_pooling.py; without one, the job fits its model of the backbone to the images.
     upsampler_weights: str | None = None
 
 

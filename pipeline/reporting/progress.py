@@ -19,11 +19,11 @@ class ProgressLine:
 
     Args:
         what: name of the work.
-        total: number of steps.
+        total: number of steps; None if it is not known.
         unit: name of the steps, in the plural.
     """
 
-    def __init__(self, what: str, total: int, unit: str) -> None:
+    def __init__(self, what: str, total: int | None, unit: str) -> None:
         self._what, self._total, self._unit = what, total, unit
         self._done, self._log = 0, _Every(_LINE_EVERY_S)
 
@@ -31,7 +31,8 @@ class ProgressLine:
         """Record that ``steps`` more steps are done."""
         self._done += steps
         if steps and self._log.is_due():
-            logger.info("%s: %d/%d %s", self._what, self._done, self._total, self._unit)
+            of = "" if self._total is None else f"/{self._total}"
+            logger.info("%s: %d%s %s", self._what, self._done, of, self._unit)
 
 
 class Progress:

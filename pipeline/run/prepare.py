@@ -1,4 +1,4 @@
-"""Prepare the store of a plan for shards: fit the basis, choose the quantization steps, set up the store."""
+"""Prepare the store of a plan for shards: fit basis and upsampler, choose the quantization steps, set up the store."""
 
 import logging
 import shutil
@@ -17,12 +17,15 @@ from pipeline.io.storage import storage_explained
 from pipeline.reporting.software import software_versions
 from pipeline.reporting.units import readable_size
 from pipeline.run.feature_worker import FeatureWorker
+from pipeline.run.fit_upsampler import fit_upsampler
 from pipeline.run.gather import gather
 from pipeline.run.planning.plan import Plan
 from pipeline.run.shard_worker import ShardWorker, StoreEncoding
 from pipeline.run.workers import Workers
 from pipeline.store.calibration import choose_steps
+from pipeline.store.fitted import stored_fit
 from pipeline.store.layout import claim, complete_setup, delete_store, existing_store, step_sha256, stored_attributes
+from pipeline.upsamplers.fitting import UpsamplerFit
 from schemas.attributes import StoreAttributes
 from schemas.configuration import incompatibilities
 from schemas.index import pending_index
@@ -47,10 +50,12 @@ def prepare(plan: Plan, objects: Objects, workers: Workers) -> StoreEncoding:
     basis = plan.basis or fit_basis(plan.references, plan.components, plan.config.pca_images, workers)
     explained = float(basis.explained_variance_ratio.sum())
     logger.info("PCA: %d components explain %.1f%% of the variance", len(basis.components), 100 * explained)
-    step, image_nbytes = _calibrate(plan, basis, workers)
+    fit = _fit(plan, basis, workers)
+    step, image_nbytes = _calibrate(plan, basis, fit, workers)
     _check_space(plan, objects, image_nbytes)
+    configuration = plan.configuration.with_basis(basis.digest, len(basis.components))
     attributes = StoreAttributes(
-        configuration=plan.configuration.with_basis(basis.digest, len(basis.components)),
+        configuration=configuration if fit is None else configuration.with_fit(fit.identity()),
         versions=software_versions(),
         class_names=plan.class_names,
         explained_variance=explained,
@@ -60,7 +65,7 @@ def prepare(plan: Plan, objects: Objects, workers: Workers) -> StoreEncoding:
         if plan.config.overwrite:
             _delete_planned(plan, objects)
         try:
-            claim(objects, attributes, basis, step)
+            claim(objects, attributes, basis, step, {} if fit is None else fit.arrays)
         except FileExistsError:
             if not plan.config.resume:
                 raise JobError(
@@ -124,7 +129,19 @@ def fit_basis(references: pa.Table, components: float, images: int, workers: Wor
     return fit(sample.sums, components)
 
 
-def _calibrate(plan: Plan, basis: Basis, workers: Workers) -> tuple[npt.NDArray[np.float32] | None, float]:
+def _fit(plan: Plan, basis: Basis, workers: Workers) -> UpsamplerFit | None:
+    """Fit the upsampler to a sample of the images, if it needs that."""
+    if plan.fitting is None:
+        return None
+    logger.info("%s: fitting it to %d images", plan.config.upsampler, min(plan.fitting.images, len(plan.references)))
+    fit = fit_upsampler(plan.fitting, plan.references, basis, workers)
+    logger.info("%s: %s", plan.config.upsampler, fit.described)
+    return fit
+
+
+def _calibrate(
+    plan: Plan, basis: Basis, fit: UpsamplerFit | None, workers: Workers
+) -> tuple[npt.NDArray[np.float32] | None, float]:
     """Choose the quantization steps ([k] float32, None for float16), and estimate the bytes that an image will take."""
     sample = gather(
         workers,
@@ -132,6 +149,7 @@ def _calibrate(plan: Plan, basis: Basis, workers: Workers) -> tuple[npt.NDArray[
         plan.references,
         CALIBRATION_IMAGES,
         workers.share(basis),
+        workers.share(fit),
         images_in_task=_IMAGES_IN_CALIBRATION_TASK,
         what="calibration",
     )
@@ -170,4 +188,4 @@ def _stored_encoding(features: FeatureLayout, objects: Objects) -> StoreEncoding
         raise JobError(f"the quantization steps in {objects.uri} do not match its attributes: use --overwrite")
     if store.layout != features:
         raise JobError(f"the array in {objects.uri} is {store.layout}, expected {features}: use --overwrite")
-    return StoreEncoding(basis, store.step, attributes.hash)
+    return StoreEncoding(basis, store.step, attributes.hash, stored_fit(store, attributes.configuration))

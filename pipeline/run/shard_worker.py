@@ -31,6 +31,7 @@ from pipeline.run.feature_worker import FeatureWorker, WorkerSpec
 from pipeline.run.recipe import Stages, UpsampleRecipe
 from pipeline.store.calibration import Calibration
 from pipeline.store.shard import committed, write_shard
+from pipeline.upsamplers.fitting import Fitting, UpsamplerFit
 from pipeline.upsamplers.interface import Projected, Stored
 from schemas.index import OK
 from schemas.ledger import LedgerRecord, RowOutcome
@@ -48,11 +49,24 @@ class StoreEncoding:
         basis: the PCA basis.
         step: quantization steps, [k] float32, for int8; None for float16.
         configuration_hash: hash of the store's configuration.
+        fit: what the upsampler was fitted to be; None for an upsampler that is not fitted to images.
     """
 
     basis: Basis
     step: npt.NDArray[np.float32] | None
     configuration_hash: str
+    fit: UpsamplerFit | None = None
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Samples of a fit, not merged yet: `pipeline.images.sample.Part` also stands for none."""
+
+    samples: tuple[Any, ...]
+
+    def merged(self, other: "Gathered") -> "Gathered":
+        """Samples of both."""
+        return Gathered(self.samples + other.samples)
 
 
 class ShardWorker(FeatureWorker):
@@ -72,25 +86,55 @@ class ShardWorker(FeatureWorker):
             message, self.recipe.upsampler, self.device, self._upsampled_by,
         )  # fmt: skip
         self._encoders = ThreadPoolExecutor(spec.threads, "encode")
-        self._with_basis: tuple[str, Projected] | None = None
+        self._with_basis: tuple[tuple[str, str | None], Projected] | None = None
 
-    def calibrate(self, references: pa.Table, basis: Basis) -> Part[Calibration]:
+    def fitting_sample(self, references: pa.Table, basis: Basis) -> Part[Gathered]:
+        """What the fit of the upsampler must know of the referenced images, in components of the basis."""
+        fitting, total = self._fitting(), Part(Gathered(()), 0, None)
+        projection = tuple(tensor.to(self.device) for tensor in basis.tensors)
+        for batch in self.loader.batches(references, StageSeconds()):
+            sample, error = None, next((str(image) for image in batch.decoded if not isinstance(image, Decoded)), None)
+            if batch.usable_rows.any():
+                with self.computing, torch.inference_mode():
+                    sample = fitting.sample(batch.pixels[batch.usable_rows].to(self.device), *projection)
+            if sample is None:
+                total = total.merged(
+                    Part(Gathered(()), 0, error or "its features do not vary, or contain NaN or infinity")
+                )
+            else:
+                total = total.merged(Part(Gathered((sample,)), len(sample), error))
+            self.images_done += len(batch.decoded)
+        return total
+
+    def fitting_trial(self, sample: Any, trial: Any) -> Any:
+        """Result of a trial of the upsampler's fit."""
+        with self.computing, torch.inference_mode():
+            result = self._fitting().trial(sample, trial, self.device)
+        self.images_done += 1
+        return result
+
+    def _fitting(self) -> Fitting:
+        fitting = self.upsampler.fitting()
+        assert fitting is not None
+        return fitting
+
+    def calibrate(self, references: pa.Table, basis: Basis, fit: UpsamplerFit | None) -> Part[Calibration]:
         """Measure the scale of the upsampled features, one image at a time: an upsampler may take minutes per image."""
         total = Part(Calibration.none(len(basis.components)), 0, None)
         for batch in self.loader.batches(references, StageSeconds()):
             for i, decoded in enumerate(batch.decoded):
                 if isinstance(decoded, Decoded):
-                    total = total.merged(self._calibrate_image(batch.pixels[i : i + 1], basis))
+                    total = total.merged(self._calibrate_image(batch.pixels[i : i + 1], basis, fit))
                 else:
                     total = total.merged(Part(Calibration.none(len(basis.components)), 0, str(decoded)))
                 self.images_done += 1
         return total
 
-    def _calibrate_image(self, pixels: Tensor, basis: Basis) -> Part[Calibration]:
+    def _calibrate_image(self, pixels: Tensor, basis: Basis, fit: UpsamplerFit | None) -> Part[Calibration]:
         with self.computing, torch.inference_mode():
             pixels = pixels.to(self.device)
             features = self.backbone(pixels)
-            high = self._projected(basis)(features, pixels, self.geometry.output_size)[0]
+            high = self._projected(basis, fit)(features, pixels, self.geometry.output_size)[0]
             calibration = Calibration.of(high, self.recipe.dtype, self.recipe.error_floor)
         if calibration is None:
             return Part(Calibration.none(len(basis.components)), 0, "its features contain NaN or infinity")
@@ -167,16 +211,18 @@ class ShardWorker(FeatureWorker):
 
     def _stored(self, features: Tensor, pixels: Tensor, encoding: StoreEncoding, seconds: StageSeconds) -> Stored:
         """Upsample and encode low-resolution features."""
-        upsampler, size = self._projected(encoding.basis), self.geometry.output_size
+        upsampler, size = self._projected(encoding.basis, encoding.fit), self.geometry.output_size
         with seconds.stage("upsample"):
             stored = upsampler.encode(features, pixels, size, Encoding.of_steps(encoding.step, self.device))
             self._synchronize()
         return stored
 
-    def _projected(self, basis: Basis) -> Projected:
-        """The upsampler with the basis folded in; call it only while holding ``computing``."""
-        if self._with_basis is None or self._with_basis[0] != basis.digest:
-            self._with_basis = basis.digest, self.upsampler.with_basis(*basis.tensors).to(self.device)
+    def _projected(self, basis: Basis, fit: UpsamplerFit | None) -> Projected:
+        """The upsampler, fitted, with the basis folded in; call it only while holding ``computing``."""
+        key = (basis.digest, None if fit is None else fit.identity()["digest"])
+        if self._with_basis is None or self._with_basis[0] != key:
+            upsampler = self.upsampler if fit is None else self.upsampler.fitted(fit)
+            self._with_basis = key, upsampler.with_basis(*basis.tensors).to(self.device)
         return self._with_basis[1]
 
     def _task_nbytes(self) -> int:

@@ -1,6 +1,7 @@
 """Zarr metadata and small arrays of a store, which other libraries (xarray, tensorstore, zarrs, …) need to read it."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,19 @@ _SMALL_ARRAYS: dict[str, tuple[tuple[str, ...], str]] = {
     f"{layout.PCA}/components": (("component", "channel"), "PCA basis of the backbone's features, orthonormal rows"),
     f"{layout.PCA}/explained_variance": (("component",), "variance of the backbone's features along each component"),
     f"{layout.PCA}/explained_variance_ratio": (("component",), "share of the variance along each component"),
+    f"{layout.UPSAMPLER}/bias": (
+        ("component", "cell_y", "cell_x"),
+        "positional bias of the backbone's features, not contained in the stored ones",
+    ),
 }
 
 
 def zarr_documents(
-    attributes: StoreAttributes, features: FeatureLayout, basis: Basis, step: np.ndarray[Any, Any] | None
+    attributes: StoreAttributes,
+    features: FeatureLayout,
+    basis: Basis,
+    step: np.ndarray[Any, Any] | None,
+    upsampler: Mapping[str, np.ndarray[Any, Any]],
 ) -> dict[str, bytes]:
     """Build all metadata and small arrays with zarr-python in memory; returns key → bytes.
 
@@ -54,6 +63,10 @@ def zarr_documents(
         _create_small_array(group, f"{layout.PCA}/{name}", data)
     if step is not None:
         _create_small_array(group, layout.STEP, step)
+    if upsampler:
+        group.create_group(layout.UPSAMPLER)
+        for name, data in upsampler.items():
+            _create_small_array(group, f"{layout.UPSAMPLER}/{name}", data)
     documents = {key: buffer.to_bytes() for key, buffer in stored.items()}
     return {**documents, layout.ATTRIBUTES: _consolidated(documents)}
 

@@ -15,6 +15,7 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,8 @@ _OWN_KEY = re.compile(
             rf"{re.escape(layout.STEP)}/(zarr\.json|c/0)",
             rf"{re.escape(layout.PCA)}/(\w+/)?zarr\.json",
             rf"{re.escape(layout.PCA)}/\w+/c/0(/0)?",
+            rf"{re.escape(layout.UPSAMPLER)}/(\w+/)?zarr\.json",
+            rf"{re.escape(layout.UPSAMPLER)}/\w+/c/0(/0)*",
             _TEMPORARY,
         )
     )
@@ -132,14 +135,23 @@ def set_up(
     return complete_setup(objects, features, index)
 
 
-def claim(objects: Objects, attributes: StoreAttributes, basis: Basis, step: np.ndarray[Any, Any] | None) -> None:
-    """Begin to set up a store: this fixes its configuration, basis and steps. Arguments as for `set_up`.
+def claim(
+    objects: Objects,
+    attributes: StoreAttributes,
+    basis: Basis,
+    step: np.ndarray[Any, Any] | None,
+    upsampler: Mapping[str, np.ndarray[Any, Any]] = MappingProxyType({}),
+) -> None:
+    """Begin to set up a store: this fixes its configuration, basis, steps and the arrays of a fitted upsampler.
+
+    Arguments as for `set_up`.
 
     Raises:
         FileExistsError: there is a ``zarr.json`` already.
     """
     outcome = io.BytesIO()
     arrays: dict[str, Any] = {**basis.__dict__, **({} if step is None else {layout.STEP: step})}
+    arrays |= {f"{layout.UPSAMPLER}/{name}": array for name, array in upsampler.items()}
     np.savez(outcome, **arrays)
     setup = {"by": uuid.uuid4().hex, "npz": base64.b64encode(outcome.getvalue()).decode()}
     document = {
@@ -164,8 +176,7 @@ def complete_setup(objects: Objects, features: FeatureLayout, index: pa.Table) -
     attributes = StoreAttributes.from_dict(read_attributes(objects))
     if attributes.setup_complete:
         return attributes
-    basis, step = _claimed_outcome(objects, claimed)
-    documents = zarr_documents(attributes.completed(), features, basis, step)
+    documents = zarr_documents(attributes.completed(), features, *_claimed_outcome(objects, claimed))
     root = documents.pop(layout.ATTRIBUTES)
     for key, data in {layout.INDEX: parquet_bytes(index), **documents}.items():
         with suppress(FileExistsError):  # written by another job that completes this setup
@@ -178,8 +189,10 @@ def complete_setup(objects: Objects, features: FeatureLayout, index: pa.Table) -
     return stored
 
 
-def _claimed_outcome(objects: Objects, claimed: bytes) -> tuple[Basis, np.ndarray[Any, Any] | None]:
-    """Read basis and steps from a claim."""
+def _claimed_outcome(
+    objects: Objects, claimed: bytes
+) -> tuple[Basis, np.ndarray[Any, Any] | None, dict[str, np.ndarray[Any, Any]]]:
+    """Read basis, steps and the arrays of a fitted upsampler from a claim."""
     setup = json.loads(claimed)["attributes"].get(_SETUP_KEY)
     if setup is None:
         raise JobError(
@@ -189,7 +202,9 @@ def _claimed_outcome(objects: Objects, claimed: bytes) -> tuple[Basis, np.ndarra
     with np.load(io.BytesIO(base64.b64decode(setup["npz"])), allow_pickle=False) as arrays:
         outcome = dict(arrays)
     step = outcome.pop(layout.STEP, None)
-    return Basis(**outcome), step
+    prefix = f"{layout.UPSAMPLER}/"
+    upsampler = {name.removeprefix(prefix): outcome.pop(name) for name in list(outcome) if name.startswith(prefix)}
+    return Basis(**outcome), step, upsampler
 
 
 def _delete_all(objects: Objects, keys: Iterable[str]) -> None:

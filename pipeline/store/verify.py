@@ -13,8 +13,10 @@ from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
 from densefeat.storage.parquet import read_parquet
 from densefeat.store import FeatureStore
+from pipeline.errors import JobError
 from pipeline.features.pca import Basis
 from pipeline.images.listing.source import keys_digest
+from pipeline.store.fitted import stored_fit
 from pipeline.store.layout import step_sha256
 from pipeline.store.shard import read_record
 from schemas.attributes import StoreAttributes
@@ -110,7 +112,7 @@ class StoreCheck:
             return error
 
     def arrays(self) -> list[str]:
-        """Problems of the basis and the steps."""
+        """Problems of the basis, the steps and the arrays of a fitted upsampler."""
         problems = []
         named = None if isinstance(self._attributes, ValueError) else self._attributes
         try:
@@ -120,7 +122,9 @@ class StoreCheck:
             step = step_sha256(self._store.step)
             if named and step != named.step_sha256:
                 problems.append("the quantization steps do not match the attributes")
-        except StoreError as error:
+            if named:
+                stored_fit(self._store, named.configuration)
+        except (JobError, StoreError) as error:
             problems.append(str(error))
         return problems
 

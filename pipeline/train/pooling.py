@@ -1,6 +1,11 @@
 """Fit the pooling model of a backbone on a sample of a dataset: the weights of ``--upsampler multiview``."""
 
 import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 
 import pyarrow as pa
 import torch
@@ -13,10 +18,11 @@ from pipeline.io.outputs import check_output_file, write_output_file
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.run.feature_worker import FeatureWorker
 from pipeline.run.planning.plan import feature_spec
-from pipeline.run.resources import all_cores
-from pipeline.upsamplers.multiview.fit import Fit, fit_pooling
+from pipeline.run.resources import all_cores, available_cores, torch_threads
+from pipeline.upsamplers.multiview.fit import fit_pooling, usual_settings
 from pipeline.upsamplers.multiview.pooling import Origin, PoolingModel
-from pipeline.upsamplers.multiview.sample import sampled_views
+from pipeline.upsamplers.multiview.spool import full_bias, sampled_views
+from pipeline.upsamplers.multiview.trials import Outcome, Trial, ViewSample, run_trial
 from pipeline.upsamplers.multiview.views import MOST_VIEWS
 from schemas.options import FitPoolingConfig
 
@@ -41,19 +47,36 @@ def make_pooling_model(config: FitPoolingConfig) -> None:
     worker = FeatureWorker(spec, stages)
     images = _sample_images(worker, references, config.fit_images)
     components = min(config.components, backbone.num_chs)
-    with (
-        all_cores(),
-        sampled_views(
-            backbone, images, views=config.views, held_out=config.held_out_views, components=components
-        ) as sample,
-    ):
-        if len(sample.images) < config.fit_images:
-            raise JobError(_too_few(len(sample.images), config.fit_images, "have usable features"))
-        result = fit_pooling(sample, backbone.reduction, config.solver_stride, worker.device)
+    settings = usual_settings(backbone.reduction, config.views, config.solver_stride)
+    with ExitStack() as stack:
+        with all_cores():
+            spooled = stack.enter_context(
+                sampled_views(
+                    backbone,
+                    images,
+                    views=config.views,
+                    order=settings.order,
+                    held_out=config.held_out_views,
+                    components=components,
+                )
+            )
+        sample = spooled.sample
+        if len(sample) < config.fit_images:
+            raise JobError(_too_few(len(sample), config.fit_images, "have usable features"))
+
+        stack.enter_context(torch_threads(1))  # a trial uses one core
+        pool = stack.enter_context(ThreadPoolExecutor(available_cores(), "trial"))
+
+        def run(sample: ViewSample, trials: Sequence[Trial]) -> list[Outcome]:
+            return list(pool.map(lambda trial: run_trial(sample, trial, worker.device), trials))
+
+        fit = fit_pooling(len(sample), sample.low.shape[2:], settings, backbone.reduction, partial(run, sample))
+        begun_with = replace(settings, sigma_px=fit.settings.sigma_px)
+        bias = full_bias(spooled, begun_with, fit.alternations, fit.bias_images, run)
     account = {"images": config.images, "fit": config.fit, "densefeat": __version__, "torch": torch.__version__}
-    origin = Origin(backbone.identity(), backbone.size, backbone.grid, {**account, **result.account})
-    write_output_file("--output", config.output, PoolingModel(result.bias, result.settings, origin).to_bytes())
-    logger.info("%s\nwrote %s", _describe(result), config.output)
+    origin = Origin(backbone.identity(), backbone.size, backbone.grid, {**account, **fit.account})
+    write_output_file("--output", config.output, PoolingModel(bias, fit.settings, origin).to_bytes())
+    logger.info("multiview: %s\nwrote %s", fit.describe(), config.output)
 
 
 def _sample_images(worker: FeatureWorker, references: pa.Table, count: int) -> Tensor:
@@ -68,20 +91,6 @@ def _sample_images(worker: FeatureWorker, references: pa.Table, count: int) -> T
     if len(images) < count:
         raise JobError(_too_few(len(images), count, f"can be used{f' (the first error: {error})' if error else ''}"))
     return images
-
-
-def _describe(result: Fit) -> str:
-    """Human-readable summary of the fit."""
-    settings, errors = result.settings, result.account["held_out_error"]
-    curve = {(r, n): error for r, n, error in errors["by_regularisation_and_iterations"]}
-    error = curve[settings.regularisation, settings.iterations]
-    return (
-        f"error on held-out views of the {result.account['judging_images']} images that settings were chosen on: "
-        f"{errors['bilinear']:.4f} bilinear, {errors['bilinear_and_bias']:.4f} with the bias, "
-        f"{error:.4f} multiview ({error / errors['bilinear']:.2f} of bilinear)\n"
-        f"a Gaussian of {settings.sigma_px:.2f} pixels, {settings.views} views, regularisation "
-        f"{settings.regularisation:g}, {settings.iterations} iterations"
-    )
 
 
 def _too_few(got: int, asked: int, what: str) -> str:

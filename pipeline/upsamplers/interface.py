@@ -16,6 +16,7 @@ from typing_extensions import override
 from kernels.quantization import Codes, Encoding, Quantization
 from pipeline.errors import ImageError
 from pipeline.features.backbone import Backbone
+from pipeline.upsamplers.fitting import Fitting, UpsamplerFit
 
 __all__ = [
     "Facts",
@@ -92,6 +93,14 @@ class Upsampler(nn.Module):
                 "reflected"
             )
         self.with_basis(torch.zeros(channels), torch.eye(1, channels))
+
+    def fitting(self) -> Fitting | None:
+        """How it is fitted to images of the dataset before it can upsample; None: it needs no fit."""
+        return None
+
+    def fitted(self, fit: UpsamplerFit) -> "Upsampler":
+        """The upsampler with the result of its `fitting`; it shares its backbone and weights with this one."""
+        raise TypeError(f"{self.name} is not fitted to images")
 
     def explain(self, device: torch.device) -> str:
         """Describe, for the log, which implementation runs on a device and why others do not."""

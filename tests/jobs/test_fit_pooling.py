@@ -18,7 +18,8 @@ from pipeline.errors import JobError
 from pipeline.features.backbone import build_backbone
 from pipeline.upsamplers.multiview.fit import choose
 from pipeline.upsamplers.multiview.pooling import PoolingModel
-from pipeline.upsamplers.multiview.sample import sampled_views
+from pipeline.upsamplers.multiview.spool import sampled_views
+from pipeline.views.features import view_features
 from schemas.options import FitPcaConfig, FitPoolingConfig, UpsampleConfig
 from tests.helpers.photographs import photo
 from tests.helpers.stores import SHARED
@@ -58,7 +59,7 @@ def test_what_is_fitted(fitted: Path, pictures: Path) -> None:
     assert pooling.bias.mean((1, 2)).abs().max() < 1e-4 * pooling.bias.abs().max().clamp(min=1)
     account = pooling.origin.account
     assert account["images"] == str(pictures)
-    assert (account["bias_images"], account["judging_images"]) == (5, 1)
+    assert (account["bias_images"], account["judging_images"]) == (0, 6)  # too few for a bias
     errors = account["held_out_error"]
     assert len(errors["by_sigma_px"]) == 6
     curve = [tuple(entry) for entry in errors["by_regularisation_and_iterations"]]
@@ -88,7 +89,7 @@ def test_too_few_images(pictures: Path, tmp_path: Path) -> None:
     assert not output.exists()
 
 
-def test_passes_of_the_backbone_and_the_fit_use_all_cores(
+def test_passes_of_the_backbone_use_all_cores_and_trials_one_each(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class ReachedError(Exception):
@@ -96,11 +97,16 @@ def test_passes_of_the_backbone_and_the_fit_use_all_cores(
 
     threads = []
 
-    def fitted(*arguments: Any) -> None:
+    def viewed(*arguments: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        return view_features(*arguments)
+
+    def tried(*arguments: Any) -> None:
         threads.append(torch.get_num_threads())
         raise ReachedError
 
-    monkeypatch.setattr("pipeline.train.pooling.fit_pooling", fitted)
+    monkeypatch.setattr("pipeline.upsamplers.multiview.spool.view_features", viewed)
+    monkeypatch.setattr("pipeline.train.pooling.run_trial", tried)
     monkeypatch.setattr("pipeline.run.resources.available_cores", lambda: 3)
     before = torch.get_num_threads()
     try:
@@ -108,7 +114,9 @@ def test_passes_of_the_backbone_and_the_fit_use_all_cores(
             torch.set_num_threads(of_torch)
             with pytest.raises(ReachedError):
                 fit(fit_config(pictures, tmp_path / "x.safetensors"))
-            assert threads.pop() == expected
+            assert set(threads[:6]) == {expected}
+            assert set(threads[6:]) == {1}
+            threads.clear()
             assert torch.get_num_threads() == of_torch
     finally:
         torch.set_num_threads(before)
@@ -134,7 +142,7 @@ def test_the_backbone_is_built_once_and_what_is_said_is_of_the_judging_images(
     caplog.set_level(logging.INFO)
     assert fit(fit_config(pictures, tmp_path / "x.safetensors")) == 0
     assert caplog.text.count("has random weights") == 1
-    assert "views of the 1 images that settings were chosen on: " in caplog.text
+    assert "on held-out views its error is " in caplog.text
 
 
 def test_a_disk_that_is_too_small() -> None:
@@ -143,7 +151,7 @@ def test_a_disk_that_is_too_small() -> None:
     images = torch.zeros(1, 3, 48, 64, dtype=torch.uint8).expand(10**9, -1, -1, -1)
     with (
         pytest.raises(JobError, match=r"take [\d,.]+ GB in .* are free: set TMPDIR"),
-        sampled_views(backbone, images, views=3, held_out=2, components=6),
+        sampled_views(backbone, images, views=3, order="chosen", held_out=2, components=6),
     ):
         pass
 
@@ -159,7 +167,7 @@ def test_a_disk_that_fills_up(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.zeros(1, 3, 48, 64, dtype=torch.uint8)
     with (
         pytest.raises(JobError, match=r"are free: set TMPDIR.*Disk quota exceeded"),
-        sampled_views(backbone, images, views=3, held_out=2, components=6),
+        sampled_views(backbone, images, views=3, order="chosen", held_out=2, components=6),
     ):
         pass
 
@@ -212,7 +220,7 @@ def test_photographs_are_fitted_better_than_interpolated(tmp_path: Path, caplog:
     output = tmp_path / "lite0.safetensors"
     options = {"fit_images": 4, "views": 9, "held_out_views": 6, "components": 32}
     assert fit(fit_config(COCO / "train", output, **{**lite0, **options})) == 0
-    assert "multiview (0." in caplog.text
+    assert "its error is 0." in caplog.text
     pooling = PoolingModel.read(str(output))
     settings, errors = pooling.settings, pooling.origin.account["held_out_error"]
     curve = {(r, n): error for r, n, error in errors["by_regularisation_and_iterations"]}

@@ -23,6 +23,7 @@ from pipeline.run.workers import InlineWorkers, TaskFailed
 from pipeline.store.calibration import Calibration, choose_steps
 from pipeline.store.layout import claim, step_sha256
 from pipeline.store.shard import finished_shards
+from pipeline.upsamplers.fitting import UpsamplerFit
 from schemas.attributes import StoreAttributes
 
 __all__ = ["Measurement", "measure"]
@@ -30,6 +31,7 @@ __all__ = ["Measurement", "measure"]
 _SLOW_S = 30.0  # longer than kernels take to compile: upsampling that fits each image is measured on one only
 _PCA_IMAGES = 16
 _SHARE_IMAGES = 256  # few images vary in few directions: a share of the variance takes more components in many
+_FIT_PER_VIEWS = 1.5  # time of a fit, as a multiple of that for the backbone's features of its views
 _ROUNDS = 3  # batches per task that runs at the same time: the first round also fills the pipeline
 
 
@@ -93,17 +95,18 @@ def measure(plan: Plan) -> Measurement:
         by_share = plan.basis is None and isinstance(plan.components, float)
         fitted_on = min(_SHARE_IMAGES if by_share else _PCA_IMAGES, pca_images)
         basis, pca_s = _basis(plan, fitted_on, workers)
-        calibration, slow, calibration_s = _calibration(plan, basis, workers)
+        fit, fit_s = _usual_fit(plan, basis, workers)
+        calibration, slow, calibration_s = _calibration(plan, basis, fit, workers)
         if slow:
             images, image_s = 1, calibration_s / (worker.tasks_at_once - 1)
             nbytes = calibration.nbytes
         else:
             step = choose_steps(recipe.dtype, calibration.mean_square, recipe.error_floor)
-            images, image_s, nbytes = _shards(plan, workers, basis, step)
+            images, image_s, nbytes = _shards(plan, workers, basis, fit, step)
         device = worker.made_by()["device"]
     to_do, prepared = _to_do(plan)
     calibrated = min(CALIBRATION_IMAGES, len(plan.references))
-    preparing_s = 0.0 if prepared else pca_s * pca_images + calibration_s * calibrated
+    preparing_s = 0.0 if prepared else pca_s * pca_images + fit_s + calibration_s * calibrated
     return Measurement(
         images=images,
         device=f"{device} ({plan.spec.threads} threads)" if device == "cpu" else device,
@@ -130,21 +133,39 @@ def _basis(plan: Plan, images: int, workers: InlineWorkers) -> tuple[Basis, floa
     return fit(sample.sums, plan.components, at_most=True), (time.monotonic() - begun) / sample.images
 
 
-def _calibration(plan: Plan, basis: Basis, workers: InlineWorkers) -> tuple[Calibration, bool, float]:
+def _usual_fit(plan: Plan, basis: Basis, workers: InlineWorkers) -> tuple[UpsamplerFit | None, float]:
+    """A fit of the upsampler without images, if it needs one, and about the seconds that the job's fit will take."""
+    if plan.fitting is None:
+        return None, 0.0
+    usual = plan.fitting.usual(len(basis.components))
+    images = min(plan.fitting.images, len(plan.references))
+    sample = partial(gather, workers, ShardWorker.fitting_sample, plan.references, images_in_task=1, what="views")
+    begun = time.monotonic()
+    gathered = sample(workers.worker.tasks_at_once, basis)
+    return usual, _FIT_PER_VIEWS * images * (time.monotonic() - begun) / gathered.images
+
+
+def _calibration(
+    plan: Plan, basis: Basis, fit: UpsamplerFit | None, workers: InlineWorkers
+) -> tuple[Calibration, bool, float]:
     """Scale and bytes of an upsampled image, whether it is slow to compute, and the seconds that it takes."""
     gathered = partial(gather, workers, ShardWorker.calibrate, plan.references, images_in_task=1, what="calibration")
     begun = time.monotonic()
-    sample = gathered(1, basis)
+    sample = gathered(1, basis, fit)
     slow = time.monotonic() - begun > _SLOW_S
     if not slow:  # the first one may have compiled kernels
         begun = time.monotonic()
-        sample = gathered(workers.worker.tasks_at_once, basis)
+        sample = gathered(workers.worker.tasks_at_once, basis, fit)
     seconds = (time.monotonic() - begun) / sample.images
     return Calibration(sample.sums.mean_square / sample.images, sample.sums.nbytes / sample.images), slow, seconds
 
 
 def _shards(
-    plan: Plan, workers: InlineWorkers, basis: Basis, step: npt.NDArray[np.float32] | None
+    plan: Plan,
+    workers: InlineWorkers,
+    basis: Basis,
+    fit: UpsamplerFit | None,
+    step: npt.NDArray[np.float32] | None,
 ) -> tuple[int, float, float]:
     """Images made, seconds of wall time and bytes an image: shards of one batch each, in a temporary folder."""
     worker = workers.worker
@@ -154,7 +175,7 @@ def _shards(
         objects = Objects(folder)
         configuration = plan.configuration.with_basis(basis.digest, len(basis.components))
         claim(objects, StoreAttributes(configuration, {}, (), None, step_sha256(step)), basis, step)
-        encoding = StoreEncoding(basis, step, configuration.hash)
+        encoding = StoreEncoding(basis, step, configuration.hash, fit)
         batches = [references.slice(first, worker.batch_size) for first in range(0, len(references), worker.batch_size)]
         tasks = [(objects, shard, batch, encoding) for shard, batch in enumerate(batches)]
         begun = time.monotonic()

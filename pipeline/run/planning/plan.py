@@ -27,6 +27,7 @@ from pipeline.run.planning.places import check_apart, check_same, stored_attribu
 from pipeline.run.recipe import FeatureRecipe, ImageRecipe, Stages, UpsampleRecipe
 from pipeline.run.resources import available_cores, fits_this_process
 from pipeline.upsamplers.build import build_upsampler
+from pipeline.upsamplers.fitting import Fitting
 from pipeline.upsamplers.interface import Upsampler
 from schemas.attributes import StoreAttributes
 from schemas.configuration import (
@@ -57,6 +58,7 @@ class Plan:
         configuration: everything that the features depend on, except for a basis that is not fitted yet.
         basis: basis from ``--pca``; None: to be fitted.
         stored: attributes of the store that is to be resumed or overwritten; None if there is no store.
+        fitting: how the upsampler is fitted to the images; None if it needs no fit.
         spec: spec of the workers.
         stages: stages of the spec's recipe, built here for a worker in this process; None with workers elsewhere.
         findings: parts of the source that are not used; empty if the store is resumed, as its source is not listed.
@@ -70,6 +72,7 @@ class Plan:
     configuration: StoreConfiguration
     basis: Basis | None
     stored: StoreAttributes | None
+    fitting: Fitting | None
     spec: WorkerSpec
     stages: Stages | None
     findings: tuple[Finding, ...]
@@ -123,6 +126,7 @@ def make_plan(config: UpsampleConfig) -> Plan:
         configuration=_configuration(config, source, recipe, basis, resumed=resumed is not None),
         basis=None if basis is None else basis.truncated(k),
         stored=stored,
+        fitting=upsampler.fitting(),
         spec=_spec(config, recipe),
         stages=Stages(backbone, upsampler) if inline else None,
         findings=findings,
@@ -206,6 +210,8 @@ def _with_stored_defaults(config: UpsampleConfig, stored: StoreConfiguration) ->
             adopted["layer"] = ",".join(map(str, layer)) if isinstance(layer, list) else str(layer)
         if config.components is None:
             adopted["components"] = stored.pca.explained_share or stored.pca.components
+    if config.upsampler == stored.upsampler.get("name") == "multiview" and config.views is None:
+        adopted["views"] = stored.upsampler["views"]
     return replace(config, **adopted)
 
 

@@ -8,18 +8,20 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import read_metadata, read_state_dict, state_digest
 from pipeline.features.provenance import Provenance, backbone_name
+from pipeline.upsamplers.multiview.views import ViewOrder
 from schemas.configuration import differences
 
 __all__ = ["FitSettings", "Origin", "PoolingModel"]
 
 _UPSAMPLER = "multiview"
-_MAKE_ONE = "Fit one for this backbone and size with jobs/fit_pooling.py."
+_MAKE_ONE = "Omit the option, so that the job fits one to its images, or fit one with jobs/fit_pooling.py."
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class FitSettings:
             best value grows slowly with that number, and is not adjusted.
         iterations: maximum number of conjugate-gradient steps.
         colour_sigma: colour scale of the Laplacian's weights, as a distance in RGB (0 … 1).
+        order: which views come first; models fitted before there was a choice have the sequence's order.
     """
 
     sigma_px: float
@@ -42,6 +45,11 @@ class FitSettings:
     regularisation: float
     iterations: int
     colour_sigma: float = 0.05  # held-out error: .221 at .02 and .05, .223 at .1, .230 unguided (ViT-S/14)
+    order: ViewOrder = "sequence"
+
+    def identity(self) -> dict[str, Any]:
+        """All settings; without the order that was the only one once, so that earlier configurations stay the same."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("order", "sequence")}
 
 
 @dataclass(frozen=True)
@@ -82,22 +90,26 @@ class PoolingModel:
         return state_digest({"bias": self.bias})
 
     def check(self, backbone: Backbone, uri: str) -> None:
-        """Check that the backbone, layer and image size are those it was fitted on.
+        """Check that the backbone and layer are those it was fitted on; the image size may differ.
 
         Raises:
             JobError: they differ; the message names both.
         """
-        origin = self.origin
-        own = {**backbone.identity(), "size": list(backbone.size), "grid": list(backbone.grid)}
-        other = {**origin.backbone, "size": list(origin.size), "grid": list(origin.grid)}
+        own, other = backbone.identity(), self.origin.backbone
         if own == other:
             return
-        size, others = "×".join(map(str, backbone.size)), "×".join(map(str, origin.size))
         raise JobError(
-            f"Weights {uri!r} were fitted on {backbone_name(origin.backbone)} and {others} pixels, this job has "
-            f"{backbone.label} and {size} pixels: "
-            f"{'; '.join(differences(other, own))}. Fit a pooling model for this job with jobs/fit_pooling.py."
+            f"Weights {uri!r} were fitted on {backbone_name(other)}, this job has {backbone.label}: "
+            f"{'; '.join(differences(other, own))}. Omit --upsampler-weights, so that the job fits a model to its "
+            "images, or fit another one with jobs/fit_pooling.py."
         )
+
+    def bias_on(self, grid: tuple[int, int]) -> Tensor:
+        """The bias on the grid of another image size: [C, h, w], interpolated, with zero mean over positions."""
+        if tuple(self.bias.shape[1:]) == grid:
+            return self.bias
+        bias = F.interpolate(self.bias[None], grid, mode="bilinear", align_corners=False)[0]
+        return bias - bias.mean((1, 2), keepdim=True)
 
     def to_bytes(self) -> bytes:
         """Serialise to the bytes of a .safetensors file."""

@@ -1,7 +1,11 @@
 """Multiview upsampling: high-res features consistent with the backbone's features of many views of the image."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +16,7 @@ from kernels.multiview import Solution, ViewMatrices, explain, solve
 from kernels.quantization import Encoding
 from pipeline.errors import ImageError, JobError
 from pipeline.features.backbone import Backbone
+from pipeline.upsamplers.fitting import Fitting, UpsamplerFit
 from pipeline.upsamplers.images import one_colour, one_colour_error
 from pipeline.upsamplers.interface import (
     Facts,
@@ -23,13 +28,16 @@ from pipeline.upsamplers.interface import (
     with_nonfinite,
 )
 from pipeline.upsamplers.jbu import JBU
+from pipeline.upsamplers.multiview.fit import usual_settings
+from pipeline.upsamplers.multiview.fitting import DEFAULT_STRIDE_PX, DEFAULT_VIEWS, FIT_IMAGES, PoolingFitting
 from pipeline.upsamplers.multiview.pooling import FitSettings, PoolingModel
-from pipeline.upsamplers.multiview.views import MOST_VIEWS, solver_grid, solver_views, view_operators
+from pipeline.upsamplers.multiview.views import MOST_VIEWS, solver_grid, solver_views, start_at, view_operators
 from pipeline.views.features import JitterMatrices, project, view_features
 from schemas.upsamplers import MultiviewOptions
 
-__all__ = ["MultiviewUpsampler", "start_at"]
+__all__ = ["MultiviewUpsampler"]
 
+_FITTED = ("sigma_px", "regularisation", "iterations")  # settings that a fit chooses, unless they are given
 _LEAST_VARIANCE = 1e-10  # of features over positions and views, as a share of their mean square
 
 
@@ -46,65 +54,107 @@ class MultiviewUpsampler(Upsampler):
 
     Args:
         backbone: whose features are upsampled; shared, not copied.
-        pooling: fitted on that backbone.
-        settings: the pooling model's, or modified ones.
+        settings: of the solver. Without a pooling model they are where the fit begins.
+        pooling: model of that backbone; None: a job fits one to its images (`fitting`).
+        given: options that no fit may change.
     """
 
     name = "multiview"
     facts = Facts(
-        weights="required",
-        channels="those of the backbone that its weights were fitted on",
+        weights="optional",
+        channels="any; with weights, those of the backbone that they were fitted on",
         scale="any",
         guidance="the image, and the backbone's features of jittered views of it",
         pca="exact: the views' features are projected batch by batch",
-        weights_from="fit them with jobs/fit_pooling.py",
+        weights_from="jobs/fit_pooling.py fits them; without weights, the job fits a model to its images",
     )
 
-    def __init__(self, backbone: Backbone, pooling: PoolingModel, settings: FitSettings) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        settings: FitSettings,
+        pooling: PoolingModel | None,
+        given: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self.backbone, self.settings = backbone, settings
-        self.register_buffer("bias", pooling.bias.float(), persistent=False)
-        self._digest = pooling.digest
+        self._given, self._pooling = dict(given), pooling
+        self._fitted: UpsamplerFit | None = None
         self.finish = JBU()
-        self.views = SolverViews(backbone, settings)
 
     @classmethod
     @override
     def from_options(cls, options: MultiviewOptions, weights: str | None, backbone: Backbone) -> "MultiviewUpsampler":
-        """Build the upsampler; the weights are a file written by ``jobs/fit_pooling.py``."""
-        assert weights is not None
+        """Build the upsampler; weights are a file written by ``jobs/fit_pooling.py``."""
         if options.views is not None and options.views > MOST_VIEWS:
             raise JobError(f"--views: got {options.views}, expected at most {MOST_VIEWS}: later views are held out")
+        given = {name: value for name, value in vars(options).items() if value is not None}
+        if weights is None:
+            settings = usual_settings(backbone.reduction, options.views or DEFAULT_VIEWS, DEFAULT_STRIDE_PX)
+            return cls(backbone, settings, None, given)
         pooling = PoolingModel.read(weights)
         pooling.check(backbone, weights)
-        given = {name: value for name, value in vars(options).items() if value is not None}
-        return cls(backbone, pooling, replace(pooling.settings, **given))
+        return cls(backbone, replace(pooling.settings, **given), pooling)
 
     @override
     def identity(self) -> dict[str, object]:
-        return {"name": self.name, "weights": self._digest, **vars(self.settings), "finish": self.finish.identity()}
+        finish = {"finish": self.finish.identity()}
+        if self._pooling is not None:
+            return {"name": self.name, "weights": self._pooling.digest, **self.settings.identity(), **finish}
+        asked = {name: value for name, value in self.settings.identity().items() if name not in _FITTED}
+        return {"name": self.name, "fitted_on_images": FIT_IMAGES, **asked, **self._given, **finish}
+
+    @override
+    def fitting(self) -> Fitting | None:
+        return PoolingFitting(self.backbone, self.settings, self._given) if self._pooling is None else None
+
+    @override
+    def fitted(self, fit: UpsamplerFit) -> "MultiviewUpsampler":
+        upsampler = MultiviewUpsampler(self.backbone, replace(self.settings, **fit.settings), None, self._given)
+        upsampler._fitted = fit
+        return upsampler
+
+    @override
+    def check_grid(self, channels: int, grid: tuple[int, int]) -> None:
+        if self._pooling is not None:
+            super().check_grid(channels, grid)
 
     @override
     def explain(self, device: torch.device) -> str:
-        cpu = explain(Kind(device, torch.float32)).chosen == "cpu"
-        solver = "numba and matrix products" if cpu else "torch"
-        return f"{solver}; then {self.finish.explain(device)}"
+        solver = explain(Kind(device, torch.float32)).chosen
+        names = {"cpu": "numba and matrix products", "batched": "torch, groups of images"}
+        return f"{names.get(solver, 'torch')}; then {self.finish.explain(device)}"
 
     @override
     def with_basis(self, mean: Tensor, components: Tensor) -> Projected:
         mean, components = checked_basis(mean, components)
-        bias = self.get_buffer("bias")
-        if len(mean) != len(bias):
-            raise ValueError(f"mean: got {len(mean)} channels, need the weights' {len(bias)}")
-        return _MultiviewProjected(self, mean.float().to(bias.device), components.float().to(bias.device))
+        device = self.backbone.get_buffer("mean").device
+        return _MultiviewProjected(self, mean.float().to(device), components.float().to(device), self._bias(components))
+
+    def _bias(self, components: Tensor) -> Tensor:
+        """The positional bias in components [k, C] float64: [k, h, w] float32."""
+        if self._pooling is not None:
+            bias = self._pooling.bias_on(self.backbone.grid)
+            if components.shape[1] != len(bias):
+                raise ValueError(f"mean: got {components.shape[1]} channels, need the weights' {len(bias)}")
+            return torch.einsum("chw,kc->khw", bias.to(components), components).float()
+        if self._fitted is None:
+            raise ValueError("multiview: got no weights, need a fit to the images (Upsampler.fitting) or weights")
+        bias = torch.from_numpy(np.array(self._fitted.arrays["bias"]))
+        if bias.shape != (len(components), *self.backbone.grid):
+            raise ValueError(
+                f"components: got {len(components)} on a grid of {self.backbone.grid}, need those of the fit, "
+                f"{tuple(bias.shape)}"
+            )
+        return bias
 
 
-class SolverViews:
+class _SolverViews:
     """The matrices of the solver's views, cached per device."""
 
     def __init__(self, backbone: Backbone, settings: FitSettings) -> None:
         self.grid = solver_grid(backbone.size, settings.stride_px)
-        self._jitters = solver_views(backbone.size, settings.views)
+        self._jitters = solver_views(backbone.size, settings.views, settings.order)
         self._operators = view_operators(self._jitters, backbone.grid, self.grid, settings.sigma_px)
         self._on: dict[torch.device, tuple[JitterMatrices, ViewMatrices]] = {}
 
@@ -115,21 +165,14 @@ class SolverViews:
         return self._on[device]
 
 
-def start_at(first: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The solver's initial value: the image's own features [B, k, h, w], interpolated to ``grid``.
-
-    Starting from JBU gave the same error on held-out views (.2210 and .2213).
-    """
-    return F.interpolate(first, grid, mode="bilinear", align_corners=False)
-
-
 class _MultiviewProjected(Projected):
-    def __init__(self, upsampler: MultiviewUpsampler, mean: Tensor, components: Tensor) -> None:
+    def __init__(self, upsampler: MultiviewUpsampler, mean: Tensor, components: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.upsampler = upsampler
+        self.views = _SolverViews(upsampler.backbone, upsampler.settings)
         self.register_buffer("mean", mean)
         self.register_buffer("components", components)
-        self.register_buffer("bias", torch.einsum("chw,kc->khw", upsampler.get_buffer("bias"), components))
+        self.register_buffer("bias", bias.to(mean.device))
 
     @override
     def forward(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -148,9 +191,9 @@ class _MultiviewProjected(Projected):
         backbone, settings = self.upsampler.backbone, self.upsampler.settings
         if tuple(images.shape[2:]) != backbone.size:
             raise ValueError(f"images: got {tuple(images.shape[2:])} pixels, need the backbone's {backbone.size}")
-        grid = self.upsampler.views.grid
+        grid = self.views.grid
         failures = dict.fromkeys(one_colour(images).nonzero().flatten().tolist(), one_colour_error())
-        jitters, operators = self.upsampler.views.on(features.device)
+        jitters, operators = self.views.on(features.device)
         projection = self.get_buffer("mean"), self.get_buffer("components")
         own = project(features, *projection)[:, None]
         targets = torch.cat([own, view_features(backbone, images, jitters, projection)], 1)

@@ -1,7 +1,8 @@
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,8 @@ def weights(pooling, tmp_path):
     return str(path)
 
 
-def random_images(B):
-    return F.interpolate(torch.randint(0, 256, (B, 3, 5, 7)).float(), SIZE).to(torch.uint8)
+def random_images(B, size=SIZE):
+    return F.interpolate(torch.randint(0, 256, (B, 3, 5, 7)).float(), size).to(torch.uint8)
 
 
 def projected(upsampler, num_chs):
@@ -83,18 +84,48 @@ def test_a_file_written_before_reads_the_same(pooling, weights, backbone, tmp_pa
             PoolingModel.read(str(path))
 
 
-def test_a_file_for_another_backbone_or_size_names_both(weights):
+def test_a_file_for_another_backbone_names_both(weights):
     other = build_backbone("resnet18", size=SIZE, weights="random", layer=1)
-    with pytest.raises(JobError, match=r"resnet18 at layer 2 .* and 64×96 pixels, this job has resnet18 at layer 1"):
+    with pytest.raises(JobError, match=r"resnet18 at layer 2 .*, this job has resnet18 at layer 1: .*Omit --upsampler-w"):
         build_upsampler("multiview", weights, other)
-    larger = build_backbone("resnet18", size=(96, 96), weights="random", layer=2)
-    with pytest.raises(JobError, match=r"layer 2 .* and 64×96 pixels, this job has .* and 96×96 pixels: .*size"):
-        build_upsampler("multiview", weights, larger)
+
+
+def test_a_file_carries_over_to_another_size(pooling, weights):
+    larger = build_backbone("resnet18", size=(128, 160), weights="random", layer=2)
+    upsampler = build_upsampler("multiview", weights, larger)
+    bias = upsampler._bias(torch.eye(larger.num_chs, dtype=torch.float64))
+    assert bias.shape == (larger.num_chs, *larger.grid)
+    assert bias.mean((1, 2)).abs().max() < 1e-6
+    expected = F.interpolate(pooling.bias[None], larger.grid, mode="bilinear")[0]
+    assert_close(bias, expected - expected.mean((1, 2), keepdim=True), 1e-6)
+    projected = upsampler.with_basis(torch.zeros(128), torch.eye(4, 128))
+    images = random_images(1, (128, 160))
+    assert projected(larger(images), images, (40, 50)).isfinite().all()
+
+
+def test_without_weights_it_is_fitted_first(backbone):
+    upsampler = build_upsampler("multiview", None, backbone, MultiviewOptions(views=3))
+    assert "sigma_px" not in upsampler.identity()
+    assert upsampler.identity()["views"] == 3
+    upsampler.check_grid(backbone.num_chs, backbone.grid)
+    basis = torch.zeros(128), torch.eye(K, 128)
+    with pytest.raises(ValueError, match="need a fit to the images"):
+        upsampler.with_basis(*basis)
+    usual = upsampler.fitting().usual(K)
+    assert {"sigma_px", "regularisation", "iterations"} == usual.settings.keys()
+    images = random_images(2)
+    features = backbone(images)
+    high = upsampler.fitted(usual).with_basis(*basis)(features, images, SIZE)
+    biased = replace(usual, arrays={"bias": usual.arrays["bias"] + np.float32(0.5)})
+    assert biased.identity() != usual.identity()
+    assert_close(upsampler.fitted(biased).with_basis(*basis)(features, images, SIZE), high - 0.5, 1e-4)
+    with pytest.raises(ValueError, match="need those of the fit"):
+        upsampler.fitted(usual).with_basis(torch.zeros(128), torch.eye(K + 1, 128))
+    with pytest.raises(TypeError, match="is not fitted to images"):
+        build_upsampler("jbu", None, backbone).fitted(usual)
 
 
 def test_what_is_no_such_file_is_refused(tmp_path, backbone, weights):
-    with pytest.raises(JobError, match=r"multiview needs its weights.*jobs/fit_pooling"):
-        build_upsampler("multiview", None, backbone)
     damaged = tmp_path / "damaged.safetensors"
     for data in (b"", b"nonsense" * 9, Path(weights).read_bytes()[:-50]):
         damaged.write_bytes(data)

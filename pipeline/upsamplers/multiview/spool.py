@@ -9,9 +9,10 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,48 +22,51 @@ from torch import Tensor
 
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
-from pipeline.features.pca import Basis, Moments, fit
+from pipeline.features.pca import Moments, fit
 from pipeline.io.storage import temporary_folder
 from pipeline.reporting.progress import ProgressLine
-from pipeline.upsamplers.multiview.views import held_out_views, solver_views
+from pipeline.upsamplers.multiview.fit import improved_bias
+from pipeline.upsamplers.multiview.pooling import FitSettings
+from pipeline.upsamplers.multiview.trials import Outcome, Trial, ViewSample
+from pipeline.upsamplers.multiview.views import ViewOrder, held_out_views, solver_views
 from pipeline.views.features import JitterMatrices, project, view_features
 
-__all__ = ["ViewSample", "sampled_views"]
+__all__ = ["SpooledViews", "full_bias", "sampled_views"]
+
+RunOn = Callable[[ViewSample, Sequence[Trial]], list[Outcome]]
+
+_CHANNELS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, eq=False)
-class ViewSample:
-    """Features of views of N images, on the CPU. The first views of each image are for solving, the rest held out.
+class SpooledViews:
+    """A sample of views in components, and in all channels.
 
     Attributes:
-        images: [N, 3, H, W] uint8.
+        sample: in components.
         features: [N, views + held out, C, h, w] float32, memory-mapped from a file.
-        low: [N, views + held out, k, h, w] float32: the same features in components.
-        views: number of views for solving.
-        basis: the components' basis.
     """
 
-    images: Tensor
+    sample: ViewSample
     features: npt.NDArray[np.float32]
-    low: Tensor
-    views: int
-    basis: Basis
 
-    def channels(self, image: int, chosen: slice) -> Tensor:
-        """Chosen channels of an image's views for solving: [views, channels, h, w]."""
-        return torch.from_numpy(np.array(self.features[image, : self.views, chosen]))
+    def channels(self, chosen: slice) -> ViewSample:
+        """The sample in some channels instead of components, without held-out views."""
+        views = self.sample.views
+        return ViewSample(self.sample.images, torch.from_numpy(np.array(self.features[:, :views, chosen])), views)
 
 
 @contextmanager
 def sampled_views(
-    backbone: Backbone, images: Tensor, *, views: int, held_out: int, components: int
-) -> Iterator[ViewSample]:
+    backbone: Backbone, images: Tensor, *, views: int, order: ViewOrder, held_out: int, components: int
+) -> Iterator[SpooledViews]:
     """Run the backbone on all views, skipping images whose features are not finite or do not vary.
 
     Args:
         backbone: on the device to compute on.
         images: [N, 3, H, W] uint8, of the backbone's size.
         views: number of views for solving.
+        order: of the views for solving.
         held_out: number of held-out views.
         components: maximum number of components; fewer if the features span fewer dimensions.
 
@@ -70,7 +74,7 @@ def sampled_views(
         JobError: the features do not vary, or do not fit on the disk.
     """
     device = backbone.get_buffer("mean").device
-    jitters = solver_views(backbone.size, views) + held_out_views(backbone.size, held_out)
+    jitters = solver_views(backbone.size, views, order) + held_out_views(backbone.size, held_out)
     matrices = JitterMatrices.of(jitters, device)
     shape = (len(images), len(jitters), backbone.num_chs, *backbone.grid)
     with temporary_folder("densefeat-views-") as folder:
@@ -88,7 +92,34 @@ def sampled_views(
             line.advance()
         basis = fit(moments, components, at_most=True)
         low = [project(torch.from_numpy(np.array(spool[n])), *basis.tensors) for n in range(len(kept))]
-        yield ViewSample(images[kept], spool[: len(kept)], torch.stack(low), views, basis)
+        yield SpooledViews(ViewSample(images[kept], torch.stack(low), views), spool[: len(kept)])
+
+
+def full_bias(
+    spooled: SpooledViews, settings: FitSettings, alternations: int, images: Sequence[int], run: RunOn
+) -> Tensor:
+    """Fit the bias in all channels [C, h, w], with as many alternations as were kept in components.
+
+    Channels are independent problems, so this is the same fit in another basis. A residual in components cannot be
+    mapped back, because it lacks whatever the components leave out.
+
+    Args:
+        spooled: the sample.
+        settings: of the fit.
+        alternations: number of improvements.
+        images: those to fit it on.
+        run: runs trials on a sample.
+    """
+    num_chs = spooled.features.shape[2]
+    bias = torch.zeros(num_chs, *spooled.features.shape[3:])
+    line = ProgressLine("bias in all channels", -(-num_chs // _CHANNELS_AT_ONCE) * alternations, "passes")
+    for first in range(0, num_chs, _CHANNELS_AT_ONCE) if alternations else ():
+        channels = slice(first, min(first + _CHANNELS_AT_ONCE, num_chs))
+        sample = spooled.channels(channels)
+        for _ in range(alternations):
+            bias[channels] = improved_bias(bias[channels], settings, images, partial(run, sample))
+            line.advance()
+    return bias
 
 
 def _take_space(file: Path, needed: int) -> None:
