@@ -39,8 +39,8 @@ class LiFTOptions:
 class _ViewsOptions:
     """Options shared by the upsamplers that fit views of each image."""
 
-    # multiview, implicit: views per image to fit; if omitted, 9 for multiview, or the number that its weights were fitted
-    # with, and 100 for implicit. FeatUp's own schedule is --upsampler implicit --views 3000 --fit-steps 1200.
+    # multiview, implicit: views per image to fit; if omitted, 9 for multiview, or the number that its weights were
+    # fitted with, and 100 for implicit. FeatUp's own schedule is --upsampler implicit --views 3000 --fit-steps 1200.
     views: int | None = None
 
     def __post_init__(self) -> None:
@@ -52,14 +52,18 @@ class _ViewsOptions:
 class MultiviewOptions(_ViewsOptions):
     """Options of ``multiview``."""
 
-    # multiview: how strongly to smooth between neighbours of similar colour; if omitted, it is fitted, or the value in its
-    # weights.
+    # multiview: how strongly the solver smooths between neighbours of similar colour; if omitted, it is fitted, or
+    # the value in the weights.
     regularisation: float | None = None
+    # multiview: how strongly to smooth the solution within the regions of the image. More is better for a linear probe,
+    # 0 comes closest to the views; if omitted, 10, or the value in the weights.
+    smoothing: float | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
         at_least("--regularisation", self.regularisation, 0)
+        at_least("--smoothing", self.smoothing, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

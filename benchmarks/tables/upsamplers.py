@@ -134,7 +134,7 @@ def probe() -> str:
     row = next(iter(latest.values()))
     return (
         f"A linear probe of the 20 most frequent classes of coco200, 224 px, k = {row['k']} "
-        f"(`python -m benchmarks.upsamplers.probe`): mean ± half of the 95% interval's width, and the paired "
+        f"(`python -m benchmarks.upsamplers.quality`): mean ± half of the 95% interval's width, and the paired "
         f"difference to `bilinear` with its 95% interval, bold where that excludes zero. {row['runs']} classifiers, "
         f"each trained on {row['photos']} photographs drawn with replacement and evaluated on {row['photos']} others, "
         "which the intervals resample. Near: within 3 px.\n\n"

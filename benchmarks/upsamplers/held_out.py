@@ -1,5 +1,6 @@
-"""Evaluation of per-image fits: the error on views of photographs that no fit used, for two pretrained backbones."""
+"""Evaluation of features: the error on views of photographs that no fit used, for three pretrained backbones."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from kernels.multiview import ViewMatrices
 from pipeline.features.backbone import Backbone, build_backbone
 from pipeline.features.pca import Moments, fit
 from pipeline.images.decoding.decode import Geometry, decode
+from pipeline.upsamplers.fitting import UpsamplerFit
+from pipeline.upsamplers.interface import Upsampler
 from pipeline.upsamplers.multiview.pooling import PoolingModel
 from pipeline.upsamplers.multiview.views import held_out_views, view_operators
 from pipeline.views.features import JitterMatrices, view_features
@@ -31,31 +34,36 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "weights": str(SHARED / "weights" / "vit_small_patch14_dinov2.focus.safetensors"),
         "layer": "10",
     },
+    "vit-ti": {
+        "backbone": "vit_tiny_patch16_224",
+        "weights": str(SHARED / "weights" / "vit_tiny_patch16_224.safetensors"),
+        "layer": "11",
+    },
 }
 
 
-def photos(part: str, count: int, device: torch.device) -> list[Tensor]:
+def photos(part: str, count: int, device: torch.device, size: tuple[int, int] = SIZE) -> list[Tensor]:
     """Photographs [1, 3, H, W] uint8, spread evenly over a part of coco200."""
     files = sorted((COCO / part).glob("*.jpg"))
     chosen = [files[i * len(files) // count] for i in range(count)]
-    geometry = Geometry(SIZE, "crop", SIZE)
+    geometry = Geometry(size, "crop", size)
     return [torch.tensor(decode(path.read_bytes(), geometry).pixels, device=device)[None] for path in chosen]
 
 
-def build(name: str, device: torch.device) -> Backbone:
+def build(name: str, device: torch.device, size: tuple[int, int] = SIZE) -> Backbone:
     """Build one of `BACKBONES`."""
     options = BACKBONES[name]
-    backbone = build_backbone(options["backbone"], size=SIZE, weights=options["weights"], layer=int(options["layer"]))
+    backbone = build_backbone(options["backbone"], size=size, weights=options["weights"], layer=int(options["layer"]))
     return backbone.to(device)
 
 
-def fitted_basis(backbone: Backbone, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Fit mean [C] and components [K, C], fewer than K if C is, on the training photographs' features."""
+def fitted_basis(backbone: Backbone, device: torch.device, components: int = K) -> tuple[Tensor, Tensor]:
+    """Fit mean [C] and components [k, C], fewer than asked for if C is, on the training photographs' features."""
     total = Moments.none(backbone.num_chs)
-    for photo in photos("train", BASIS_PHOTOS, device):
+    for photo in photos("train", BASIS_PHOTOS, device, backbone.size):
         features = backbone(photo)
         total = total.merged(Moments.of(features, torch.ones_like(features[:, 0], dtype=torch.bool)))
-    mean, components = fit(total, K, at_most=True).tensors
+    mean, components = fit(total, components, at_most=True).tensors
     return mean.to(device), components.to(device)
 
 
@@ -69,6 +77,15 @@ def pooling_file(folder: Path, name: str, device: str) -> str:
     return str(path)
 
 
+def fitted_to_photos(upsampler: Upsampler, basis: tuple[Tensor, Tensor], size: tuple[int, int] = SIZE) -> UpsamplerFit:
+    """Fit an upsampler on training photographs as the main job does in its preparation."""
+    fitting, device = upsampler.fitting(), basis[0].device
+    assert fitting is not None
+    samples = [fitting.sample(photo, *basis) for photo in photos("train", fitting.images, device, size)]
+    sample = functools.reduce(lambda one, other: one.merged(other), filter(None, samples))
+    return fitting.fit(sample, lambda trials: [fitting.trial(sample, trial, device) for trial in trials])
+
+
 class Judge:
     """Evaluates features on held-out views of photographs, through one backbone's pooling model.
 
@@ -77,14 +94,19 @@ class Judge:
         basis: mean and components for projecting features.
     """
 
-    def __init__(self, backbone: Backbone, pooling: PoolingModel, basis: tuple[Tensor, Tensor]) -> None:
-        device = basis[0].device
-        self.jitters = held_out_views(SIZE, HELD_OUT)
+    def __init__(self, backbone: Backbone, sigma_px: float, bias: Tensor, basis: tuple[Tensor, Tensor]) -> None:
+        device, size = basis[0].device, backbone.size
+        self.jitters = held_out_views(size, HELD_OUT)
         self.backbone, self.basis = backbone, basis
         self.matrices = JitterMatrices.of(self.jitters, device)
-        sigma_px = pooling.settings.sigma_px
-        self.operators: ViewMatrices = view_operators(self.jitters, backbone.grid, SIZE, sigma_px).to(device)
-        self.bias = torch.einsum("chw,kc->khw", pooling.bias.to(device), basis[1])
+        self.operators: ViewMatrices = view_operators(self.jitters, backbone.grid, size, sigma_px).to(device)
+        self.bias = bias.to(device)
+
+    @classmethod
+    def of(cls, backbone: Backbone, pooling: PoolingModel, basis: tuple[Tensor, Tensor]) -> "Judge":
+        """A judge with a pooling model in all channels."""
+        bias = torch.einsum("chw,kc->khw", pooling.bias.to(basis[1]), basis[1])
+        return cls(backbone, pooling.settings.sigma_px, bias, basis)
 
     def seen(self, photo: Tensor) -> Tensor:
         """The backbone's features of the views of a photograph [1, 3, H, W]: [V, k, h, w]."""

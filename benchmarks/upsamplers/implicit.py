@@ -80,7 +80,7 @@ def measure(name: str, count: int, folder: Path, device: torch.device) -> list[d
     weights = pooling_file(folder, name, device.type)
     pooling = PoolingModel.read(weights)
     basis = fitted_basis(backbone, device)
-    judge, images = Judge(backbone, pooling, basis), photos("val", count, device)
+    judge, images = Judge.of(backbone, pooling, basis), photos("val", count, device)
     seen = [judge.seen(photo) for photo in images]
     clock = Clock(device)
     upsample_multiview.view_features = clock.view_features

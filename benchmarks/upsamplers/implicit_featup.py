@@ -102,7 +102,7 @@ def main(
     with torch.inference_mode():
         network = build(backbone, chosen)
         downsampler = PoolingModel.read(pooling_file(folder, backbone, chosen.type))
-        judge = Judge(network, downsampler, fitted_basis(network, chosen))
+        judge = Judge.of(network, downsampler, fitted_basis(network, chosen))
         images = photos("val", photos_each, chosen)
         for method in schedules:
             schedule = SCHEDULES[method]

@@ -1,7 +1,7 @@
 """High-res features from many views of an image: the public operation, which checks arguments and runs a solver."""
 
 from kernels.dispatch import Choice
-from kernels.multiview.operations import explain, solve
+from kernels.multiview.operations import explain, smooth, solve
 from kernels.multiview.views import Solution, ViewMatrices
 
 __all__ = [
@@ -9,5 +9,6 @@ __all__ = [
     "Solution",
     "ViewMatrices",
     "explain",
+    "smooth",
     "solve",
 ]

@@ -30,7 +30,7 @@ def reasons_not(kinds: Sequence[Kind]) -> list[str]:
 
 def solve(
     targets: Tensor,
-    views: ViewMatrices,
+    views: ViewMatrices | None,
     guidance: Tensor,
     start: Tensor,
     regularisation: float,
@@ -113,8 +113,10 @@ def _squares(seen: Tensor) -> Tensor:
     return seen.square().sum(3).sum((0, 1), dtype=torch.float64)
 
 
-def _operators(views: ViewMatrices) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def _operators(views: ViewMatrices | None) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """The map from [H, N, W] to all views [V, h, N, w], and its adjoint."""
+    if views is None:
+        return (lambda maps: maps[None]), (lambda seen: seen[0].clone())
     V, (h, w), (H, W) = len(views), views.low, views.high
     rows, columns = views.rows.flatten(0, 1), views.columns
     rows_t, columns_t = rows.mT, columns.mT

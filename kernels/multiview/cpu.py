@@ -36,7 +36,7 @@ def reasons_not(kinds: Sequence[Kind]) -> list[str]:
 
 def solve(
     targets: Tensor,
-    views: ViewMatrices,
+    views: ViewMatrices | None,
     guidance: Tensor,
     start: Tensor,
     regularisation: float,
@@ -49,7 +49,7 @@ def solve(
     features = torch.empty_like(start, memory_format=torch.contiguous_format)
     objective, steps = np.zeros((B, k, 2)), np.zeros((B, k), np.int64)
     with _one_thread():
-        operators = _Operators(views)
+        operators = _Identity() if views is None else _Operators(views)
         for image in range(B):
             edges = _Edges.of(guidance[image], colour_sigma, regularisation)
             for first in range(0, k, _CHANNELS):
@@ -119,6 +119,16 @@ class _Operators:
         return first, second
 
 
+class _Identity:
+    """The map of features that are themselves the targets: [H, channels, W] -> [1, H, channels, W]."""
+
+    def project(self, x: Tensor) -> Tensor:
+        return x[None]
+
+    def back_project(self, seen: Tensor) -> Tensor:
+        return seen[0].clone()
+
+
 class _Edges(NamedTuple):
     """Weights of the Laplacian times λ: [H, W] float32 to the four following neighbours, and each pixel's total."""
 
@@ -140,7 +150,7 @@ class _Edges(NamedTuple):
 
 
 def _conjugate_gradient(
-    target: Tensor, operators: _Operators, edges: _Edges, x: Tensor, iterations: int, tolerance: float
+    target: Tensor, operators: _Operators | _Identity, edges: _Edges, x: Tensor, iterations: int, tolerance: float
 ) -> tuple[Doubles, npt.NDArray[np.int64]]:
     """Solve for a group of channels in place in x; returns objectives before and after [channels, 2], and steps."""
     objective = np.empty((x.shape[1], 2))

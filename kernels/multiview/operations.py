@@ -12,7 +12,7 @@ from kernels import dispatch
 from kernels.dispatch import Choice, Kind
 from kernels.multiview.views import Solution, ViewMatrices
 
-__all__ = ["explain", "solve"]
+__all__ = ["explain", "smooth", "solve"]
 
 
 @torch.no_grad()
@@ -55,8 +55,63 @@ def solve(
         ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
     """
     _check(targets, views, guidance, start)
+    return _solved(targets, views, guidance, start, regularisation, iterations, colour_sigma, tolerance, implementation)
+
+
+@torch.no_grad()
+def smooth(
+    features: Tensor,
+    guidance: Tensor,
+    *,
+    strength: float,
+    iterations: int = 20,
+    colour_sigma: float = 0.05,
+    tolerance: float = 1e-5,
+    implementation: str | None = None,
+) -> Solution:
+    """Smooth features within the regions of an image: minimise ``|X - Y|² + strength · Σ_pq g_pq (X_p - X_q)²``.
+
+    The weighted least squares filter of Farbman et al. (SIGGRAPH 2008), with the weights of `solve`.
+
+    Args:
+        features: Y, [B, k, H, W] floating, not empty.
+        guidance: [B, 3, H, W] floating, on the same device: the image, values 0 … 1.
+        strength: at least 0, finite. 0 changes nothing.
+        iterations: as for `solve`.
+        colour_sigma: as for `solve`.
+        tolerance: as for `solve`.
+        implementation: as for `solve`.
+
+    Returns:
+        The smoothed features, as a solution.
+
+    Raises:
+        ValueError: an argument is not as above, or the selected implementation cannot take these inputs.
+    """
+    if features.ndim != 4 or not features.is_floating_point() or features.numel() == 0:
+        raise ValueError(
+            f"features: got {tuple(features.shape)} {features.dtype}, need [B, k, H, W] of a floating dtype, not empty"
+        )
+    _check_guidance(guidance, len(features), (features.shape[2], features.shape[3]), features.device)
+    targets = features[:, None]
+    return _solved(targets, None, guidance, features, strength, iterations, colour_sigma, tolerance, implementation)
+
+
+def _solved(
+    targets: Tensor,
+    views: ViewMatrices | None,
+    guidance: Tensor,
+    start: Tensor,
+    regularisation: float,
+    iterations: int,
+    colour_sigma: float,
+    tolerance: float,
+    implementation: str | None,
+) -> Solution:
+    """Check the scalars, and run an implementation; without views, the targets are the features themselves."""
     if not 0 <= regularisation < float("inf"):
-        raise ValueError(f"regularisation: got {regularisation}, need a finite number of at least 0")
+        name = "strength" if views is None else "regularisation"
+        raise ValueError(f"{name}: got {regularisation}, need a finite number of at least 0")
     if iterations < 1:
         raise ValueError(f"iterations: got {iterations}, need at least 1")
     if not colour_sigma > 0:
@@ -89,13 +144,17 @@ def _check(targets: Tensor, views: ViewMatrices, guidance: Tensor, start: Tensor
         raise ValueError(
             f"views: got {views.rows.dtype} on {views.rows.device}, need {targets.dtype} on {targets.device}"
         )
-    if guidance.shape != (B, 3, *views.high) or not guidance.is_floating_point() or guidance.device != targets.device:
-        raise ValueError(
-            f"guidance: got {tuple(guidance.shape)} {guidance.dtype} on {guidance.device}, need "
-            f"{(B, 3, *views.high)} of a floating dtype on {targets.device}"
-        )
+    _check_guidance(guidance, B, views.high, targets.device)
     if start.shape != (B, k, *views.high) or start.dtype != targets.dtype or start.device != targets.device:
         raise ValueError(
             f"start: got {tuple(start.shape)} {start.dtype} on {start.device}, need {(B, k, *views.high)} "
             f"{targets.dtype} on {targets.device}"
+        )
+
+
+def _check_guidance(guidance: Tensor, images: int, grid: tuple[int, int], device: torch.device) -> None:
+    if guidance.shape != (images, 3, *grid) or not guidance.is_floating_point() or guidance.device != device:
+        raise ValueError(
+            f"guidance: got {tuple(guidance.shape)} {guidance.dtype} on {guidance.device}, need "
+            f"{(images, 3, *grid)} of a floating dtype on {device}"
         )

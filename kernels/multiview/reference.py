@@ -23,7 +23,7 @@ def reasons_not(kinds: Sequence[Kind]) -> list[str]:
 
 def solve(
     targets: Tensor,
-    views: ViewMatrices,
+    views: ViewMatrices | None,
     guidance: Tensor,
     start: Tensor,
     regularisation: float,
@@ -77,7 +77,7 @@ def _laplacian(maps: Tensor, weights: Tensor) -> Tensor:
 
 def _conjugate_gradient(
     target: Tensor,
-    views: ViewMatrices,
+    views: ViewMatrices | None,
     weights: Tensor,
     start: Tensor,
     regularisation: float,
@@ -114,8 +114,10 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() * b.double()).sum((1, 2), keepdim=True)
 
 
-def _operators(views: ViewMatrices) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def _operators(views: ViewMatrices | None) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """The map from [k, H, W] to all views [V, k, h, w], and its adjoint: one product for rows, a batch for columns."""
+    if views is None:
+        return (lambda maps: maps[None]), (lambda seen: seen[0])
     V, (h, w), (H, W) = len(views), views.low, views.high
     rows, columns = views.rows.flatten(0, 1), views.columns
 

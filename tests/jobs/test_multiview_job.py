@@ -146,7 +146,7 @@ def test_no_usable_image_is_said(tmp_path: Path) -> None:
     Image.new("RGB", (90, 90), (9, 99, 199)).save(tmp_path / "images" / "grey.png")
     (tmp_path / "images" / "broken.jpg").write_bytes(photo()[:300])
     job = config(tmp_path / "images", tmp_path / "store", components=1, max_failed_share=1.0)
-    with pytest.raises(JobError, match="is usable|independent components"):
+    with pytest.raises(JobError, match=r"is usable|independent components"):
         upsample(job)
 
 

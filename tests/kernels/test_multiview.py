@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.dispatch import IMPLEMENTATIONS
-from kernels.multiview import ViewMatrices, batched, solve
+from kernels.multiview import ViewMatrices, batched, smooth, solve
 from kernels.multiview.reference import edge_weights
 from kernels.multiview.views import Bands
 from pipeline.upsamplers.multiview.views import MOST_VIEWS, held_out_views, solver_grid, solver_views, view_operators
@@ -166,6 +167,50 @@ def test_a_channel_that_is_done_stops(implementation):
     zeros = solve(0 * targets, views, guidance, 0 * start, implementation=implementation, **OPTIONS)
     assert not zeros.iterations.any()
     assert not zeros.features.any()
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "rtol"),
+    [("reference", torch.float64, 1e-8), ("batched", torch.float64, 1e-8), ("cpu", torch.float32, 1e-4)],
+)
+def test_smoothing_is_the_weighted_least_squares_filter(implementation, dtype, rtol):
+    H, W, strength = 7, 5, 3.0
+    features, guidance = torch.randn(2, 3, H, W, dtype=dtype), torch.rand(2, 3, H, W, dtype=dtype)
+    before = features.clone()
+    options = {"strength": strength, "iterations": 200, "colour_sigma": 0.4, "tolerance": 1e-12}
+    smoothed = smooth(features, guidance, implementation=implementation, **options).features
+    assert torch.equal(features, before)
+    for image in range(2):
+        matrix = torch.eye(H * W, dtype=torch.float64)
+        for y, x in itertools.product(range(H), range(W)):
+            for down, right in itertools.product((-1, 0, 1), (-1, 0, 1)):
+                other = (y + down, x + right)
+                if (down, right) == (0, 0) or not (0 <= other[0] < H and 0 <= other[1] < W):
+                    continue
+                distance = (guidance[image, :, y, x] - guidance[image, :, *other]).double().square().sum()
+                weight = strength * torch.exp(-distance / (2 * 0.4**2)) / (down**2 + right**2)
+                matrix[y * W + x, y * W + x] += weight
+                matrix[y * W + x, other[0] * W + other[1]] -= weight
+        expected = torch.linalg.solve(matrix, features[image].flatten(1).T.double()).T.view(3, H, W)
+        assert_close(smoothed[image], expected, rtol)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS["multiview"])
+def test_smoothing_keeps_constants_and_does_nothing_without_strength(implementation):
+    features, guidance = torch.randn(3, 9, 10, 12), torch.rand(3, 3, 10, 12) / 50
+    same = smooth(features, guidance, strength=0, implementation=implementation)
+    assert torch.equal(same.features, features)
+    assert not same.iterations.any()
+    features[1] = 2.5
+    smoothed = smooth(features, guidance, strength=20.0, iterations=5, implementation=implementation)
+    assert_close(smoothed.features[1], features[1], 1e-6)
+    assert (smoothed.final[[0, 2]] < smoothed.initial[[0, 2]]).all()
+    assert smoothed.features[0].std() < 0.7 * features[0].std()
+    for arguments, words in [((features[0], guidance), "features"), ((features, guidance[:2]), "guidance")]:
+        with pytest.raises(ValueError, match=words):
+            smooth(*arguments, strength=1.0, implementation=implementation)
+    with pytest.raises(ValueError, match="strength: got -1"):
+        smooth(features, guidance, strength=-1, implementation=implementation)
 
 
 def test_bad_arguments_are_named():

@@ -37,6 +37,8 @@ class FitSettings:
         iterations: maximum number of conjugate-gradient steps.
         colour_sigma: colour scale of the Laplacian's weights, as a distance in RGB (0 … 1).
         order: which views come first; models fitted before there was a choice have the sequence's order.
+        smoothing: strength of the smoothing of the solution within the image's regions; models fitted before there was
+            one have none.
     """
 
     sigma_px: float
@@ -46,10 +48,12 @@ class FitSettings:
     iterations: int
     colour_sigma: float = 0.05  # held-out error: .221 at .02 and .05, .223 at .1, .230 unguided (ViT-S/14)
     order: ViewOrder = "sequence"
+    smoothing: float = 0.0
 
     def identity(self) -> dict[str, Any]:
-        """All settings; without the order that was the only one once, so that earlier configurations stay the same."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("order", "sequence")}
+        """All settings; those added later only if they are not the defaults, so that earlier configurations match."""
+        later = {"order": "sequence", "smoothing": 0.0}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
 
 @dataclass(frozen=True)

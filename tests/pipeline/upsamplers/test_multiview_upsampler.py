@@ -86,7 +86,9 @@ def test_a_file_written_before_reads_the_same(pooling, weights, backbone, tmp_pa
 
 def test_a_file_for_another_backbone_names_both(weights):
     other = build_backbone("resnet18", size=SIZE, weights="random", layer=1)
-    with pytest.raises(JobError, match=r"resnet18 at layer 2 .*, this job has resnet18 at layer 1: .*Omit --upsampler-w"):
+    with pytest.raises(
+        JobError, match=r"resnet18 at layer 2 .*, this job has resnet18 at layer 1: .*Omit --upsampler-w"
+    ):
         build_upsampler("multiview", weights, other)
 
 
