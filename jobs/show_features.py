@@ -91,7 +91,10 @@ def _backbone(store: "FeatureStore", weights: str | None) -> "Backbone | None":
 
     stored = stored_attributes(store.uri, store.attributes).configuration
     made_by = stored.backbone
-    backbone = build_backbone(made_by["name"], size=stored.geometry.size, weights=weights, layer=made_by["layer"])
+    chosen = {name: made_by[name] for name in ("space", "facet") if name in made_by}
+    backbone = build_backbone(
+        made_by["name"], size=stored.geometry.size, weights=weights, layer=made_by["layer"], **chosen
+    )
     if backbone.identity()["weights"] != made_by["weights"]:
         raise JobError(f"--weights {weights} are not those that made {store.uri}: pass those, or omit --weights")
     return backbone

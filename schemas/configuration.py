@@ -14,11 +14,13 @@ __all__ = [
     "FITTED",
     "MAX_PIXELS",
     "MIN_SIDE",
+    "Facet",
     "Fit",
     "GeometryConfiguration",
     "PcaConfiguration",
     "SourceConfiguration",
     "SourceKind",
+    "Space",
     "StorageConfiguration",
     "StoreConfiguration",
     "differences",
@@ -31,6 +33,8 @@ MIN_SIDE = 8  # default minimum side of an image, in pixels
 
 FITTED = "fitted"  # in the upsampler's part: the identity of its fit to the images
 Fit = Literal["crop", "pad", "squash"]  # crop to the aspect ratio, pad to it, or distort to it
+Space = Literal["layer", "head"]  # of the features: the layer's own, or that of the model's output
+Facet = Literal["token", "value"]  # of a ViT's last block: its output, or the values of its attention
 SourceKind = Literal["folder", "list", "tar", "parquet"]
 
 

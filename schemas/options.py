@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from schemas.checks import at_least, check_components, parse_layers, parse_size
-from schemas.configuration import MAX_PIXELS, MIN_SIDE, Fit
+from schemas.configuration import MAX_PIXELS, MIN_SIDE, Facet, Fit, Space
 from schemas.upsamplers import UpsamplerOptions
 
 # At k = 128 and 224 px, int8 shards of 64 images are about 410 MB before compression, float16 shards of 8 about 100 MB:
@@ -35,6 +35,12 @@ class FeatureConfig:
     # ViT block or ConvNet stage whose output is used; negative numbers count from the end. Several, "8,9,10,11", are
     # concatenated on the finest one's grid. If omitted, a ViT's last block, a ConvNet's last stage and the one before.
     layer: str | None = None
+    # Space of the features: "layer", the layer's own; or "head": the last layer through the model's head at every
+    # position: class scores of a classifier, or the space of the text embeddings of CLIP and SigLIP.
+    space: Space = "layer"
+    # Facet of a ViT's last block: "token", its output; or "value", the values of its attention. MaskCLIP's features are
+    # those of CLIP with --facet value --space head.
+    facet: Facet = "token"
     # Input size of the backbone in pixels: "224" or "HEIGHTxWIDTH".
     size: str = "224"
     # How to fit images of another shape: centre crop, pad at the right or bottom, or squash.

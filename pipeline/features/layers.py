@@ -1,6 +1,6 @@
 """The layers of a timm model that give its features: which by default, normalised or not, several on one grid."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from pipeline.errors import JobError
 from pipeline.reporting.units import listed
 
-__all__ = ["SAM", "choice_label", "feature_info", "has_norm", "layer_label", "on_finest_grid", "resolve_layers"]
+__all__ = [
+    "SAM",
+    "choice_label",
+    "feature_info",
+    "has_norm",
+    "identity_label",
+    "layer_label",
+    "on_finest_grid",
+    "resolve_layers",
+]
 
 # The default layers. A ViT's last block: DINOv2's and DINOv3's linear probes, FeatUp, LiFT and AnyUp take it. Where
 # strides differ (ConvNets, Swin), the last stage, of stride 32, is coarse for 224 pixels. Together with the last one of
@@ -119,6 +128,12 @@ def on_finest_grid(maps: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
 def layer_label(layer: int | Sequence[int]) -> str:
     """Human-readable name of layers as an identity has them: ``layer 10``, ``layers 8, 9, 10, 11``."""
     return f"layer {layer}" if isinstance(layer, int) else f"layers {_numbers(layer)}"
+
+
+def identity_label(identity: Mapping[str, Any]) -> str:
+    """Where in the model an identity's features are taken: ``layer 10``, ``layer 11 (value, head)``."""
+    other = [str(identity[name]) for name in ("facet", "space") if name in identity]
+    return layer_label(identity["layer"]) + (f" ({', '.join(other)})" if other else "")
 
 
 def choice_label(name: str, layer: int | Sequence[int]) -> str:

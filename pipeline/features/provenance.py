@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import read_metadata
-from pipeline.features.layers import layer_label
+from pipeline.features.layers import identity_label
 from schemas.configuration import differences
 
 __all__ = ["Provenance", "backbone_name", "check_pairing"]
@@ -82,7 +82,7 @@ class Provenance:
 
 def backbone_name(identity: Mapping[str, Any]) -> str:
     """Human-readable name of a backbone, from its identity: ``resnet18 at layer 2 (weights 0a1b2c3d4e5f…)``."""
-    return f"{identity['name']} at {layer_label(identity['layer'])} (weights {str(identity['weights'])[:12]}…)"
+    return f"{identity['name']} at {identity_label(identity)} (weights {str(identity['weights'])[:12]}…)"
 
 
 def check_pairing(uri: str, upsampler: str, backbone: Backbone) -> None:

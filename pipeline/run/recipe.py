@@ -18,9 +18,10 @@ from pipeline.images.batches import BatchLoader
 from pipeline.images.decoding.decode import Geometry
 from pipeline.upsamplers.build import build_upsampler
 from pipeline.upsamplers.interface import Upsampler
-from schemas.configuration import SourceKind
+from schemas.configuration import Facet, SourceKind, Space
+from schemas.options import FeatureConfig
 
-__all__ = ["FeatureRecipe", "ImageRecipe", "Stages", "UpsampleRecipe"]
+__all__ = ["FeatureRecipe", "ImageRecipe", "Stages", "UpsampleRecipe", "backbone_fields"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +81,8 @@ class FeatureRecipe:
         backbone: name of the timm model.
         layers: layers of the model, each 0 or more.
         weights: "pretrained", "random", or the URI of a checkpoint.
+        space: as for `pipeline.features.backbone.build_backbone`.
+        facet: as for `pipeline.features.backbone.build_backbone`.
         backbone_identity: `Backbone.identity` of the backbone that the driver built.
     """
 
@@ -87,6 +90,8 @@ class FeatureRecipe:
     backbone: str
     layers: tuple[int, ...]
     weights: str
+    space: Space
+    facet: Facet
     backbone_identity: Mapping[str, Any]
 
     def build(self) -> Stages:
@@ -96,7 +101,9 @@ class FeatureRecipe:
             JobError: a stage cannot be built, or differs from the driver's because this machine has other weights.
         """
         size = self.images.geometry.size
-        backbone = build_backbone(self.backbone, size=size, weights=self.weights, layer=self.layers)
+        backbone = build_backbone(
+            self.backbone, size=size, weights=self.weights, layer=self.layers, space=self.space, facet=self.facet
+        )
         _check_identity("backbone", backbone.identity(), self.backbone_identity)
         return Stages(backbone)
 
@@ -131,6 +138,18 @@ class UpsampleRecipe(FeatureRecipe):
         upsampler = build_upsampler(self.upsampler, self.upsampler_weights, backbone, self.upsampler_options)
         _check_identity("upsampler", upsampler.identity(), self.upsampler_identity)
         return Stages(backbone, upsampler)
+
+
+def backbone_fields(config: FeatureConfig, backbone: Backbone) -> dict[str, Any]:
+    """The fields of a `FeatureRecipe` that build the backbone again."""
+    return {
+        "backbone": config.backbone,
+        "layers": backbone.layers,
+        "weights": config.weights,
+        "space": config.space,
+        "facet": config.facet,
+        "backbone_identity": backbone.identity(),
+    }
 
 
 def _check_identity(stage: str, got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -17,7 +17,8 @@ from pipeline.images.decoding.decode import Geometry
 from pipeline.run.feature_worker import WorkerSpec
 from pipeline.run.recipe import FeatureRecipe, ImageRecipe
 
-_RECIPE = FeatureRecipe(ImageRecipe("folder", None, Geometry((8, 8), "crop", (8, 8)), 64, 1), "none", 0, "random", {})
+_IMAGES = ImageRecipe("folder", None, Geometry((8, 8), "crop", (8, 8)), 64, 1)
+_RECIPE = FeatureRecipe(_IMAGES, "none", (0,), "random", "layer", "token", {})
 SPEC = WorkerSpec(_RECIPE, "cpu", None, 2)
 
 

@@ -24,7 +24,7 @@ from pipeline.images.listing.source import Source, keys_digest, list_images
 from pipeline.io.storage import check_writable
 from pipeline.run.feature_worker import WorkerSpec
 from pipeline.run.planning.places import check_apart, check_same, stored_attributes_at
-from pipeline.run.recipe import FeatureRecipe, ImageRecipe, Stages, UpsampleRecipe
+from pipeline.run.recipe import FeatureRecipe, ImageRecipe, Stages, UpsampleRecipe, backbone_fields
 from pipeline.run.resources import available_cores, fits_this_process
 from pipeline.upsamplers.build import build_upsampler
 from pipeline.upsamplers.fitting import Fitting
@@ -149,7 +149,7 @@ def feature_spec(config: FeatureConfig) -> tuple[WorkerSpec, pa.Table, Stages]:
     for line in describe_findings(source.findings):
         logger.info("%s", line)
     images = _image_recipe(config, source.kind, source.image_column)
-    recipe = FeatureRecipe(images, config.backbone, backbone.layers, config.weights, backbone.identity())
+    recipe = FeatureRecipe(images=images, **backbone_fields(config, backbone))
     return _spec(config, recipe), source.references, Stages(backbone)
 
 
@@ -167,10 +167,7 @@ def _upsample_recipe(
 ) -> UpsampleRecipe:
     return UpsampleRecipe(
         images=_image_recipe(config, source.kind, source.image_column),
-        backbone=config.backbone,
-        layers=backbone.layers,
-        weights=config.weights,
-        backbone_identity=backbone.identity(),
+        **backbone_fields(config, backbone),
         upsampler=config.upsampler,
         upsampler_weights=config.upsampler_weights,
         upsampler_options=config.upsampler_options,
@@ -254,7 +251,14 @@ def read_basis(uri: str, backbone: Backbone) -> Basis:
 
 
 def _checked_backbone(config: FeatureConfig) -> Backbone:
-    backbone = build_backbone(config.backbone, size=config.size_px, weights=config.weights, layer=config.layers)
+    backbone = build_backbone(
+        config.backbone,
+        size=config.size_px,
+        weights=config.weights,
+        layer=config.layers,
+        space=config.space,
+        facet=config.facet,
+    )
     asked = config.components if isinstance(config, PcaConfig) else None
     if isinstance(asked, int) and asked > backbone.num_chs:
         raise JobError(

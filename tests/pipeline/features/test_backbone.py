@@ -239,7 +239,7 @@ def test_refuses(name, arguments, message):
 
 
 def test_all_else_is_checked_before_weights_are_fetched(monkeypatch):
-    monkeypatch.setattr("pipeline.features.backbone._pretrained_state", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr("pipeline.features.backbone.pretrained_state", lambda *_: pytest.fail("fetched"))
     for arguments in ({"size": (230, 230)}, {"layer": 12}):
         with pytest.raises(JobError):
             build_backbone("vit_small_patch14_dinov2", **({"size": (224, 224)} | arguments))
