@@ -1,6 +1,8 @@
 """Claim: which upsampler makes the best features, for the passes that it takes: a linear probe and held-out views.
 
     python -m benchmarks.upsamplers.quality
+    python -m benchmarks.upsamplers.quality --components 10000 --methods bilinear jbu anyup multiview
+    python -m benchmarks.upsamplers.quality --size 448 --methods bilinear jbu anyup multiview
 
 Photographs of coco200; a linear probe (`benchmarks.upsamplers.probe`) trained on one half and evaluated on the other;
 the error on held-out views (`benchmarks.upsamplers.held_out`) of the second half's photographs. Multiview is fitted as
@@ -9,7 +11,6 @@ the mean of all views carried back to the image; and the image at twice its size
 pixels in one pass.
 """
 
-import functools
 import json
 import statistics
 import time
@@ -129,9 +130,6 @@ class Methods:
         }
 
 
-MAIN = (BASELINE, "jbu", "anyup", "multiview")
-
-
 def measure(methods: Methods, names: Sequence[str], photos: int, runs: int) -> None:
     """Evaluate methods of a backbone, and write a row each."""
     size, device = methods.size, methods.device
@@ -188,33 +186,30 @@ def computed(function: Callable[[Tensor], Tensor], photos: Sequence[Tensor]) -> 
 
 def main(
     photos_each: int = 100,
-    runs: int = 20,
+    runs: int = 10,
     backbones: tuple[str, ...] = tuple(BACKBONES),
-    sizes: tuple[int, ...] = (SIZE[0], 448),
-    all_channels: bool = True,
+    size: int = SIZE[0],
+    components: int = K,
+    methods: tuple[str, ...] = (),
     device: str = "auto",
 ) -> None:
-    """Measure: all methods at the first size with 64 components, some at the other sizes and with all channels.
+    """Measure.
 
     Args:
         photos_each: number of photographs of the training and of the validation part, each.
         runs: classifiers of each method.
         backbones: names in `BACKBONES`.
-        sizes: sides of the image in pixels.
-        all_channels: whether to measure with all channels too.
+        size: side of the image in pixels.
+        components: k; as many as there are channels if it is larger.
+        methods: names of the methods, the baseline among them; none: all.
         device: "auto", "cpu" or "cuda".
     """
     torch.set_num_threads(1)
     chosen = torch.device(pick_device(device))
     with torch.inference_mode():
         for name in backbones:
-            made = functools.partial(Methods, name, device=chosen)
-            for size in sizes:
-                methods = made((size, size), K)
-                names = tuple(methods.all()) if size == sizes[0] else MAIN
-                measure(methods, names, photos_each, runs)
-            if all_channels:
-                measure(made((sizes[0], sizes[0]), 10**6), MAIN, photos_each, runs)
+            of_backbone = Methods(name, (size, size), components, chosen)
+            measure(of_backbone, methods or tuple(of_backbone.all()), photos_each, runs)
 
 
 if __name__ == "__main__":
