@@ -22,10 +22,17 @@ def measured_on() -> dict[str, Any]:
         "device": device,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
         "commit": _commit(),
         "day": datetime.now(UTC).date().isoformat(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # not every benchmark needs every package
+        return None
 
 
 def _commit() -> str:
