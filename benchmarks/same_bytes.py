@@ -55,10 +55,10 @@ def cases(folder: Path) -> list[Case]:
     upsamplers: dict[str, tuple[str, ...]] = {
         "bilinear": ("--upsampler", "bilinear"),
         "jbu": (),
-        "jbu-universal": ("--upsampler-weights", "universal"),
         "lift": ("--upsampler", "lift", "--upsampler-weights", f"{folder}/lift.pth"),
         "anyup": ("--upsampler", "anyup", "--upsampler-weights", f"{folder}/anyup.pth"),
         "multiview": ("--upsampler", "multiview", "--upsampler-weights", f"{folder}/pooling.safetensors"),
+        "multiview-fitted": ("--upsampler", "multiview", "--views", "3"),
         "implicit": ("--upsampler", "implicit", "--views", "4", "--fit-steps", "3"),
     }
     every = [
@@ -100,6 +100,7 @@ def add_unusable(folder: Path) -> None:
 def digests(store: Path) -> dict[str, str]:
     """SHA-256 of everything that readers read: the features' objects, small arrays and the index."""
     files = [*store.glob("features/c/**/*"), *store.glob("step/c/*"), *store.glob("pca/*/c/**/*")]
+    files += store.glob("upsampler/*/c/**/*")
     files.append(store / "index.parquet")
     return {str(f.relative_to(store)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files) if f.is_file()}
 

@@ -95,8 +95,8 @@ class _ChosenUpsampler:
     # Upsampler: "bilinear", "jbu", "lift", "anyup", "multiview" or "implicit". An unknown name lists all with their
     # requirements.
     upsampler: str = "jbu"
-    # Checkpoint of the upsampler. Required for lift and anyup. jbu accepts FeatUp's weights, or "universal", bundled
-    # weights that work with any backbone; without weights it is training-free. multiview accepts a file from
+    # Checkpoint of the upsampler. Required for lift and anyup. jbu accepts FeatUp's weights and those of
+    # jobs/train_upsampler.py; without weights it is training-free. multiview accepts a file from
     # jobs/fit_pooling.py; without one, the job fits its model of the backbone to the images.
     upsampler_weights: str | None = None
 

@@ -16,7 +16,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layers": features.layers,
     "upsamplers": upsamplers.upsamplers,
     "upsampler_costs": upsamplers.upsampler_costs,
-    "probe": upsamplers.probe,
+    "quality": upsamplers.quality,
     "fits": upsamplers.fits,
     "training": upsamplers.training,
     "demo": performance.demo,

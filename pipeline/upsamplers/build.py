@@ -33,7 +33,7 @@ def build_upsampler(name: str, weights: str | None, backbone: Backbone, options:
 
     Args:
         name: a name in `UPSAMPLERS`.
-        weights: URI of its checkpoint, or None; for ``jbu`` also "universal", the bundled weights.
+        weights: URI of its checkpoint, or None.
         backbone: whose features are upsampled.
         options: an instance of the upsampler's class in `schemas.upsamplers.UPSAMPLER_OPTIONS`; None means defaults.
 

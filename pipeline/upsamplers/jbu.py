@@ -1,7 +1,6 @@
 """Joint bilateral upsampling: with weights for any backbone, with FeatUp's weights, or training-free."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +26,9 @@ from pipeline.upsamplers.images import imagenet_normalised, resize
 from pipeline.upsamplers.interface import Facts, Folding, LinearUpsampler, check_images, checked_basis
 from schemas.upsamplers import NoOptions
 
-__all__ = ["JBU", "UNIVERSAL"]
+__all__ = ["JBU"]
 
-UNIVERSAL = "universal"  # in place of a checkpoint: the bundled weights
-# Trained by jobs/train_upsampler.py with the recipe "jbu on lite0" of benchmarks/train/training.py.
-_UNIVERSAL = Path(__file__).with_name("jbu_universal.safetensors")
-
+_WITHDRAWN = "universal"  # bundled weights of earlier versions, in place of a checkpoint
 # Other parts of published checkpoints, used only in training: backbone, attention downsampler, uncertainty.
 _TRAINING_ONLY = ("model", "downsampler", "scale_net")
 _FINAL_WEIGHT = 0.1  # published: how much of the final 1×1 convolution is added to the last stage
@@ -41,10 +37,11 @@ _FINAL_WEIGHT = 0.1  # published: how much of the final 1×1 convolution is adde
 class JBU(LinearUpsampler):
     """Joint bilateral upsampling in ×2 stages: learned (FeatUp, arXiv 2403.10516), or training-free.
 
-    The bundled weights, `universal`, depend on the image alone and work with any backbone; FeatUp's work only with
-    the backbone they were trained on. Training-free: as many stages as needed to reach ``size``, each with Kopf et
-    al.'s bilateral kernel on RGB in [0, 1]. With weights: four stages, so ×16. In both cases a final bilinear
-    interpolation produces exactly ``size``. It also covers factors beyond ×16, and ignores the image.
+    FeatUp's weights work only with the backbone that they were trained on; those of ``jobs/train_upsampler.py`` without
+    the final convolution depend on the image alone, and work with any. Training-free: as many stages as needed to
+    reach ``size``, each with Kopf et al.'s bilateral kernel on RGB in [0, 1]. With weights: four stages, so ×16. In
+    both cases a final bilinear interpolation produces exactly ``size``. It also covers factors beyond ×16, and ignores
+    the image.
 
     Args:
         stack: learned parameters; None means training-free.
@@ -73,22 +70,15 @@ class JBU(LinearUpsampler):
     @classmethod
     @override
     def from_options(cls, options: NoOptions, weights: str | None, backbone: Backbone) -> "JBU":
-        """Build the upsampler; ``weights`` may also be `UNIVERSAL`."""
         if weights is None:
             return cls()
-        if weights == UNIVERSAL:
-            return cls.universal()
+        if weights == _WITHDRAWN:
+            raise JobError(
+                f"--upsampler-weights {weights}: these bundled weights are no longer included, because training-free "
+                "jbu is better on every backbone measured: omit the option"
+            )
         check_pairing(weights, cls.name, backbone)
         return cls.from_weights(weights, backbone.num_chs)
-
-    @classmethod
-    def universal(cls) -> "JBU":
-        """Build the upsampler with the bundled weights, which work with any backbone.
-
-        They predict unseen views slightly better than the training-free kernel, but follow edges less closely.
-        README.md reports both measurements, and why these weights are not the default.
-        """
-        return cls.from_weights(str(_UNIVERSAL), num_chs=0)  # mixes no channels: any number works
 
     @classmethod
     def from_weights(cls, uri: str, num_chs: int) -> "JBU":
@@ -109,7 +99,7 @@ class JBU(LinearUpsampler):
         if final is not None and final.shape[0] != num_chs:
             raise JobError(
                 f"JBU weights {uri} are for features of {final.shape[0]} channels, the backbone outputs {num_chs}. "
-                "Choose the weights trained for this backbone, `universal`, or none."
+                "Choose the weights trained for this backbone, or none."
             )
         stack = JBUStack(None if read_metadata(uri).get("final") == "off" else num_chs)
         load_strict(stack, state, what=f"JBU weights {uri}")

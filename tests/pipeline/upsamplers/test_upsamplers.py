@@ -12,8 +12,6 @@ import tyro
 from kernels.jbu import JBUStack
 from kernels.quantization import Encoding, Quantization
 from pipeline.errors import JobError
-from pipeline.features.checkpoints import read_metadata
-from pipeline.upsamplers import jbu as upsample_jbu
 from pipeline.upsamplers.anyup.network import AnyUp
 from pipeline.upsamplers.anyup.upsampler import AnyUpUpsampler
 from pipeline.upsamplers.bilinear import Bilinear
@@ -71,7 +69,7 @@ def anyup(path):
     return build_upsampler("anyup", saved(path / "anyup.pth", AnyUp(16).state_dict()), backbone(6))
 
 
-def universal():
+def shared_by_backbones():
     """As learned, without the final convolution."""
     state = random_state(6)
     stack = JBUStack(None)
@@ -98,7 +96,7 @@ def test_golden_stack():
 
 
 @pytest.mark.parametrize(("low", "size"), [((5, 4), (80, 64)), ((4, 4), (56, 61)), ((3, 4), (60, 70))])
-@pytest.mark.parametrize("make", [Bilinear, JBU, learned, universal])
+@pytest.mark.parametrize("make", [Bilinear, JBU, learned, shared_by_backbones])
 def test_projecting_first_equals_projecting_last(make, low, size):
     """The PCA-first algebra, also through the last interpolation."""
     upsampler, images = make(), random_images(2, 75, 64)
@@ -274,25 +272,18 @@ def test_bad_arguments_are_named():
         learned(6).fold(torch.zeros(4), torch.zeros(2, 4))
 
 
-def test_universal_weights_are_for_every_backbone():
+def test_learned_weights_without_the_final_convolution_are_for_every_backbone():
     """They do not mix channels, so any number is upsampled alike; and what guides them matters."""
-    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
-    upsampler = build_upsampler("jbu", "universal", backbone(5))
-    assert upsampler.stack is not None
-    assert upsampler.stack.final is None
+    images, upsampler = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8), shared_by_backbones()
     features = torch.randn(1, 5, 4, 4)
     every = upsampler(features, images, (64, 64))
     assert_close(upsampler(features[:, 2:4], images, (64, 64)), every[:, 2:4], 2e-6)
     assert (upsampler(features, images.flip(3), (64, 64)) - every).abs().max() > 0.01
-    assert upsampler.identity() == build_upsampler("jbu", "universal", backbone(9)).identity()
 
 
-def test_where_universal_weights_come_from_is_in_their_file():
-    metadata = read_metadata(str(Path(upsample_jbu.__file__).with_name("jbu_universal.safetensors")))
-    assert metadata["final"] == "off"
-    for errors in json.loads(metadata["held_out_errors"]).values():
-        assert errors["jbu"]["relative"] < min(errors[other]["relative"] for other in ("bilinear", "training_free"))
-    assert any(not errors["trained_on"] for errors in json.loads(metadata["held_out_errors"]).values())
+def test_withdrawn_weights_say_so():
+    with pytest.raises(JobError, match=r"universal: these bundled weights are no longer included.*omit the option"):
+        build_upsampler("jbu", "universal", backbone(5))
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 1), (2, 2), (1, 9), (3, 5)])
@@ -300,7 +291,7 @@ def test_grids_that_are_too_small_are_told_without_computing(grid):
     """The answer is that of computing."""
     features, images = torch.randn(1, 6, *grid), torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     anyup = AnyUpUpsampler(AnyUp(16).eval())
-    for upsampler in (Bilinear(), JBU(), JBU.universal(), anyup):
+    for upsampler in (Bilinear(), JBU(), shared_by_backbones(), anyup):
         try:
             upsampler.check_grid(6, grid)
             told = True
