@@ -53,6 +53,11 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "batched": "kernels.multiview.batched",
         "reference": "kernels.multiview.reference",
     },
+    "neighborhood_attention": {
+        "cpu": "kernels.window.neighborhood.cpu",
+        "triton": "kernels.window.neighborhood.triton",
+        "reference": "kernels.window.neighborhood.reference",
+    },
     "window_attention": {
         "tiled": "kernels.window.attention.tiled",
         "reference": "kernels.window.attention.reference",

@@ -92,10 +92,10 @@ UPSAMPLER_OPTIONS: dict[str, type] = {
 class _ChosenUpsampler:
     """The chosen upsampler and its weights."""
 
-    # Upsampler: "bilinear", "jbu", "lift", "anyup", "multiview" or "implicit". An unknown name lists all with their
-    # requirements.
+    # Upsampler: "bilinear", "jbu", "lift", "anyup", "naf", "multiview" or "implicit". An unknown name lists all with
+    # their requirements.
     upsampler: str = "jbu"
-    # Checkpoint of the upsampler. Required for lift and anyup. jbu accepts FeatUp's weights and those of
+    # Checkpoint of the upsampler. Required for lift, anyup and naf. jbu accepts FeatUp's weights and those of
     # jobs/train_upsampler.py; without weights it is training-free. multiview accepts a file from
     # jobs/fit_pooling.py; without one, the job fits its model of the backbone to the images.
     upsampler_weights: str | None = None

@@ -139,8 +139,8 @@ def quality() -> str:
         "to `bilinear` and its 95% interval, bold where that excludes zero. "
         f"{row['runs']} classifiers, each trained on {row['photos']} photographs drawn with replacement and evaluated "
         f"on {row['photos']} others, which the intervals resample. Held-out views: squared error on 20 views of each "
-        "of these others, as a share of their variance, ± half of the 95% interval's width. Passes: of the backbone, per "
-        "image; the image at 2× has four times the pixels.\n\n"
+        "of these others, as a share of their variance, ± half of the 95% interval's width. Passes: of the backbone, "
+        "per image; the image at 2× has four times the pixels.\n\n"
     ) + "\n".join(table)
 
 

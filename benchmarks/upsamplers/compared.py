@@ -3,9 +3,9 @@
     python -m benchmarks.upsamplers.compared
 
 From the features of a ViT-S/14 (384 channels) to k = 64 components at 224, 448 and 896 pixels, one image, one thread on
-a CPU. Up to 448 also with all 384 channels, and for LiFT and AnyUp the plain way: all channels (AnyUp: with the full
-attention matrix, which takes 50 GB at 896 pixels), then projected. Weights are random, which affects neither time nor
-memory.
+a CPU. Up to 448 also with all 384 channels, and for LiFT, AnyUp and NAF the plain way: all channels (AnyUp: with the
+full attention matrix, which takes 50 GB at 896 pixels; NAF: with upsampled keys and values), then projected. Weights
+are random, which affects neither time nor memory. ``--names`` measures only some.
 """
 
 import json
@@ -24,6 +24,7 @@ from benchmarks.timing import median_ms, peak_bytes
 from kernels.jbu import JBUStack
 from kernels.window.attention import reference as window_attention_reference
 from kernels.window.attention import windowed_attention
+from kernels.window.neighborhood import neighborhood_attention
 from pipeline.upsamplers.anyup import network as anyup_network
 from pipeline.upsamplers.anyup.network import AnyUp
 from pipeline.upsamplers.anyup.upsampler import AnyUpUpsampler
@@ -32,6 +33,8 @@ from pipeline.upsamplers.images import imagenet_normalised
 from pipeline.upsamplers.interface import Upsampler
 from pipeline.upsamplers.lift.network import LiFT
 from pipeline.upsamplers.lift.upsampler import LiFTUpsampler
+from pipeline.upsamplers.naf.network import NAF
+from pipeline.upsamplers.naf.upsampler import NAFUpsampler
 from schemas.upsamplers import LiFTOptions
 
 C, K, PATCH = 384, 64, 14
@@ -53,6 +56,7 @@ def upsamplers(folder: Path) -> dict[str, Upsampler]:
         "lift": with_weights("lift", LiFT(C, PATCH)),
         "lift, 4 iterations": with_weights("lift", LiFT(C, PATCH), LiFTOptions(lift_iterations=4)),
         "anyup": with_weights("anyup", AnyUp()),
+        "naf": with_weights("naf", NAF()),
     }
 
 
@@ -67,6 +71,10 @@ def plain(upsampler: Upsampler, features: Tensor, images: Tensor, size: int, com
             full = upsampler.anyup(features, features, imagenet_normalised(images), (size, size))
         finally:
             anyup_network.windowed_attention = windowed_attention
+    elif isinstance(upsampler, NAFUpsampler):
+        queries = upsampler.encode(images, (size, size))
+        keys = upsampler.naf.keys(queries, (features.shape[2], features.shape[3]))
+        full = neighborhood_attention(queries, keys, features.to(queries.dtype), implementation="reference").float()
     else:
         return None
     return torch.einsum("kc,bchw->bkhw", components, full)
@@ -103,13 +111,13 @@ def measure(name: str, upsampler: Upsampler, size: int, device: str) -> dict[str
     }
 
 
-def main(sizes: tuple[int, ...] = (224, 448, 896)) -> None:
-    """Measure; append a row per upsampler and size in pixels."""
+def main(sizes: tuple[int, ...] = (224, 448, 896), names: tuple[str, ...] = ()) -> None:
+    """Measure; append a row per upsampler (all, or those named) and size in pixels."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for name, upsampler in upsamplers(Path(folder)).items():
-            for size in sizes:
+            for size in sizes if name in names or not names else ():
                 row = {**measure(name, upsampler, size, device), "k": K, "C": C, "threads": 1, **rows.measured_on()}
                 rows.append("upsamplers", row)
                 print(json.dumps(row))

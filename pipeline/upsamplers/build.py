@@ -11,6 +11,7 @@ from pipeline.upsamplers.interface import Upsampler
 from pipeline.upsamplers.jbu import JBU
 from pipeline.upsamplers.lift.upsampler import LiFTUpsampler
 from pipeline.upsamplers.multiview.upsampler import MultiviewUpsampler
+from pipeline.upsamplers.naf.upsampler import NAFUpsampler
 from schemas.upsamplers import UPSAMPLER_OPTIONS, NoOptions
 
 __all__ = ["UPSAMPLERS", "build_upsampler", "describe_upsamplers"]
@@ -22,6 +23,7 @@ UPSAMPLERS: dict[str, type[Upsampler]] = {
         JBU,
         LiFTUpsampler,
         AnyUpUpsampler,
+        NAFUpsampler,
         MultiviewUpsampler,
         ImplicitUpsampler,
     )

@@ -7,6 +7,7 @@ from kernels import dispatch, multiview
 from kernels.dispatch import IMPLEMENTATIONS, SWITCH, Kind, kind
 from kernels.jbu import adaptive_conv_upsample2x, bilateral_kernel, explain
 from kernels.window.attention import windowed_attention
+from kernels.window.neighborhood import neighborhood_attention
 from kernels.window.sum import window_sum
 from tests.helpers.jbu import CUDA
 
@@ -81,13 +82,22 @@ def run(family, dtype=torch.float32, **arguments):
     if family == "window_attention":
         queries, keys = torch.rand(1, 4, 6, 2, 3).to(dtype), torch.rand(1, 2, 3, 2, 3).to(dtype)
         return windowed_attention(queries, keys, torch.rand(1, 5, 2, 3).to(dtype), 0.3, **arguments)
+    if family == "neighborhood_attention":
+        queries, keys = torch.rand(1, 4, 6, 2, 3).to(dtype), torch.rand(1, 2, 3, 2, 3).to(dtype)
+        return neighborhood_attention(queries, keys, torch.rand(1, 4, 2, 3).to(dtype), **arguments)
     halved = torch.eye(4, dtype=dtype).repeat_interleave(2, 1)[None] / 2
     targets, start = torch.rand(1, 1, 2, 4, 4).to(dtype), torch.zeros(1, 2, 8, 8, dtype=dtype)
     views, options = multiview.ViewMatrices(halved, halved), {"regularisation": 0.1, "iterations": 3}
     return multiview.solve(targets, views, torch.rand(1, 3, 8, 8), start, **options, **arguments).features
 
 
-FAST = {"jbu": "cpu", "multiview": "cpu", "window_attention": "tiled", "window_sum": "cpu"}
+FAST = {
+    "jbu": "cpu",
+    "multiview": "cpu",
+    "neighborhood_attention": "cpu",
+    "window_attention": "tiled",
+    "window_sum": "cpu",
+}
 
 
 def test_every_family_is_run_here():

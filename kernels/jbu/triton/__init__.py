@@ -15,17 +15,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from kernels.dispatch import Kind, not_of_dtypes
-from kernels.dtypes import HALF
+from kernels.dispatch import Kind
+from kernels.gpu.matrices import precision
+from kernels.gpu.requirements import not_for_triton
 from kernels.jbu.parameters import StageParameters
 from kernels.jbu.reference import FIXUP_WEIGHT
 from kernels.jbu.triton.backward import adaptive_conv_upsample2x_backward, range_products_backward
 from kernels.jbu.triton.forward import run_tiles
 from kernels.jbu.triton.geometry import MAX_RADIUS, Geometry, axis_tables, slide_tables, squared_distances
-from kernels.jbu.triton.launching import by_pixel, channel_block, launch, padded_keys, precision, strides
+from kernels.jbu.triton.launching import by_pixel, channel_block, launch, padded_keys, strides
 from kernels.jbu.triton.learned import guidance_rows, prepare
 from kernels.quantization import Codes, Quantization
 
@@ -46,32 +46,10 @@ __all__ = [
 LIMITS = {"radius": MAX_RADIUS}
 FORWARD_MODE = False
 
-_INTERPRETED = not isinstance(run_tiles, triton.JITFunction)  # TRITON_INTERPRET was set when Triton was imported
-_DTYPES = (*HALF, torch.float32)
-_CAPABILITY = (8, 0)
-_TRITON = (3, 4)  # the oldest version that was tested and compiles every kernel
-
 
 def reasons_not(kinds: Sequence[Kind]) -> list[str]:
-    """Every reason why this implementation cannot take inputs of these kinds; none if it can.
-
-    It takes float32, float16 and bfloat16 on NVIDIA GPUs of compute capability 8.0 (Ampere) or more. It runs on the CPU
-    only if Triton interprets its kernels (TRITON_INTERPRET=1), which is for tests.
-    """
-    reasons = []
-    if tuple(map(int, triton.__version__.split(".")[:2])) < _TRITON:
-        need = ".".join(map(str, _TRITON))
-        reasons.append(f"it needs Triton {need} or newer, {triton.__version__} is installed: upgrade PyTorch")
-    reasons += not_of_dtypes(kinds, _DTYPES)
-    for device in sorted({kind.device for kind in kinds}, key=str):
-        if device.type == "cpu" and _INTERPRETED:
-            continue
-        if device.type != "cuda" or torch.version.hip is not None:
-            reasons.append(f"it runs on NVIDIA GPUs, inputs are on {device}")
-        elif torch.cuda.get_device_capability(device) < _CAPABILITY:
-            got, need = (".".join(map(str, c)) for c in (torch.cuda.get_device_capability(device), _CAPABILITY))
-            reasons.append(f"it needs compute capability {need} or more, {device} has {got}")
-    return reasons
+    """Every reason why this implementation cannot take inputs of these kinds; none if it can."""
+    return not_for_triton(kinds)
 
 
 def adaptive_conv_upsample2x(source: Tensor, kernel: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.matrices import dot, precision
 from kernels.jbu.triton.geometry import Geometry, axis_tables
-from kernels.jbu.triton.launching import by_pixel, channel_block, launch, padded, padded_keys, precision, strides
-from kernels.jbu.triton.taps import dot, load_kernel, program_tile, reflected, store_kernel
+from kernels.jbu.triton.launching import by_pixel, channel_block, launch, padded, padded_keys, strides
+from kernels.jbu.triton.taps import load_kernel, program_tile, reflected, store_kernel
 from kernels.jbu.triton.window import (
     load_tables,
     taps_of_window_weights,

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jbu.triton.cache import ensure_cache
+from kernels.gpu.cache import ensure_cache
 from kernels.jbu.triton.geometry import Geometry, power_of_two
 
-__all__ = ["by_pixel", "channel_block", "launch", "options", "padded", "padded_keys", "precision", "strides"]
+__all__ = ["by_pixel", "channel_block", "launch", "options", "padded", "padded_keys", "strides"]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, /, **arguments: Any) -> None:
@@ -53,16 +53,6 @@ def channel_block(channels: int, dtype: torch.dtype) -> int:
     if dtype == torch.float32:
         return min(block, 32)
     return block if block <= 128 else 64
-
-
-def precision(dtype: torch.dtype, result: torch.dtype | None = None) -> str:
-    """Precision of products of float32 matrices: three tf32 products, or one if the result is half.
-
-    Args:
-        dtype: dtype of the matrices.
-        result: dtype of the final result; that of the matrices if None.
-    """
-    return "tf32x3" if (result or dtype) == torch.float32 else "tf32"
 
 
 def by_pixel(image: Tensor) -> Tensor:

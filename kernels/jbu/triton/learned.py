@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.matrices import dot, precision
 from kernels.jbu.parameters import StageParameters
 from kernels.jbu.triton.geometry import Geometry, power_of_two, squared_distances
-from kernels.jbu.triton.launching import launch, padded, precision, strides
-from kernels.jbu.triton.taps import dot, gelu
+from kernels.jbu.triton.launching import launch, padded, strides
+from kernels.jbu.triton.taps import gelu
 
 __all__ = ["Prepared", "guidance_rows", "prepare"]
 

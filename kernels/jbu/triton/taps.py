@@ -13,15 +13,14 @@ A key that is not finite affects the kernels of all patches whose window contain
 """
 # mypy: disable-error-code="no-untyped-def"
 
-import os
-
 import triton
 import triton.language as tl
+
+from kernels.gpu.matrices import dot
 
 __all__ = [
     "corrected",
     "deep_dot",
-    "dot",
     "gelu",
     "load_kernel",
     "program_tile",
@@ -32,8 +31,6 @@ __all__ = [
     "window_distances",
     "window_products",
 ]
-
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -69,30 +66,6 @@ def gelu(x, EXACT: tl.constexpr):
         series = series * square + 3.98420081e-01
         phi = series * clipped + 0.5
     return x * phi
-
-
-@triton.jit
-def dot(a, b, PRECISION: tl.constexpr, sums=None, BY_WARP: tl.constexpr = False):
-    """a [..., M, K] @ b [..., K, N], added to sums: float32.
-
-    Args:
-        a: first factor.
-        b: second factor.
-        PRECISION: see `kernels.jbu.triton.launching.precision`.
-        sums: added to the products; None for none.
-        BY_WARP: avoid Hopper's ``wgmma``, which Triton uses for two dimensions. ptxas 12.8, which comes with Triton
-            3.6, miscompiles the correction of a learned stage with it, for half features: features have the right
-            magnitude but wrong values, and the kernel reads beyond the source.
-    """
-    if _INTERPRETED:  # the interpreter would multiply the bits of bfloat16 as integers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    plain: tl.constexpr = sums is None  # Triton 3.2 does not accept None for sums
-    if BY_WARP:
-        products = tl.reshape(tl.dot(a[None, :, :], b[None, :, :], input_precision=PRECISION), [a.shape[0], b.shape[1]])
-        result = products if plain else products + sums
-    else:
-        result = tl.dot(a, b, input_precision=PRECISION) if plain else tl.dot(a, b, sums, input_precision=PRECISION)
-    return result
 
 
 @triton.jit

@@ -16,11 +16,11 @@ Shapes and terms as in `kernels.jbu.triton.taps`.
 import triton
 import triton.language as tl
 
-from kernels.jbu.triton.taps import deep_dot, dot
+from kernels.gpu.codes import quantize
+from kernels.gpu.matrices import dot
+from kernels.jbu.triton.taps import deep_dot
 
 __all__ = ["load_tables", "taps_of_window_weights", "tile_places", "upsample_tile", "window_places", "window_weights"]
-
-_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds a float32 to an integer, halves to even
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def upsample_tile(
         if CODES:
             scale = tl.load(step + channel, channel < C, 1.0)[None, :]
             shift = tl.load(offset + channel, channel < C, 0.0)[None, :]
-            codes, infinite, beyond = _codes(features, scale, shift, valid, EXACT)
+            codes, infinite, beyond = quantize(features, scale, shift, valid, EXACT)
             tl.atomic_add(not_finite + image, infinite, infinite > 0, sem="relaxed")
             tl.atomic_add(clipped + image, beyond, beyond > 0, sem="relaxed")
             plane = output + image * C * H * W + y0.to(tl.int64) * W + x0 + channel.to(tl.int64) * H * W
@@ -150,21 +150,3 @@ def upsample_tile(
         else:
             there = output + ((image * H + y0) * W + x0) * C
             tl.store(there + (pixels * C)[:, None] + channel[None, :], features.to(output.dtype.element_ty), valid)
-
-
-@triton.jit
-def _codes(features, step, offset, valid, EXACT: tl.constexpr):
-    """As `kernels.quantization.quantized`: codes, and the numbers of valid values not finite and clipped.
-
-    Unless EXACT, `step` is 1 / step.
-    """
-    scaled = tl.div_rn(features + offset, step) if EXACT else (features + offset) * step
-    rounded = tl.minimum(tl.maximum(scaled, -127.0), 127.0) + _ROUND
-    codes = rounded.to(tl.int32, bitcast=True).to(tl.int8)  # the low bits of the mantissa
-    beyond = tl.sum((valid & ~(tl.abs(scaled) < 127.5)).to(tl.int32))
-    infinite = 0
-    if beyond > 0:
-        finite = tl.abs(scaled) < float("inf")
-        codes = tl.where(finite, codes, 0)
-        infinite = tl.sum((valid & ~finite).to(tl.int32))
-    return codes, infinite, beyond - infinite

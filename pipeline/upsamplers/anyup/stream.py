@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.upsamplers.anyup.blocks import Encoder, ResBlock, conv_matrix
+from pipeline.upsamplers.moments import Moments
 
 __all__ = ["encode", "tiles"]
 
@@ -47,7 +48,7 @@ def encode(layers: Encoder, source: Callable[[slice], Tensor], buffer: Tensor, s
         scratch: [B, P, chs], overwritten; if None, the first convolution of each block is computed twice.
     """
     first = conv_matrix(layers[0])
-    moments = _Moments()
+    moments = Moments()
     for tile in tiles(buffer.shape[1], buffer):
         buffer[:, tile] = F.linear(source(tile), first)
         moments.add(buffer[:, tile])
@@ -55,7 +56,7 @@ def encode(layers: Encoder, source: Callable[[slice], Tensor], buffer: Tensor, s
         moments = _run_block(block, moments, buffer, scratch)
 
 
-def _run_block(block: ResBlock, moments: "_Moments", buffer: Tensor, scratch: Tensor | None) -> "_Moments":
+def _run_block(block: ResBlock, moments: Moments, buffer: Tensor, scratch: Tensor | None) -> Moments:
     """Run one residual block in place, given the moments of its input; return those of its output."""
     scale, shift = moments.affine(block.norm(0))
     last = block.matrix(1).T.expand(len(buffer), -1, -1)
@@ -63,7 +64,7 @@ def _run_block(block: ResBlock, moments: "_Moments", buffer: Tensor, scratch: Te
     def middle(tile: slice) -> Tensor:
         return F.linear(F.silu(torch.addcmul(shift, buffer[:, tile], scale), inplace=True), block.matrix(0))
 
-    within, after = _Moments(), _Moments()
+    within, after = Moments(), Moments()
     for tile in tiles(buffer.shape[1], buffer):
         hidden = middle(tile)
         within.add(hidden)
@@ -75,36 +76,3 @@ def _run_block(block: ResBlock, moments: "_Moments", buffer: Tensor, scratch: Te
         activated = F.silu(torch.addcmul(shift_within, hidden, scale_within), inplace=True)
         after.add(buffer[:, tile].baddbmm_(activated, last))
     return after
-
-
-class _Moments:
-    """Means and squared deviations per channel and image, merged tile by tile (Chan et al., 1979)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = self.squares = torch.zeros(())
-
-    def add(self, tile: Tensor) -> None:
-        """Add pixels [B, n, chs]."""
-        tile = tile.to(torch.promote_types(tile.dtype, torch.float32))
-        mean = tile.mean(1)
-        squares = (tile - mean[:, None]).square_().sum(1).double()
-        count, mean = tile.shape[1], mean.double()
-        if self.count:
-            share = count / (self.count + count)
-            delta = mean - self.mean
-            squares += self.squares + delta.square() * (self.count * share)
-            mean = self.mean + delta * share
-        self.count, self.mean, self.squares = self.count + count, mean, squares
-
-    def affine(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-        """The group normalisation as a scale and a shift per channel: [B, 1, chs] each."""
-        B, chs = self.mean.shape
-        groups = (B, norm.num_groups, chs // norm.num_groups)
-        means, squares = self.mean.view(groups), self.squares.view(groups)
-        mean = means.mean(2, keepdim=True)
-        variance = (squares / self.count + (means - mean).square()).mean(2, keepdim=True)
-        scale = norm.weight.double().view(groups[1:]) / (variance + norm.eps).sqrt()
-        shift = norm.bias.double().view(groups[1:]) - mean * scale
-        scale, shift = (t.reshape(B, 1, chs).to(norm.weight.dtype) for t in (scale, shift))
-        return scale, shift

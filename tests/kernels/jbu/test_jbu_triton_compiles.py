@@ -6,18 +6,15 @@ process of its own, as Triton either interprets its kernels or compiles them.
 
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[3]
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # that a program can have, in bytes
-MATRIX_UNITS = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
+from tests.kernels.triton_compiles import ROOT, SHARED_MEMORY, compiled, reports_of
+
 OPERATIONS = (
     "learned_stage learned_codes bilateral_stage bilateral_codes adaptive_conv learned_kernel bilateral_kernel "
     "range_products adaptive_conv_backward range_products_backward"
@@ -35,40 +32,17 @@ ALL += [(90, "float16/float32", 3), (90, "bfloat16", 5)]
 
 def compile_operations(arch, dtypes, radius, operations):
     """Call operations with tensors that have no memory, and compile where they launch. Print what was compiled."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from kernels.jbu import triton as jbu_triton
     from kernels.jbu.parameters import JBUStage, StageParameters
     from kernels.jbu.triton import backward, launching, learned
     from kernels.quantization import Quantization
 
-    types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-    types |= {torch.int8: "*i8", torch.int32: "*i32", int: "i32", float: "fp32"}
     reports = []
 
     def compile_instead(kernel, grid, geometry, dtype, /, **arguments):
-        signature, constants, attributes = {}, {}, {}
         options = launching.options(geometry, dtype, arguments)
-        arguments |= geometry.constants()
-        for place, name in enumerate(kernel.arg_names):
-            value = arguments.pop(name)
-            if kernel.params[place].is_constexpr or value is None or (type(value) is int and value == 1):
-                signature[name], constants[(place,)] = "constexpr", value
-                continue
-            tensor = isinstance(value, torch.Tensor)
-            signature[name] = types[value.dtype if tensor else type(value)]
-            if tensor or (isinstance(value, int) and value % 16 == 0):
-                attributes[(place,)] = [["tt.divisibility", 16]]
-        assert not arguments, f"{kernel.__name__} has no {', '.join(arguments)}"
-        source = ASTSource(kernel, signature, constants, attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        reports.append(
-            {"operation": operation, "kernel": kernel.__name__, "shared": compiled.metadata.shared}
-            | usage(compiled.asm["cubin"])
-            | {"matrix_units": sorted(set(MATRIX_UNITS.findall(compiled.asm["ptx"])))}
-        )
+        report = compiled(kernel, arch, arguments | geometry.constants(), options)
+        reports.append({"operation": operation} | report)
 
     for module in (jbu_triton, backward, learned):
         module.launch = compile_instead
@@ -99,27 +73,8 @@ def compile_operations(arch, dtypes, radius, operations):
     json.dump(reports, sys.stdout)
 
 
-def usage(cubin):
-    """Registers and bytes of stack, where registers are spilled, of a thread."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return {"registers": int(registers), "stack": int(stack)}
-
-
 def check(cache, arch, dtypes, radius, operations):
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, __file__, str(arch), dtypes, str(radius), operations]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    reports = json.loads(done.stdout)
+    reports = reports_of(__file__, cache, arch, dtypes, radius, operations)
     assert {report["operation"] for report in reports} == set(operations.split())
     # Spilling is what large kernels of float32 cost. Where it is fast, next to nothing may be.
     spilled = 512 if "float32" not in dtypes and radius <= 3 else 2560
@@ -146,7 +101,7 @@ import doubling
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels.jbu.triton.cache import ensure_cache
+from kernels.gpu.cache import ensure_cache
 ensure_cache()
 ensure_cache()
 triton.compile(ASTSource(doubling.double, {"x": "*fp32"}, {}, {}), target=GPUTarget("cuda", 80, 32))
