@@ -63,16 +63,18 @@ class Methods:
         self.name, self.size, self.device = name, size, device
         self.backbone = build(name, device, size)
         self.basis: Basis = fitted_basis(self.backbone, device, components)
+        self._fits: dict[int, UpsamplerFit] = {}
         self.fit = self.fitted(9)[1]
         self.judge = Judge(
             self.backbone, self.fit.settings["sigma_px"], torch.tensor(self.fit.arrays["bias"]), self.basis
         )
 
     def fitted(self, views: int, **options: float) -> tuple[Upsampler, UpsamplerFit]:
-        """Multiview, fitted to photographs."""
+        """Multiview, fitted to photographs; the options are such that no fit depends on."""
         upsampler = build_upsampler("multiview", None, self.backbone, MultiviewOptions(views=views, **options))
-        fit = fitted_to_photos(upsampler.to(self.device), self.basis, self.size)
-        return upsampler.fitted(fit), fit
+        if views not in self._fits:
+            self._fits[views] = fitted_to_photos(upsampler.to(self.device), self.basis, self.size)
+        return upsampler.fitted(self._fits[views]), self._fits[views]
 
     def projected(self, upsampler: Upsampler) -> Projected:
         return upsampler.to(self.device).with_basis(*self.basis).to(self.device)
