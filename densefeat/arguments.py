@@ -1,13 +1,13 @@
 """Checks of the reader's arguments (row numbers, boxes, points) before anything is read."""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["box_of", "points_of", "whole_number"]
+__all__ = ["box_of", "points_of", "vectors_of", "whole_number"]
 
 _SHOWN = 5
 
@@ -68,3 +68,30 @@ def points_of(points_xy: npt.ArrayLike) -> npt.NDArray[np.float64]:
         more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise ValueError(f"points_xy must be finite: got {shown}{more}")
     return points
+
+
+def vectors_of(vectors: npt.ArrayLike, channels: int, names: Sequence[str] | None = None) -> npt.NDArray[np.float64]:
+    """Convert vectors of backbone channels, [C] or [Q, C], to float64 [Q, C].
+
+    Args:
+        vectors: one, or several.
+        channels: C.
+        names: of the vectors, for errors; None: their numbers.
+
+    Raises:
+        TypeError: the vectors are not real numbers.
+        ValueError: their shape is another, or one is not finite or has the length 0, so that it has no direction.
+    """
+    array = np.asarray(vectors)
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"vectors must be real numbers: got an array of {array.dtype}")
+    if array.ndim not in (1, 2) or array.shape[-1] != channels or channels == 0:
+        raise ValueError(f"vectors must be [C={channels}] or [Q, C={channels}]: got shape {list(array.shape)}")
+    array = array.astype(np.float64).reshape(-1, channels)
+    lengths = np.linalg.norm(array, axis=1)
+    bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    if len(bad):
+        shown = ", ".join(repr(names[i]) if names else str(i) for i in bad[:_SHOWN])
+        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        raise ValueError(f"vectors must be finite and not 0: got others for {shown}{more}")
+    return array

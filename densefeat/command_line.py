@@ -72,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     browse = _command(commands, "browse", _browse, "show the store in a web browser")
     browse.add_argument("--images", metavar="ROOT", help="folder or URI of the images, if they have moved")
     browse.add_argument(
+        "--texts",
+        metavar="FILE.npz",
+        help="embeddings of texts to compare images with: arrays names [Q] and vectors [Q, C], or one [C] per name",
+    )
+    browse.add_argument(
         "--host",
         default="127.0.0.1",
         help="address to listen on; others than loopback need a token (default: %(default)s)",
@@ -202,8 +207,15 @@ def _browse(options: argparse.Namespace) -> None:
     from densefeat.page import serve
 
     try:
-        serve(options.store, images=options.images, host=options.host, port=options.port, token=options.token)
-    except ValueError as error:  # the port, or the token
+        serve(
+            options.store,
+            images=options.images,
+            texts=options.texts,
+            host=options.host,
+            port=options.port,
+            token=options.token,
+        )
+    except ValueError as error:  # the texts, the port, or the token
         raise _Refused(str(error)) from error
 
 

@@ -10,10 +10,11 @@ import numpy.typing as npt
 
 from densefeat import layout
 from densefeat.align import align, sample_bilinearly
-from densefeat.arguments import box_of, points_of, whole_number
+from densefeat.arguments import box_of, points_of, vectors_of, whole_number
 from densefeat.errors import StoreError
 from densefeat.index import REPAIR, IndexedRows, Rows
-from densefeat.metadata import own_attributes, read_attributes, read_layout, read_root, read_small_array
+from densefeat.similarity import Directions
+from densefeat.storage.metadata import own_attributes, read_attributes, read_layout, read_root, read_small_array
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
 
@@ -259,6 +260,30 @@ class FeatureStore(IndexedRows):
             raise ValueError(f"features must be [k={self.layout.components}, …]: got shape {components.shape}")
         channels = np.tensordot(self.components, components, axes=(0, 0))
         return np.asarray(channels + self.mean.reshape(-1, *[1] * (components.ndim - 1)), dtype=np.float32)
+
+    def similarity(self, row_or_key: int | str, vectors: npt.ArrayLike) -> Floats:
+        """Cosine similarity of a row's pixels with vectors of the backbone's channels, such as text embeddings.
+
+        It is that of the reconstructed channels (`reconstruct`): with the mean of the backbone's features, and without
+        the variance that PCA dropped. It is computed in components, without reconstructing C channels.
+
+        Args:
+            row_or_key: the row.
+            vectors: [C], or several [Q, C]; of any length but 0. For texts, the store must be in their space: made with
+                ``--space head`` of the image encoder that belongs to their text encoder.
+
+        Returns:
+            [H, W] float32, or [Q, H, W]; −1 … 1, 0 where all channels are 0, NaN where the features are not finite.
+
+        Raises:
+            KeyError, IndexError, MissingFeatures, StoreError: as ``read``.
+            TypeError: the vectors are not real numbers, or as `row_of`.
+            ValueError: the vectors do not have C channels, are not finite, or have the length 0.
+        """
+        directions = Directions.of(vectors_of(vectors, len(self.mean)), self.components, self.mean)
+        codes = self.read_codes(row_or_key)
+        found = directions.cosines(codes.reshape(len(codes), -1), self.step).reshape(-1, *codes.shape[1:])
+        return found if np.ndim(vectors) == 2 else found[0]
 
     def array(self, name: str) -> Floats:
         """Read a small array of the store as float32, e.g. ``"pca/explained_variance"``.

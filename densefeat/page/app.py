@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -18,13 +19,14 @@ from starlette.staticfiles import StaticFiles
 
 from densefeat.errors import DensefeatError, MissingFeatures, StorageUnavailable
 from densefeat.page import listing
-from densefeat.page.arguments import integer, row_number, selection
+from densefeat.page.arguments import integer, row_number, selection, text_vector
 from densefeat.page.cache import ByteCache
 from densefeat.page.features import component_picture, encoded, segment_colours, segments
 from densefeat.page.guard import Guard
 from densefeat.page.library import Library, Shown
 from densefeat.page.photographs import PhotographMissing, Photographs
 from densefeat.page.sample import Match
+from densefeat.similarity import Directions, NamedVectors
 
 __all__ = ["build_app"]
 
@@ -42,11 +44,13 @@ class Page:
     Args:
         library: the store.
         photographs: reads its photographs.
+        texts: embeddings of texts that images can be compared with, if any.
     """
 
-    def __init__(self, library: Library, photographs: Photographs) -> None:
+    def __init__(self, library: Library, photographs: Photographs, texts: NamedVectors | None = None) -> None:
         self.library = library
         self.photographs = photographs
+        self.texts = texts
         self._pictures: ByteCache[bytes] = ByteCache(_PICTURES_BYTES, len)
         self._version = secrets.token_hex(4)  # another page may have had this address before
 
@@ -54,12 +58,14 @@ class Page:
         """What the store is, and how many rows it has by status and label.
 
         ``version`` goes into the addresses of all that browsers keep; ``problem`` says why the store, while it is being
-        made, cannot be read any more; ``unread_shards``: finished ones whose records are still to be read.
+        made, cannot be read any more; ``unread_shards``: finished ones whose records are still to be read; ``texts``:
+        the names that `heat` takes.
         """
         shown = self.library.shown()
         k, height, width = shown.store.shape
         facts = {"uri": shown.store.uri, "rows": len(shown.store), "finished": shown.finished, **shown.counts}
         facts |= {"k": k, "height": height, "width": width, "dtype": shown.store.layout.dtype}
+        facts["texts"] = self.texts.names if self.texts else ()
         version = f"{self._version}.{self.library.generation}"
         unread = shown.ledger.unread if shown.ledger else 0
         return JSONResponse({**facts, "version": version, "problem": self.library.problem, "unread_shards": unread})
@@ -123,11 +129,23 @@ class Page:
         return self._picture(("segments", row, count), make)
 
     def heat(self, request: Request) -> Response:
-        """How similar each pixel of a row is to a selection in row ``from``: H·W bytes, 255 × cosine, 0 if negative."""
+        """How similar each pixel of a row is to a text or a selection, as H·W bytes.
+
+        For a selection in row ``from``: 255 × cosine, 0 if negative. For the text named ``text``: from 0 for the least
+        cosine in the image to 255 for the greatest, which are in the header ``Heat-Range``; padding is 0.
+        """
         shown, row = self._row(request)
-        cosines = shown.features.seen(row).cosines(self._query(request, shown))
-        body = (np.clip(cosines, 0, 1) * 255).round().astype(np.uint8).tobytes()
-        return Response(body, media_type="application/octet-stream", headers=_KEPT)
+        if (name := request.query_params.get("text")) is not None:
+            return self._heat_of_text(shown, row, name)
+        return _heat(shown.features.seen(row).cosines(self._query(request, shown)), 0, 1)
+
+    def _heat_of_text(self, shown: Shown, row: int, name: str) -> Response:
+        store = shown.store
+        vector = text_vector(self.texts, name, len(store.mean))
+        (cosines,), valid = shown.features.compared(row, Directions.of(vector, store.components, store.mean))
+        inside = cosines[valid] if valid.any() else np.zeros(1, np.float32)
+        low, high = float(inside.min()), float(inside.max())
+        return _heat(np.where(valid, cosines, low), low, high)
 
     def similar(self, request: Request) -> Response:
         """Rows of the sample with places like a selection in row ``from``."""
@@ -174,12 +192,18 @@ class Page:
 
 
 def build_app(
-    store: str, *, images: str | None, host: str, token: str | None, storage_options: dict[str, Any] | None
+    store: str,
+    *,
+    images: str | None,
+    texts: str | None,
+    host: str,
+    token: str | None,
+    storage_options: dict[str, Any] | None,
 ) -> Starlette:
     """As `densefeat.page.create_app`, which checks the options."""
     library = Library(store, storage_options)
     source = library.shown().store.attributes["configuration"].get("source", {})
-    page = Page(library, Photographs(source, images))
+    page = Page(library, Photographs(source, images), _texts(texts, library.shown()))
     per_row = ("image", "photograph", "colours", "component", "segments", "heat", "nearest")
     routes: list[Route | Mount] = [Route(f"/api/{name}/{{row}}", getattr(page, name)) for name in per_row]
     routes += [Route(f"/api/{name}", getattr(page, name)) for name in ("store", "rows", "similar", "figures")]
@@ -197,6 +221,26 @@ def build_app(
             OSError: partial(_error, 503),
         },
     )
+
+
+def _texts(place: str | None, shown: Shown) -> NamedVectors | None:
+    if place is None:
+        return None
+    texts, channels = NamedVectors.read(place), len(shown.store.mean)
+    if texts.vectors.shape[1] != channels:
+        raise ValueError(
+            f"texts {place} have {texts.vectors.shape[1]} channels, the features of {shown.store.uri} {channels}: they "
+            "are comparable only in the space of the text encoder's image encoder, a store made with --space head"
+        )
+    return texts
+
+
+def _heat(values: npt.NDArray[np.float32], low: float, high: float) -> Response:
+    """Values as bytes: 0 at and below ``low``, 255 at and above ``high``."""
+    share = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    body = (share * 255).round().astype(np.uint8).tobytes()
+    headers = {**_KEPT, "Heat-Range": f"{low:.6g} {high:.6g}"}
+    return Response(body, media_type="application/octet-stream", headers=headers)
 
 
 async def _index(request: Request) -> Response:

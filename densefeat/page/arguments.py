@@ -2,10 +2,14 @@
 
 import math
 
+import numpy as np
+import numpy.typing as npt
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-__all__ = ["integer", "row_number", "selection"]
+from densefeat.similarity import NamedVectors
+
+__all__ = ["integer", "row_number", "selection", "text_vector"]
 
 
 def integer(request: Request, name: str, default: int | None, low: int, high: int) -> int | None:
@@ -52,6 +56,21 @@ def selection(request: Request, height: int, width: int) -> tuple[int, int, int,
     if box:  # the end of a box is exclusive
         right, bottom = max(left, _last(max(x0, x1), width)), max(top, _last(max(y0, y1), height))
     return top, left, bottom + 1, right + 1
+
+
+def text_vector(texts: NamedVectors | None, name: str, channels: int) -> npt.NDArray[np.float64]:
+    """The vector of a text, [1, C].
+
+    Raises:
+        HTTPException: 400, there is no such text, or another store is here now, whose features have other channels.
+    """
+    if texts is None or name not in texts.names:
+        there = "no texts" if texts is None else f"{len(texts.names)} others"
+        raise HTTPException(400, f"there is no text {name!r}: the page has {there} (--texts)")
+    if texts.vectors.shape[1] != channels:
+        raise HTTPException(400, f"the texts have {texts.vectors.shape[1]} channels, the features {channels}")
+    row = texts.names.index(name)
+    return texts.vectors[row : row + 1]
 
 
 def _last(end: float, size: int) -> int:

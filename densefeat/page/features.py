@@ -14,6 +14,7 @@ from PIL import Image
 
 from densefeat.errors import StoreError
 from densefeat.page.cache import ByteCache
+from densefeat.similarity import Directions, blocks, products, squared_lengths
 from densefeat.store import FeatureStore
 
 __all__ = ["Features", "Seen", "component_picture", "encoded", "segments"]
@@ -26,7 +27,6 @@ logger = logging.getLogger(__name__)
 _SCALE_IMAGES = 24
 _SCALE_STRIDE = 4
 _PERCENTILES = (1, 99)
-_BLOCK = 4096  # pixels converted to float32 at a time: in cache, and too few for BLAS to wake its threads
 _BLUE, _GREY, _ORANGE = (np.array(c, np.float32) for c in ((33, 102, 172), (247, 247, 247), (217, 95, 2)))
 
 
@@ -59,11 +59,7 @@ class Seen:
 
     def cosines(self, query: Floats) -> Floats:
         """Cosine similarity of each pixel with ``query`` ([k] of length 1): [H·W] float32, −1 … 1, 0 in padding."""
-        weights = self.step * query
-        found = np.empty(self.codes.shape[1], np.float32)
-        for pixels in _blocks(self.codes.shape[1]):
-            found[pixels] = weights @ self.codes[:, pixels].astype(np.float32)
-        return found * self.inverse_norms
+        return np.asarray(products((self.step * query)[None], self.codes)[0] * self.inverse_norms)
 
     def normalised(self, grid: tuple[int, int]) -> Floats:
         """Mean directions on a coarser grid: [h·w, k] float32, each of length 1 (or 0)."""
@@ -107,12 +103,19 @@ class Features:
         shape = (stored.shape[1], stored.shape[2])
         step = self.store.step if self.store.step is not None else np.ones(len(stored), np.float32)
         codes = stored.reshape(len(stored), -1)
-        squares = np.empty(codes.shape[1], np.float32)
-        for pixels in _blocks(codes.shape[1]):
-            values = codes[:, pixels].astype(np.float32) * step[:, None]
-            squares[pixels] = np.einsum("kp,kp->p", values, values)
+        squares = squared_lengths(codes, step)
         inverse = np.divide(1, np.sqrt(squares), out=np.zeros_like(squares), where=squares > 0)
         return Seen(codes, step, inverse * self._valid(row, shape), shape)
+
+    def compared(self, row: int, directions: Directions) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """Cosine similarity of a row's pixels with vectors, and where it is finite and no padding: [Q, H·W], [H·W].
+
+        Raises:
+            MissingFeatures, StoreError, OSError: as for ``FeatureStore.read_codes``.
+        """
+        seen = self.seen(row)
+        cosines = directions.cosines(seen.codes, seen.step)
+        return cosines, (self._valid(row, seen.shape) > 0) & np.isfinite(cosines).all(axis=0)
 
     def _valid(self, row: int, shape: tuple[int, int]) -> Floats:
         """[H·W] float32: 1 in the valid box of a row, 0 in padding."""
@@ -178,7 +181,7 @@ def segments(seen: Seen, count: int, rounds: int = 12) -> npt.NDArray[np.uint8]:
         sums = np.stack([points[nearest == one].sum(axis=0) for one in range(len(centres))])
         centres = np.where(np.any(sums, axis=1, keepdims=True), _unit(sums), centres)
     labels = np.empty(seen.codes.shape[1], np.uint8)
-    for pixels in _blocks(len(labels)):
+    for pixels in blocks(len(labels)):
         labels[pixels] = ((centres * seen.step) @ seen.codes[:, pixels].astype(np.float32)).argmax(axis=0)
     return labels.reshape(seen.shape)
 
@@ -220,10 +223,6 @@ def _unit(vectors: Floats) -> Floats:
 
 def _bytes(values: Floats) -> Pixels:
     return np.asarray((np.clip(values, 0, 1) * 255).round(), dtype=np.uint8)
-
-
-def _blocks(pixels: int) -> Iterator[slice]:
-    return (slice(start, start + _BLOCK) for start in range(0, pixels, _BLOCK))
 
 
 def segment_colours(labels: npt.NDArray[np.uint8], colours: Pixels) -> Pixels:

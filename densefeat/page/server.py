@@ -21,6 +21,7 @@ def create_app(
     store: str,
     *,
     images: str | None = None,
+    texts: str | None = None,
     host: str = "127.0.0.1",
     token: str | None = None,
     storage_options: dict[str, Any] | None = None,
@@ -30,6 +31,8 @@ def create_app(
     Args:
         store: folder or URI of the store; it may be unfinished.
         images: folder or URI with the photographs, each at its key. None: each row's URI in the index.
+        texts: path or URI of an .npz file with embeddings of texts, to be compared with images
+            (`densefeat.similarity.NamedVectors`).
         host: the address that the server listens on; it decides which Host headers are accepted.
         token: if given, each request must carry it, as ``?token=``, bearer token or cookie.
         storage_options: for the file system of the store, passed to fsspec.
@@ -37,7 +40,9 @@ def create_app(
     Raises:
         MissingPackage: the packages of the extra ``page`` are missing.
         StoreError, OSError: as for ``densefeat.FeatureStore``.
-        ValueError: ``host`` is not a loopback address, and there is no token; or the token is empty.
+        DensefeatError, OSError: the file of texts is damaged, or cannot be read.
+        ValueError: the texts have another number of channels than the features; ``host`` is not a loopback address, and
+            there is no token; or the token is empty.
     """
     if token is None and not is_loopback(host):
         raise ValueError(f"host {host!r} can be reached from other machines: give a token")
@@ -47,17 +52,24 @@ def create_app(
         from densefeat.page.app import build_app
     except ImportError as error:
         raise missing_package("the page", error.name or "a package", "page") from error
-    return build_app(store, images=images, host=host, token=token, storage_options=storage_options)
+    return build_app(store, images=images, texts=texts, host=host, token=token, storage_options=storage_options)
 
 
 def serve(
-    store: str, *, images: str | None = None, host: str = "127.0.0.1", port: int = 8000, token: str | None = None
+    store: str,
+    *,
+    images: str | None = None,
+    texts: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
 ) -> None:
     """Serve the page of a store until interrupted. Prints its address.
 
     Args:
         store: folder or URI of the store, read with the credentials of this process.
         images: folder or URI with the photographs, each at its key. None: each row's URI in the index.
+        texts: as for `create_app`.
         host: address to listen on. On others than loopback, requests need a token.
         port: 0 … 65535; 0 takes a free port.
         token: None: a random token if ``host`` is not a loopback address, else none.
@@ -65,14 +77,16 @@ def serve(
     Raises:
         MissingPackage: the packages of the extra ``page`` are missing.
         StoreError: there is no store, or it is damaged.
+        DensefeatError: the file of texts is damaged.
         OSError: the port is in use, or a storage error.
-        ValueError: the port is out of range, or the token is empty.
+        ValueError: the texts have another number of channels than the features; the port is out of range; or the token
+            is empty.
     """
     if not 0 <= port <= 65535:
         raise ValueError(f"port must be 0 … 65535: got {port}")
     if token is None and not is_loopback(host):
         token = secrets.token_urlsafe(24)
-    app = create_app(store, images=images, host=host, token=token)
+    app = create_app(store, images=images, texts=texts, host=host, token=token)
     try:
         import uvicorn
     except ImportError as error:

@@ -121,8 +121,9 @@ def test_browse(known: KnownStore, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "pip install 'densefeat[page]'" in capsys.readouterr().err
     served: list[Any] = []
     monkeypatch.setattr("densefeat.page.serve", lambda store, **options: served.append((store, options)))
-    assert exit_code("browse", known.uri, "--images", "photos", "--port", 81, "--token", "x") == 0
-    assert served == [(known.uri, {"images": "photos", "host": "127.0.0.1", "port": 81, "token": "x"})]
+    assert exit_code("browse", known.uri, "--images", "photos", "--port", 81, "--token", "x", "--texts", "t") == 0
+    options = {"images": "photos", "texts": "t", "host": "127.0.0.1", "port": 81, "token": "x"}
+    assert served == [(known.uri, options)]
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

@@ -10,7 +10,8 @@ export async function image(view, store, redraw, open) {
   const whole = (name, low, high, otherwise) => Math.min(Math.max(Math.round(+(query.get(name) ?? otherwise)) || low, low), high);
   const numbers = (name, many) => { const text = query.get(name); return text && text.split(",").length === many && text.split(",").every((one) => one !== "" && Number.isFinite(+one)) ? text : null; };
   const state = { layer: Object.hasOwn(LAYERS, query.get("layer")) ? query.get("layer") : "features", component: whole("component", 0, store.k - 1, 0),
-    segments: whole("segments", 2, 16, 6), opacity: whole("opacity", 0, 100, 70), point: numbers("point", 2), box: numbers("box", 4) };
+    segments: whole("segments", 2, 16, 6), opacity: whole("opacity", 0, 100, 70), point: numbers("point", 2), box: numbers("box", 4),
+    text: store.texts.includes(query.get("text")) ? query.get("text") : null };
   const facts = [row.label_name, row.width ? `${row.width}×${row.height}` : null, row.chunk_nbytes ? `${(row.chunk_nbytes / 1e6).toFixed(2)} MB` : null];
   const step = (to, text, name) => element("button", { type: "button", "aria-label": name, disabled: to == null, onclick: () => open(`/image/${to}${layerOnly()}`) }, text);
   const title = element("div", { class: "bar" }, element("div", {}, element("h1", {}, row.key), element("div", { class: "soft small" }, [`row ${row.row}`, ...facts].filter(Boolean).join(" · "))),
@@ -39,19 +40,31 @@ export async function image(view, store, redraw, open) {
   });
   stage.append(photo, over, heat, spot);
   const controls = element("div"), others = element("div", { class: "others" }), othersTitle = element("h2"), othersNote = element("p", { class: "soft small" });
-  view.replaceChildren(title, notice, element("div", { class: "looking" }, element("div", {}, stage, controls),
+  const texts = element("select", { id: "text", onchange: (event) => { select({ text: event.target.value || null, point: null, box: null }); texts.focus(); } },
+    element("option", { value: "" }, "none"), ...store.texts.map((name) => element("option", { value: name }, name)));
+  const asking = store.texts.length ? element("div", { class: "under" }, element("label", { for: "text" }, "Text"), texts) : null;
+  view.replaceChildren(title, notice, element("div", { class: "looking" }, element("div", {}, ...[stage, asking, controls].filter(Boolean)),
     element("aside", {}, othersTitle, othersNote, others)));
 
-  const selected = () => state.box ? `box=${state.box}` : state.point ? `point=${state.point}` : null;
+  const region = () => state.box ? `box=${state.box}` : state.point ? `point=${state.point}` : null;
+  const selected = () => region() ?? (state.text == null ? null : `text=${encodeURIComponent(state.text)}`);
   function layerOnly() {
     const query = new URLSearchParams();
-    for (const name of ["layer", "component", "segments", "opacity"]) if (parameters().get(name)) query.set(name, parameters().get(name));
+    for (const name of ["layer", "component", "segments", "opacity", "text"]) if (parameters().get(name)) query.set(name, parameters().get(name));
     return query.size ? `?${query}` : "";
   }
   function set(changes, keep = false) {
     Object.assign(state, changes);
     setParameters(changes, keep);
     draw();
+  }
+  // A point, a box or a text; or none, with another layer perhaps.
+  function select(changes, keep = true) {
+    if (!(changes.point || changes.box || changes.text)) { hovering = false; heat.hidden = true; }
+    set({ point: null, box: null, text: null, ...changes }, keep);
+    place();
+    if (selected()) showHeat(selected());
+    more();
   }
   function draw() {
     const sources = { features: kept(`/api/colours/${number}`), component: kept(`/api/component/${number}?component=${state.component}`),
@@ -62,6 +75,7 @@ export async function image(view, store, redraw, open) {
     const opacity = noPhotograph ? 1 : state.opacity / 100;
     over.style.opacity = opacity;
     heat.style.opacity = opacity;
+    texts.value = state.text ?? "";
     panel(layer, hot);
   }
   function panel(layer, hot) {
@@ -70,23 +84,24 @@ export async function image(view, store, redraw, open) {
       oninput: (event) => set({ [name]: +event.target.value }) }), element("output", {}, name === "opacity" ? `${state[name]} %` : String(state[name])));
     const dim = noPhotograph || (layer === "photograph" && !hot) ? null : range("opacity", "Opacity", 0, 100);
     controls.replaceChildren(
-      element("div", { class: "under" }, choice("Layer", LAYERS, state.layer, (value) => { heat.hidden = true; set({ layer: value, point: null, box: null }, true); place(); more(); })),
+      element("div", { class: "under" }, choice("Layer", LAYERS, state.layer, (value) => select({ layer: value }))),
       element("div", { class: "under" }, layer === "component" && !hot ? range("component", "Component", 0, store.k - 1) : null,
         layer === "segments" && !hot ? range("segments", "Segments", 2, 16) : null, dim,
-        hot ? element("span", { class: "scale" }, "unlike", element("i"), "alike") : null),
+        hot ? element("span", { class: "scale" }, ends[0], element("i"), ends[1]) : null),
       element("p", { class: "soft small" }, selected() ? "Esc clears the selection." : "Point at a pixel to see what is like it; click to keep it; drag a box for a region."));
     if (active) controls.querySelector(`[data-control=${active}]`)?.focus();
   }
-  let busy = false, waiting = null;
+  let busy = false, waiting = null, ends = [];
   async function showHeat(asked) {
     if (busy) { waiting = asked; return; }
     busy = true;
     try {
-      const values = new Uint8Array(await (await get(kept(`/api/heat/${number}?from=${number}&${asked}`))).arrayBuffer());
+      const answer = await get(kept(`/api/heat/${number}?from=${number}&${asked}`)), values = new Uint8Array(await answer.arrayBuffer());
       if (selected() === asked || (!selected() && hovering)) {
         drawHeat(heat, values, store.width, store.height);
         heat.hidden = false;
         heat.dataset.selection = asked;
+        ends = asked.startsWith("text=") ? answer.headers.get("Heat-Range").split(" ").map((value) => (+value).toFixed(3)) : ["unlike", "alike"];
         draw();
       }
     } catch (error) { notice.replaceChildren(element("p", { class: "notice bad" }, error.message)); }
@@ -104,16 +119,16 @@ export async function image(view, store, redraw, open) {
     spot.style.height = box ? percent(numbers[3] - numbers[1], store.height) : "";
   }
   async function more() {
-    const asked = selected();
+    const asked = region();
     let found;
     try { found = await json(asked ? `/api/similar?from=${number}&${asked}` : `/api/nearest/${number}`); } catch { return; }
-    if (asked !== selected() || !view.contains(stage)) return;
+    if (asked !== region() || !view.contains(stage)) return;
     othersTitle.textContent = asked ? "The same in other images" : "Nearest images";
     const among = (number) => `${number.toLocaleString("en")} ${number === 1 ? "image" : "images"}`;
     const { images, of, complete } = found.sample;
     othersNote.textContent = complete ? (found.matches.length ? `Among ${images} of ${among(store.rows)}.` : "No other image has features.") : `Reading images: ${images} of ${of}…`;
     others.replaceChildren(...found.matches.slice(0, 18).map((match) => other(match, asked)));
-    if (!complete) setTimeout(() => stage.isConnected && asked === selected() && more(), 1200);
+    if (!complete) setTimeout(() => stage.isConnected && asked === region() && more(), 1200);
   }
   function other(match, asked) {
     const inside = element("div", { class: "pair" }, noPhotograph ? picture(kept(`/api/colours/${match.row}`), match.key, "features cannot be read") : picture(kept(`/api/photograph/${match.row}?size=256`), match.key, "no photograph"));
@@ -147,13 +162,9 @@ export async function image(view, store, redraw, open) {
   });
   stage.addEventListener("pointerup", (event) => {
     if (!from) return;
-    const end = at(event), keep = selected() == null;
-    if (dragged(event)) set({ box: boxOf(from.at, end), point: null }, keep);
-    else set({ point: end.map((value) => value.toFixed(1)).join(","), box: null }, keep);
+    const end = at(event), keep = selected() == null, box = dragged(event);
+    select(box ? { box: boxOf(from.at, end) } : { point: end.map((value) => value.toFixed(1)).join(",") }, keep);
     from = null;
-    place();
-    showHeat(selected());
-    more();
   });
   stage.addEventListener("pointercancel", () => { from = null; place(); });
   stage.addEventListener("pointerleave", () => { hovering = false; if (!selected()) { heat.hidden = true; draw(); } });
@@ -162,18 +173,14 @@ export async function image(view, store, redraw, open) {
   draw();
   more();
   if (selected()) showHeat(selected());
-  const layers = Object.fromEntries(Object.keys(LAYERS).map((layer, i) => [String(i + 1), () => { heat.hidden = true; set({ layer, point: null, box: null }, true); place(); more(); }]));
+  const layers = Object.fromEntries(Object.keys(LAYERS).map((layer, i) => [String(i + 1), () => select({ layer })]));
   const nudge = (by) => () => {
     if (state.layer === "component") set({ component: Math.min(Math.max(state.component + by, 0), store.k - 1) });
     if (state.layer === "segments") set({ segments: Math.min(Math.max(state.segments + by, 2), 16) });
   };
   const clear = () => {
     if (!selected()) { open("/"); return; }
-    hovering = false;
-    heat.hidden = true;
-    set({ point: null, box: null }, true);
-    place();
-    more();
+    select({});
   };
   return { ...keys, ...layers, ArrowUp: nudge(1), ArrowDown: nudge(-1), Escape: clear };
 }
