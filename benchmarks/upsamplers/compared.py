@@ -3,9 +3,9 @@
     python -m benchmarks.upsamplers.compared
 
 From the features of a ViT-S/14 (384 channels) to k = 64 components at 224, 448 and 896 pixels, one image, one thread on
-a CPU. Up to 448 also with all 384 channels, and for LiFT, AnyUp and NAF the plain way: all channels (AnyUp: with the
-full attention matrix, which takes 50 GB at 896 pixels; NAF: with upsampled keys and values), then projected. Weights
-are random, which affects neither time nor memory. ``--names`` measures only some.
+a CPU. Up to 448 also with all 384 channels, and for LiFT and AnyUp the plain way: all channels (AnyUp: with the full
+attention matrix, which takes 50 GB at 896 pixels), then projected. Weights are random, which affects neither time nor
+memory. ``--names`` measures only some.
 """
 
 import json
@@ -24,7 +24,6 @@ from benchmarks.timing import median_ms, peak_bytes
 from kernels.jbu import JBUStack
 from kernels.window.attention import reference as window_attention_reference
 from kernels.window.attention import windowed_attention
-from kernels.window.neighborhood import neighborhood_attention
 from pipeline.upsamplers.anyup import network as anyup_network
 from pipeline.upsamplers.anyup.network import AnyUp
 from pipeline.upsamplers.anyup.upsampler import AnyUpUpsampler
@@ -34,7 +33,6 @@ from pipeline.upsamplers.interface import Upsampler
 from pipeline.upsamplers.lift.network import LiFT
 from pipeline.upsamplers.lift.upsampler import LiFTUpsampler
 from pipeline.upsamplers.naf.network import NAF
-from pipeline.upsamplers.naf.upsampler import NAFUpsampler
 from schemas.upsamplers import LiFTOptions
 
 C, K, PATCH = 384, 64, 14
@@ -71,10 +69,6 @@ def plain(upsampler: Upsampler, features: Tensor, images: Tensor, size: int, com
             full = upsampler.anyup(features, features, imagenet_normalised(images), (size, size))
         finally:
             anyup_network.windowed_attention = windowed_attention
-    elif isinstance(upsampler, NAFUpsampler):
-        queries = upsampler.encode(images, (size, size))
-        keys = upsampler.naf.keys(queries, (features.shape[2], features.shape[3]))
-        full = neighborhood_attention(queries, keys, features.to(queries.dtype), implementation="reference").float()
     else:
         return None
     return torch.einsum("kc,bchw->bkhw", components, full)

@@ -5,7 +5,7 @@ is differentiable and runs in any floating dtype on any device. Memory: a few te
 gradients, autograd keeps two more for each cell of a window.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -61,17 +61,16 @@ def neighborhood_attention(queries: Tensor, keys: Tensor, values: Tensor, window
     H, W, heads, d = queries.shape[1:]
     h, w = keys.shape[1:3]
     working = torch.promote_types(torch.promote_types(queries.dtype, values.dtype), torch.float32)
-    keys = _upsampled(keys.to(working).permute(0, 3, 4, 1, 2), H, W)  # [B, heads, d, H, W]
-    high = _upsampled(values.to(working).reshape(len(values), heads, -1, h, w), H, W)  # [B, heads, K/heads, H, W]
-    queries = queries.to(working).permute(0, 3, 4, 1, 2)
+    low = values.to(working).permute(0, 2, 3, 1).reshape(len(values), h, w, heads, -1)
+    keys, high = (_upsampled(x, H, W) for x in (keys.to(working), low))  # [B, H, W, heads, d or K/heads]
     rows, columns = (window_places(*sizes, window).to(keys.device) for sizes in ((h, H), (w, W)))
-    taps = [(down[:, None], across) for down in rows for across in columns]
-    scores = torch.stack([(queries * keys[..., down, across]).sum(2) for down, across in taps]) / d**0.5
-    weights = torch.softmax(scores, 0)  # [taps, B, heads, H, W]
+    scores = torch.stack([(queries.to(working) * key).sum(4) for key in _taps(keys, rows, columns)]) / d**0.5
+    weights = torch.softmax(scores, 0)  # [taps, B, H, W, heads]
     output = torch.zeros_like(high)
-    for weight, (down, across) in zip(weights, taps, strict=True):
-        output = output + weight[:, :, None] * high[..., down, across]
-    return (output.sum(1) if sum_heads else output.flatten(1, 2)).to(values.dtype)
+    for weight, value in zip(weights, _taps(high, rows, columns), strict=True):
+        output = output + weight[..., None] * value
+    output = output.sum(3) if sum_heads else output.flatten(3)
+    return output.permute(0, 3, 1, 2).to(values.dtype).contiguous()
 
 
 def neighborhood_codes(
@@ -82,6 +81,13 @@ def neighborhood_codes(
 
 
 def _upsampled(low: Tensor, H: int, W: int) -> Tensor:
-    """Upsample [B, heads, c, h, w] to H × W: the nearest cell, by the distance of centres."""
-    high = F.interpolate(low.flatten(1, 2), (H, W), mode="nearest-exact")
-    return high.view(*low.shape[:3], H, W)
+    """Upsample [B, h, w, heads, c] to [B, H, W, heads, c]: the nearest cell, by the distance of centres."""
+    high = F.interpolate(low.flatten(3).permute(0, 3, 1, 2), (H, W), mode="nearest-exact")
+    return high.permute(0, 2, 3, 1).reshape(len(low), H, W, *low.shape[3:])
+
+
+def _taps(high: Tensor, rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
+    """Yield, for each place of the window, what each pixel of [B, H, W, ...] sees there."""
+    for down in rows:
+        row = high.index_select(1, down)
+        yield from (row.index_select(2, across) for across in columns)
