@@ -17,17 +17,19 @@ _SETTLE_MS = 25
 
 
 def median_ms(
-    sides: Mapping[str, Function], device: str, seconds_each: float = 3.0, most: int = 30
+    sides: Mapping[str, Function], device: str, seconds_each: float = 3.0, most: int = 30, *, one_thread: bool = False
 ) -> dict[str, float]:
     """Median milliseconds of each function, with interleaved runs, so that a slow phase of the machine affects all.
 
     Fast functions first run untimed for a moment, so that they are warm and not slowed by the one before. Each runs as
     often as fits into ``seconds_each``, at least three and at most ``most`` times; functions that take more than five
-    seconds run once.
+    seconds run once. With ``one_thread``, times on a CPU are the process's CPU time, which other processes do not add
+    to: on an idle machine, functions with one thread take as long.
     """
+    clock = time.process_time if one_thread and device == "cpu" else time.perf_counter
     for function in sides.values():
         function()  # compile, fill caches
-    once = {name: _ms(function, device) for name, function in sides.items()}
+    once = {name: _ms(function, device, clock) for name, function in sides.items()}
     runs = {name: 1 if ms > 5000 else min(most, max(3, int(1000 * seconds_each / ms))) for name, ms in once.items()}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(max(runs.values())):
@@ -35,7 +37,7 @@ def median_ms(
             # Spread functions with fewer runs over the turns.
             if turn * runs[name] // max(runs.values()) != (turn - 1) * runs[name] // max(runs.values()):
                 _settle(function, once[name])
-                times[name].append(_ms(function, device))
+                times[name].append(_ms(function, device, clock))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -44,12 +46,12 @@ def _settle(function: Function, ms: float) -> None:
         function()
 
 
-def _ms(function: Function, device: str) -> float:
+def _ms(function: Function, device: str, clock: Callable[[], float]) -> float:
     _wait(device)
-    start = time.perf_counter()
+    start = clock()
     function()
     _wait(device)
-    return 1000 * (time.perf_counter() - start)
+    return 1000 * (clock() - start)
 
 
 def _wait(device: str) -> None:

@@ -114,6 +114,7 @@ def _fit_seconds(row: dict[str, Any]) -> tuple[float, float]:
     return row["fit_s"], row["extraction_s"]
 
 
+_NAMES = {"lite0": "EfficientNet-Lite0", "vit-ti": "ViT-Ti/16", "vit": "a ViT-S/14 of DINOv2's family"}
 METRICS = ("miou", "border_accuracy")
 
 
@@ -132,13 +133,15 @@ def quality() -> str:
         error = Estimate.of(row["held_out_error"])
         numbers.append(f"{error.mean:.3f} ± {error.half_width:.3f}")
         table.append(f"| {backbone} | {method} | {row['passes']} | {' | '.join(numbers)} |")
-    row = next(iter(latest.values()))
+    runs, photos = (
+        " or ".join(map(str, dict.fromkeys(row[name] for row in latest.values()))) for name in ("runs", "photos")
+    )
     return (
-        f"coco200, 224 px, k = {row['k']} (`python -m benchmarks.upsamplers.quality`). A linear probe of the 20 most "
+        "coco200, 224 px, k = 64 (`python -m benchmarks.upsamplers.quality`). A linear probe of the 20 most "
         "frequent classes: mean IoU, and accuracy within 3 px of a border between classes, with the paired difference "
         "to `bilinear` and its 95% interval, bold where that excludes zero. "
-        f"{row['runs']} classifiers, each trained on {row['photos']} photographs drawn with replacement and evaluated "
-        f"on {row['photos']} others, which the intervals resample. Held-out views: squared error on 20 views of each "
+        f"{runs} classifiers, each trained on {photos} photographs drawn with replacement and evaluated on as many "
+        "others, which the intervals resample. Held-out views: squared error on 20 views of each "
         "of these others, as a share of their variance, ± half of the 95% interval's width. Passes: of the backbone, "
         "per image; the image at 2× has four times the pixels.\n\n"
     ) + "\n".join(table)
@@ -161,13 +164,13 @@ def choice() -> str:
         f"| `multiview` | fitted by the job | 9 | {formats.ms(1000 * sum(_fit_seconds(multiview)))} "
         f"| {_of_all('multiview')} |",
         f"| `lift` | published | 1 | {formats.ms(cost['lift'])} | | |",
-        f"| `naf` | published | 1 | {formats.ms(cost['naf'])} | | |",
+        *([f"| `naf` | published | 1 | {formats.ms(cost['naf'])} | | |"] if "naf" in cost else []),
         f"| `implicit` | none | 100 | {formats.seconds(sum(_fit_seconds(implicit)))} | | |",
     ]
     return (
-        "EfficientNet-Lite0 / ViT-Ti/16 / a ViT-S/14 of DINOv2's family, 224 px, k = 64. Cost: one CPU core, with the "
-        "ViT-S/14's features, without the image's own pass. Gain of a linear probe over `bilinear`, bold where its 95% "
-        "interval excludes zero. Error: as a share of `bilinear`'s, lower is better.\n\n"
+        f"{' / '.join(_NAMES[name] for name in backbones)}, 224 px, k = 64. Cost: one CPU core, with the ViT-S/14's "
+        "features, without the image's own pass. Gain of a linear probe over `bilinear`, bold where its 95% interval "
+        "excludes zero. Error: as a share of `bilinear`'s, lower is better.\n\n"
     ) + "\n".join(table)
 
 
@@ -186,17 +189,17 @@ def _quality(size: int, components: int) -> dict[tuple[str, str], dict[str, Any]
     """The latest row of each backbone and method, in the order of the benchmark."""
     own = [row for row in rows.read("quality") if (row["size"], row["k"]) == (size, components)]
     latest = {(row["backbone"], row["method"]): row for row in own}
-    return {key: latest[key] for key in sorted(latest, key=lambda key: BACKBONES.index(key[0]))}
+    return {key: latest[key] for key in sorted(latest, key=lambda key: _ORDER.index(key[0]))}
 
 
-BACKBONES = ("lite0", "vit-ti", "vit")
+_ORDER = ("lite0", "vit-ti", "vit")  # of backbones in tables
 
 
 def _of_all(method: str) -> str:
     """Gain in mean IoU and share of bilinear's error on held-out views, for every backbone: two cells."""
     latest = _quality(224, 64)
     gains, shares = [], []
-    for backbone in BACKBONES:
+    for backbone in dict.fromkeys(name for name, _ in latest):
         row = latest[backbone, method]
         gain = Estimate.of(row["miou_difference"])
         number = f"{gain.mean:+.3f}".replace("-", "−")

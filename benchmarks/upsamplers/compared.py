@@ -94,7 +94,7 @@ def measure(name: str, upsampler: Upsampler, size: int, device: str) -> dict[str
         if not error < (1e-4 if device == "cpu" else 3e-2):
             raise AssertionError(f"{name} at {size} px differs from the plain way by {error:.1e}")
     del expected
-    ms = median_ms(sides, device, seconds_each=3.0, most=10)
+    ms = median_ms(sides, device, seconds_each=3.0, most=10, one_thread=True)
     return {
         "upsampler": name,
         "size": size,

@@ -231,14 +231,26 @@ def test_codes_are_the_quantized_output(implementation, sum_heads):
 # --- Gradients, operators, choice ---
 
 
-@pytest.mark.parametrize("implementation", [None, *COMPILED])
-def test_gradients_come_from_the_reference(implementation):
-    inputs = [t.requires_grad_() for t in random_inputs(low=(3, 2), device=device_of(implementation))]
-    output = neighborhood_attention(*inputs, implementation=implementation)
-    assert torch.equal(output, neighborhood_attention(*inputs, implementation="reference"))
+@pytest.mark.parametrize("sum_heads", [False, True])
+def test_gradients_of_the_reference(sum_heads):
+    inputs = [t.requires_grad_() for t in random_inputs(low=(3, 2), scale=(2, 1), d=2, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(lambda *tensors: literal(*tensors, 3, sum_heads), inputs)
+
+
+@pytest.mark.parametrize("tile_bytes", [2000, 1 << 20])
+@pytest.mark.parametrize("sum_heads", [False, True])
+@pytest.mark.parametrize("implementation", COMPILED)
+def test_gradients(implementation, sum_heads, tile_bytes, monkeypatch):
+    monkeypatch.setattr(cpu, "_TILE_BYTES", tile_bytes)
+    inputs = [t.requires_grad_() for t in random_inputs(B=2, low=(10, 11), device=device_of(implementation))]
+    output = neighborhood_attention(*inputs, sum_heads=sum_heads, implementation=implementation)
     wide = [t.detach().double().requires_grad_() for t in inputs]
-    assert torch.autograd.gradcheck(lambda *tensors: neighborhood_attention(*tensors, 3, sum_heads=True), wide)
-    assert torch.autograd.grad(output.sum(), inputs[2])[0].isfinite().all()
+    expected = literal(*wide, 9, sum_heads)
+    assert_close(output, expected, 1e-5)
+    weight = torch.randn_like(output)
+    gradients = torch.autograd.grad(output, inputs, weight)
+    for actual, wanted in zip(gradients, torch.autograd.grad(expected, wide, weight.double()), strict=True):
+        assert_close(actual, wanted, 1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # torch's own, at its first use

@@ -2,7 +2,7 @@
 
 All pixels of a cell share their window, so keys and values are never upsampled. A tile is some cells of one row of
 cells, or some rows of pixels of one cell. It takes a batched product of queries and keys, a softmax, and a batched
-product with the values.
+product with the values. Differentiable; autograd then keeps every tile.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,11 +28,14 @@ def reasons_not(kinds: Sequence[Kind]) -> list[str]:
 
 def neighborhood_attention(queries: Tensor, keys: Tensor, values: Tensor, window: int, sum_heads: bool) -> Tensor:
     """As `kernels.window.neighborhood.neighborhood_attention`, which has checked the arguments."""
-    output = values.new_empty(len(values), _channels(queries, values, sum_heads), *queries.shape[1:3])
     # Image by image, so that results do not depend on the batch.
-    for image, query, key, value in zip(output, queries, keys, values, strict=True):
-        for rows, columns, tile in _tiles(query, key, value, window, sum_heads):
-            image[:, rows, columns] = tile
+    images = list(zip(queries, keys, values, strict=True))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (queries, keys, values)):
+        return torch.stack([_joined(_tiles(*image, window, sum_heads)) for image in images])
+    output = values.new_empty(len(values), _channels(queries, values, sum_heads), *queries.shape[1:3])
+    for made, image in zip(output, images, strict=True):
+        for rows, columns, tile in _tiles(*image, window, sum_heads):
+            made[:, rows, columns] = tile
     return output
 
 
@@ -51,6 +54,14 @@ def neighborhood_codes(
             not_finite[number] += codes.not_finite[0]
             clipped[number] += codes.clipped[0]
     return output
+
+
+def _joined(tiles: Iterator[tuple[slice, slice, Tensor]]) -> Tensor:
+    """Concatenate the tiles, for autograd: writing them into slices would copy the whole gradient for each tile."""
+    strips: dict[int, list[Tensor]] = {}
+    for rows, _, tile in tiles:
+        strips.setdefault(rows.start, []).append(tile)
+    return torch.cat([torch.cat(strip, 2) for strip in strips.values()], 1)
 
 
 def _channels(queries: Tensor, values: Tensor, sum_heads: bool) -> int:

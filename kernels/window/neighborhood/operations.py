@@ -33,7 +33,7 @@ def neighborhood_attention(
     NAF (arXiv 2511.18452, section 3). H and W are multiples of h and w. All pixels of low-res cell (i, j) attend to the
     cells ``clamp(i - window//2, 0, h - window)``, and the ``window - 1`` that follow, of the rows; equally of the
     columns. On a grid smaller than the window, they attend to all cells of that axis. Per head, the weights are
-    softmax(query · key / √d). If a gradient is needed, the reference runs.
+    softmax(query · key / √d). Where "triton" would run and a gradient is needed, the reference runs.
 
     Args:
         queries: [B, H, W, heads, d], float16, bfloat16, float32 or float64, not empty.
@@ -54,7 +54,7 @@ def neighborhood_attention(
     """
     _check(queries, keys, values, window)
     chosen = dispatch.choose(_FAMILY, implementation, queries, values)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (queries, keys, values)):
+    if chosen == "triton" and torch.is_grad_enabled() and any(t.requires_grad for t in (queries, keys, values)):
         chosen = "reference"
     run = operators.attention if chosen == "triton" else dispatch.implementation(_FAMILY, chosen).neighborhood_attention
     output: Tensor = run(queries, keys, values, window, sum_heads)
