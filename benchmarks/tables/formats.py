@@ -10,6 +10,11 @@ def machine(row: dict[str, Any]) -> str:
     return f"{row['cores']} cores ({row['device']})"
 
 
+def elsewhere(row: dict[str, Any], sample: dict[str, Any]) -> str:
+    """The machine of a row, if it is not that of the sample, to which a table's caption refers."""
+    return "" if row["device"] == sample["device"] else f" (on {machine(row)})"
+
+
 def ms(value: float) -> str:
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 

@@ -22,6 +22,7 @@ def upsamplers() -> str:
 def upsampler_costs() -> str:
     """Time and memory of each single-pass upsampler, with and without PCA and bounded memory."""
     latest = {(row["upsampler"], row["size"]): row for row in rows.read("upsamplers")}
+    sample = latest["jbu", 224]
     table = [
         "| upsampler | 224 px | 448 px | 896 px | all 384 channels, 224 px | 448 px | plain, 224 px | 448 px |",
         "|---|---|---|---|---|---|---|---|",
@@ -33,13 +34,11 @@ def upsampler_costs() -> str:
             f"{formats.ms(row['ms'][side])}, {row['peak_bytes'][side] / 1e6:,.0f} MB" if side in row["ms"] else ""
             for row, side in measured
         ]
-        table.append(f"| {name} | {' | '.join(cells)} |")
-    sample = latest["jbu", 224]
+        table.append(f"| {name}{formats.elsewhere(measured[0][0], sample)} | {' | '.join(cells)} |")
     return (
         f"From ViT-S/14's 384 channels to k = 64 at the image's size, one image, one thread of "
         f"{formats.machine(sample)} (`python -m benchmarks.upsamplers.compared`). Plain: all "
-        "channels, AnyUp with its full attention matrix, then "
-        "PCA.\n\n"
+        "channels, AnyUp with its full attention matrix, then PCA. Weights are random: no cost depends on them.\n\n"
     ) + "\n".join(table)
 
 
@@ -149,7 +148,10 @@ def quality() -> str:
 
 def choice() -> str:
     """Weights, cost and quality of each upsampler, in short."""
-    cost = {row["upsampler"]: row["ms"]["k"] for row in rows.read("upsamplers") if row["size"] == 224}
+    measured = {row["upsampler"]: row for row in rows.read("upsamplers") if row["size"] == 224}
+    cost = {
+        name: formats.ms(row["ms"]["k"]) + formats.elsewhere(row, measured["jbu"]) for name, row in measured.items()
+    }
     fits = {(row["backbone"], row["method"]): row for row in rows.read("implicit") if not rows.on_gpu(row)}
     implicit = fits["vit", "implicit, default schedule"]
     multiview = fits["vit", "multiview, 9 views"]
@@ -158,13 +160,13 @@ def choice() -> str:
         f"| `--upsampler` | weights | passes | cost per image | gain in mean IoU: {' / '.join(backbones)} "
         "| error on held-out views |",
         "|---|---|---|---|---|---|",
-        f"| `bilinear` | none | 1 | {formats.ms(cost['bilinear'])} | 0 | 1 |",
-        f"| `jbu`, the default | none | 1 | {formats.ms(cost['jbu'])} | {_of_all('jbu')} |",
-        f"| `anyup` | published | 1 | {formats.ms(cost['anyup'])} | {_of_all('anyup')} |",
+        f"| `bilinear` | none | 1 | {cost['bilinear']} | 0 | 1 |",
+        f"| `jbu`, the default | none | 1 | {cost['jbu']} | {_of_all('jbu')} |",
+        f"| `anyup` | published | 1 | {cost['anyup']} | {_of_all('anyup')} |",
         f"| `multiview` | fitted by the job | 9 | {formats.ms(1000 * sum(_fit_seconds(multiview)))} "
         f"| {_of_all('multiview')} |",
-        f"| `lift` | published | 1 | {formats.ms(cost['lift'])} | | |",
-        *([f"| `naf` | published | 1 | {formats.ms(cost['naf'])} | | |"] if "naf" in cost else []),
+        f"| `lift` | published | 1 | {cost['lift']} | | |",
+        f"| `naf` | published | 1 | {cost['naf']} | | |",
         f"| `implicit` | none | 100 | {formats.seconds(sum(_fit_seconds(implicit)))} | | |",
     ]
     return (
