@@ -17,6 +17,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "upsamplers": upsamplers.upsamplers,
     "upsampler_costs": upsamplers.upsampler_costs,
     "quality": upsamplers.quality,
+    "sizes": upsamplers.sizes,
     "fits": upsamplers.fits,
     "training": upsamplers.training,
     "demo": performance.demo,

@@ -176,6 +176,16 @@ def choice() -> str:
     ) + "\n".join(table)
 
 
+def sizes() -> str:
+    """Error of a model of the backbone that was fitted at another size, one line."""
+    row = rows.read("sizes")[-1]
+    return (
+        f"Fitted at {row['fitted_at']} pixels and used at {row['used_at']}: error on held-out views "
+        f"{row['carried']:.3f}; fitted at {row['used_at']}: {row['fitted']:.3f}; `bilinear`: {row['bilinear']:.3f} "
+        f"({row['backbone']}, {row['photos']} photographs, not smoothed; `python -m benchmarks.upsamplers.sizes`)."
+    )
+
+
 def held_out_of_jbu() -> str:
     """Error of the default on held-out views beside bilinear's, one line."""
     latest = _quality(224, 64)
