@@ -16,6 +16,7 @@ from pipeline.images.decoding.decode import Geometry, decode
 from pipeline.upsamplers.fitting import UpsamplerFit
 from pipeline.upsamplers.interface import Upsampler
 from pipeline.upsamplers.multiview.pooling import PoolingModel
+from pipeline.upsamplers.multiview.trials import relative_error
 from pipeline.upsamplers.multiview.views import held_out_views, view_operators
 from pipeline.views.features import JitterMatrices, view_features
 from schemas.options import FitPoolingConfig
@@ -117,9 +118,3 @@ class Judge:
         predicted = self.operators.project(high)[0] + (self.bias if with_bias else 0)
         cosine = F.cosine_similarity(predicted, seen, dim=1).mean()
         return relative_error(predicted, seen), float(cosine)
-
-
-def relative_error(predicted: Tensor, seen: Tensor) -> float:
-    """Squared error divided by squared deviation from the mean, for one photograph's views [V, k, h, w]."""
-    spread = (seen - seen.mean((0, 2, 3), keepdim=True)).square().sum()
-    return float((predicted - seen).square().sum() / spread)

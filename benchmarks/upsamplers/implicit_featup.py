@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor
 
 from benchmarks import rows
-from benchmarks.upsamplers.held_out import SIZE, Judge, K, build, fitted_basis, photos, pooling_file, relative_error
+from benchmarks.upsamplers.held_out import SIZE, Judge, K, build, fitted_basis, photos, pooling_file
 from pipeline.features.backbone import Backbone
 from pipeline.run.feature_worker import pick_device
 from pipeline.upsamplers.implicit.downsample import AttentionDownsamplers, Windows
@@ -30,6 +30,7 @@ from pipeline.upsamplers.implicit.loss import LossWeights, Uncertainty, loss_of_
 from pipeline.upsamplers.implicit.network import ImplicitNetworks
 from pipeline.upsamplers.implicit.schedule import DEFAULT, FAITHFUL, Schedule, sample_views
 from pipeline.upsamplers.multiview.pooling import PoolingModel
+from pipeline.upsamplers.multiview.trials import relative_error
 from pipeline.views.downsample import blur_matrix
 from pipeline.views.features import JitterMatrices, view_features
 from pipeline.views.jitter import Jitter

@@ -1,7 +1,6 @@
 """Fit an upsampler to a sample of the dataset, if it needs that: its samples and trials run on all workers."""
 
 import functools
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +15,6 @@ from pipeline.run.workers import TaskFailed, Workers
 from pipeline.upsamplers.fitting import Fitting, UpsamplerFit
 
 __all__ = ["fit_upsampler"]
-
-logger = logging.getLogger(__name__)
 
 _IMAGES_IN_TASK = 2  # the backbone runs on tens of views of each
 

@@ -219,7 +219,7 @@ class ShardWorker(FeatureWorker):
 
     def _projected(self, basis: Basis, fit: UpsamplerFit | None) -> Projected:
         """The upsampler, fitted, with the basis folded in; call it only while holding ``computing``."""
-        key = (basis.digest, None if fit is None else fit.identity()["digest"])
+        key = (basis.digest, None if fit is None else fit.digest)
         if self._with_basis is None or self._with_basis[0] != key:
             upsampler = self.upsampler if fit is None else self.upsampler.fitted(fit)
             self._with_basis = key, upsampler.with_basis(*basis.tensors).to(self.device)

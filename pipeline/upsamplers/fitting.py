@@ -1,7 +1,8 @@
 """Upsamplers that are fitted to images of the dataset before they can upsample: the interface of such a fit."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,19 +22,21 @@ class UpsamplerFit:
     Attributes:
         settings: chosen settings, JSON types.
         arrays: name -> float32 array; the first dimension is that of the components.
-        account: how the settings were chosen, JSON types; only informative, and not stored.
         described: one line for the log.
     """
 
     settings: Mapping[str, Any]
     arrays: Mapping[str, npt.NDArray[np.float32]]
-    account: Mapping[str, Any] = field(default_factory=dict)
     described: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the arrays; computed once, because workers compare it for each batch."""
+        return state_digest({name: torch.from_numpy(np.array(array, "<f4")) for name, array in self.arrays.items()})
 
     def identity(self) -> dict[str, Any]:
         """All that the features depend on, JSON-serialisable, for the configuration."""
-        arrays = {name: torch.from_numpy(np.array(array, "<f4")) for name, array in self.arrays.items()}
-        return {**self.settings, "digest": state_digest(arrays)}
+        return {**self.settings, "digest": self.digest}
 
 
 class Fitting(Protocol):

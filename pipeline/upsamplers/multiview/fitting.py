@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,13 @@ from pipeline.upsamplers.multiview.trials import Outcome, Trial, ViewSample, run
 from pipeline.upsamplers.multiview.views import held_out_views, solver_views
 from pipeline.views.features import JitterMatrices, view_features
 
-__all__ = ["DEFAULT_STRIDE_PX", "DEFAULT_VIEWS", "FIT_IMAGES", "HELD_OUT_VIEWS", "PoolingFitting"]
+__all__ = ["DEFAULT_STRIDE_PX", "DEFAULT_VIEWS", "FITTED_SETTINGS", "FIT_IMAGES", "HELD_OUT_VIEWS", "PoolingFitting"]
 
 DEFAULT_VIEWS = 9
 DEFAULT_STRIDE_PX = 4  # joint bilateral upsampling does the rest; 2 takes four times as long and is not better
 FIT_IMAGES = 24  # with fewer than 18 for the bias, it was worse
 HELD_OUT_VIEWS = 12
+FITTED_SETTINGS = ("sigma_px", "regularisation", "iterations")  # those that a fit chooses, unless they are given
 
 
 class PoolingFitting:
@@ -58,15 +58,13 @@ class PoolingFitting:
     def fit(self, sample: ViewSample, run: Run) -> UpsamplerFit:
         """Choose settings and fit the bias."""
         fit = fit_pooling(len(sample), sample.low.shape[2:], self._settings, self._backbone.reduction, run, self._given)
-        return self._as_stored(fit.settings, fit.bias, fit.account, fit.describe())
+        return self._as_stored(fit.settings, fit.bias, fit.describe())
 
     def usual(self, components: int) -> UpsamplerFit:
         """Settings near the best for most backbones, and no bias."""
         return self._as_stored(replace(self._settings, **self._given), torch.zeros(components, *self._backbone.grid))
 
     @staticmethod
-    def _as_stored(
-        settings: FitSettings, bias: Tensor, account: Mapping[str, Any] = MappingProxyType({}), described: str = ""
-    ) -> UpsamplerFit:
-        chosen = {name: getattr(settings, name) for name in ("sigma_px", "regularisation", "iterations")}
-        return UpsamplerFit(chosen, {"bias": bias.numpy().astype(np.float32)}, account, described)
+    def _as_stored(settings: FitSettings, bias: Tensor, described: str = "") -> UpsamplerFit:
+        chosen = {name: getattr(settings, name) for name in FITTED_SETTINGS}
+        return UpsamplerFit(chosen, {"bias": bias.numpy().astype(np.float32)}, described)

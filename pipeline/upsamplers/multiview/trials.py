@@ -23,7 +23,7 @@ from pipeline.upsamplers.multiview.views import (
     view_operators,
 )
 
-__all__ = ["Outcome", "Trial", "ViewSample", "run_trial"]
+__all__ = ["Outcome", "Trial", "ViewSample", "relative_error", "run_trial"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,13 @@ from pipeline.upsamplers.interface import (
 )
 from pipeline.upsamplers.jbu import JBU
 from pipeline.upsamplers.multiview.fit import usual_settings
-from pipeline.upsamplers.multiview.fitting import DEFAULT_STRIDE_PX, DEFAULT_VIEWS, FIT_IMAGES, PoolingFitting
+from pipeline.upsamplers.multiview.fitting import (
+    DEFAULT_STRIDE_PX,
+    DEFAULT_VIEWS,
+    FIT_IMAGES,
+    FITTED_SETTINGS,
+    PoolingFitting,
+)
 from pipeline.upsamplers.multiview.pooling import FitSettings, PoolingModel
 from pipeline.upsamplers.multiview.views import MOST_VIEWS, solver_grid, solver_views, start_at, view_operators
 from pipeline.views.features import JitterMatrices, project, view_features
@@ -37,7 +43,6 @@ from schemas.upsamplers import MultiviewOptions
 
 __all__ = ["MultiviewUpsampler"]
 
-_FITTED = ("sigma_px", "regularisation", "iterations")  # settings that a fit chooses, unless they are given
 _LEAST_VARIANCE = 1e-10  # of features over positions and views, as a share of their mean square
 
 
@@ -91,7 +96,7 @@ class MultiviewUpsampler(Upsampler):
         given = {name: value for name, value in vars(options).items() if value is not None}
         if weights is None:
             settings = usual_settings(backbone.reduction, options.views or DEFAULT_VIEWS, DEFAULT_STRIDE_PX)
-            fixed = {name: value for name, value in given.items() if name in _FITTED}
+            fixed = {name: value for name, value in given.items() if name in FITTED_SETTINGS}
             return cls(backbone, replace(settings, **given), None, fixed)
         pooling = PoolingModel.read(weights)
         pooling.check(backbone, weights)
@@ -102,7 +107,7 @@ class MultiviewUpsampler(Upsampler):
         finish = {"finish": self.finish.identity()}
         if self._pooling is not None:
             return {"name": self.name, "weights": self._pooling.digest, **self.settings.identity(), **finish}
-        asked = {name: value for name, value in self.settings.identity().items() if name not in _FITTED}
+        asked = {name: value for name, value in self.settings.identity().items() if name not in FITTED_SETTINGS}
         return {"name": self.name, "fitted_on_images": FIT_IMAGES, **asked, **self._given, **finish}
 
     @override
