@@ -14,6 +14,16 @@ if not torch.cuda.is_available():
 torch.backends.cudnn.allow_tf32 = False  # or torch's own convolutions, in references and gradients, have 10 bits
 
 
+@pytest.fixture
+def seeded_on_one_thread() -> Iterator[None]:
+    """A fixed seed, and one thread as in workers: tests are small, so that threads would only wait for each other."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """Address of an S3 server on this machine."""

@@ -13,14 +13,7 @@ from kernels.window.attention.reference import window_bounds
 from kernels.window.attention.reference import windowed_attention as full_attention
 from tests.helpers.rounding import assert_close
 
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in workers: tiles are small, threads would only wait for each other
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("seeded_on_one_thread")
 
 
 def random_inputs(B=2, high=(9, 13), low=(4, 5), heads=2, d=3, k=4, dtype=torch.float64):

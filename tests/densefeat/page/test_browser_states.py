@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,6 @@ KEYS = (
     "a%2Fb%00?x=1#frag&y.jpg",
     "../../etc/passwd", "x" * 700 + ".jpg", "", "\u202egnp.exe", "</script><script>alert(2)</script>",
 )  # fmt: skip
-
-
-@pytest.fixture
-def page(browser: Any) -> Iterator[Page]:
-    """A page whose errors and dialogs fail the test."""
-    context = browser.new_context(viewport={"width": 1200, "height": 800})
-    opened: Page = context.new_page()
-    problems: list[str] = []
-    opened.on("pageerror", lambda error: problems.append(str(error)))
-    opened.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
-    yield opened
-    context.close()
-    assert not problems
 
 
 def store(folder: Path, shape: tuple[int, int, int], keys: tuple[str, ...], **options: Any) -> str:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -124,19 +123,6 @@ def test_a_store_that_is_replaced_by_one_of_other_channels(uri: str, texts: str)
 def served(uri: str, texts: str) -> Iterator[str]:
     with serving(uri, texts=texts) as address:
         yield address
-
-
-@pytest.fixture
-def page(browser: Any) -> Iterator[Page]:
-    """A page whose errors fail the test."""
-    context = browser.new_context(viewport={"width": 1200, "height": 800})
-    opened: Page = context.new_page()
-    problems: list[str] = []
-    opened.on("pageerror", lambda error: problems.append(str(error)))
-    opened.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
-    yield opened
-    context.close()
-    assert not problems
 
 
 def brightest(page: Page) -> tuple[int, int]:

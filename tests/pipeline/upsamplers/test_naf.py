@@ -17,13 +17,7 @@ from tests.helpers.rounding import assert_close
 GOLDEN = Path(__file__).parents[4] / "shared" / "reference" / "naf.npz"
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in workers: strips are small, threads would only wait for each other
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("seeded_on_one_thread")
 
 
 @pytest.fixture
