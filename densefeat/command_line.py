@@ -110,6 +110,9 @@ def _info(options: argparse.Namespace) -> None:
     for status, count in statuses.items():
         print(f"          {count:,} {status}, e.g. {facts['examples'][status]}")  # noqa: T201
     print(f"features  {k}×{height}×{width} {facts['dtype']} (components × height × width)")  # noqa: T201
+    if facts["representation"] == "compact":
+        _, low, wide = facts["stored_shape"]
+        print(f"          compact: stored at {low}×{wide}; readers take the last step of upsampling")  # noqa: T201
     print(f"variance  {'unknown' if variance is None else f'{variance:.1%} explained'}")  # noqa: T201
     print(  # noqa: T201
         f"size      {facts['nbytes'] / 1e6:,.1f} MB compressed, {facts['uncompressed_nbytes'] / 1e6:,.1f} MB before"
@@ -148,8 +151,10 @@ def _facts(store: "FeatureStore") -> dict[str, Any]:
         "examples": examples,
         "shape": store.shape,
         "dtype": store.layout.dtype,
-        "nbytes": int(store.index["chunk_nbytes"].drop_null().to_numpy().sum()),
-        "uncompressed_nbytes": counts["ok"] * store.layout.image_nbytes,
+        "representation": "dense" if store.compact is None else "compact",
+        "stored_shape": store.layout.image_shape,
+        "nbytes": store.nbytes,
+        "uncompressed_nbytes": counts["ok"] * store.uncompressed_nbytes,
         "explained_variance": store.attributes.get("explained_variance"),
         "class_names": store.class_names,
         "configuration": store.attributes["configuration"],

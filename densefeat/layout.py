@@ -7,6 +7,8 @@ A store is a Zarr v3 group with core codecs only, which any Zarr library can ope
     pca/                       mean [C], components [k, C], explained_variance [k], explained_variance_ratio [k]
     step                       [k] float32, int8 only: feature = code * step
     upsampler/                 arrays of an upsampler that was fitted to the images; multiview: bias [k, h, w]
+    guidance/                  [rows, H, W, 3] uint8, JPEG; compact stores only, whose features are at low resolution
+    embedding/                 [rows, C] float16, only if asked for; one chunk per run of rows, NaN in failed ones
     index.parquet              one record per row
     manifest.parquet           one record per shard, once all are done
     _ledger/000000.parquet     one file per finished shard; kept after the merge into the two files above
@@ -26,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 FORMAT_VERSION = 1
+COMPACT_FORMAT_VERSION = 2  # of compact stores
 
 ATTRIBUTES = "zarr.json"
 ATTRIBUTES_KEY = "densefeat"
@@ -33,6 +36,9 @@ FEATURES = "features"
 PCA = "pca"
 UPSAMPLER = "upsampler"
 STEP = "step"
+GUIDANCE = "guidance"
+EMBEDDING = "embedding"
+COMPANIONS = (GUIDANCE, EMBEDDING)  # arrays that are written along with the features, if the store has them
 INDEX = "index.parquet"
 MANIFEST = "manifest.parquet"
 LEDGER = "_ledger"
@@ -115,9 +121,9 @@ def _are_sizes(shape: Any, axes: int) -> bool:
     return isinstance(shape, list) and len(shape) == axes and all(type(n) is int and n > 0 for n in shape)
 
 
-def shard_key(shard: int) -> str:
-    """Key of a shard object, in Zarr's default chunk key encoding."""
-    return f"{FEATURES}/c/{shard}/0/0/0"
+def shard_key(shard: int, array: str = FEATURES) -> str:
+    """Key of a shard object of the features or of a companion, in Zarr's default chunk key encoding."""
+    return f"{array}/c/{shard}/0" if array == EMBEDDING else f"{array}/c/{shard}/0/0/0"
 
 
 def ledger_key(shard: int) -> str:
@@ -131,9 +137,9 @@ def intent_key(shard: int, sha256: str) -> str:
 
 
 def encode_chunk(features: npt.NDArray[Any]) -> bytes:
-    """Encode one image's features [k, H, W] with the store's codecs: bytes (little endian) → zstd → crc32c."""
+    """Encode a chunk, such as one image's features [k, H, W]: bytes (little endian) → zstd → crc32c."""
     little = features.astype(features.dtype.newbyteorder("<"), order="C", copy=False)
-    return _with_crc(numcodecs.zstd.compress(little.reshape(-1).view(np.uint8), ZSTD_LEVEL))
+    return with_crc(numcodecs.zstd.compress(little.reshape(-1).view(np.uint8), ZSTD_LEVEL))
 
 
 def decode_chunk(data: bytes, layout: FeatureLayout) -> npt.NDArray[Any]:
@@ -143,19 +149,31 @@ def decode_chunk(data: bytes, layout: FeatureLayout) -> npt.NDArray[Any]:
         ValueError: the checksum does not match, or the decoded size is wrong.
         RuntimeError: the body is not valid zstd.
     """
-    body = numcodecs.zstd.decompress(_without_crc(data, "the chunk"))
-    return np.frombuffer(body, dtype=np.dtype(layout.dtype).newbyteorder("<")).reshape(layout.image_shape)
+    return decode_values(data, layout.dtype, layout.image_shape)
 
 
-def pack_shard(chunks: Sequence[bytes | None], shard_rows: int) -> tuple[bytes, list[tuple[int, int] | None]]:
+def decode_values(data: bytes, dtype: str, shape: Sequence[int]) -> npt.NDArray[Any]:
+    """Decode a chunk of any array; errors as for `decode_chunk`."""
+    body = numcodecs.zstd.decompress(without_crc(data, "the chunk"))
+    return np.frombuffer(body, dtype=np.dtype(dtype).newbyteorder("<")).reshape(shape)
+
+
+def pack_shard(
+    chunks: Sequence[bytes | None], shard_rows: int, *, index_first: bool = False
+) -> tuple[bytes, list[tuple[int, int] | None]]:
     """Join encoded chunks (None: no data) into a shard object.
+
+    Args:
+        chunks: of the rows.
+        shard_rows: rows of a full shard.
+        index_first: whether the index is at the start of the object (Zarr's ``index_location``), or at its end.
 
     Returns:
         The bytes of the object, and the (offset, size) in bytes of each of ``chunks`` in it.
     """
     index = np.full((shard_rows, 2), _ABSENT, dtype="<u8")
     places: list[tuple[int, int] | None] = []
-    end = 0
+    end = shard_index_nbytes(shard_rows) if index_first else 0
     for i, chunk in enumerate(chunks):
         if chunk is None:
             places.append(None)
@@ -164,19 +182,31 @@ def pack_shard(chunks: Sequence[bytes | None], shard_rows: int) -> tuple[bytes, 
         places.append((end, len(chunk)))
         end += len(chunk)
     body = [chunk for chunk in chunks if chunk is not None]
-    return b"".join([*body, _with_crc(index.tobytes())]), places
+    encoded = with_crc(index.tobytes())
+    return b"".join([encoded, *body] if index_first else [*body, encoded]), places
 
 
-def unpack_shard_index(data: bytes, shard_rows: int) -> list[tuple[int, int] | None]:
-    """Read the index at the end of a shard object: (offset, size) of each chunk, None where there is no data.
+def shard_index_nbytes(shard_rows: int) -> int:
+    """Bytes of the index of a shard object."""
+    return shard_rows * 16 + _CRC_BYTES
+
+
+def unpack_shard_index(data: bytes, shard_rows: int, *, index_first: bool = False) -> list[tuple[int, int] | None]:
+    """Read the index of a shard object: (offset, size) of each chunk, None where there is no data.
+
+    Args:
+        data: the object, or its part with the index.
+        shard_rows: rows of a full shard.
+        index_first: as in `pack_shard`.
 
     Raises:
         ValueError: the object is too short, or the checksum of the index does not match.
     """
-    size = shard_rows * 16 + _CRC_BYTES
+    size = shard_index_nbytes(shard_rows)
     if len(data) < size:
         raise ValueError(f"the shard object has {len(data)} bytes, fewer than the {size} of its index: it is truncated")
-    index = np.frombuffer(_without_crc(data[-size:], "the shard index"), dtype="<u8").reshape(shard_rows, 2)
+    encoded = data[:size] if index_first else data[-size:]
+    index = np.frombuffer(without_crc(encoded, "the shard index"), dtype="<u8").reshape(shard_rows, 2)
     return [None if offset == _ABSENT else (int(offset), int(nbytes)) for offset, nbytes in index]
 
 
@@ -187,11 +217,17 @@ def dequantize(codes: npt.NDArray[Any], step: npt.NDArray[np.float32] | None) ->
     return codes * step.reshape(-1, *[1] * (codes.ndim - 1))
 
 
-def _with_crc(data: bytes) -> bytes:
+def with_crc(data: bytes) -> bytes:
+    """Append the crc32c checksum, as the codec of that name does."""
     return data + int(google_crc32c.value(data)).to_bytes(_CRC_BYTES, "little")
 
 
-def _without_crc(data: bytes, what: str) -> bytes:
+def without_crc(data: bytes, what: str) -> bytes:
+    """Remove the checksum, after checking it.
+
+    Raises:
+        ValueError: it does not match; the message begins with ``what``.
+    """
     body, crc = data[:-_CRC_BYTES], int.from_bytes(data[-_CRC_BYTES:], "little")
     if google_crc32c.value(body) != crc:
         raise ValueError(f"{what} does not match its crc32c checksum: its bytes changed after they were written")

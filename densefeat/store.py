@@ -1,8 +1,6 @@
 """Read a feature store: whole rows, boxes, or values at points, as arrays."""
 
-import os
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -12,10 +10,11 @@ from densefeat import layout
 from densefeat.align import align, sample_bilinearly
 from densefeat.arguments import box_of, points_of, vectors_of, whole_number
 from densefeat.errors import StoreError
-from densefeat.index import REPAIR, IndexedRows, Rows
+from densefeat.rows.embeddings import read_embeddings
+from densefeat.rows.index import REPAIR, Rows
+from densefeat.rows.stored import StoredRows
 from densefeat.similarity import Directions
-from densefeat.storage.metadata import own_attributes, read_attributes, read_layout, read_root, read_small_array
-from densefeat.storage.objects import Objects
+from densefeat.storage.metadata import read_attributes
 from densefeat.storage.parallel import in_order
 
 __all__ = ["FeatureStore", "read_attributes"]
@@ -24,7 +23,7 @@ Floats = npt.NDArray[np.float32]
 Missing = Literal["raise", "nan", "skip"]
 
 
-class FeatureStore(IndexedRows):
+class FeatureStore(StoredRows):
     """Dense features of an image dataset, read lazily.
 
     Opening reads a few kilobytes; the index is read when first needed; after that, every image is one range request.
@@ -38,6 +37,10 @@ class FeatureStore(IndexedRows):
     Attributes:
         attributes: the store's own description: configuration, its hash, versions.
         shape: (k, H, W) of one row.
+        layout: of the stored array.
+        compact: description of a compact store, which has components before the last step of upsampling, and an image
+            that guides it: ``read`` and the other methods take this step, with torch on the CPU. To take it elsewhere,
+            see `densefeat.torch.LastStep`. None for a dense store.
 
     Raises:
         StoreError: there is no store, it is still being set up, its metadata is damaged, or its format version is
@@ -45,18 +48,6 @@ class FeatureStore(IndexedRows):
         OSError: storage errors such as a missing permission, here and in all methods.
         StorageUnavailable: the storage does not answer, here and in all methods.
     """
-
-    def __init__(self, uri: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> None:
-        self.uri = os.fspath(uri)
-        self._objects = Objects(self.uri, storage_options)
-        root = read_root(self._objects)
-        self.attributes = own_attributes(self.uri, root)
-        if not self.attributes["setup_complete"]:
-            raise StoreError(
-                f"{self.uri} is still being set up; if the job that started it died, run it again with --resume"
-            )
-        self.layout = read_layout(self._objects, root)
-        self.shape = self.layout.image_shape
 
     def __getitem__(self, rows: int | str | Rows) -> Floats:
         """Read one row [k, H, W], or several [n, k, H, W]; see `read`."""
@@ -72,7 +63,8 @@ class FeatureStore(IndexedRows):
 
     def __repr__(self) -> str:
         k, height, width = self.shape
-        return f"FeatureStore({self.uri!r}: {len(self):,} rows of {k}×{height}×{width} {self.layout.dtype})"
+        compact = "" if self.compact is None else f", compact at {self.layout.height}×{self.layout.width}"
+        return f"FeatureStore({self.uri!r}: {len(self):,} rows of {k}×{height}×{width} {self.layout.dtype}{compact})"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -85,48 +77,6 @@ class FeatureStore(IndexedRows):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise StoreError(f"{self.uri}: the attribute class_names is damaged: expected a list of names: got {names}")
         return tuple(names)
-
-    @cached_property
-    def step(self) -> Floats | None:
-        """[k] float32 for int8 stores: feature = code × step. None for float16.
-
-        Raises:
-            StoreError: the array is missing or damaged.
-        """
-        return self._array_of_k(layout.STEP) if self.layout.dtype == "int8" else None
-
-    @cached_property
-    def mean(self) -> Floats:
-        """[C] float32: mean of the backbone's features."""
-        return self.array(f"{layout.PCA}/mean")
-
-    @cached_property
-    def components(self) -> Floats:
-        """[k, C] float32, orthonormal rows: the PCA basis."""
-        return self._array_of_k(f"{layout.PCA}/components")
-
-    def read_codes(self, row_or_key: int | str) -> npt.NDArray[Any]:
-        """Read [k, H, W] as stored (int8 or float16, read-only array), to multiply by ``step`` on another device.
-
-        Raises:
-            KeyError, IndexError, TypeError: as `row_of`.
-            MissingFeatures: the row failed, or its shard is not done.
-            StoreError: the row or the index is damaged.
-        """
-        row = self.row_of(row_or_key)
-        offset, nbytes = (int(column[row]) for column in self._places)
-        if offset < 0 or nbytes <= 0:
-            raise self._missing(row)
-        key = layout.shard_key(row // self.layout.shard_rows)
-        try:
-            data = self._objects.get_range(key, offset, offset + nbytes)
-            if len(data) != nbytes:
-                raise ValueError(f"{nbytes:,} bytes are recorded at {offset:,}, and the object has {len(data):,} there")
-            return layout.decode_chunk(data, self.layout)
-        except FileNotFoundError as error:
-            raise StoreError(f"{self.uri}: the shard object {key} of row {row} is missing; {REPAIR}") from error
-        except (ValueError, RuntimeError) as error:
-            raise StoreError(f"{self.uri}: row {row} in {key} is damaged: {error}; {REPAIR}") from error
 
     def read(
         self, rows: int | str | Rows, box: Iterable[int] | None = None, *, missing: Missing = "raise", threads: int = 8
@@ -154,16 +104,20 @@ class FeatureStore(IndexedRows):
         """
         if missing not in ("raise", "nan", "skip"):
             raise ValueError(f'missing must be "raise", "nan" or "skip": got {missing!r}')
-        height, width = self.layout.height, self.layout.width
+        _, height, width = self.shape
         part = box_of((0, 0, height, width) if box is None else box, height, width)
-        if isinstance(rows, slice | Iterable) and not isinstance(rows, str | bytes) and getattr(rows, "ndim", 1) > 0:
-            return self._read_several(self._rows_of(rows), part, missing, threads)
+        if self._are_several(rows):
+            return self._read_several(self._rows_of(rows), part, missing, threads)  # type: ignore[arg-type]
         if missing == "skip":
             raise ValueError(f'missing="skip" is for several rows: got the single row {rows!r}')
         row = self.row_of(rows)  # type: ignore[arg-type]  # row_of refuses the rest
         if missing == "nan" and self._without_features([row]):
             return np.full((self.layout.components, *_shape(part)), np.nan, dtype=np.float32)
-        return layout.dequantize(self.read_codes(row)[:, part[0], part[1]], self.step)
+        return self._read_part(row, part)
+
+    def _read_part(self, row: int, part: tuple[slice, slice]) -> Floats:
+        values, step = self.read_values(row)
+        return layout.dequantize(values[:, part[0], part[1]], step)
 
     def _read_several(self, rows: list[int], part: tuple[slice, slice], missing: Missing, threads: int) -> Floats:
         if whole_number(threads, "threads") < 1:
@@ -174,17 +128,47 @@ class FeatureStore(IndexedRows):
         if missing == "skip":
             rows = [row for row in rows if row not in absent]
         features = np.empty((len(rows), self.layout.components, *_shape(part)), dtype=np.float32)
-        step = self.step  # read once, not in every thread
+        _ = self.step, self._last_step, self._guidance  # read once, not in every thread
 
         def fill(i: int) -> None:
             if rows[i] in absent:
                 features[i] = np.nan
             else:
-                features[i] = layout.dequantize(self.read_codes(rows[i])[:, part[0], part[1]], step)
+                features[i] = self._read_part(rows[i], part)
 
         for _ in in_order(fill, range(len(rows)), threads):
             pass
         return features
+
+    def embedding(self, rows: int | str | Rows) -> Floats:
+        """Read one vector per image: [D] float32 of one row, or [n, D] of several.
+
+        It is what the backbone's own classifier would take, or in stores of ``--space head`` the output of its head.
+        A store has it if it was made with ``--embedding``. A shard's rows are one request.
+
+        Args:
+            rows: as for `read`.
+
+        Raises:
+            KeyError, IndexError, TypeError: as `row_of`.
+            MissingFeatures: rows have no features.
+            StoreError: the store has no embeddings, or is damaged.
+        """
+        if (channels := self._embedding_channels) is None:
+            raise StoreError(f"{self.uri} has no embeddings: it was made without --embedding")
+        several = self._are_several(rows)
+        numbers = self.checked_rows(rows if several else [rows]).tolist()  # type: ignore[arg-type, list-item]
+        try:
+            found = read_embeddings(self._objects, numbers, self.layout.shard_rows, channels)
+        except FileNotFoundError as error:
+            raise StoreError(f"{self.uri}: the object {error} is missing; {REPAIR}") from error
+        except ValueError as error:
+            raise StoreError(f"{self.uri}: {error}; {REPAIR}") from error
+        return found if several else found[0]
+
+    @staticmethod
+    def _are_several(rows: object) -> bool:
+        return isinstance(rows, slice | Iterable) and not isinstance(rows, str | bytes) and getattr(rows, "ndim", 1) > 0
 
     def sample(self, row_or_key: int | str, points_xy: npt.ArrayLike, *, coordinates: str = "features") -> Floats:
         """Sample features at points, bilinearly between pixel centres: [points, k] float32.
@@ -207,11 +191,11 @@ class FeatureStore(IndexedRows):
         points = points_of(points_xy)
         if coordinates not in ("features", "image"):
             raise ValueError(f'coordinates must be "features" or "image": got {coordinates!r}')
-        codes = self.read_codes(row_or_key)
+        values, step = self.read_values(row_or_key)
         if coordinates == "image":
             geometry = self.geometry(row_or_key)
             points = points * geometry.scale[::-1] + geometry.shift[::-1]
-        return sample_bilinearly(codes, points, self.step)
+        return sample_bilinearly(values, points, step)
 
     def align(
         self,
@@ -281,27 +265,9 @@ class FeatureStore(IndexedRows):
             ValueError: the vectors do not have C channels, are not finite, or have the length 0.
         """
         directions = Directions.of(vectors_of(vectors, len(self.mean)), self.components, self.mean)
-        codes = self.read_codes(row_or_key)
-        found = directions.cosines(codes.reshape(len(codes), -1), self.step).reshape(-1, *codes.shape[1:])
+        values, step = self.read_values(row_or_key)
+        found = directions.cosines(values.reshape(len(values), -1), step).reshape(-1, *values.shape[1:])
         return found if np.ndim(vectors) == 2 else found[0]
-
-    def array(self, name: str) -> Floats:
-        """Read a small array of the store as float32, e.g. ``"pca/explained_variance"``.
-
-        Raises:
-            StoreError: the array, or a part of it, is missing or damaged.
-        """
-        return read_small_array(self._objects, name)
-
-    def _array_of_k(self, name: str) -> Floats:
-        """Read an array whose first axis has one entry per component."""
-        array = self.array(name)
-        if array.shape[:1] != (self.layout.components,):
-            raise StoreError(
-                f"{self.uri}: the array {name} is damaged: its shape is {array.shape}, expected "
-                f"{self.layout.components} components"
-            )
-        return array
 
 
 _READ_AHEAD = 4

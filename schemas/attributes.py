@@ -1,10 +1,10 @@
 """The attributes of a store: its configuration and origin in readable form, and a hash to compare."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from densefeat.layout import ATTRIBUTES_KEY, FORMAT_VERSION
+from densefeat.layout import ATTRIBUTES_KEY, COMPACT_FORMAT_VERSION, FORMAT_VERSION
 from schemas.configuration import StoreConfiguration
 
 
@@ -18,6 +18,8 @@ class StoreAttributes:
         class_names: names of the labels in the index; empty if there are none.
         explained_variance: share of the low-resolution features' variance that the k components keep, 0 … 1.
         step_sha256: SHA-256 (hex) of the quantization steps; None for float16.
+        compact: of a compact store: ``size`` [H, W] of the features, ``last_step`` to get them
+            (`densefeat.torch.LastStep`), and ``guidance`` [H, W] of the guidance images, if it needs them.
         setup_complete: False from the claim of the store until arrays and index are written.
         format_version: version of the layout.
     """
@@ -27,8 +29,14 @@ class StoreAttributes:
     class_names: tuple[str, ...] = ()
     explained_variance: float | None = None
     step_sha256: str | None = None
+    compact: Mapping[str, Any] | None = None
     setup_complete: bool = False
-    format_version: int = field(default=FORMAT_VERSION)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Set the version of compact stores: earlier readers would take their components for features."""
+        if self.compact is not None:
+            object.__setattr__(self, "format_version", COMPACT_FORMAT_VERSION)
 
     @property
     def hash(self) -> str:
@@ -42,6 +50,8 @@ class StoreAttributes:
     def to_dict(self) -> dict[str, Any]:
         """Convert to the ``attributes`` of the root group."""
         own = dict(self.__dict__)
+        if self.compact is None:
+            del own["compact"]
         own |= {"configuration": self.configuration.to_dict(), "class_names": list(self.class_names)}
         return {ATTRIBUTES_KEY: {**own, "configuration_hash": self.hash}}
 

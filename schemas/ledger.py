@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from densefeat.layout import FEATURES
 from densefeat.storage.parquet import parquet_bytes, read_parquet
 from schemas.index import OK, OUTCOMES
 
@@ -29,6 +30,8 @@ MANIFEST = pa.schema(
         pa.field("made_by", pa.map_(pa.string(), pa.string())),
     ]
 )
+# Only in the manifests of stores that have such arrays.
+_COMPANIONS = pa.field("companions", pa.map_(pa.string(), pa.struct([("nbytes", pa.int64()), ("sha256", pa.string())])))
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class LedgerRecord:
         seconds: busy time by stage; stages overlap, so the sum exceeds the wall time.
         made_by: host, device, batch size and versions, which may differ between shards of one store.
         outcomes: table of ``schemas.index.OUTCOMES``, one record per row.
+        companions: array -> ``nbytes`` and ``sha256`` of its object, for each array that is written with the features.
     """
 
     shard: int
@@ -58,10 +62,25 @@ class LedgerRecord:
     seconds: dict[str, float]
     made_by: dict[str, str]
     outcomes: pa.Table = field(compare=False)
+    companions: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def objects(self) -> dict[str, dict[str, Any]]:
+        """Size and digest of all objects of the shard: array -> ``nbytes`` and ``sha256``; the features come last."""
+        return {**self.companions, FEATURES: {"nbytes": self.nbytes, "sha256": self.sha256}}
+
+    @property
+    def total_nbytes(self) -> int:
+        """Size of all objects of the shard."""
+        return sum(facts["nbytes"] for facts in self.objects.values())
 
     def facts(self) -> dict[str, Any]:
         """All fields except the outcomes, JSON-serializable; a row of the manifest."""
-        return {name: value for name, value in self.__dict__.items() if name != "outcomes"}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name != "outcomes" and not (name == "companions" and not value)
+        }
 
     def to_bytes(self) -> bytes:
         """Encode the record as a Parquet file."""
@@ -110,8 +129,13 @@ def outcomes_table(outcomes: Sequence[RowOutcome]) -> pa.Table:
 
 def manifest(records: Sequence[LedgerRecord]) -> pa.Table:
     """Convert records to the manifest: one row per shard, in shard order."""
-    rows = []
+    rows, schema = [], MANIFEST
     for record in sorted(records, key=lambda record: record.shard):
         facts = record.facts()
-        rows.append({**facts, "seconds": list(facts["seconds"].items()), "made_by": list(facts["made_by"].items())})
-    return pa.Table.from_pylist(rows, schema=MANIFEST)
+        for name in ("seconds", "made_by", "companions"):
+            if name in facts:
+                facts[name] = list(facts[name].items())
+        rows.append(facts)
+    if any("companions" in row for row in rows):
+        schema = MANIFEST.append(_COMPANIONS)
+    return pa.Table.from_pylist(rows, schema=schema)

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from schemas.checks import at_least, check_components, parse_layers, parse_size
-from schemas.configuration import MAX_PIXELS, MIN_SIDE, Facet, Fit, Space
+from schemas.configuration import MAX_PIXELS, MIN_SIDE, Facet, Fit, Represent, Space
 from schemas.upsamplers import UpsamplerOptions
 
 # At k = 128 and 224 px, int8 shards of 64 images are about 410 MB before compression, float16 shards of 8 about 100 MB:
 # large enough for object storage, small enough to recompute.
 SHARD_IMAGES = {"int8": 64, "float16": 8}
+COMPACT_SHARD_IMAGES = 256  # about 25 kB each
 MOST_SHARD_BYTES = 512 << 20  # before compression: a worker holds several shards
 DEFAULT_COMPONENTS = 64
 
@@ -112,13 +113,20 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
     output_size: str | None = None
     # PCA basis: a .npz file from jobs/fit_pca.py or the URI of another store; if omitted, fitted on these images.
     pca: str | None = None
+    # Representation of the features in the store: "dense", or "compact": components before the last step of upsampling,
+    # and a small image that guides it. A compact store takes a tenth to a thirtieth of the bytes, and readers, which
+    # need torch, take the step. For bilinear, jbu without weights, and multiview. Dense if omitted, or as the store.
+    represent: Represent | None = None
+    # Also store one vector per image, from the same pass: the pooled features that the model's classifier would take
+    # (its class token or average), or with --space head its output, such as CLIP's embedding of the image.
+    embedding: bool = False
     # Data type of the stored features.
     dtype: Literal["int8", "float16"] = "int8"
     # int8 only: error floor common to all components, in units of their root mean square. Larger values give smaller,
     # coarser stores.
     error_floor: float = 0.1
-    # Images per shard; if omitted, 64 for int8, 8 for float16, or fewer if a shard would exceed 512 MiB before
-    # compression.
+    # Images per shard; if omitted, 64 for int8, 8 for float16, 256 for compact stores, or fewer if a shard would exceed
+    # 512 MiB before compression.
     shard_images: int | None = None
     # Compute only shards a up to (not including) b, given as "a:b", to split one store over several jobs.
     shards: str | None = None
@@ -163,7 +171,8 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
 
     def shard_rows(self, image_nbytes: int) -> int:
         """Images per shard of a new store, given the bytes of an image's features before compression."""
-        return self.shard_images or max(1, min(SHARD_IMAGES[self.dtype], MOST_SHARD_BYTES // image_nbytes))
+        most = COMPACT_SHARD_IMAGES if self.represent == "compact" else SHARD_IMAGES[self.dtype]
+        return self.shard_images or max(1, min(most, MOST_SHARD_BYTES // image_nbytes))
 
     def shard_range(self, shards: int) -> range:
         """The shards that this job computes, out of ``shards`` in total."""

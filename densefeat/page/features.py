@@ -94,14 +94,15 @@ class Features:
         """The codes of a row.
 
         Raises:
-            MissingFeatures, StoreError, OSError: as for ``FeatureStore.read_codes``.
+            MissingFeatures, MissingPackage, StoreError, OSError: as for ``FeatureStore.read_values``.
         """
         return self._seen.get(row, lambda: self._read(row))
 
     def _read(self, row: int) -> Seen:
-        stored = self.store.read_codes(row)
+        stored, step = self.store.read_values(row)
         shape = (stored.shape[1], stored.shape[2])
-        step = self.store.step if self.store.step is not None else np.ones(len(stored), np.float32)
+        if step is None:
+            step = np.ones(len(stored), np.float32)
         codes = stored.reshape(len(stored), -1)
         squares = squared_lengths(codes, step)
         inverse = np.divide(1, np.sqrt(squares), out=np.zeros_like(squares), where=squares > 0)

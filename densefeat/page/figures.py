@@ -4,7 +4,6 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from densefeat import layout
 from densefeat.page.listing import without_features
@@ -28,8 +27,8 @@ def store_figures(store: FeatureStore) -> dict[str, Any]:
         "explained_variance_ratio": store.array("pca/explained_variance_ratio").tolist(),
         "explained_variance": store.attributes.get("explained_variance"),
         "images": len(nbytes),
-        "bytes": pc.sum(nbytes).as_py() or 0,
-        "uncompressed_bytes_per_image": store.layout.image_nbytes,
+        "bytes": store.nbytes,
+        "uncompressed_bytes_per_image": store.uncompressed_nbytes,
         "sizes": _histogram(nbytes.to_numpy()),
         "failures": without_features(store.index, pending=False)[:_FAILURES],
         "configuration": store.attributes["configuration"],

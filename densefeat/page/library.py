@@ -15,13 +15,13 @@ import pyarrow.compute as pc
 
 from densefeat import layout
 from densefeat.errors import DensefeatError, StoreError
-from densefeat.index import stored_index
-from densefeat.ledger import pending, read_record, recorded_shards, with_outcomes
 from densefeat.page.cache import ByteCache
 from densefeat.page.features import Features
 from densefeat.page.figures import ShardSums, manifest_figures, store_figures
 from densefeat.page.listing import counts, matching_rows, rows_with_text
 from densefeat.page.sample import Sample
+from densefeat.rows.index import stored_index
+from densefeat.rows.ledger import pending, read_record, recorded_shards, with_outcomes
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import PARALLEL_REQUESTS
 from densefeat.store import FeatureStore

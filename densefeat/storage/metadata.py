@@ -14,7 +14,15 @@ from densefeat.errors import StoreError
 from densefeat.layout import FeatureLayout
 from densefeat.storage.objects import Objects
 
-__all__ = ["own_attributes", "read_attributes", "read_layout", "read_root", "read_small_array"]
+__all__ = [
+    "compact_attribute",
+    "embedding_channels",
+    "own_attributes",
+    "read_attributes",
+    "read_layout",
+    "read_root",
+    "read_small_array",
+]
 
 # Attributes that the reader and the pipeline require; their users check the others.
 _ATTRIBUTE_TYPES: dict[str, type] = {"configuration": dict, "configuration_hash": str, "setup_complete": bool}
@@ -56,10 +64,11 @@ def own_attributes(uri: str, root: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(own, dict):
         raise _no_store(uri, f"its densefeat attributes are {_shown(own)}")
     version = own.get("format_version")
-    if type(version) is not int or version != layout.FORMAT_VERSION:
+    known = (layout.FORMAT_VERSION, layout.COMPACT_FORMAT_VERSION)
+    if type(version) is not int or version not in known:
         raise StoreError(
-            f"{uri} has format version {version}, this densefeat supports {layout.FORMAT_VERSION}: use the densefeat "
-            "release that wrote it"
+            f"{uri} has format version {version}, this densefeat supports {' and '.join(map(str, known))}: use the "
+            "densefeat release that wrote it"
         )
     for name, kind in _ATTRIBUTE_TYPES.items():
         if not isinstance(own.get(name), kind):
@@ -68,6 +77,27 @@ def own_attributes(uri: str, root: dict[str, Any]) -> dict[str, Any]:
                 f"{kind.__name__}; {_RESTORE}"
             )
     return own
+
+
+def compact_attribute(uri: str, own: dict[str, Any]) -> dict[str, Any] | None:
+    """The attribute ``compact``; None for a dense store.
+
+    It has ``size`` [H, W] of the features, ``last_step``, an object with a ``name``, and perhaps ``guidance`` [H, W].
+
+    Raises:
+        StoreError: it is damaged, or missing although the format version is that of compact stores.
+    """
+    if own["format_version"] != layout.COMPACT_FORMAT_VERSION:
+        return None
+    compact = own.get("compact")
+    sizes = [compact.get("size"), compact.get("guidance", [1, 1])] if isinstance(compact, dict) else []
+    named = isinstance(compact, dict) and isinstance(compact.get("last_step"), dict)
+    if not named or not all(
+        isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size) for size in sizes
+    ):
+        raise StoreError(f"{uri}: the attribute compact in {layout.ATTRIBUTES} is {_shown(compact)}; {_RESTORE}")
+    assert isinstance(compact, dict)
+    return compact
 
 
 def read_layout(objects: Objects, root: dict[str, Any]) -> FeatureLayout:
@@ -93,6 +123,28 @@ def read_layout(objects: Objects, root: dict[str, Any]) -> FeatureLayout:
     except (ValueError, LookupError, TypeError) as error:
         raise StoreError(f"{objects.uri}: {key} is damaged: {error}; {_RESTORE}") from error
     return features
+
+
+def embedding_channels(objects: Objects, features: FeatureLayout) -> int | None:
+    """D of the array ``embedding`` [rows, D]; None if the store has none.
+
+    Raises:
+        StoreError: its metadata is damaged.
+    """
+    key = f"{layout.EMBEDDING}/{layout.ATTRIBUTES}"
+    try:
+        metadata = _json_object(objects.get(key))
+        (rows, channels), dtype = metadata["shape"], metadata["data_type"]
+        chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        if (rows, dtype, chunk) != (features.rows, "float16", [features.shard_rows, channels]):
+            raise ValueError(f"got {dtype} [{rows}, {channels}] in chunks of {chunk}")
+        if type(channels) is not int or channels < 1:
+            raise ValueError(f"got {channels!r} channels")
+        return channels
+    except _ABSENT:
+        return None
+    except (ValueError, LookupError, TypeError) as error:
+        raise StoreError(f"{objects.uri}: {key} is damaged: {error}; {_RESTORE}") from error
 
 
 def read_small_array(objects: Objects, name: str) -> npt.NDArray[np.float32]:

@@ -1,5 +1,8 @@
 """PyTorch datasets over a feature store: whole images, and pixels with labels. Requires the extra ``torch``."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from densefeat.errors import missing_package
 
 try:
@@ -9,7 +12,21 @@ except ModuleNotFoundError as error:
         raise
     raise missing_package("densefeat.torch", "PyTorch", "torch") from error
 
-from densefeat.torch.features import TorchFeatures
-from densefeat.torch.pixels import PixelFeatures
+if TYPE_CHECKING:
+    from densefeat.torch.features import TorchFeatures
+    from densefeat.torch.last_step import LastStep
+    from densefeat.torch.pixels import PixelFeatures
 
-__all__ = ["PixelFeatures", "TorchFeatures"]
+__all__ = ["LastStep", "PixelFeatures", "TorchFeatures"]
+
+# Imported when first used (PEP 562): the operations of `densefeat.torch.bilateral` need no store.
+_IMPORTED_ON_USE = {"LastStep": "last_step", "PixelFeatures": "pixels", "TorchFeatures": "features"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a class on its first use."""
+    if name not in _IMPORTED_ON_USE:
+        raise AttributeError(f"module 'densefeat.torch' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"densefeat.torch.{_IMPORTED_ON_USE[name]}"), name)
+    globals()[name] = value
+    return value

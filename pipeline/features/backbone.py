@@ -143,30 +143,75 @@ class Backbone(nn.Module):
         Raises:
             ValueError: the dtype or shape is not as above.
         """
+        return self._computed(images, embed=False)[0]
+
+    def with_embedding(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, and one vector for each image, from the same pass: [B, D] float32.
+
+        It is the pooled features that the model's own classifier would take: the class token, or an average or
+        attention over positions, as the model was trained. In the space ``"head"`` it is the output of the head.
+        """
+        features, embedding = self._computed(images, embed=True)
+        assert embedding is not None
+        return features, embedding
+
+    @functools.cached_property
+    def embedding_channels(self) -> int:
+        """D of `with_embedding`.
+
+        Raises:
+            JobError: the model does not give the same vector along with intermediate features as without them.
+        """
+        black = self.normalise(torch.zeros(1, 3, *self.size, dtype=torch.uint8, device=self.get_buffer("mean").device))
+        with torch.inference_mode():
+            _, embedding = self._maps_and_embedding(black, embed=True)
+            assert embedding is not None
+            alone = self._pooled(self.model.forward_features(black))  # type: ignore[operator]
+        if embedding.ndim != 2 or not torch.allclose(embedding, alone, rtol=1e-4, atol=1e-5):
+            raise JobError(
+                f"Backbone {self.name!r}: got --embedding, but this model's pooled features cannot be computed along "
+                "with its dense ones. Omit --embedding, or use another model."
+            )
+        return int(embedding.shape[1])
+
+    def _computed(self, images: Tensor, *, embed: bool) -> tuple[Tensor, Tensor | None]:
         if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.size):
             raise ValueError(
                 f"images: got {list(images.shape)} {images.dtype}, expected [B, 3, {self.size[0]}, {self.size[1]}] "
                 "torch.uint8. Decode to the size that the backbone was built for."
             )
         with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            maps = self._maps(self.normalise(images))
+            maps, embedding = self._maps_and_embedding(self.normalise(images), embed=embed)
             features = maps[0] if len(maps) == 1 else on_finest_grid([one.float() for one in maps], self._strides)
         # Copied outside inference mode: autograd cannot save inference tensors.
-        return features.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        copied = features.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return copied, None if embedding is None else embedding.to(torch.float32, copy=True)
+
+    def _maps_and_embedding(self, pixels: Tensor, *, embed: bool) -> tuple[list[Tensor], Tensor | None]:
+        """The features of each layer, and the embedding if requested."""
+        if not embed:
+            return self._maps(pixels), None
+        if self.output is not None:  # a pass of its own: the head is applied to every position before it pools
+            return self._maps(pixels), self._pooled(self.model.forward_features(pixels))  # type: ignore[operator]
+        final, maps = self._run(pixels, stop_early=False, intermediates_only=False)
+        return maps, self._pooled(final)
+
+    def _pooled(self, features: Any) -> Tensor:
+        """The model's own pooling, then its head in the space ``"head"``: [B, D]."""
+        headless = self.output is None or self.output.space != "head"
+        pooled: Tensor = self.model.forward_head(features, pre_logits=headless)  # type: ignore[operator]
+        return pooled
 
     def _maps(self, pixels: Tensor) -> list[Tensor]:
         """The features of each layer: [B, C_i, h_i, w_i]. No later layers are computed and no others kept."""
         if self.output is not None:
             return [self.output(pixels, self.grid)]
+        maps: list[Tensor] = self._run(pixels, stop_early=True, intermediates_only=True)
+        return maps
+
+    def _run(self, pixels: Tensor, **options: bool) -> Any:
         run: Any = self.model.forward_intermediates
-        return run(  # type: ignore[no-any-return]
-            pixels,
-            indices=list(self.layers),
-            norm=self.norm,
-            stop_early=True,
-            output_fmt="NCHW",
-            intermediates_only=True,
-        )
+        return run(pixels, indices=list(self.layers), norm=self.norm, output_fmt="NCHW", **options)
 
 
 def build_backbone(

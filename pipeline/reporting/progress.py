@@ -86,7 +86,7 @@ class Progress:
         # Images are counted periodically, shards when they end: catch up with the committed images.
         self.advance(max(0, self._images_committed - self._images_done))
         self._failed += record.rows_failed
-        self._nbytes += record.nbytes
+        self._nbytes += record.total_nbytes
         if self._bar is not None:
             self._bar.set_postfix_str(self._rest())
 

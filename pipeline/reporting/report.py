@@ -72,7 +72,7 @@ class Report:
 
     def describe(self) -> str:
         """The report as text."""
-        nbytes = sum(record.nbytes for record in self.records)
+        nbytes = sum(record.total_nbytes for record in self.records)
         lines = [
             f"store       {self.store}: {len(self.records):,} of {self.shards:,} shards done"
             + (f", {len(self.made):,} by this job in {self.seconds:.1f} s" if self.made else ", none by this job"),

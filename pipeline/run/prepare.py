@@ -60,6 +60,7 @@ def prepare(plan: Plan, objects: Objects, workers: Workers) -> StoreEncoding:
         class_names=plan.class_names,
         explained_variance=explained,
         step_sha256=step_sha256(step),
+        compact=plan.compact,
     )
     with storage_explained(objects.uri):
         if plan.config.overwrite:

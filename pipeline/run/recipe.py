@@ -18,7 +18,7 @@ from pipeline.images.batches import BatchLoader
 from pipeline.images.decoding.decode import Geometry
 from pipeline.upsamplers.build import build_upsampler
 from pipeline.upsamplers.interface import Upsampler
-from schemas.configuration import Facet, SourceKind, Space
+from schemas.configuration import Facet, Represent, SourceKind, Space
 from schemas.options import FeatureConfig
 
 __all__ = ["FeatureRecipe", "ImageRecipe", "Stages", "UpsampleRecipe", "backbone_fields"]
@@ -121,6 +121,9 @@ class UpsampleRecipe(FeatureRecipe):
         dtype: "int8" or "float16".
         error_floor: smallest quantization step, see `pipeline.store.calibration.choose_steps`.
         shard_rows: rows of a shard.
+        represent: what the store holds.
+        embedding: number of channels of the images' embeddings; None: they are not stored.
+        stored_size: (height, width) of the stored values: those of the features, or of the grid before the last step.
     """
 
     upsampler: str
@@ -131,6 +134,9 @@ class UpsampleRecipe(FeatureRecipe):
     dtype: str
     error_floor: float
     shard_rows: int
+    represent: Represent
+    embedding: int | None
+    stored_size: tuple[int, int]
 
     @override
     def build(self) -> Stages:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from densefeat import layout
+from densefeat.storage.guidance import encode_guidance
 from densefeat.storage.objects import Objects
 from kernels.quantization import Encoding
 from pipeline.errors import ImageError
@@ -32,7 +33,7 @@ from pipeline.run.recipe import Stages, UpsampleRecipe
 from pipeline.store.calibration import Calibration
 from pipeline.store.shard import committed, write_shard
 from pipeline.upsamplers.fitting import Fitting, UpsamplerFit
-from pipeline.upsamplers.interface import Projected, Stored
+from pipeline.upsamplers.interface import Projected, Stored, with_nonfinite
 from schemas.index import OK
 from schemas.ledger import LedgerRecord, RowOutcome
 
@@ -85,6 +86,8 @@ class ShardWorker(FeatureWorker):
             logging.WARNING if slow else logging.DEBUG,
             message, self.recipe.upsampler, self.device, self._upsampled_by,
         )  # fmt: skip
+        last_step = self.upsampler.last_step() if self.recipe.represent == "compact" else None
+        self._guided = last_step is not None and last_step["name"] != "bilinear"
         self._encoders = ThreadPoolExecutor(spec.threads, "encode")
         self._with_basis: tuple[tuple[str, str | None], Projected] | None = None
 
@@ -134,8 +137,9 @@ class ShardWorker(FeatureWorker):
         with self.computing, torch.inference_mode():
             pixels = pixels.to(self.device)
             features = self.backbone(pixels)
-            high = self._projected(basis, fit)(features, pixels, self.geometry.output_size)[0]
-            calibration = Calibration.of(high, self.recipe.dtype, self.recipe.error_floor)
+            values = self._values(self._projected(basis, fit), features, pixels)[0]
+            guidance = len(_encode_guidance(pixels[0].cpu(), StageSeconds())) if self._guided else 0
+            calibration = Calibration.of(values, self.recipe.dtype, self.recipe.error_floor, guidance)
         if calibration is None:
             return Part(Calibration.none(len(basis.components)), 0, "its features contain NaN or infinity")
         return Part(calibration, 1, None)
@@ -162,60 +166,101 @@ class ShardWorker(FeatureWorker):
         shard_rows = self.recipe.shard_rows
         outcomes: list[RowOutcome] = []
         chunks: list[Future[bytes] | None] = []
+        guidance: list[Future[bytes] | None] = []
         clipped = 0
+        embeddings: list[npt.NDArray[np.float16]] = []
         for batch in self.loader.batches(references, seconds):
-            codes, failures, batch_clipped = self._codes(batch, encoding, seconds)
+            codes, failures, batch_clipped = self._codes(batch, encoding, seconds, embeddings)
             clipped += batch_clipped
             for i, decoded in enumerate(batch.decoded):
                 outcome = _outcome(shard * shard_rows + len(outcomes), decoded, failures.get(i))
                 outcomes.append(outcome)
                 chunks.append(self._encoders.submit(_encode, codes[i], seconds) if outcome.ok else None)
-        encoded = [None if chunk is None else chunk.result() for chunk in chunks]
+                if self._guided:  # of every image that decodes, so that no failure on another machine leaves a gap
+                    known = isinstance(decoded, Decoded)
+                    encode = self._encoders.submit
+                    guidance.append(encode(_encode_guidance, batch.pixels[i], seconds) if known else None)
+        companions = {}
+        if self._guided:
+            companions[layout.GUIDANCE] = layout.pack_shard(_results(guidance), shard_rows, index_first=True)[0]
+        if self.recipe.embedding is not None:
+            companions[layout.EMBEDDING] = _encode_embeddings(embeddings, shard_rows)
+        encoded = _results(chunks)
         facts = {
             "configuration_hash": encoding.configuration_hash,
             "clipped": clipped,
             "made_by": self.made_by(),
         }
         with storage_explained(store.uri):
-            return write_shard(store, shard, shard_rows, encoded, outcomes, seconds, facts)
+            return write_shard(store, shard, shard_rows, encoded, outcomes, seconds, facts, companions)
 
     def _codes(
-        self, batch: Batch, encoding: StoreEncoding, seconds: StageSeconds
+        self,
+        batch: Batch,
+        encoding: StoreEncoding,
+        seconds: StageSeconds,
+        embeddings: list[npt.NDArray[np.float16]],
     ) -> tuple[npt.NDArray[Any], dict[int, ImageError], int]:
         """Stored values [B, k, H, W], failures by image, and the number of clipped values in the other images.
+
+        The batch's embeddings [B, D], if the store has them, are appended to ``embeddings``.
 
         If no row of the batch is usable, the first result is an uninitialized array [B], which is not to be read.
         """
         rows = len(batch.decoded)
         if not batch.usable_rows.any():
             self.images_done += rows
+            embeddings.append(np.full((rows, self.recipe.embedding or 0), np.nan, np.float16))
             return np.empty(rows), {}, 0
         with seconds.stage("wait for device"):
             self.computing.acquire()
         try:
             with torch.inference_mode():
-                stored = self._stored(*self._features(batch, seconds), encoding, seconds)
+                features, pixels, embedding = self._features(batch, seconds)
+                stored = self._stored(features, pixels, encoding, seconds)
                 codes, clipped = stored.values.codes.cpu(), stored.values.clipped.tolist()
         finally:
             self.computing.release()
+        if embedding is not None:
+            halves = embedding.half().numpy()
+            halves[~batch.usable_rows.numpy()] = np.nan
+            embeddings.append(halves)
         self.images_done += rows
         return codes.numpy(), stored.failures, sum(n for i, n in enumerate(clipped) if i not in stored.failures)
 
-    def _features(self, batch: Batch, seconds: StageSeconds) -> tuple[Tensor, Tensor]:
-        """Low-resolution features [B, C, h, w], and the pixels they were computed from, both on the device."""
+    def _features(self, batch: Batch, seconds: StageSeconds) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Low-resolution features [B, C, h, w] and their pixels, on the device; and embeddings [B, D] on the CPU."""
+        embedding = None
         with seconds.stage("backbone"):
             pixels = batch.pixels.to(self.device)
-            features = self.backbone(pixels)
+            if self.recipe.embedding is None:
+                features = self.backbone(pixels)
+            else:
+                features, on_device = self.backbone.with_embedding(pixels)
+                embedding = on_device.cpu()
             self._synchronize()
-        return features, pixels
+        return features, pixels, embedding
 
     def _stored(self, features: Tensor, pixels: Tensor, encoding: StoreEncoding, seconds: StageSeconds) -> Stored:
-        """Upsample and encode low-resolution features."""
+        """Upsample, up to the last step for a compact store, and encode low-resolution features."""
         upsampler, size = self._projected(encoding.basis, encoding.fit), self.geometry.output_size
+        into = Encoding.of_steps(encoding.step, self.device)
         with seconds.stage("upsample"):
-            stored = upsampler.encode(features, pixels, size, Encoding.of_steps(encoding.step, self.device))
+            if self.recipe.represent == "compact":
+                values, failures = upsampler.before_last_step(features, pixels, size)
+                stored = with_nonfinite(into.encode(values), failures)
+            else:
+                stored = upsampler.encode(features, pixels, size, into)
             self._synchronize()
         return stored
+
+    def _values(self, upsampler: Projected, features: Tensor, pixels: Tensor) -> Tensor:
+        """The values to be stored [B, k, …] before they are encoded; not finite for an image that failed."""
+        size = self.geometry.output_size
+        if self.recipe.represent == "compact":
+            return upsampler.before_last_step(features, pixels, size)[0]
+        high: Tensor = upsampler(features, pixels, size)
+        return high
 
     def _projected(self, basis: Basis, fit: UpsamplerFit | None) -> Projected:
         """The upsampler, fitted, with the basis folded in; call it only while holding ``computing``."""
@@ -227,7 +272,7 @@ class ShardWorker(FeatureWorker):
 
     def _task_nbytes(self) -> int:
         """As in ``FeatureWorker``, plus a shard's chunks (as if uncompressed) and several float32 copies of a batch."""
-        values = self.recipe.components * math.prod(self.geometry.output_size)
+        values = self.recipe.components * math.prod(self.recipe.stored_size)
         chunks = self.recipe.shard_rows * values * np.dtype(self.recipe.dtype).itemsize
         return super()._task_nbytes() + chunks + self.batch_size * values * 4 * _COPIES_IN_UPSAMPLING
 
@@ -254,6 +299,23 @@ def _outcome(row: int, decoded: Decoded | ImageError, failure: ImageError | None
     if failure is not None:
         outcome.status, outcome.error = failure.status, str(failure)
     return outcome
+
+
+def _results(futures: list[Future[bytes] | None]) -> list[bytes | None]:
+    return [None if future is None else future.result() for future in futures]
+
+
+def _encode_guidance(pixels: Tensor, seconds: StageSeconds) -> bytes:
+    """Encode the pixels of an image [3, H, W] uint8 as its guidance."""
+    with seconds.stage("encode"):
+        return encode_guidance(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+
+
+def _encode_embeddings(embeddings: list[npt.NDArray[np.float16]], shard_rows: int) -> bytes:
+    """Encode the embeddings of a shard as one chunk, which in the last shard has rows beyond the array's end."""
+    rows = np.concatenate(embeddings)
+    padding = np.full((shard_rows - len(rows), rows.shape[1]), np.nan, np.float16)
+    return layout.encode_chunk(np.concatenate([rows, padding]))
 
 
 def _encode(codes: npt.NDArray[Any], seconds: StageSeconds) -> bytes:

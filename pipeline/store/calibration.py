@@ -29,7 +29,8 @@ class Calibration:
 
     Attributes:
         mean_square: sum over images of each component's mean square over the pixels, [k] float64.
-        nbytes: size of the encoded images, each quantized with its own steps: an estimate of their size in the store.
+        nbytes: size of the encoded images, each quantized with its own steps: an estimate of their size in the store,
+            guidance images included.
     """
 
     mean_square: npt.NDArray[np.float64]
@@ -41,14 +42,14 @@ class Calibration:
         return cls(np.zeros(components), 0.0)
 
     @classmethod
-    def of(cls, features: Tensor, dtype: str, error_floor: float) -> "Calibration | None":
-        """Calibration of one image's features [k, H, W]; None if any of them is not finite."""
-        mean_square = features.square().mean((1, 2), dtype=torch.float64).cpu().numpy()
+    def of(cls, values: Tensor, dtype: str, error_floor: float, guidance_nbytes: int = 0) -> "Calibration | None":
+        """Calibration of one image's values to be stored [k, H, W]; None if any of them is not finite."""
+        mean_square = values.square().mean((1, 2), dtype=torch.float64).cpu().numpy()
         if not np.isfinite(mean_square).all():
             return None
-        encoding = Encoding.of_steps(choose_steps(dtype, mean_square, error_floor), features.device)
-        codes = encoding.encode(features[None])
-        return cls(mean_square, len(layout.encode_chunk(codes.codes[0].cpu().numpy())))
+        encoding = Encoding.of_steps(choose_steps(dtype, mean_square, error_floor), values.device)
+        codes = encoding.encode(values[None])
+        return cls(mean_square, len(layout.encode_chunk(codes.codes[0].cpu().numpy())) + guidance_nbytes)
 
     def merged(self, other: "Calibration") -> "Calibration":
         """Calibration of the images of both."""

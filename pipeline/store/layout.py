@@ -23,8 +23,8 @@ import pyarrow as pa
 
 from densefeat import layout
 from densefeat.errors import StoreError
-from densefeat.index import stored_index
 from densefeat.layout import FeatureLayout
+from densefeat.rows.index import stored_index
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
 from densefeat.storage.parquet import parquet_bytes
@@ -49,7 +49,7 @@ _OWN_KEY = re.compile(
             *map(re.escape, (layout.ATTRIBUTES, layout.INDEX, layout.MANIFEST)),
             rf"{re.escape(layout.LEDGER)}/\d{{6,}}\.parquet",
             rf"{re.escape(layout.INTENTS)}/\d{{6,}}-[0-9a-f]{{64}}\.parquet",
-            rf"{re.escape(layout.FEATURES)}/(zarr\.json|c/\d+/0/0/0)",
+            *(rf"{re.escape(name)}/(zarr\.json|c/\d+/0(/0/0)?)" for name in (layout.FEATURES, *layout.COMPANIONS)),
             rf"{re.escape(layout.STEP)}/(zarr\.json|c/0)",
             rf"{re.escape(layout.PCA)}/(\w+/)?zarr\.json",
             rf"{re.escape(layout.PCA)}/\w+/c/0(/0)?",
@@ -102,7 +102,8 @@ def delete_store(objects: Objects) -> None:
     """
     own = [key for key in objects.list() if _OWN_KEY.fullmatch(key) and key != layout.ATTRIBUTES]
     objects.delete(layout.MANIFEST)
-    _delete_all(objects, [key for key in own if key.startswith(f"{layout.FEATURES}/")])
+    data = tuple(f"{name}/" for name in (layout.FEATURES, *layout.COMPANIONS))
+    _delete_all(objects, [key for key in own if key.startswith(data)])
     _delete_all(objects, own)
     objects.delete(layout.ATTRIBUTES)
 

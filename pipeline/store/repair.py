@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from densefeat import layout
 from densefeat.errors import StoreError
-from densefeat.index import stored_index
+from densefeat.rows.index import stored_index
 from densefeat.storage.objects import Objects
 from densefeat.storage.parquet import parquet_bytes
 from densefeat.store import FeatureStore

@@ -14,14 +14,20 @@ does not belong to the store, and is an error. Resuming deletes no record. A com
 truncated is written again if the shard has the same bytes as before; otherwise ``jobs/verify_store.py --repair``, the
 only job that deletes shards (`withdraw`), has to remove it.
 
+A shard may have more objects than that of its features: its *companions*, such as guidance images. They are created
+before the features, so that whoever finds the features finds them too. The bytes of a companion do not decide which
+rows have features. So a writer that is refused there adopts the existing object, if an intent of this configuration
+names it, and the record describes the objects that exist.
+
 This relies only on exclusive creation and read-after-write consistency.
 """
 
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from densefeat import layout
@@ -49,8 +55,9 @@ def write_shard(
     outcomes: Sequence[RowOutcome],
     seconds: StageSeconds,
     facts: dict[str, Any],
+    companions: Mapping[str, bytes] = MappingProxyType({}),
 ) -> LedgerRecord:
-    """Write the object of a whole shard, then commit it by writing its ledger record.
+    """Write the objects of a whole shard, then commit it by writing its ledger record.
 
     Args:
         objects: the store.
@@ -60,6 +67,7 @@ def write_shard(
         outcomes: of the rows; ``chunk_offset`` and ``chunk_nbytes`` are set here.
         seconds: time spent on the shard so far; the time of writing is added.
         facts: the other fields of the record: configuration_hash, clipped, made_by.
+        companions: array -> its object, for each array besides the features.
 
     Returns:
         The committed record; that of another job, if it was first.
@@ -76,24 +84,25 @@ def write_shard(
         shard=shard,
         rows_ok=ok,
         rows_failed=len(outcomes) - ok,
-        nbytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
         seconds=seconds.total(),
         outcomes=outcomes_table(outcomes),
+        companions={array: _described(companion) for array, companion in companions.items()},
+        **_described(data),
         **facts,
     )
     _check_same_store(objects, record.configuration_hash)
     if (recorded := _recorded(objects, shard, record.configuration_hash)) is not None:
-        return _with_recorded(objects, recorded, record, data)
+        return _with_recorded(objects, recorded, record, {**companions, layout.FEATURES: data})
     with seconds.stage("write"):
         objects.put(layout.intent_key(shard, record.sha256), record.to_bytes())
+        there = {array: _create_companion(objects, record, array, of) for array, of in companions.items()}
         try:
             objects.create(layout.shard_key(shard), data)
             ours = True
         except FileExistsError:
             ours = False
     to_commit = replace(record, seconds=seconds.total()) if ours else _record_of_object(objects, record)
-    committed_record = _commit(objects, to_commit)
+    committed_record = _commit(objects, replace(to_commit, companions=there))
     for sha256 in {record.sha256, committed_record.sha256}:
         objects.delete(layout.intent_key(shard, sha256))
     if committed_record.sha256 != record.sha256:
@@ -102,28 +111,34 @@ def write_shard(
 
 
 def committed(objects: Objects, shard: int, configuration_hash: str) -> LedgerRecord | None:
-    """Record of a shard whose object exists and has the recorded size; None if the shard is not done.
+    """Record of a shard whose objects exist and have the recorded sizes; None if the shard is not done.
 
     Raises:
         JobError: the record is damaged, or has another configuration.
     """
     record = _recorded(objects, shard, configuration_hash)
-    return record if record is not None and objects.size(layout.shard_key(shard)) == record.nbytes else None
+    return record if record is not None and not _lost(objects, record) else None
 
 
 def finished_shards(objects: Objects, configuration_hash: str) -> dict[int, LedgerRecord]:
-    """Records of all shards whose object exists and has the recorded size, by shard number. Nothing is deleted.
+    """Records of all shards whose objects exist and have the recorded sizes, by shard number. Nothing is deleted.
 
     Raises:
         JobError: a record is damaged, or has another configuration; rewriting its shard cannot fix that.
     """
     shards = [int(match[1]) for match in map(_LEDGER_KEY.fullmatch, objects.list(layout.LEDGER)) if match]
-    sizes = objects.list(f"{layout.FEATURES}/c")
-    records = in_order(lambda shard: _recorded(objects, shard, configuration_hash), shards)
+    read = in_order(lambda shard: _recorded(objects, shard, configuration_hash), shards)
+    records = [record for record in read if record is not None]
+    sizes: dict[str, int] = {}
+    for array in {array for record in records for array in record.objects}:
+        sizes |= objects.list(f"{array}/c")
     return {
         record.shard: record
         for record in records
-        if record is not None and sizes.get(layout.shard_key(record.shard)) == record.nbytes
+        if all(
+            sizes.get(layout.shard_key(record.shard, array)) == facts["nbytes"]
+            for array, facts in record.objects.items()
+        )
     }
 
 
@@ -140,9 +155,10 @@ def read_record(objects: Objects, key: str) -> LedgerRecord:
 def withdraw(objects: Objects, shard: int) -> None:
     """Delete a damaged shard, so that a resumed job makes it again. Not safe while jobs write to the store.
 
-    The object is deleted first: a record without an object does not count as done, and is still reported as damaged.
+    The objects are deleted first: a record without them does not count as done, and is still reported as damaged.
     """
-    objects.delete(layout.shard_key(shard))
+    for array in (layout.FEATURES, *layout.COMPANIONS):
+        objects.delete(layout.shard_key(shard, array))
     objects.delete(layout.ledger_key(shard))
 
 
@@ -198,24 +214,73 @@ def _recorded(objects: Objects, shard: int, configuration_hash: str) -> LedgerRe
     return record
 
 
-def _with_recorded(objects: Objects, recorded: LedgerRecord, own: LedgerRecord, data: bytes) -> LedgerRecord:
-    """Keep the recorded shard if another job has committed it already; write its object again if it is lost.
+def _with_recorded(
+    objects: Objects, recorded: LedgerRecord, own: LedgerRecord, data: Mapping[str, bytes]
+) -> LedgerRecord:
+    """Keep the recorded shard if another job has committed it already; write its objects again if they are lost.
 
     Raises:
-        JobError: the object is missing or truncated, and this machine's bytes differ from the recorded ones.
+        JobError: an object is missing or truncated, and this machine's bytes differ from the recorded ones.
     """
-    key = layout.shard_key(own.shard)
-    if recorded.sha256 == own.sha256:
-        if objects.size(key) != own.nbytes:  # missing or truncated: `data` has the recorded bytes
-            objects.put(key, data)
-        return recorded
-    if objects.size(key) != recorded.nbytes:
-        raise JobError(
-            f"{objects.uri}: the object {key} was lost or truncated after it was committed, and this machine produces "
-            f"other bytes than the machine that wrote it ({recorded.made_by}): {_REPAIR}"
-        )
-    _log_adopted(recorded)
+    for array in _lost(objects, recorded):
+        key = layout.shard_key(own.shard, array)
+        if own.objects.get(array) != recorded.objects[array]:
+            raise JobError(
+                f"{objects.uri}: the object {key} was lost or truncated after it was committed, and this machine "
+                f"produces other bytes than the machine that wrote it ({recorded.made_by}): {_REPAIR}"
+            )
+        objects.put(key, data[array])
+    if recorded.sha256 != own.sha256:
+        _log_adopted(recorded)
     return recorded
+
+
+def _lost(objects: Objects, record: LedgerRecord) -> list[str]:
+    """Arrays whose object of a shard is missing, or has another size than recorded."""
+    return [
+        array
+        for array, facts in record.objects.items()
+        if objects.size(layout.shard_key(record.shard, array)) != facts["nbytes"]
+    ]
+
+
+def _described(data: bytes) -> dict[str, Any]:
+    """Size and digest of an object, as in `LedgerRecord.objects`."""
+    return {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _create_companion(objects: Objects, record: LedgerRecord, array: str, data: bytes) -> dict[str, Any]:
+    """Create a companion's object; returns the description of the existing one if another job was first.
+
+    Raises:
+        JobError: the existing object belongs to no job of this configuration.
+    """
+    key = layout.shard_key(record.shard, array)
+    try:
+        objects.create(key, data)
+        return record.companions[array]
+    except FileExistsError:
+        existing = _described(objects.get(key))
+    if existing in (named.objects.get(array) for named in _intents(objects, record)):
+        return existing
+    recorded = _recorded(objects, record.shard, record.configuration_hash)  # that job may be done in the meantime
+    if recorded is None or recorded.companions.get(array) != existing:
+        raise _unknown_object(objects, key)
+    return existing
+
+
+def _intents(objects: Objects, record: LedgerRecord) -> list[LedgerRecord]:
+    """Intents of the same shard and configuration."""
+    found = []
+    for key in objects.list(layout.INTENTS):
+        if key.startswith(layout.intent_key(record.shard, "").partition("-")[0] + "-"):
+            try:
+                intent = read_record(objects, key)
+            except (FileNotFoundError, ValueError):  # deleted or half-written by a job that died
+                continue
+            if intent.configuration_hash == record.configuration_hash:
+                found.append(intent)
+    return found
 
 
 def _record_of_object(objects: Objects, own: LedgerRecord) -> LedgerRecord:
@@ -233,10 +298,7 @@ def _record_of_object(objects: Objects, own: LedgerRecord) -> LedgerRecord:
     except (FileNotFoundError, ValueError):  # the intent is deleted if the shard was committed in the meantime
         recorded = _recorded(objects, own.shard, own.configuration_hash)
         if recorded is None:
-            raise JobError(
-                f"{objects.uri}: {key} exists, its bytes differ from this job's, and no record describes it: delete "
-                "it, then run this job with --resume"
-            ) from None
+            raise _unknown_object(objects, key) from None
         return recorded
     if intent.configuration_hash != own.configuration_hash:
         raise JobError(
@@ -244,6 +306,13 @@ def _record_of_object(objects: Objects, own: LedgerRecord) -> LedgerRecord:
             "object, then run this job with --resume"
         )
     return intent
+
+
+def _unknown_object(objects: Objects, key: str) -> JobError:
+    return JobError(
+        f"{objects.uri}: {key} exists, its bytes differ from this job's, and no record describes it: delete it, then "
+        "run this job with --resume"
+    )
 
 
 def _log_adopted(record: LedgerRecord) -> None:

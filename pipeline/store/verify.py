@@ -3,12 +3,13 @@
 import hashlib
 import threading
 from functools import cached_property
+from typing import Any
 
 import pyarrow as pa
 
 from densefeat import layout
 from densefeat.errors import StoreError
-from densefeat.ledger import recorded_shards
+from densefeat.rows.ledger import recorded_shards
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
 from densefeat.storage.parquet import read_parquet
@@ -59,20 +60,29 @@ class StoreCheck:
             problems.append(f"made with another configuration, {record.configuration_hash[:12]}…")
         if record.outcomes["row"].to_pylist() != list(self.layout.rows_of(shard)):
             problems.append("its record is that of other rows")
-        try:
-            data = self._objects.get(layout.shard_key(shard))
-        except FileNotFoundError:
-            return [*problems, f"its object {layout.shard_key(shard)} is missing"]
-        with self._lock:
-            self.nbytes += len(data)
-        return problems + self._object_problems(record, data)
+        for array, facts in record.objects.items():
+            key = layout.shard_key(shard, array)
+            try:
+                data = self._objects.get(key)
+            except FileNotFoundError:
+                problems.append(f"its object {key} is missing")
+                continue
+            with self._lock:
+                self.nbytes += len(data)
+            problems += self._object_problems(record, array, facts, data)
+        return problems
 
-    def _object_problems(self, record: LedgerRecord, data: bytes) -> list[str]:
-        if len(data) != record.nbytes:
-            return [f"its object has {len(data):,} bytes, {record.nbytes:,} were written"]
-        if hashlib.sha256(data).hexdigest() != record.sha256:
-            damaged = self._damaged_rows(record, data)
-            return [f"its object's bytes changed after they were written; damaged rows {damaged}"]
+    def _object_problems(self, record: LedgerRecord, array: str, facts: dict[str, Any], data: bytes) -> list[str]:
+        name = "its object" if array == layout.FEATURES else f"its object of the array {array}"
+        if len(data) != facts["nbytes"]:
+            return [f"{name} has {len(data):,} bytes, {facts['nbytes']:,} were written"]
+        if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+            damaged = f"; damaged rows {self._damaged_rows(record, data)}" if array == layout.FEATURES else ""
+            return [f"{name}'s bytes changed after they were written{damaged}"]
+        return self._place_problems(record, data) if array == layout.FEATURES else []
+
+    def _place_problems(self, record: LedgerRecord, data: bytes) -> list[str]:
+        """Whether the record says where the chunks of the features are."""
         places = layout.unpack_shard_index(data, self.layout.shard_rows)
         for outcome, place in zip(record.outcomes.to_pylist(), places, strict=False):
             if place != (None if outcome["status"] != OK else (outcome["chunk_offset"], outcome["chunk_nbytes"])):

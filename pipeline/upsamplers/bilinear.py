@@ -3,8 +3,8 @@
 from torch import Tensor
 from typing_extensions import override
 
+from densefeat.torch.bilateral import resize
 from pipeline.features.backbone import Backbone
-from pipeline.upsamplers.images import resize
 from pipeline.upsamplers.interface import Facts, LinearUpsampler, check_images
 from schemas.upsamplers import NoOptions
 
@@ -21,6 +21,10 @@ class Bilinear(LinearUpsampler):
     @override
     def from_options(cls, options: NoOptions, weights: str | None, backbone: Backbone) -> "Bilinear":
         return cls()
+
+    @override
+    def last_step(self) -> dict[str, object]:
+        return {"name": self.name}
 
     @override
     def forward(self, low: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -6,6 +6,7 @@ and upsample those. The result equals upsampling C channels and then projecting,
 """
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -102,6 +103,17 @@ class Upsampler(nn.Module):
         """The upsampler with the result of its `fitting`; it shares its backbone and weights with this one."""
         raise TypeError(f"{self.name} is not fitted to images")
 
+    def last_step(self) -> Mapping[str, Any] | None:
+        """The step from `Projected.before_last_step` to the features, as `densefeat.torch.LastStep` reads it.
+
+        None: readers of a store cannot take it, so that no compact store can be made.
+        """
+        return None
+
+    def grid_before_last_step(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the result of `Projected.before_last_step`, for features on a grid."""
+        return grid
+
     def explain(self, device: torch.device) -> str:
         """Describe, for the log, which implementation runs on a device and why others do not."""
         return "plain torch"
@@ -170,6 +182,24 @@ class Projected(nn.Module):
             ValueError: as `forward`.
         """
         return with_nonfinite(encoding.encode(self(features, images, size)), {})
+
+    def before_last_step(
+        self, features: Tensor, images: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, dict[int, ImageError]]:
+        """Upsample as `forward` does, up to the last step: `Upsampler.last_step` of the result is `forward`'s.
+
+        Args:
+            features: as `forward`.
+            images: as `forward`.
+            size: as `forward`.
+
+        Returns:
+            [B, k, h', w'] float on the grid of `Upsampler.grid_before_last_step`; and the images that failed.
+
+        Raises:
+            NotImplementedError: `Upsampler.last_step` is None.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no last step that readers can take")
 
 
 @dataclass(frozen=True)
@@ -271,6 +301,14 @@ class _LinearProjected(Projected):
         """Encode with the offset, which needs no separate pass over the features."""
         codes = self.upsampler.encode(self._projected(features), images, size, encoding, self.offset)
         return with_nonfinite(codes, {})
+
+    @override
+    def before_last_step(
+        self, features: Tensor, images: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, dict[int, ImageError]]:
+        """Project and centre: an upsampler with a `last_step` preserves constants, so the offset may come first."""
+        check_images(features, images, size)
+        return torch.einsum("bchw,ck->bkhw", features, self.projection) + self.offset[:, None, None], {}
 
     def _projected(self, features: Tensor) -> Tensor:
         """Project; on a GPU to float16, which is as precise as the stored values at half the bytes, else float32."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from densefeat.torch.bilateral import pooled_to_twice, resize, stages_to, upsample
 from kernels.dispatch import Kind
 from kernels.jbu import (
     Codes,
@@ -22,7 +23,7 @@ from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import load_strict, read_metadata, read_state_dict, state_digest
 from pipeline.features.provenance import check_pairing
-from pipeline.upsamplers.images import imagenet_normalised, resize
+from pipeline.upsamplers.images import imagenet_normalised
 from pipeline.upsamplers.interface import Facts, Folding, LinearUpsampler, check_images, checked_basis
 from schemas.upsamplers import NoOptions
 
@@ -114,6 +115,10 @@ class JBU(LinearUpsampler):
         return {"name": self.name, **parameters}
 
     @override
+    def last_step(self) -> dict[str, object] | None:
+        return self.identity() if self.stack is None else None
+
+    @override
     def fold(self, mean: Tensor, components: Tensor) -> Folding:
         """Fold in the basis and the final convolution Y = U + 0.1·(W·U + b), if any."""
         mean, components = checked_basis(mean, components)
@@ -147,10 +152,9 @@ class JBU(LinearUpsampler):
     def forward(self, low: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
         """Upsample without the final convolution, which `fold` moves into the projection."""
         check_images(low, images, size)
-        high, pixels = low, self._pixels(images)
-        for number in range(self._stage_count(_grid(low), size)):
-            high = self._stage(number, high, pixels)
-        return resize(high, size)
+        if self.stack is None:
+            return upsample(low, images, size, self._bilateral_stage)
+        return resize(self.apply_stages(low, imagenet_normalised(images)), size)
 
     @override
     def explain(self, device: torch.device) -> str:
@@ -173,7 +177,7 @@ class JBU(LinearUpsampler):
         last = self._stage_count(_grid(low), size) - 1
         for number in range(last):
             high = self._stage(number, high, pixels)
-        guidance = _guidance(pixels, high)
+        guidance = pooled_to_twice(pixels, high)
         if self.stack is None:
             return bilateral_codes(high, guidance, self.sigma_spatial, self.sigma_range, self.radius, quantization)
         return learned_codes(high, guidance, self.stack.stages[last], quantization)
@@ -195,19 +199,16 @@ class JBU(LinearUpsampler):
         return images.float() / 255 if self.stack is None else imagenet_normalised(images)
 
     def _stage_count(self, low: tuple[int, int], size: tuple[int, int]) -> int:
-        """Learned: the number of stages; training-free: the smallest n with low * 2^n >= size on both axes."""
-        if self.stack is not None:
-            return len(self.stack.stages)
-        stages = 0
-        while low[0] << stages < size[0] or low[1] << stages < size[1]:
-            stages += 1
-        return stages
+        return stages_to(low, size) if self.stack is None else len(self.stack.stages)
 
     def _stage(self, number: int, source: Tensor, pixels: Tensor) -> Tensor:
-        guidance = _guidance(pixels, source)
+        guidance = pooled_to_twice(pixels, source)
         if self.stack is None:
-            return bilateral_stage(source, guidance, self.sigma_spatial, self.sigma_range, self.radius)
+            return self._bilateral_stage(source, guidance)
         return learned_stage(source, guidance, self.stack.stages[number])
+
+    def _bilateral_stage(self, source: Tensor, guidance: Tensor) -> Tensor:
+        return bilateral_stage(source, guidance, self.sigma_spatial, self.sigma_range, self.radius)
 
     def apply_final(self, features: Tensor) -> Tensor:
         """Add the final convolution, if any, to all C channels [B, C, H, W]: Y = U + 0.1·(W·U + b)."""
@@ -248,8 +249,3 @@ def _upsampler_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _grid(features: Tensor) -> tuple[int, int]:
     return features.shape[2], features.shape[3]
-
-
-def _guidance(pixels: Tensor, source: Tensor) -> Tensor:
-    """The image at twice the source's size, in float32: colour distances lose more in half precision than kernels."""
-    return F.adaptive_avg_pool2d(pixels, (2 * source.shape[2], 2 * source.shape[3]))

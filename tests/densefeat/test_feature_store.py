@@ -12,7 +12,7 @@ import torch
 import zarr
 from torch.utils.data import DataLoader
 
-import densefeat.index
+import densefeat.rows.index
 from densefeat import FeatureStore, MissingFeatures, StoreError, TorchFeatures, layout
 from densefeat.storage.objects import Objects
 from densefeat.storage.parquet import parquet_bytes, read_parquet
@@ -137,7 +137,7 @@ def test_opening_while_the_job_finishes(tmp_path: Path, monkeypatch: pytest.Monk
         finish(objects, records)
         return read_parquet(data)
 
-    monkeypatch.setattr(densefeat.index, "read_parquet", read_then_finish)
+    monkeypatch.setattr(densefeat.rows.index, "read_parquet", read_then_finish)
     assert "pending" not in FeatureStore(known.uri).index["status"].to_pylist()
 
 

@@ -242,7 +242,7 @@ def test_a_damaged_record_leaves_its_rows_pending(
     path = Path(known.uri) / layout.ledger_key(1)
     path.write_bytes(LEDGER_DAMAGE[damage](path.read_bytes()))
     store = FeatureStore(known.uri)
-    with caplog.at_level(logging.WARNING, "densefeat.index"):
+    with caplog.at_level(logging.WARNING, "densefeat.rows.index"):
         assert np.array_equal(store.read_codes(0), known.codes[0])
     assert f"{layout.ledger_key(1)} is damaged" in caplog.text
     for row in range(SHARD_ROWS, 2 * SHARD_ROWS):

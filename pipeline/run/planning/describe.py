@@ -15,7 +15,8 @@ __all__ = ["describe"]
 def describe(plan: Plan) -> str:
     """Describe a plan: images, store, features, shards, bytes, and the configuration; one line each."""
     layout, config = plan.features, plan.config
-    _, height, width = layout.image_shape
+    height, width = config.output_size_px
+    compact = "" if plan.compact is None else f", from {layout.height}×{layout.width} when read (compact)"
     nbytes = layout.rows * layout.image_nbytes
     labelled = layout.rows - plan.references["label"].null_count
     lines = [
@@ -24,10 +25,10 @@ def describe(plan: Plan) -> str:
         + (f", {labelled:,} with a label" if labelled else ", no labels"),
         *describe_findings(plan.findings),
         f"store       {config.store}" + (" (resumed)" if config.resume and plan.stored else ""),
-        f"features    {_components(plan)}, {height}×{width}, {layout.dtype}",
+        f"features    {_components(plan)}, {height}×{width}{compact}, {layout.dtype}",
         f"shards      {layout.shards:,} of {layout.shard_rows} images"
         + (f", {len(plan.shards):,} of them by this job ({config.shards})" if config.shards else ""),
-        f"bytes       at most {readable_size(nbytes)} (before compression){_source_size(plan)}",
+        f"bytes       at most {readable_size(nbytes)} (before compression){_guidance(plan)}{_source_size(plan)}",
         "workers     " + ("on Ray" if plan.stages is None else "this process, without Ray (--workers 1 uses Ray)"),
     ]
     for stage, settings in plan.configuration.to_dict().items():
@@ -45,6 +46,11 @@ def _components(plan: Plan) -> str:
     if k == plan.channels:
         return f"{k} components (all channels: --components N keeps fewer)"
     return f"{k} components of {plan.channels} channels"
+
+
+def _guidance(plan: Plan) -> str:
+    guided = plan.compact is not None and "guidance" in plan.compact
+    return " and a JPEG of {}×{} per image".format(*plan.config.size_px) if guided else ""
 
 
 def _source_size(plan: Plan) -> str:

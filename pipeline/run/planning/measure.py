@@ -174,7 +174,8 @@ def _shards(
     with TemporaryDirectory() as folder:
         objects = Objects(folder)
         configuration = plan.configuration.with_basis(basis.digest, len(basis.components))
-        claim(objects, StoreAttributes(configuration, {}, (), None, step_sha256(step)), basis, step)
+        attributes = StoreAttributes(configuration, {}, step_sha256=step_sha256(step), compact=plan.compact)
+        claim(objects, attributes, basis, step)
         encoding = StoreEncoding(basis, step, configuration.hash, fit)
         batches = [references.slice(first, worker.batch_size) for first in range(0, len(references), worker.batch_size)]
         tasks = [(objects, shard, batch, encoding) for shard, batch in enumerate(batches)]
@@ -184,7 +185,7 @@ def _shards(
     records = [result for result in results if not isinstance(result, TaskFailed)]
     if failed := [result.reason for result in results if isinstance(result, TaskFailed)]:
         raise JobError(f"--measure: computing a few images failed: {failed[0]}")
-    nbytes, ok = (sum(getattr(record, name) for record in records) for name in ("nbytes", "rows_ok"))
+    nbytes, ok = (sum(getattr(record, name) for record in records) for name in ("total_nbytes", "rows_ok"))
     if not ok:
         raise JobError(f"--measure: none of {len(references)} images is usable: check --images")
     return len(references), seconds / len(references), nbytes / ok

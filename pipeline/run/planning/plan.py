@@ -2,15 +2,15 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
 from densefeat.errors import StoreError
-from densefeat.index import stored_index
-from densefeat.layout import ZSTD_LEVEL, FeatureLayout
+from densefeat.layout import FeatureLayout
+from densefeat.rows.index import stored_index
 from densefeat.storage.objects import Objects
 from densefeat.storage.places import absolute_place, split_place
 from densefeat.store import FeatureStore
@@ -23,6 +23,12 @@ from pipeline.images.listing.findings import Finding, describe_findings, refuse_
 from pipeline.images.listing.source import Source, keys_digest, list_images
 from pipeline.io.storage import check_writable
 from pipeline.run.feature_worker import WorkerSpec
+from pipeline.run.planning.configuration import (
+    compact_attribute,
+    store_configuration,
+    stored_size,
+    with_stored_defaults,
+)
 from pipeline.run.planning.places import check_apart, check_same, stored_attributes_at
 from pipeline.run.recipe import FeatureRecipe, ImageRecipe, Stages, UpsampleRecipe, backbone_fields
 from pipeline.run.resources import available_cores, fits_this_process
@@ -31,11 +37,8 @@ from pipeline.upsamplers.fitting import Fitting
 from pipeline.upsamplers.interface import Upsampler
 from schemas.attributes import StoreAttributes
 from schemas.configuration import (
-    GeometryConfiguration,
-    PcaConfiguration,
     SourceConfiguration,
     SourceKind,
-    StorageConfiguration,
     StoreConfiguration,
     differences,
 )
@@ -58,6 +61,7 @@ class Plan:
         configuration: everything that the features depend on, except for a basis that is not fitted yet.
         basis: basis from ``--pca``; None: to be fitted.
         stored: attributes of the store that is to be resumed or overwritten; None if there is no store.
+        compact: attribute of that name of the store; None for a dense store.
         fitting: how the upsampler is fitted to the images; None if it needs no fit.
         spec: spec of the workers.
         stages: stages of the spec's recipe, built here for a worker in this process; None with workers elsewhere.
@@ -72,6 +76,7 @@ class Plan:
     configuration: StoreConfiguration
     basis: Basis | None
     stored: StoreAttributes | None
+    compact: Mapping[str, Any] | None
     fitting: Fitting | None
     spec: WorkerSpec
     stages: Stages | None
@@ -104,15 +109,16 @@ def make_plan(config: UpsampleConfig) -> Plan:
     stored = stored_attributes_at(config)
     resumed = stored if config.resume else None
     if resumed:
-        config = _with_stored_defaults(config, resumed.configuration)
+        config = with_stored_defaults(config, resumed.configuration)
     source, references, class_names, findings = _source(config, resumed)  # a mistyped path is said before downloads
     backbone = _checked_backbone(config)
     upsampler = build_upsampler(config.upsampler, config.upsampler_weights, backbone, config.upsampler_options)
     _check_upsampler(upsampler, backbone, config)
     basis = None if config.pca is None else read_basis(config.pca, backbone)
     k = _components(config, backbone, basis, resumed)
-    features = _layout(config, references.num_rows, k)
+    features = _layout(config, references.num_rows, k, stored_size(config, upsampler, backbone))
     recipe = _upsample_recipe(config, source, features, backbone, upsampler)
+    compact = compact_attribute(config, upsampler)
     own = config.shard_range(features.shards)
     if not own:
         raise JobError(f"--shards {config.shards} selects none of the {features.shards} shards of this dataset")
@@ -123,9 +129,10 @@ def make_plan(config: UpsampleConfig) -> Plan:
         class_names=class_names,
         channels=backbone.num_chs,
         features=features,
-        configuration=_configuration(config, source, recipe, basis, resumed=resumed is not None),
+        configuration=store_configuration(config, source, recipe, basis, compact, resumed=resumed is not None),
         basis=None if basis is None else basis.truncated(k),
         stored=stored,
+        compact=compact,
         fitting=upsampler.fitting(),
         spec=_spec(config, recipe),
         stages=Stages(backbone, upsampler) if inline else None,
@@ -176,44 +183,14 @@ def _upsample_recipe(
         dtype=config.dtype,
         error_floor=config.error_floor,
         shard_rows=features.shard_rows,
+        represent=config.represent or "dense",
+        embedding=backbone.embedding_channels if config.embedding else None,
+        stored_size=(features.height, features.width),
     )
 
 
-def _configuration(
-    config: UpsampleConfig, source: SourceConfiguration, recipe: UpsampleRecipe, basis: Basis | None, *, resumed: bool
-) -> StoreConfiguration:
-    geometry = recipe.images.geometry
-    floor = recipe.error_floor if recipe.dtype == "int8" else None
-    return StoreConfiguration(
-        source=source,
-        backbone=recipe.backbone_identity,
-        geometry=GeometryConfiguration(
-            geometry.size, geometry.fit, geometry.output_size, recipe.images.max_pixels, recipe.images.min_side
-        ),
-        pca=_pca_configuration(config, recipe.components, basis, source.rows, resumed=resumed),
-        upsampler=recipe.upsampler_identity,
-        storage=StorageConfiguration(recipe.dtype, recipe.shard_rows, ZSTD_LEVEL, floor),
-    )
-
-
-def _with_stored_defaults(config: UpsampleConfig, stored: StoreConfiguration) -> UpsampleConfig:
-    """Options for a resumed store: those that are omitted are the store's, whatever their defaults are by now."""
-    adopted: dict[str, Any] = {}
-    if config.shard_images is None:
-        adopted["shard_images"] = stored.storage.shard_images
-    if config.backbone == stored.backbone.get("name"):
-        layer = stored.backbone.get("layer")
-        if config.layer is None and layer is not None:
-            adopted["layer"] = ",".join(map(str, layer)) if isinstance(layer, list) else str(layer)
-        if config.components is None:
-            adopted["components"] = stored.pca.explained_share or stored.pca.components
-    if config.upsampler == stored.upsampler.get("name") == "multiview" and config.views is None:
-        adopted["views"] = stored.upsampler["views"]
-    return replace(config, **adopted)
-
-
-def _layout(config: UpsampleConfig, rows: int, k: int) -> FeatureLayout:
-    layout = FeatureLayout(rows, k, *config.output_size_px, config.dtype, shard_rows=1)
+def _layout(config: UpsampleConfig, rows: int, k: int, size: tuple[int, int]) -> FeatureLayout:
+    layout = FeatureLayout(rows, k, *size, config.dtype, shard_rows=1)
     return replace(layout, shard_rows=config.shard_rows(layout.image_nbytes))
 
 
@@ -334,15 +311,3 @@ def cluster_scan_map() -> ScanMap | None:
         return cluster.map_on_cluster(function, paths)
 
     return scan
-
-
-def _pca_configuration(
-    config: UpsampleConfig, k: int, basis: Basis | None, rows: int, *, resumed: bool
-) -> PcaConfiguration:
-    if basis is not None:
-        return PcaConfiguration(k, basis=basis.truncated(k).digest)
-    images = min(config.pca_images or rows, rows)
-    if isinstance(config.components, float):
-        known = k if resumed else None
-        return PcaConfiguration(known, explained_share=config.components, fitted_on_images=images)
-    return PcaConfiguration(k, fitted_on_images=images)

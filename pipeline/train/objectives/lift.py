@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
+from densefeat.torch.bilateral import resize
 from pipeline.features.backbone import Backbone
 from pipeline.train.data import Draw
 from pipeline.train.objectives.base import LOSS, FeatureSample, Objective
 from pipeline.train.objectives.feature_cache import FeatureCache
 from pipeline.train.objectives.lift_initial import begin_as_interpolation
 from pipeline.train.objectives.losses import cosine_distance
-from pipeline.upsamplers.images import imagenet_normalised, resize
+from pipeline.upsamplers.images import imagenet_normalised
 from pipeline.upsamplers.lift.network import LiFT
 from schemas.train_options import TrainConfig
 

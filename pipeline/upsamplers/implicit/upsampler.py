@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from densefeat.torch.bilateral import resize
 from kernels.quantization import Encoding
 from pipeline.errors import ImageError
 from pipeline.features.backbone import Backbone
-from pipeline.upsamplers.images import one_colour, resize
+from pipeline.upsamplers.images import one_colour
 from pipeline.upsamplers.implicit.fit import Fit, fit_networks
 from pipeline.upsamplers.implicit.network import FittedNetwork
 from pipeline.upsamplers.implicit.schedule import DEFAULT, Schedule, sample_views

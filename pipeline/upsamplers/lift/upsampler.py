@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from densefeat.torch.bilateral import resize
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import read_state_dict, state_digest
 from pipeline.features.provenance import check_pairing
-from pipeline.upsamplers.images import imagenet_normalised, resize
+from pipeline.upsamplers.images import imagenet_normalised
 from pipeline.upsamplers.interface import Facts, Projected, Upsampler, check_images
 from pipeline.upsamplers.lift.network import LiFT
 from schemas.upsamplers import LiFTOptions

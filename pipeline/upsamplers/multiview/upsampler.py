@@ -126,6 +126,14 @@ class MultiviewUpsampler(Upsampler):
             super().check_grid(channels, grid)
 
     @override
+    def last_step(self) -> dict[str, object] | None:
+        return self.finish.last_step()
+
+    @override
+    def grid_before_last_step(self, grid: tuple[int, int]) -> tuple[int, int]:
+        return solver_grid(self.backbone.size, self.settings.stride_px)
+
+    @override
     def explain(self, device: torch.device) -> str:
         solver = explain(Kind(device, torch.float32)).chosen
         names = {"cpu": "numba and matrix products", "batched": "torch, groups of images"}
@@ -190,6 +198,12 @@ class _MultiviewProjected(Projected):
     def encode(self, features: Tensor, images: Tensor, size: tuple[int, int], encoding: Encoding) -> Stored:
         solved, failures = self._solved(features, images, size)
         return with_nonfinite(self.upsampler.finish.encode(solved, images, size, encoding), failures)
+
+    @override
+    def before_last_step(
+        self, features: Tensor, images: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, dict[int, ImageError]]:
+        return self._solved(features, images, size)
 
     def _solved(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> tuple[Tensor, dict[int, ImageError]]:
         """Solve for features on the solver's grid [B, k, H', W'], NaN for failed images; also return the failures."""

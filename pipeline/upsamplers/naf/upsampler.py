@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from densefeat.torch.bilateral import resize
 from kernels.dispatch import Kind
 from kernels.quantization import Codes, Encoding, Quantization
 from kernels.window.neighborhood import explain, neighborhood_codes
@@ -13,7 +14,7 @@ from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import read_state_dict, state_digest
 from pipeline.features.provenance import check_pairing
-from pipeline.upsamplers.images import imagenet_normalised, resize
+from pipeline.upsamplers.images import imagenet_normalised
 from pipeline.upsamplers.interface import (
     Facts,
     Projected,

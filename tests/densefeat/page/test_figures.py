@@ -10,11 +10,11 @@ import pytest
 from starlette.testclient import TestClient
 
 from densefeat import command_line, layout
-from densefeat.index import read_index
 from densefeat.layout import FeatureLayout
 from densefeat.page import create_app
 from densefeat.page.library import Ledger, Library
 from densefeat.page.listing import without_features
+from densefeat.rows.index import read_index
 from densefeat.storage.objects import Objects
 from densefeat.storage.parquet import parquet_bytes, read_parquet
 from pipeline.store.layout import finish

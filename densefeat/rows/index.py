@@ -14,7 +14,7 @@ from densefeat.align import RECORDED, RowGeometry
 from densefeat.arguments import whole_number
 from densefeat.errors import MissingFeatures, StoreError
 from densefeat.layout import FeatureLayout
-from densefeat.ledger import OUTCOME, check_columns, pending, read_record, recorded_shards, with_outcomes
+from densefeat.rows.ledger import OUTCOME, check_columns, pending, read_record, recorded_shards, with_outcomes
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
 from densefeat.storage.parquet import read_parquet
@@ -101,6 +101,7 @@ class IndexedRows:
 
     uri: str
     layout: FeatureLayout
+    shape: tuple[int, int, int]
     _objects: Objects
 
     def __len__(self) -> int:
@@ -217,7 +218,7 @@ class IndexedRows:
             raise self._missing(row)
         try:
             record = {name: self.index[name][row].as_py() for name in RECORDED}
-            return RowGeometry.from_record(record, (self.layout.height, self.layout.width))
+            return RowGeometry.from_record(record, self.shape[1:])
         except (KeyError, ValueError) as error:
             raise StoreError(f"{self.uri}: {layout.INDEX} is damaged: row {row}: {error}; {REPAIR}") from error
 

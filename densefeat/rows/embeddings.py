@@ -1,0 +1,44 @@
+"""Embeddings of images: one vector per row, in chunks of a shard's rows."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from densefeat import layout
+from densefeat.storage.objects import Objects
+from densefeat.storage.parallel import in_order
+
+__all__ = ["read_embeddings"]
+
+
+def read_embeddings(objects: Objects, rows: Sequence[int], shard_rows: int, channels: int) -> npt.NDArray[np.float32]:
+    """Read the embeddings of rows, each chunk once: [n, D] float32.
+
+    Args:
+        objects: the store.
+        rows: their numbers.
+        shard_rows: rows of a shard.
+        channels: D.
+
+    Raises:
+        FileNotFoundError: the object of a shard is missing; the message is its key.
+        ValueError: an object is damaged; the message begins with its key.
+    """
+    numbers = np.asarray(rows, dtype=np.int64).reshape(-1)
+    found = np.empty((len(numbers), channels), dtype=np.float32)
+
+    def fill(shard: int) -> None:
+        key = layout.shard_key(shard, layout.EMBEDDING)
+        try:
+            chunk = layout.decode_values(objects.get(key), "float16", (shard_rows, channels))
+        except FileNotFoundError:
+            raise FileNotFoundError(key) from None
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{key} is damaged: {error}") from error
+        here = numbers // shard_rows == shard
+        found[here] = chunk[numbers[here] % shard_rows]
+
+    for _ in in_order(fill, np.unique(numbers // shard_rows).tolist()):
+        pass
+    return found

@@ -1,0 +1,190 @@
+"""The stored values of rows: codes of features, or what a compact store keeps instead, and how to decode them."""
+
+import math
+import os
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from densefeat import layout
+from densefeat.errors import MissingPackage, StoreError, missing_package
+from densefeat.rows.index import REPAIR, IndexedRows
+from densefeat.storage.guidance import GuidanceImages, guidance_nbytes
+from densefeat.storage.metadata import (
+    compact_attribute,
+    embedding_channels,
+    own_attributes,
+    read_layout,
+    read_root,
+    read_small_array,
+)
+from densefeat.storage.objects import Objects
+
+if TYPE_CHECKING:
+    from densefeat.torch.last_step import LastStep
+
+__all__ = ["StoredRows"]
+
+Floats = npt.NDArray[np.float32]
+
+
+class StoredRows(IndexedRows):
+    """The rows of a store as they are stored. Base of ``FeatureStore``, which documents arguments and errors."""
+
+    def __init__(self, uri: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> None:
+        self.uri = os.fspath(uri)
+        self._objects = Objects(self.uri, storage_options)
+        root = read_root(self._objects)
+        self.attributes = own_attributes(self.uri, root)
+        if not self.attributes["setup_complete"]:
+            raise StoreError(
+                f"{self.uri} is still being set up; if the job that started it died, run it again with --resume"
+            )
+        self.layout = read_layout(self._objects, root)
+        self.compact = compact_attribute(self.uri, self.attributes)
+        self.shape = self.layout.image_shape
+        if self.compact is not None:
+            self.shape = (self.layout.components, *self.compact["size"])
+
+    @cached_property
+    def step(self) -> Floats | None:
+        """[k] float32 for int8 stores: feature = code × step. None for float16.
+
+        Raises:
+            StoreError: the array is missing or damaged.
+        """
+        return self._array_of_k(layout.STEP) if self.layout.dtype == "int8" else None
+
+    @cached_property
+    def mean(self) -> Floats:
+        """[C] float32: mean of the backbone's features."""
+        return self.array(f"{layout.PCA}/mean")
+
+    @cached_property
+    def components(self) -> Floats:
+        """[k, C] float32, orthonormal rows: the PCA basis."""
+        return self._array_of_k(f"{layout.PCA}/components")
+
+    def read_codes(self, row_or_key: int | str) -> npt.NDArray[Any]:
+        """Read [k, H, W] as stored (int8 or float16, read-only array), to multiply by ``step`` on another device.
+
+        Of a compact store: [k, h, w] before the last step.
+
+        Raises:
+            KeyError, IndexError, TypeError: as `row_of`.
+            MissingFeatures: the row failed, or its shard is not done.
+            StoreError: the row or the index is damaged.
+        """
+        row = self.row_of(row_or_key)
+        offset, nbytes = (int(column[row]) for column in self._places)
+        if offset < 0 or nbytes <= 0:
+            raise self._missing(row)
+        key = layout.shard_key(row // self.layout.shard_rows)
+        try:
+            data = self._objects.get_range(key, offset, offset + nbytes)
+            if len(data) != nbytes:
+                raise ValueError(f"{nbytes:,} bytes are recorded at {offset:,}, and the object has {len(data):,} there")
+            return layout.decode_chunk(data, self.layout)
+        except FileNotFoundError as error:
+            raise StoreError(f"{self.uri}: the shard object {key} of row {row} is missing; {REPAIR}") from error
+        except (ValueError, RuntimeError) as error:
+            raise StoreError(f"{self.uri}: row {row} in {key} is damaged: {error}; {REPAIR}") from error
+
+    def read_guidance(self, row_or_key: int | str) -> npt.NDArray[np.uint8]:
+        """Read the image that guides the last step of a compact store: RGB [H, W, 3] uint8, at the backbone's size.
+
+        Raises:
+            KeyError, IndexError, TypeError: as `row_of`.
+            MissingFeatures: the row failed, or its shard is not done.
+            MissingPackage: Pillow is not installed (extra ``compact``).
+            StoreError: the store has no such images, or is damaged.
+        """
+        row = self.row_of(row_or_key)
+        if self._guidance is None:
+            raise StoreError(f"{self.uri} has no guidance images: only compact stores of guided upsamplers have them")
+        if self._without_features([row]):
+            raise self._missing(row)
+        key = layout.shard_key(row // self.layout.shard_rows, layout.GUIDANCE)
+        try:
+            return self._guidance.read(row)
+        except FileNotFoundError as error:
+            raise StoreError(f"{self.uri}: the object {key} of row {row} is missing; {REPAIR}") from error
+        except ValueError as error:
+            raise StoreError(f"{self.uri}: row {row} in {key} is damaged: {error}; {REPAIR}") from error
+
+    def read_values(self, row_or_key: int | str) -> tuple[npt.NDArray[Any], Floats | None]:
+        """Read [k, H, W], and the step [k] to multiply it by: the codes of a dense store, which need no conversion yet.
+
+        Of a compact store: float32 after the last step, and None, as for float16.
+
+        Raises:
+            KeyError, IndexError, TypeError, MissingFeatures, StoreError: as `read_codes`.
+            MissingPackage: torch or Pillow is not installed, which compact stores need (extra ``compact``).
+        """
+        codes = self.read_codes(row_or_key)
+        if self._last_step is None:
+            return codes, self.step
+        guidance = self.read_guidance(row_or_key) if self._guidance is not None else None
+        return self._last_step.on_arrays(layout.dequantize(codes, self.step), guidance), None
+
+    @cached_property
+    def _last_step(self) -> "LastStep | None":
+        if self.compact is None:
+            return None
+        try:
+            from densefeat.torch.last_step import LastStep  # imports torch, which dense stores do not need
+        except MissingPackage:
+            raise missing_package("a compact store", "PyTorch", "compact") from None
+        try:
+            return LastStep.of(self.compact)
+        except ValueError as error:
+            raise StoreError(f"{self.uri}: {error}") from error
+
+    @cached_property
+    def _guidance(self) -> GuidanceImages | None:
+        if self.compact is None or "guidance" not in self.compact:
+            return None
+        height, width = self.compact["guidance"]
+        return GuidanceImages(self._objects, (height, width), self.layout.shard_rows)
+
+    @cached_property
+    def _embedding_channels(self) -> int | None:
+        return embedding_channels(self._objects, self.layout)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all rows that are done, as stored; for a compact store with its guidance images.
+
+        Over http, which has no listings, the guidance of an unfinished store is not counted.
+        """
+        features = int(self._places[1].clip(0).sum())
+        if self._guidance is None:
+            return features
+        if self._objects.can_list:
+            return features + sum(self._objects.list(f"{layout.GUIDANCE}/c").values())
+        return features + guidance_nbytes(self._objects)
+
+    @property
+    def uncompressed_nbytes(self) -> int:
+        """Bytes of one row's features, were they stored densely and not compressed."""
+        return math.prod(self.shape) * np.dtype(self.layout.dtype).itemsize
+
+    def array(self, name: str) -> Floats:
+        """Read a small array of the store as float32, e.g. ``"pca/explained_variance"``.
+
+        Raises:
+            StoreError: the array, or a part of it, is missing or damaged.
+        """
+        return read_small_array(self._objects, name)
+
+    def _array_of_k(self, name: str) -> Floats:
+        """Read an array whose first axis has one entry per component."""
+        array = self.array(name)
+        if array.shape[:1] != (self.layout.components,):
+            raise StoreError(
+                f"{self.uri}: the array {name} is damaged: its shape is {array.shape}, expected "
+                f"{self.layout.components} components"
+            )
+        return array
