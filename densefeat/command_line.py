@@ -1,6 +1,7 @@
 """The command ``densefeat``: describe, export and browse a feature store. It only reads the store.
 
-Exit codes: 0: done; 2: cannot be done as requested; 70: internal error in densefeat; 130: interrupted.
+Exit codes: 0: done; 1: the store does not conform to its format (`info --strict`); 2: cannot be done as requested;
+70: internal error in densefeat; 130: interrupted.
 """
 
 import argparse
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-DONE, REFUSED, FAULT, INTERRUPTED = 0, 2, 70, 130
+DONE, NOT_CONFORMING, REFUSED, FAULT, INTERRUPTED = 0, 1, 2, 70, 130
 _DIGEST = 64  # characters of a SHA-256 in hex
 
 
@@ -63,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
 
     info = _command(commands, "info", _info, "print rows, failures, shape, size and configuration")
     info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.add_argument(
+        "--strict", action="store_true", help="check the store against docs/format.md, without reading features"
+    )
 
     export = _command(commands, "export", _export, "write rows to an .npz file, or their pixels to a .parquet file")
     export.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="row numbers, or ranges such as 0:100")
@@ -98,7 +102,11 @@ def _command(commands: Any, name: str, function: Any, purpose: str) -> argparse.
 def _info(options: argparse.Namespace) -> None:
     from densefeat.store import FeatureStore
 
-    facts = _facts(FeatureStore(options.store))
+    store = FeatureStore(options.store)
+    if options.strict:
+        _check(store, as_json=options.json)
+        return
+    facts = _facts(store)
     if options.json:
         print(json.dumps(facts, indent=2))  # noqa: T201
         return
@@ -120,6 +128,18 @@ def _info(options: argparse.Namespace) -> None:
     print(f"classes   {len(facts['class_names']):,}")  # noqa: T201
     for part, settings in facts["configuration"].items():
         print(f"{part:<9} {_on_one_line(settings)}")  # noqa: T201
+
+
+def _check(store: "FeatureStore", *, as_json: bool) -> None:
+    from densefeat.conformance import problems
+
+    found, version = problems(store), store.attributes["format_version"]
+    if as_json:
+        print(json.dumps({"uri": store.uri, "format_version": version, "problems": found}, indent=2))  # noqa: T201
+    else:
+        print("\n".join(found) or f"{store.uri} conforms to format version {version}")  # noqa: T201
+    if found:
+        sys.exit(NOT_CONFORMING)
 
 
 def _on_one_line(settings: Any) -> str:

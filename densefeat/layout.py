@@ -12,6 +12,7 @@ A store is a Zarr v3 group with core codecs only, which any Zarr library can ope
     index.parquet              one record per row
     manifest.parquet           one record per shard, once all are done
     _ledger/000000.parquet     one file per finished shard; kept after the merge into the two files above
+    _ledger/blocks/            the same for runs of 256 shards, to be read at once
     _intents/                  while shards are written: the record of each, before it is valid
 
 Chunks are encoded here rather than by zarr-python, because a shard is built in memory and written with one request; the
@@ -42,10 +43,12 @@ COMPANIONS = (GUIDANCE, EMBEDDING)  # arrays that are written along with the fea
 INDEX = "index.parquet"
 MANIFEST = "manifest.parquet"
 LEDGER = "_ledger"
+LEDGER_BLOCKS = "_ledger/blocks"
 INTENTS = "_intents"
 
 ZSTD_LEVEL = 1  # higher levels cost time and gain little on quantized features
 INT8_NO_DATA = -128  # the fill value; codes are -127 … 127
+BLOCK_SHARDS = 256  # whose records are in one block of the ledger
 _ABSENT = 2**64 - 1  # marks a missing chunk in a shard index
 _CRC_BYTES = 4
 
@@ -129,6 +132,11 @@ def shard_key(shard: int, array: str = FEATURES) -> str:
 def ledger_key(shard: int) -> str:
     """Key of a shard's ledger record."""
     return f"{LEDGER}/{shard:06d}.parquet"
+
+
+def ledger_block_key(block: int) -> str:
+    """Key of a block of the ledger."""
+    return f"{LEDGER_BLOCKS}/{block:06d}.parquet"
 
 
 def intent_key(shard: int, sha256: str) -> str:

@@ -140,6 +140,15 @@ class FeatureStore(StoredRows):
             pass
         return features
 
+    @property
+    def has_embedding(self) -> bool:
+        """Whether the store was made with ``--embedding``.
+
+        Raises:
+            StoreError: the metadata of the array is damaged.
+        """
+        return self._embedding_channels is not None
+
     def embedding(self, rows: int | str | Rows) -> Floats:
         """Read one vector per image: [D] float32 of one row, or [n, D] of several.
 

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from densefeat.layout import FEATURES
+from densefeat.rows.blocks import LedgerBlock
 from densefeat.storage.parquet import parquet_bytes, read_parquet
 from schemas.index import OK, OUTCOMES
 
@@ -86,6 +87,19 @@ class LedgerRecord:
         """Encode the record as a Parquet file."""
         table = self.outcomes.replace_schema_metadata({_METADATA_KEY: json.dumps(self.facts())})
         return parquet_bytes(table)
+
+    @classmethod
+    def of_block(cls, block: LedgerBlock) -> "list[LedgerRecord]":
+        """The records in a block.
+
+        Raises:
+            ValueError: they are not ledger records.
+        """
+        try:
+            outcomes = block.outcomes.cast(OUTCOMES)
+            return [cls(**facts, outcomes=table) for facts, table in LedgerBlock(block.facts, outcomes).records()]
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise ValueError(f"not ledger records: {error}") from error
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "LedgerRecord":

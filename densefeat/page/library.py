@@ -20,6 +20,7 @@ from densefeat.page.features import Features
 from densefeat.page.figures import ShardSums, manifest_figures, store_figures
 from densefeat.page.listing import counts, matching_rows, rows_with_text
 from densefeat.page.sample import Sample
+from densefeat.rows.blocks import read_blocks
 from densefeat.rows.index import stored_index
 from densefeat.rows.ledger import pending, read_record, recorded_shards, with_outcomes
 from densefeat.storage.objects import Objects
@@ -41,6 +42,7 @@ class Ledger:
     Args:
         objects: the store.
         features: its layout.
+        configuration_hash: of its configuration.
 
     Attributes:
         index: one record per row, as ``FeatureStore.index``.
@@ -51,8 +53,8 @@ class Ledger:
         StoreError, OSError: the index is missing or damaged, or the storage failed.
     """
 
-    def __init__(self, objects: Objects, features: layout.FeatureLayout) -> None:
-        self._objects, self._features = objects, features
+    def __init__(self, objects: Objects, features: layout.FeatureLayout, configuration_hash: str) -> None:
+        self._objects, self._features, self._hash = objects, features, configuration_hash
         self._shards: frozenset[int] = frozenset()
         self._damaged: dict[int, str] = {}
         self.sums = ShardSums()
@@ -75,9 +77,11 @@ class Ledger:
                 raise
             raise StoreError(f"{self._objects.uri}: cannot tell which shards are done: {error}") from error
         if not self._shards <= set(recorded):
-            return Ledger(self._objects, self._features).read_on(budget_s)
+            return Ledger(self._objects, self._features, self._hash).read_on(budget_s)
+        end = time.monotonic() + budget_s
         unread = [shard for shard in recorded if shard not in self._shards]
-        found, end = dict[int, tuple[dict[str, Any], pa.Table]](), time.monotonic() + budget_s
+        found = self._in_blocks(unread)
+        unread = [shard for shard in unread if shard not in found]
         # From a local disk it is Arrow that takes the time, and more threads would only keep requests waiting.
         with ThreadPoolExecutor(PARALLEL_REQUESTS if self._objects.local_path is None else 1) as pool:
             while unread:
@@ -98,6 +102,13 @@ class Ledger:
             found.sums.add(facts)
         found.index = with_outcomes(self.index, [outcomes for _, outcomes in records.values()])
         return found
+
+    def _in_blocks(self, shards: list[int]) -> dict[int, tuple[dict[str, Any], pa.Table]]:
+        """Facts and outcomes of those shards that are in blocks of the ledger."""
+        if len(shards) <= PARALLEL_REQUESTS:
+            return {}
+        blocks = read_blocks(self._objects, self._features, shards, self._hash, self.index.schema)
+        return {facts["shard"]: (facts, outcomes) for block in blocks for facts, outcomes in block.records()}
 
     def _record(self, shard: int) -> tuple[dict[str, Any], pa.Table] | None:
         """Facts and outcomes in the record of a shard; None if it is damaged or gone, so that its rows are pending."""
@@ -212,7 +223,7 @@ class Library:
             if ledger is before.ledger:
                 return before
         else:
-            ledger = Ledger(self._objects, store.layout).read_on(_FIRST_S)
+            ledger = Ledger(self._objects, store.layout, store.attributes["configuration_hash"]).read_on(_FIRST_S)
         store.index = ledger.index
         return Shown(store, self._objects, ledger, before)
 

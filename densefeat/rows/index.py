@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from densefeat import layout
 from densefeat.align import RECORDED, RowGeometry
 from densefeat.arguments import whole_number
 from densefeat.errors import MissingFeatures, StoreError
 from densefeat.layout import FeatureLayout
+from densefeat.rows.blocks import read_blocks
 from densefeat.rows.ledger import OUTCOME, check_columns, pending, read_record, recorded_shards, with_outcomes
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
@@ -26,6 +28,7 @@ Rows = slice | Iterable[int | str]
 logger = logging.getLogger(__name__)
 
 _SHOWN = 10
+_KEYS_IN_A_DICT, _SCANS_BEFORE_A_DICT = 50_000, 50  # the dict of a million keys costs as much as some 70 scans
 # Columns of the index that this package reads. schemas/index.py has the whole schema.
 _COLUMNS = {"key": pa.string(), "label": pa.int64(), "affine": pa.list_(pa.float64()), **OUTCOME}
 
@@ -33,7 +36,7 @@ REPAIR = "verify the store with jobs/verify_store.py --repair and compute the lo
 _REBUILD = "jobs/verify_store.py --repair rebuilds it from the images and the ledger"
 
 
-def read_index(objects: Objects, features: FeatureLayout) -> pa.Table:
+def read_index(objects: Objects, features: FeatureLayout, configuration_hash: str) -> pa.Table:
     """Read the index with the outcomes of all finished shards; rows of the others are pending.
 
     Raises:
@@ -43,7 +46,7 @@ def read_index(objects: Objects, features: FeatureLayout) -> pa.Table:
         # The order matters: a job that finishes in between merges the index before it writes the manifest.
         finished = objects.exists(layout.MANIFEST)
         index = stored_index(objects, features.rows)
-        return index if finished else _with_finished_shards(index, objects, features)
+        return index if finished else _with_finished_shards(index, objects, features, configuration_hash)
     except PermissionError as error:
         if objects.can_list:
             raise
@@ -77,8 +80,13 @@ def stored_index(objects: Objects, rows: int | None = None) -> pa.Table:
     return index
 
 
-def _with_finished_shards(index: pa.Table, objects: Objects, features: FeatureLayout) -> pa.Table:
+def _with_finished_shards(
+    index: pa.Table, objects: Objects, features: FeatureLayout, configuration_hash: str
+) -> pa.Table:
     """Complete the index of an unfinished store from the ledger; rows of a damaged record are pending."""
+    recorded = recorded_shards(objects, features)
+    blocks = read_blocks(objects, features, recorded, configuration_hash, index.schema)
+    in_blocks = {facts["shard"] for block in blocks for facts in block.facts}
 
     def outcomes(shard: int) -> pa.Table | None:
         try:
@@ -92,17 +100,20 @@ def _with_finished_shards(index: pa.Table, objects: Objects, features: FeatureLa
             )  # fmt: skip
             return None
 
-    found = in_order(outcomes, recorded_shards(objects, features))
-    return with_outcomes(pending(index), [record for record in found if record is not None])
+    found = in_order(outcomes, [shard for shard in recorded if shard not in in_blocks])
+    single = [record for record in found if record is not None]
+    return with_outcomes(pending(index), [block.outcomes for block in blocks] + single)
 
 
 class IndexedRows:
     """The rows of a store as its index describes them: keys, labels, outcomes, geometry. Base of ``FeatureStore``."""
 
     uri: str
+    attributes: dict[str, Any]
     layout: FeatureLayout
     shape: tuple[int, int, int]
     _objects: Objects
+    _scans = 0  # of the keys
 
     def __len__(self) -> int:
         """Number of rows, including failed ones."""
@@ -110,7 +121,7 @@ class IndexedRows:
 
     def __contains__(self, key: object) -> bool:
         """Whether a row has this key."""
-        return key in self._row_of_key
+        return isinstance(key, str) and self._row_with_key(key) is not None
 
     def __getstate__(self) -> dict[str, Any]:
         # The index can be large: every process reads it again instead of receiving a copy.
@@ -127,7 +138,7 @@ class IndexedRows:
         Raises:
             StoreError: the index is missing or damaged.
         """
-        return read_index(self._objects, self.layout)
+        return read_index(self._objects, self.layout, self.attributes["configuration_hash"])
 
     @property
     def keys(self) -> list[str]:
@@ -161,6 +172,17 @@ class IndexedRows:
             rows[key] = -1 if key in rows else row  # -1: ambiguous
         return rows
 
+    def _row_with_key(self, key: str) -> int | None:
+        """The row with a key; −1 if several rows have it, None if there is none.
+
+        A scan takes milliseconds for a million keys, their dict seconds: it is made when it has become worth it.
+        """
+        self._scans += 1
+        if len(self) <= _KEYS_IN_A_DICT or self._scans > _SCANS_BEFORE_A_DICT or "_row_of_key" in self.__dict__:
+            return self._row_of_key.get(key)
+        found = np.flatnonzero(pc.equal(self.index["key"], key).to_numpy())
+        return None if len(found) == 0 else int(found[0]) if len(found) == 1 else -1
+
     @cached_property
     def _places(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         columns = (self.index[name].fill_null(-1).to_numpy() for name in ("chunk_offset", "chunk_nbytes"))
@@ -176,9 +198,9 @@ class IndexedRows:
             TypeError: neither a string nor a Python, NumPy or torch integer.
         """
         if isinstance(row_or_key, str):
-            row = self._row_of_key.get(row_or_key)
+            row = self._row_with_key(row_or_key)
             if row is None:
-                raise KeyError(f"no row has the key {row_or_key!r}; keys look like {self.keys[0]!r}")
+                raise KeyError(f"no row has the key {row_or_key!r}; keys look like {self.index['key'][0].as_py()!r}")
             if row < 0:
                 raise KeyError(f"several rows have the key {row_or_key!r}: use a row number")
             return row

@@ -68,11 +68,11 @@ class LocalFolder:
 
     def list(self, prefix: str) -> dict[str, int]:
         """Keys and sizes of all files below the folder ``prefix`` except temporary ones; linked folders are entered."""
-        sizes = {}
+        sizes, root = {}, os.path.join(self.root, "")  # noqa: PTH118 - with a slash at its end; there can be many files
         for entry in _walk(self._path(prefix)):
             if not is_temporary(entry.name):
                 with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                    sizes[Path(entry.path).relative_to(self.root).as_posix()] = _size(entry)
+                    sizes[entry.path.removeprefix(root).replace(os.sep, "/")] = _size(entry)
         return dict(sorted(sizes.items()))
 
     def put(self, key: str, data: bytes) -> None:

@@ -2,13 +2,13 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
-from densefeat import layout
 from densefeat.errors import DensefeatError
+from densefeat.rows.ledger import recorded_shards
 from densefeat.storage.objects import Objects
 from densefeat.store import FeatureStore
 from pipeline.reporting.progress import Progress
@@ -19,6 +19,7 @@ from pipeline.run.prepare import prepare
 from pipeline.run.recipe import Stages
 from pipeline.run.shard_worker import ShardWorker, StoreEncoding, make_worker
 from pipeline.run.workers import InlineWorkers, TaskFailed, Workers
+from pipeline.store.blocks import BlockWriter
 from pipeline.store.layout import existing_store, finish, reopen
 from pipeline.store.shard import finished_shards
 from schemas.ledger import LedgerRecord
@@ -76,8 +77,7 @@ def _make_missing(plan: Plan, objects: Objects, state: _JobState) -> None:
         to_do = [shard for shard in plan.shards if shard not in state.done]
         if to_do:
             reopen(objects)
-        done_before = [record for shard, record in state.done.items() if shard in plan.shards]
-        state.made, state.given_up = make_shards(plan, objects, workers, encoding, to_do, done_before)
+        state.made, state.given_up = make_shards(plan, objects, workers, encoding, to_do, state.done.values())
         state.seconds = time.monotonic() - begun
 
 
@@ -107,20 +107,23 @@ def make_shards(
     workers: Workers,
     encoding: StoreEncoding,
     to_do: list[int],
-    done: list[LedgerRecord],
+    known: Collection[LedgerRecord],
 ) -> tuple[dict[int, LedgerRecord], dict[int, str]]:
     """Make the shards ``to_do``; returns the records of the shards made, and the reasons for those given up."""
+    done = [record for record in known if record.shard in plan.shards]
     made: dict[int, LedgerRecord] = {}
     given_up: dict[int, str] = {}
     shared = workers.share(encoding)
     tasks = [(objects, shard, plan.shard_references(shard), shared) for shard in to_do]
     images = sum(len(plan.features.rows_of(shard)) for shard in plan.shards)
+    blocks = BlockWriter(objects, plan.features.shards, known)
     with Progress(len(plan.shards), images, done) as progress:
         for task, result in workers.map(ShardWorker.make_shard, tasks, progress.advance):
             if isinstance(result, TaskFailed):
                 given_up[to_do[task]] = f"tried {result.attempts} times; the last time: {result.reason}"
             else:
                 made[to_do[task]] = result
+                blocks.add(result)
                 progress.shard_done(result)
     return made, given_up
 
@@ -135,7 +138,7 @@ def what_is_kept(plan: Plan, objects: Objects, *, set_up: bool) -> str:
     """
     try:
         stored = existing_store(objects)
-        finished = len(objects.list(layout.LEDGER)) if stored else 0
+        finished = len(recorded_shards(objects, plan.features)) if stored else 0
     except (DensefeatError, OSError) as error:
         return f"the store cannot be read now ({error}): continue with --resume"
     if stored is None:

@@ -48,6 +48,7 @@ _OWN_KEY = re.compile(
         (
             *map(re.escape, (layout.ATTRIBUTES, layout.INDEX, layout.MANIFEST)),
             rf"{re.escape(layout.LEDGER)}/\d{{6,}}\.parquet",
+            rf"{re.escape(layout.LEDGER_BLOCKS)}/\d{{6,}}\.parquet",
             rf"{re.escape(layout.INTENTS)}/\d{{6,}}-[0-9a-f]{{64}}\.parquet",
             *(rf"{re.escape(name)}/(zarr\.json|c/\d+/0(/0/0)?)" for name in (layout.FEATURES, *layout.COMPANIONS)),
             rf"{re.escape(layout.STEP)}/(zarr\.json|c/0)",

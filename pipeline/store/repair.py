@@ -48,6 +48,8 @@ def rebuild_tables(objects: Objects, damaged: Sequence[int]) -> bool:
     references = _references(objects, store.layout.rows, source)
     for shard in damaged:
         withdraw(objects, shard)
+    for key in objects.list(layout.LEDGER_BLOCKS):  # derived from the records, which remain
+        objects.delete(key)
     objects.delete(layout.MANIFEST)  # first: until the index is rebuilt, the ledger says which rows are done
     objects.put(layout.INDEX, parquet_bytes(pending_index(references)))
     records = finished_shards(objects, store.attributes["configuration_hash"])

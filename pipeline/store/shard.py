@@ -32,11 +32,15 @@ from typing import Any
 
 from densefeat import layout
 from densefeat.errors import StoreError
+from densefeat.rows.blocks import read_blocks
+from densefeat.storage.metadata import read_layout, read_root
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
 from densefeat.store import read_attributes
 from pipeline.errors import JobError
 from pipeline.reporting.seconds import StageSeconds
+from pipeline.store.blocks import delete_block
+from schemas.index import INDEX
 from schemas.ledger import LedgerRecord, RowOutcome, outcomes_table
 
 __all__ = ["committed", "finished_shards", "read_record", "withdraw", "write_shard"]
@@ -127,8 +131,14 @@ def finished_shards(objects: Objects, configuration_hash: str) -> dict[int, Ledg
         JobError: a record is damaged, or has another configuration; rewriting its shard cannot fix that.
     """
     shards = [int(match[1]) for match in map(_LEDGER_KEY.fullmatch, objects.list(layout.LEDGER)) if match]
-    read = in_order(lambda shard: _recorded(objects, shard, configuration_hash), shards)
-    records = [record for record in read if record is not None]
+    features = read_layout(objects, read_root(objects))
+    recorded = [shard for shard in shards if shard < features.shards]
+    blocks = read_blocks(objects, features, recorded, configuration_hash, INDEX)
+    records = [record for block in blocks for record in LedgerRecord.of_block(block)]
+    in_blocks = {record.shard for record in records}
+    single = [shard for shard in shards if shard not in in_blocks]
+    read = in_order(lambda shard: _recorded(objects, shard, configuration_hash), single)
+    records += [record for record in read if record is not None]
     sizes: dict[str, int] = {}
     for array in {array for record in records for array in record.objects}:
         sizes |= objects.list(f"{array}/c")
@@ -157,6 +167,7 @@ def withdraw(objects: Objects, shard: int) -> None:
 
     The objects are deleted first: a record without them does not count as done, and is still reported as damaged.
     """
+    delete_block(objects, shard)
     for array in (layout.FEATURES, *layout.COMPANIONS):
         objects.delete(layout.shard_key(shard, array))
     objects.delete(layout.ledger_key(shard))

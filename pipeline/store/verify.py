@@ -3,12 +3,12 @@
 import hashlib
 import threading
 from functools import cached_property
-from typing import Any
 
 import pyarrow as pa
 
 from densefeat import layout
 from densefeat.errors import StoreError
+from densefeat.rows.blocks import read_blocks
 from densefeat.rows.ledger import recorded_shards
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
@@ -21,23 +21,28 @@ from pipeline.store.fitted import stored_fit
 from pipeline.store.layout import step_sha256
 from pipeline.store.shard import read_record
 from schemas.attributes import StoreAttributes
-from schemas.index import OK, OUTCOMES
+from schemas.index import INDEX, OK, OUTCOMES
 from schemas.ledger import LedgerRecord, manifest
 
 
 class StoreCheck:
     """Checks of one store. Each check returns its problems, one message each.
 
+    Args:
+        uri: the store.
+        fast: compare only the sizes of shard objects with the ledger, not their bytes.
+
     Attributes:
         layout: shape and sharding of the feature array.
         recorded: shards that have a ledger record, in order.
-        nbytes: bytes of shards read so far.
+        nbytes: bytes of the shards checked so far.
 
     Raises:
         StoreError: there is no store at ``uri``.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, fast: bool = False) -> None:
+        self._fast = fast
         self._store = FeatureStore(uri)
         self._objects = Objects(uri)
         self.layout = self._store.layout
@@ -63,19 +68,34 @@ class StoreCheck:
         for array, facts in record.objects.items():
             key = layout.shard_key(shard, array)
             try:
-                data = self._objects.get(key)
+                data = None if self._fast else self._objects.get(key)
+                size = self._sizes.get(key) if data is None else len(data)
             except FileNotFoundError:
+                size = None
+            if size is None:
                 problems.append(f"its object {key} is missing")
                 continue
             with self._lock:
-                self.nbytes += len(data)
-            problems += self._object_problems(record, array, facts, data)
+                self.nbytes += size
+            name = "its object" if array == layout.FEATURES else f"its object of the array {array}"
+            if size != facts["nbytes"]:
+                problems.append(f"{name} has {size:,} bytes, {facts['nbytes']:,} were written")
+            elif data is not None:
+                problems += self._content_problems(record, array, name, data)
         return problems
 
-    def _object_problems(self, record: LedgerRecord, array: str, facts: dict[str, Any], data: bytes) -> list[str]:
-        name = "its object" if array == layout.FEATURES else f"its object of the array {array}"
-        if len(data) != facts["nbytes"]:
-            return [f"{name} has {len(data):,} bytes, {facts['nbytes']:,} were written"]
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Sizes of all shard objects by key."""
+        arrays = (layout.FEATURES, *layout.COMPANIONS)
+        if self._objects.can_list:
+            return {key: size for array in arrays for key, size in self._objects.list(f"{array}/c").items()}
+        keys = [layout.shard_key(shard, array) for shard in self.recorded for array in arrays]
+        sizes = zip(keys, in_order(self._objects.size, keys), strict=True)
+        return {key: size for key, size in sizes if size is not None}
+
+    def _content_problems(self, record: LedgerRecord, array: str, name: str, data: bytes) -> list[str]:
+        facts = record.objects[array]
         if hashlib.sha256(data).hexdigest() != facts["sha256"]:
             damaged = f"; damaged rows {self._damaged_rows(record, data)}" if array == layout.FEATURES else ""
             return [f"{name}'s bytes changed after they were written{damaged}"]
@@ -146,7 +166,21 @@ class StoreCheck:
             problems = [str(error)]
         else:
             problems = self._index_problems(index)
-        return problems + self._manifest_problems()
+        return problems + self._manifest_problems() + self._block_problems()
+
+    def _block_problems(self) -> list[str]:
+        """Whether blocks of the ledger can be read, and hold the same as its records."""
+        blocks = read_blocks(
+            self._objects, self.layout, self.recorded, self._store.attributes["configuration_hash"], INDEX
+        )
+        problems = []
+        if self._objects.can_list and (unused := len(self._objects.list(layout.LEDGER_BLOCKS)) - len(blocks)):
+            problems.append(f"{unused} of the ledger's blocks are damaged, or of another configuration")
+        for record in (record for block in blocks for record in LedgerRecord.of_block(block)):
+            known = self._sound_records.get(record.shard)
+            if known is not None and (record != known or not record.outcomes.equals(known.outcomes)):
+                return [*problems, f"the ledger's blocks and its records differ in shard {record.shard}"]
+        return problems
 
     def _index_problems(self, index: pa.Table) -> list[str]:
         named = None if isinstance(self._attributes, ValueError) else self._attributes

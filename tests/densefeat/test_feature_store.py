@@ -107,6 +107,31 @@ def test_a_failed_row_says_why(known: KnownStore, row: int) -> None:
         assert (again.row, str(again)) == (row, str(caught.value))
 
 
+@pytest.mark.parametrize("scanned", [True, False])
+def test_keys_are_found_by_scans_and_by_their_dict(
+    known: KnownStore, scanned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = Objects(known.uri)
+    index = read_parquet(objects.get(layout.INDEX))
+    keys = index["key"].to_pylist()
+    keys[5] = keys[9]
+    number = index.schema.get_field_index("key")
+    objects.put(layout.INDEX, parquet_bytes(index.set_column(number, index.schema.field(number), pa.array(keys))))
+    monkeypatch.setattr("densefeat.rows.index._KEYS_IN_A_DICT", 0 if scanned else 100)
+    store = FeatureStore(known.uri)
+    assert [store.row_of(keys[row]) for row in (0, 3, 10)] == [0, 3, 10]
+    assert keys[4] in store
+    assert "nothing" not in store
+    assert ("_row_of_key" in vars(store)) is not scanned
+    with pytest.raises(KeyError, match=r"no row has the key 'nothing'; keys look like 'class/000\.jpg'"):
+        store.row_of("nothing")
+    with pytest.raises(KeyError, match=r"several rows have the key 'class/009\.jpg'"):
+        store.row_of(keys[9])
+    for _ in range(60):
+        store.row_of(keys[1])
+    assert "_row_of_key" in vars(store)
+
+
 def test_unknown_rows_and_keys(known: KnownStore) -> None:
     store = FeatureStore(known.uri)
     with pytest.raises(KeyError, match=r"class/000\.jpg"):

@@ -223,3 +223,28 @@ def test_without_its_metadata_there_is_no_store(known: KnownStore) -> None:
         (Path(known.uri) / name).write_bytes(b"{")
         with pytest.raises(StoreError, match=rf"{name} is damaged"):
             verify(VerifyConfig(store=known.uri))
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut off", "without its end", "a flipped bit"])
+def test_fast_finds_what_sizes_tell(known: KnownStore, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Lost and cut objects; changed bytes it leaves to the checksums of readers."""
+    config = VerifyConfig(store=known.uri, fast=True)
+    assert verify(config) == 0
+    path = Path(known.uri) / layout.shard_key(1)
+    whole = path.read_bytes()
+    damaged = DAMAGE[damage](whole)
+    path.unlink() if damaged is None else path.write_bytes(damaged)
+    caplog.clear()
+    same_size = damaged is not None and len(damaged) == len(whole)
+    with caplog.at_level(logging.ERROR):
+        assert verify(config) == (0 if same_size else 1)
+    assert ("shard 1: its object" in caplog.text) is not same_size
+    assert verify(VerifyConfig(store=known.uri)) == 1
+
+
+def test_fast_reads_no_shard(known: KnownStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    get = Objects.get
+    monkeypatch.setattr(Objects, "get", lambda self, key: read.append(key) or get(self, key))
+    assert verify(VerifyConfig(store=known.uri, fast=True)) == 0
+    assert not [key for key in read if key.startswith(f"{layout.FEATURES}/c")]

@@ -54,16 +54,16 @@ def test_records_are_read_once_and_damaged_ones_again(tmp_path: Path, caplog: py
     store = set_up_store(str(tmp_path / "store"))
     for shard in range(3):
         write_timed_shard(store, shard)
-    expected = read_index(Objects(store.uri), FEATURES)
+    expected = read_index(Objects(store.uri), FEATURES, store.configuration_hash)
     place = tmp_path / "store" / layout.ledger_key(1)
     good = place.read_bytes()
     place.write_bytes(good[: len(good) // 2])
     with caplog.at_level(logging.WARNING):
-        ledger = Ledger(Objects(store.uri), FEATURES).read_on(1.0)
+        ledger = Ledger(Objects(store.uri), FEATURES, store.configuration_hash).read_on(1.0)
         assert ledger.read_on(1.0) is ledger
     assert caplog.text.count("000001.parquet is damaged") == 1
     assert ledger.sums.figures()["shards"] == 2
-    assert ledger.index.equals(read_index(Objects(store.uri), FEATURES))
+    assert ledger.index.equals(read_index(Objects(store.uri), FEATURES, store.configuration_hash))
     place.write_bytes(good)
     (tmp_path / "store" / layout.ledger_key(2)).write_bytes(b"not read again")
     complete = ledger.read_on(1.0)
@@ -86,7 +86,7 @@ def test_records_that_do_not_fit_leave_their_rows_pending(tmp_path: Path, damage
     place = layout.ledger_key(int(damage == "of another shard"))
     Objects(store.uri).put(layout.ledger_key(0), b"")
     Objects(store.uri).put(place, parquet_bytes(table))
-    ledger = Ledger(Objects(store.uri), FEATURES).read_on(1.0)
+    ledger = Ledger(Objects(store.uri), FEATURES, store.configuration_hash).read_on(1.0)
     assert set(ledger.index["status"].to_pylist()) == {"pending"}
     assert ledger.sums.figures()["shards"] == 0
 
@@ -96,7 +96,7 @@ def test_failures_are_counted_once_for_page_and_console(tmp_path: Path, capsys: 
     statuses = ["ok", "corrupt", "corrupt", "too_small", "ok", "corrupt", "pending", "ok", "pending", "ok", "ok"]
     errors = [None, "cut", "no header", "2 pixels", None, "no header", None, None, None, None, None]
     replace_columns(store.uri, status=statuses, error=errors)
-    index = read_index(Objects(store.uri), FEATURES)
+    index = read_index(Objects(store.uri), FEATURES, store.configuration_hash)
     assert without_features(index) == [
         {"status": "corrupt", "error": "no header", "rows": 2, "first": 2},
         {"status": "pending", "error": None, "rows": 2, "first": 6},
@@ -118,7 +118,7 @@ def test_many_records_are_read_bit_by_bit(tmp_path: Path) -> None:
     store = set_up_store(str(tmp_path / "store"))
     record = write_timed_shard(store, 0)
     objects, features = Objects(store.uri), replace(FEATURES, rows=100 * SHARD_ROWS)
-    index = pa.concat_tables([read_index(objects, FEATURES).slice(0, SHARD_ROWS)] * 100)
+    index = pa.concat_tables([read_index(objects, FEATURES, "").slice(0, SHARD_ROWS)] * 100)
     numbers = pa.array(range(100 * SHARD_ROWS), pa.int64())
     objects.put(layout.INDEX, parquet_bytes(index.set_column(0, index.schema.field(0), numbers)))
     for shard in range(96):
@@ -127,7 +127,7 @@ def test_many_records_are_read_bit_by_bit(tmp_path: Path) -> None:
         objects.put(layout.ledger_key(shard), replace(record, shard=shard, outcomes=outcomes).to_bytes())
     for shard in range(96, 100):
         objects.put(layout.ledger_key(shard), b"damaged")
-    ledgers = [Ledger(objects, features).read_on(0.0)]
+    ledgers = [Ledger(objects, features, store.configuration_hash).read_on(0.0)]
     while ledgers[-1].unread:
         ledgers.append(ledgers[-1].read_on(0.0))
     assert [(ledger.sums.figures()["shards"], ledger.unread) for ledger in ledgers] == [

@@ -1,0 +1,100 @@
+"""Check a store against its format (docs/format.md), without reading features."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from densefeat import layout
+from densefeat.errors import StoreError
+from densefeat.store import FeatureStore
+
+__all__ = ["problems"]
+
+_COLUMNS = {
+    "row": pa.int64(), "key": pa.string(), "uri": pa.string(), "offset": pa.int64(), "nbytes": pa.int64(),
+    "label": pa.int64(), "status": pa.string(), "error": pa.string(), "height": pa.int32(), "width": pa.int32(),
+    "affine": pa.list_(pa.float64()), "valid_box": pa.list_(pa.int32()),
+    "chunk_offset": pa.int64(), "chunk_nbytes": pa.int64(),
+}  # fmt: skip
+_FAILED = ("unreadable", "corrupt", "unsupported", "too_large", "too_small", "nonfinite", "constant", "diverged")
+_STATUSES = frozenset({"ok", "pending", *_FAILED})
+_PARTS = ("source", "backbone", "geometry", "pca", "upsampler", "storage")
+_ORTHONORMAL = 1e-3  # of the entries of components · componentsᵀ
+
+
+def problems(store: FeatureStore) -> list[str]:
+    """What is not as in docs/format.md, one message each; none if the store conforms.
+
+    Opening the store has checked the layout of the features, and the types of the attributes that readers need.
+    """
+    found = []
+    for check in (_attributes, _basis, _step, _index):
+        try:
+            found += list(check(store))
+        except StoreError as error:
+            found.append(str(error).removeprefix(f"{store.uri}: "))
+    return found
+
+
+def _attributes(store: FeatureStore) -> Iterator[str]:
+    own = store.attributes
+    if missing := [name for name in _PARTS if not isinstance(own["configuration"].get(name), dict)]:
+        yield f"the attribute configuration has no {', '.join(missing)}"
+    if len(own["configuration_hash"]) != 64 or set(own["configuration_hash"]) - set("0123456789abcdef"):
+        yield "the attribute configuration_hash is no SHA-256 in hex"
+    _ = store.class_names, store.has_embedding  # reading them checks them
+    share = own.get("explained_variance")
+    if share is not None and not 0 <= share <= 1 + 1e-6:
+        yield f"the attribute explained_variance is {share}, expected 0 … 1"
+
+
+def _basis(store: FeatureStore) -> Iterator[str]:
+    k, (channels,) = store.layout.components, store.mean.shape
+    if store.components.shape != (k, channels):
+        yield f"pca/components is {list(store.components.shape)}, expected [{k}, {channels}]"
+        return
+    product = store.components.astype(np.float64) @ store.components.T
+    if np.abs(product - np.eye(k)).max() > _ORTHONORMAL:
+        yield "the rows of pca/components are not orthonormal"
+    for name in ("explained_variance", "explained_variance_ratio"):
+        if (shape := store.array(f"{layout.PCA}/{name}").shape) != (k,):
+            yield f"pca/{name} is {list(shape)}, expected [{k}]"
+
+
+def _step(store: FeatureStore) -> Iterator[str]:
+    if store.step is not None and (store.step.ndim != 1 or not (store.step > 0).all()):
+        yield "step has values that are not greater than 0, or more than one axis"
+
+
+def _index(store: FeatureStore) -> Iterator[str]:
+    index = store.index
+    for name, kind in _COLUMNS.items():
+        if name not in index.column_names or index.schema.field(name).type != kind:
+            got = index.schema.field(name).type if name in index.column_names else "nothing"
+            yield f"index.parquet: the column {name} is {got}, expected {kind}"
+    if unknown := set(index["status"].unique().to_pylist()) - _STATUSES:
+        yield f"index.parquet has an unknown status: {', '.join(sorted(map(str, unknown)))}"
+    done = index.filter(pc.equal(index["status"], "ok"))
+    if done["chunk_offset"].null_count or done["chunk_nbytes"].null_count:
+        yield "index.parquet: rows are ok, and have no chunk"
+    elif (index["chunk_offset"].is_valid().to_numpy() != (index["status"].to_numpy() == "ok")).any():
+        yield "index.parquet: rows are not ok, and have a chunk"
+    yield from _lists(done, "affine", 6, lambda values: np.isfinite(values).all())
+    yield from _lists(done, "valid_box", 4, lambda boxes: _inside(boxes, store.shape[1:]))
+
+
+def _lists(done: pa.Table, name: str, length: int, valid: Callable[[Any], bool]) -> Iterator[str]:
+    column = done[name].combine_chunks()
+    lengths = pc.list_value_length(column)
+    if column.null_count or not pc.all(pc.equal(lengths, length), min_count=0).as_py():
+        yield f"index.parquet: {name} of rows that are ok has not always {length} values"
+    elif not valid(pc.list_flatten(column).to_numpy().reshape(-1, length)):
+        yield f"index.parquet: {name} of rows that are ok has values out of range"
+
+
+def _inside(boxes: Any, size: tuple[int, int]) -> bool:
+    y0, x0, y1, x1 = boxes.T
+    return bool(((y0 >= 0) & (x0 >= 0) & (y0 < y1) & (x0 < x1) & (y1 <= size[0]) & (x1 <= size[1])).all())

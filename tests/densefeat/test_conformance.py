@@ -1,0 +1,115 @@
+"""``densefeat info --strict``: stores of the pipeline conform, damaged ones do not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import zarr
+
+from densefeat import FeatureStore, command_line, layout
+from densefeat.conformance import problems
+from densefeat.storage.objects import Objects
+from densefeat.storage.parquet import parquet_bytes, read_parquet
+from tests.helpers.stores import KnownStore, make_store, set_up_store
+
+
+@pytest.fixture(params=["int8", "float16"])
+def known(request: pytest.FixtureRequest, tmp_path: Path) -> KnownStore:
+    return make_store(str(tmp_path / "store"), request.param)
+
+
+def strict(uri: str, *options: str) -> int:
+    with pytest.raises(SystemExit) as exit:
+        command_line.main(["info", uri, "--strict", *options])
+    return int(str(exit.value.code))
+
+
+def test_stores_conform(known: KnownStore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert strict(known.uri) == 0
+    assert capsys.readouterr().out == f"{known.uri} conforms to format version 1\n"
+    assert strict(known.uri, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"uri": known.uri, "format_version": 1, "problems": []}
+
+
+def test_unfinished_stores_do_too(tmp_path: Path) -> None:
+    assert problems(FeatureStore(set_up_store(str(tmp_path / "store")).uri)) == []
+
+
+def in_index(column: str, change: Callable[[list[Any]], list[Any]], kind: pa.DataType | None = None) -> Any:
+    def damage(uri: str) -> None:
+        objects = Objects(uri)
+        index = read_parquet(objects.get(layout.INDEX))
+        number = index.schema.get_field_index(column)
+        field = index.schema.field(number) if kind is None else pa.field(column, kind)
+        values = pa.array(change(index[column].to_pylist()), field.type)
+        objects.put(layout.INDEX, parquet_bytes(index.set_column(number, field, values)))
+
+    return damage
+
+
+def in_array(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Any:
+    def damage(uri: str) -> None:
+        array = zarr.open_group(uri, mode="r+")[name]
+        array[...] = change(array[...])
+
+    return damage
+
+
+def in_attributes(name: str, value: Any) -> Any:
+    def damage(uri: str) -> None:
+        path = Path(uri) / "zarr.json"
+        root = json.loads(path.read_text())
+        root["attributes"]["densefeat"][name] = value
+        path.write_text(json.dumps(root))
+
+    return damage
+
+
+DAMAGES = {
+    "affine of the wrong length": (
+        in_index("affine", lambda all: [one and one[:5] for one in all]), "affine of rows that are ok has not always 6"
+    ),
+    "affine that is not finite": (
+        in_index("affine", lambda all: [one and [float("nan"), *one[1:]] for one in all]), "affine .* out of range"
+    ),
+    "box beyond the features": (
+        in_index("valid_box", lambda all: [one and [*one[:3], 99] for one in all]), "valid_box .* out of range"
+    ),
+    "a status of its own": (
+        in_index("status", lambda all: ["fine" if one == "corrupt" else one for one in all]), "unknown status: fine"
+    ),
+    "a failed row with a chunk": (
+        in_index("chunk_offset", lambda all: [one or 0 for one in all]), "rows are not ok, and have a chunk"
+    ),
+    "another type": (
+        in_index("height", lambda all: all, pa.int64()), "the column height is int64, expected int32"
+    ),
+    "a basis that is not orthonormal": (in_array("pca/components", lambda one: 2 * one), "not orthonormal"),
+    "a variance above 1": (in_attributes("explained_variance", 1.5), "explained_variance is 1.5, expected 0 … 1"),
+    "a hash of another kind": (in_attributes("configuration_hash", "md5"), "configuration_hash is no SHA-256"),
+    "class names that are none": (in_attributes("class_names", [1]), "class_names is damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_named(known: KnownStore, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    damage, words = DAMAGES[name]
+    damage(known.uri)
+    assert strict(known.uri) == 1
+    import re
+
+    assert re.search(words, capsys.readouterr().out)
+
+
+def test_every_column_of_the_index_is_in_the_document() -> None:
+    from densefeat.conformance import _COLUMNS, _STATUSES
+    from schemas.index import FAILED, INDEX, OK, PENDING
+
+    assert pa.schema(list(_COLUMNS.items())).equals(pa.schema([(field.name, field.type) for field in INDEX]))
+    assert {OK, PENDING, *FAILED} == _STATUSES
+    text = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+    assert all(f"`{name}`" in text for name in [*INDEX.names, *_STATUSES])
