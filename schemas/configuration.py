@@ -18,6 +18,7 @@ __all__ = [
     "Fit",
     "GeometryConfiguration",
     "PcaConfiguration",
+    "Quality",
     "Represent",
     "SourceConfiguration",
     "SourceKind",
@@ -35,7 +36,8 @@ MIN_SIDE = 8  # default minimum side of an image, in pixels
 FITTED = "fitted"  # in the upsampler's part: the identity of its fit to the images
 Fit = Literal["crop", "pad", "squash"]  # crop to the aspect ratio, pad to it, or distort to it
 Space = Literal["layer", "head"]  # of the features: the layer's own, or that of the model's output
-Represent = Literal["dense", "compact"]  # features, or components before the last step of upsampling
+Represent = Literal["dense", "half", "compact"]  # features, at half the resolution, or before the last step
+Quality = Literal["high", "balanced", "small"]
 Facet = Literal["token", "value"]  # of a ViT's last block: its output, or the values of its attention
 SourceKind = Literal["folder", "list", "tar", "parquet"]
 
@@ -135,7 +137,8 @@ class StorageConfiguration(_Part):
         shard_images: rows per shard.
         zstd_level: compression level.
         error_floor: of the quantization steps, as a share of the features' root mean square; None for float16.
-        represent: "compact": components before the upsampler's last step; None: the features, "dense".
+        represent: "half": features at half the resolution; "compact": components before the upsampler's last step;
+            None: the features, "dense".
         embedding: number of channels of the images' embeddings; None: there are none.
         guidance_quality: compact: JPEG quality of the guidance images; None: the last step needs none.
     """
@@ -144,7 +147,7 @@ class StorageConfiguration(_Part):
     shard_images: int
     zstd_level: int
     error_floor: float | None = None
-    represent: Literal["compact"] | None = None
+    represent: Literal["half", "compact"] | None = None
     guidance_quality: int | None = None
     embedding: int | None = None
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from schemas.checks import at_least, check_components, parse_layers, parse_size
-from schemas.configuration import MAX_PIXELS, MIN_SIDE, Facet, Fit, Represent, Space
+from schemas.configuration import MAX_PIXELS, MIN_SIDE, Facet, Fit, Quality, Represent, Space
 from schemas.upsamplers import UpsamplerOptions
 
 # At k = 128 and 224 px, int8 shards of 64 images are about 410 MB before compression, float16 shards of 8 about 100 MB:
@@ -113,9 +113,13 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
     output_size: str | None = None
     # PCA basis: a .npz file from jobs/fit_pca.py or the URI of another store; if omitted, fitted on these images.
     pca: str | None = None
-    # Representation of the features in the store: "dense", or "compact": components before the last step of upsampling,
-    # and a small image that guides it. A compact store takes a tenth to a thirtieth of the bytes, and readers, which
-    # need torch, take the step. For bilinear, jbu without weights, and multiview. Dense if omitted, or as the store.
+    # Quality of the stored features: "high", within .9995 of cosine similarity; "balanced", stored at half the
+    # resolution: .9994, at 0.4 of the bytes; "small": .995, at 0.2. It chooses --represent and --error-floor.
+    quality: Quality = "high"
+    # Representation of the features in the store: "dense"; "half": at half the resolution, interpolated by readers; or
+    # "compact": components before the last step of upsampling, and a small image that guides it. A compact store takes
+    # a tenth to a thirtieth of the bytes, and readers, which need torch, take the step. For bilinear, jbu without
+    # weights, and multiview. If omitted, --quality decides, or the store that is resumed.
     represent: Represent | None = None
     # Also store one vector per image, from the same pass: the pooled features that the model's classifier would take
     # (its class token or average), or with --space head its output, such as CLIP's embedding of the image.
@@ -123,8 +127,8 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
     # Data type of the stored features.
     dtype: Literal["int8", "float16"] = "int8"
     # int8 only: error floor common to all components, in units of their root mean square. Larger values give smaller,
-    # coarser stores.
-    error_floor: float = 0.1
+    # coarser stores. If omitted, --quality decides, or the store that is resumed.
+    error_floor: float | None = None
     # Images per shard; if omitted, 64 for int8, 8 for float16, 256 for compact stores, or fewer if a shard would exceed
     # 512 MiB before compression.
     shard_images: int | None = None
@@ -153,6 +157,8 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
         at_least("--shard-images", self.shard_images, 1)
         at_least("--attempts", self.attempts, 1)
         at_least("--error-floor", self.error_floor, 0)
+        if self.dtype == "float16" and self.quality != "high":
+            raise ValueError(f"--quality {self.quality} is for int8: got --dtype float16, expected one of the two")
         at_least("--stall-timeout-s", self.stall_timeout_s, 1)
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"--max-failed-share is a share: got {self.max_failed_share}, expected 0 … 1")
@@ -169,9 +175,21 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
         """(height, width) of the stored features."""
         return self.size_px if self.output_size is None else parse_size("--output-size", self.output_size)
 
+    @property
+    def representation(self) -> Represent:
+        """What the store holds."""
+        return self.represent or ("dense" if self.quality == "high" else "half")
+
+    @property
+    def floor(self) -> float:
+        """The error floor of int8."""
+        if self.error_floor is not None:
+            return self.error_floor
+        return 0.35 if self.quality == "small" else 0.1
+
     def shard_rows(self, image_nbytes: int) -> int:
         """Images per shard of a new store, given the bytes of an image's features before compression."""
-        most = COMPACT_SHARD_IMAGES if self.represent == "compact" else SHARD_IMAGES[self.dtype]
+        most = COMPACT_SHARD_IMAGES if self.representation == "compact" else SHARD_IMAGES[self.dtype]
         return self.shard_images or max(1, min(most, MOST_SHARD_BYTES // image_nbytes))
 
     def shard_range(self, shards: int) -> range:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from densefeat import layout
 from densefeat.errors import MissingPackage, StoreError, missing_package
+from densefeat.rows.bilinear import interpolated
 from densefeat.rows.index import REPAIR, IndexedRows
 from densefeat.storage.guidance import GuidanceImages, guidance_nbytes
 from densefeat.storage.metadata import (
@@ -121,13 +122,24 @@ class StoredRows(IndexedRows):
 
         Raises:
             KeyError, IndexError, TypeError, MissingFeatures, StoreError: as `read_codes`.
-            MissingPackage: torch or Pillow is not installed, which compact stores need (extra ``compact``).
+            MissingPackage: torch or Pillow is not installed, which compact stores need (extra ``compact``) unless
+                their last step is an interpolation.
         """
         codes = self.read_codes(row_or_key)
-        if self._last_step is None:
+        if self.compact is None:
             return codes, self.step
+        if self._interpolates:
+            return interpolated(layout.dequantize(codes, self.step), self.shape[1:]), None
+        assert self._last_step is not None
         guidance = self.read_guidance(row_or_key) if self._guidance is not None else None
         return self._last_step.on_arrays(layout.dequantize(codes, self.step), guidance), None
+
+    @property
+    def _interpolates(self) -> bool:
+        """Whether the last step is bilinear interpolation without antialiasing, which needs no torch."""
+        sizes = zip(self.layout.image_shape[1:], self.shape[1:], strict=True)
+        bilinear = self.compact is not None and self.compact["last_step"] == {"name": "bilinear"}
+        return bilinear and all(old <= 2 * new for old, new in sizes)
 
     @cached_property
     def _last_step(self) -> "LastStep | None":

@@ -155,7 +155,7 @@ def _calibrate(
         what="calibration",
     )
     mean_square, nbytes = sample.sums.mean_square / sample.images, sample.sums.nbytes / sample.images
-    return choose_steps(plan.config.dtype, mean_square, plan.config.error_floor), nbytes
+    return choose_steps(plan.config.dtype, mean_square, plan.config.floor), nbytes
 
 
 def _check_space(plan: Plan, objects: Objects, image_nbytes: float) -> None:

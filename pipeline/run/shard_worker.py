@@ -244,22 +244,22 @@ class ShardWorker(FeatureWorker):
     def _stored(self, features: Tensor, pixels: Tensor, encoding: StoreEncoding, seconds: StageSeconds) -> Stored:
         """Upsample, up to the last step for a compact store, and encode low-resolution features."""
         upsampler, size = self._projected(encoding.basis, encoding.fit), self.geometry.output_size
+        stored_size = self.recipe.stored_size
         into = Encoding.of_steps(encoding.step, self.device)
         with seconds.stage("upsample"):
             if self.recipe.represent == "compact":
                 values, failures = upsampler.before_last_step(features, pixels, size)
                 stored = with_nonfinite(into.encode(values), failures)
             else:
-                stored = upsampler.encode(features, pixels, size, into)
+                stored = upsampler.encode(features, pixels, stored_size, into)
             self._synchronize()
         return stored
 
     def _values(self, upsampler: Projected, features: Tensor, pixels: Tensor) -> Tensor:
         """The values to be stored [B, k, …] before they are encoded; not finite for an image that failed."""
-        size = self.geometry.output_size
         if self.recipe.represent == "compact":
-            return upsampler.before_last_step(features, pixels, size)[0]
-        high: Tensor = upsampler(features, pixels, size)
+            return upsampler.before_last_step(features, pixels, self.geometry.output_size)[0]
+        high: Tensor = upsampler(features, pixels, self.recipe.stored_size)
         return high
 
     def _projected(self, basis: Basis, fit: UpsamplerFit | None) -> Projected:

@@ -48,7 +48,7 @@ def store_configuration(
             recipe.shard_rows,
             ZSTD_LEVEL,
             floor,
-            represent="compact" if compact else None,
+            represent=None if recipe.represent == "dense" else recipe.represent,
             embedding=recipe.embedding,
             guidance_quality=QUALITY if compact and compact.get("guidance") else None,
         ),
@@ -70,8 +70,11 @@ def _pca_configuration(
 def with_stored_defaults(config: UpsampleConfig, stored: StoreConfiguration) -> UpsampleConfig:
     """Options for a resumed store: those that are omitted are the store's, whatever their defaults are by now."""
     adopted: dict[str, Any] = {}
-    if config.represent is None:
-        adopted["represent"] = stored.storage.represent or "dense"
+    if config.quality == "high":  # the default
+        if config.represent is None:
+            adopted["represent"] = stored.storage.represent or "dense"
+        if config.error_floor is None:
+            adopted["error_floor"] = stored.storage.error_floor
     if stored.storage.embedding is not None:
         adopted["embedding"] = True
     if config.shard_images is None:
@@ -89,8 +92,11 @@ def with_stored_defaults(config: UpsampleConfig, stored: StoreConfiguration) -> 
 
 def stored_size(config: UpsampleConfig, upsampler: Upsampler, backbone: Backbone) -> tuple[int, int]:
     """(height, width) of the stored values."""
-    if config.represent != "compact":
-        return config.output_size_px
+    height, width = config.output_size_px
+    if config.representation == "dense":
+        return height, width
+    if config.representation == "half":
+        return -(-height // 2), -(-width // 2)
     if upsampler.last_step() is None:
         weights = "" if config.upsampler_weights is None else f" --upsampler-weights {config.upsampler_weights}"
         raise JobError(
@@ -101,9 +107,9 @@ def stored_size(config: UpsampleConfig, upsampler: Upsampler, backbone: Backbone
 
 
 def compact_attribute(config: UpsampleConfig, upsampler: Upsampler) -> dict[str, Any] | None:
-    """The attribute ``compact`` of the store; None for a dense store."""
-    step = upsampler.last_step()
-    if config.represent != "compact" or step is None:
+    """The attribute ``compact`` of the store: how readers make features of its values; None for a dense store."""
+    step = upsampler.last_step() if config.representation == "compact" else {"name": "bilinear"}
+    if config.representation == "dense" or step is None:
         return None
     compact: dict[str, Any] = {"size": list(config.output_size_px), "last_step": dict(step)}
     return compact if step["name"] == "bilinear" else {**compact, "guidance": list(config.size_px)}

@@ -16,7 +16,9 @@ def describe(plan: Plan) -> str:
     """Describe a plan: images, store, features, shards, bytes, and the configuration; one line each."""
     layout, config = plan.features, plan.config
     height, width = config.output_size_px
-    compact = "" if plan.compact is None else f", from {layout.height}×{layout.width} when read (compact)"
+    compact = (
+        "" if plan.compact is None else f", from {layout.height}×{layout.width} when read ({config.representation})"
+    )
     nbytes = layout.rows * layout.image_nbytes
     labelled = layout.rows - plan.references["label"].null_count
     lines = [

@@ -181,9 +181,9 @@ def _upsample_recipe(
         upsampler_identity=upsampler.identity(),
         components=features.components,
         dtype=config.dtype,
-        error_floor=config.error_floor,
+        error_floor=config.floor,
         shard_rows=features.shard_rows,
-        represent=config.represent or "dense",
+        represent=config.representation,
         embedding=backbone.embedding_channels if config.embedding else None,
         stored_size=(features.height, features.width),
     )

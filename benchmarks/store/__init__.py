@@ -1,0 +1,1 @@
+"""Claims about stores: bytes, error, and rates of reading."""
