@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.tables import features, performance, upsamplers
+from benchmarks.tables import features, performance, stores, upsamplers
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,6 +20,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sizes": upsamplers.sizes,
     "fits": upsamplers.fits,
     "training": upsamplers.training,
+    "encoding": stores.encoding,
     "demo": performance.demo,
     "main_job": performance.main_job,
     "main_job_layers": performance.main_job_layers,
