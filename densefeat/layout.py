@@ -16,6 +16,7 @@ Chunks are encoded here rather than by zarr-python, because a shard is built in 
 bytes are the same (tests/densefeat/test_store_names.py compares them).
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,15 +137,43 @@ def encode_chunk(features: npt.NDArray[Any]) -> bytes:
     return _with_crc(numcodecs.zstd.compress(little.reshape(-1).view(np.uint8), ZSTD_LEVEL))
 
 
-def decode_chunk(data: bytes, layout: FeatureLayout) -> npt.NDArray[Any]:
+def decode_chunk(data: bytes, layout: FeatureLayout, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
     """Decode one image's features [k, H, W].
+
+    Args:
+        data: the encoded chunk.
+        layout: of the store.
+        out: contiguous array [k, H, W] of the store's type, which is filled and returned. None: a new, read-only one.
 
     Raises:
         ValueError: the checksum does not match, or the decoded size is wrong.
         RuntimeError: the body is not valid zstd.
     """
-    body = numcodecs.zstd.decompress(_without_crc(data, "the chunk"))
-    return np.frombuffer(body, dtype=np.dtype(layout.dtype).newbyteorder("<")).reshape(layout.image_shape)
+    body = _without_crc(data, "the chunk")
+    if out is not None and sys.byteorder == "little" and _decoded_nbytes(body) == out.nbytes:
+        numcodecs.zstd.decompress(body, out.reshape(-1).view(np.uint8))  # saves a copy, and the pages of a new array
+        return out
+    decoded = np.frombuffer(numcodecs.zstd.decompress(body), dtype=np.dtype(layout.dtype).newbyteorder("<"))
+    codes = decoded.reshape(layout.image_shape)
+    if out is None:
+        return codes
+    out[...] = codes
+    return out
+
+
+def _decoded_nbytes(body: bytes) -> int | None:
+    """The size that the header of a zstd frame declares (RFC 8878, 3.1.1.1); None if it declares none.
+
+    numcodecs fills a buffer that is too large in part, and reports no error.
+    """
+    if body[:4] != b"\x28\xb5\x2f\xfd" or len(body) < 5:
+        return None
+    size_flag, single_segment, dictionary = body[4] >> 6, body[4] >> 5 & 1, body[4] & 3
+    if not (size_flag or single_segment):
+        return None
+    start = 5 + (not single_segment) + (0, 1, 2, 4)[dictionary]
+    width = (1, 2, 4, 8)[size_flag]
+    return int.from_bytes(body[start : start + width], "little") + (256 if width == 2 else 0)
 
 
 def pack_shard(chunks: Sequence[bytes | None], shard_rows: int) -> tuple[bytes, list[tuple[int, int] | None]]:

@@ -12,8 +12,9 @@ from densefeat import layout
 from densefeat.align import align, sample_bilinearly
 from densefeat.arguments import box_of, points_of, vectors_of, whole_number
 from densefeat.errors import StoreError
-from densefeat.index import REPAIR, IndexedRows, Rows
+from densefeat.index import Rows
 from densefeat.similarity import Directions
+from densefeat.storage.chunks import StoredChunks
 from densefeat.storage.metadata import own_attributes, read_attributes, read_layout, read_root, read_small_array
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
@@ -24,7 +25,7 @@ Floats = npt.NDArray[np.float32]
 Missing = Literal["raise", "nan", "skip"]
 
 
-class FeatureStore(IndexedRows):
+class FeatureStore(StoredChunks):
     """Dense features of an image dataset, read lazily.
 
     Opening reads a few kilobytes; the index is read when first needed; after that, every image is one range request.
@@ -114,19 +115,8 @@ class FeatureStore(IndexedRows):
             StoreError: the row or the index is damaged.
         """
         row = self.row_of(row_or_key)
-        offset, nbytes = (int(column[row]) for column in self._places)
-        if offset < 0 or nbytes <= 0:
-            raise self._missing(row)
-        key = layout.shard_key(row // self.layout.shard_rows)
-        try:
-            data = self._objects.get_range(key, offset, offset + nbytes)
-            if len(data) != nbytes:
-                raise ValueError(f"{nbytes:,} bytes are recorded at {offset:,}, and the object has {len(data):,} there")
-            return layout.decode_chunk(data, self.layout)
-        except FileNotFoundError as error:
-            raise StoreError(f"{self.uri}: the shard object {key} of row {row} is missing; {REPAIR}") from error
-        except (ValueError, RuntimeError) as error:
-            raise StoreError(f"{self.uri}: row {row} in {key} is damaged: {error}; {REPAIR}") from error
+        (chunk,) = self.read_chunks([row])
+        return self.decode(row, chunk)
 
     def read(
         self, rows: int | str | Rows, box: Iterable[int] | None = None, *, missing: Missing = "raise", threads: int = 8

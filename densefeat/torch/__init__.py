@@ -1,4 +1,4 @@
-"""PyTorch datasets over a feature store: whole images, and pixels with labels. Requires the extra ``torch``."""
+"""PyTorch datasets over a feature store, and what the device does with their batches. Requires the extra ``torch``."""
 
 from densefeat.errors import missing_package
 
@@ -9,7 +9,9 @@ except ModuleNotFoundError as error:
         raise
     raise missing_package("densefeat.torch", "PyTorch", "torch") from error
 
+from densefeat.torch.device import Dequantize, Reconstruct, to_device
 from densefeat.torch.features import TorchFeatures
 from densefeat.torch.pixels import PixelFeatures
+from densefeat.torch.streaming import StreamingFeatures
 
-__all__ = ["PixelFeatures", "TorchFeatures"]
+__all__ = ["Dequantize", "PixelFeatures", "Reconstruct", "StreamingFeatures", "TorchFeatures", "to_device"]

@@ -121,7 +121,7 @@ def test_what_is_refused(known: KnownStore, masks: Path, tmp_path: Path) -> None
     for options in ({"pixels": 0}, {"batch_size": 0}, {"seed": -1}, {"threads": 0}):
         with pytest.raises(ValueError, match="must be at least"):
             PixelFeatures(known.uri, masks, **options)
-    with pytest.raises(ValueError, match=r"'class/00\d\.jpg' does not fit its image"):
+    with pytest.raises(ValueError, match=r"'class/0\d\d\.jpg' does not fit its image"):
         list(PixelFeatures(known.uri, lambda key: np.zeros((H, W), int)))
     with pytest.raises(ValueError, match=r"must be integers .*float64"):
         list(PixelFeatures(known.uri, lambda key: np.zeros((2 * H, 2 * W))))

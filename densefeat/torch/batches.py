@@ -1,0 +1,93 @@
+"""Batches of images, allocated at once and filled by threads."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import get_worker_info
+
+from densefeat.store import FeatureStore
+
+__all__ = ["Images", "Scratch"]
+
+Boxes = Callable[[int], Sequence[int]]
+
+
+class Scratch:
+    """Decodes images, each thread into the same array again: pages of new arrays cost a fifth of decoding."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self._store = store
+        self._own = threading.local()
+
+    def decode(self, row: int, chunk: bytes) -> npt.NDArray[Any]:
+        """[k, H, W] as stored, until this thread decodes the next.
+
+        Raises:
+            StoreError: the chunk is damaged.
+        """
+        if not hasattr(self._own, "codes"):
+            self._own.codes = np.empty(self._store.shape, self._store.layout.dtype)
+        codes: npt.NDArray[Any] = self._own.codes
+        return self._store.decode(row, chunk, codes)
+
+
+class Images:
+    """How images of a store become a batch [n, k, h, w], float32 or as stored, whole or cropped.
+
+    Args:
+        store: the store.
+        dequantize: float32 instead of stored codes.
+        size: (h, w) of an image in the batch; None: the whole.
+        box: (y0, x0, y1, x1) of a row's crop, of that size. None: no crops.
+    """
+
+    def __init__(
+        self, store: FeatureStore, dequantize: bool, size: tuple[int, int] | None = None, box: Boxes | None = None
+    ) -> None:
+        k, height, width = store.shape
+        self._store, self._box = store, box
+        self._shape = (k, *(size or (height, width)))
+        self._step = store.step
+        self._stored = np.dtype(store.layout.dtype)
+        self._dtype = torch.float32 if dequantize else torch.from_numpy(np.empty(0, self._stored)).dtype
+        self._scratch = Scratch(store)
+
+    def batch(self, rows: npt.NDArray[np.int64]) -> dict[str, Any]:
+        """A batch of these rows, its features not filled."""
+        features = torch.empty((len(rows), *self._shape), dtype=self._dtype)
+        if get_worker_info() is not None:
+            # Now, while it is empty: a tensor that is sent to another process is copied to shared memory otherwise.
+            features.share_memory_()  # type: ignore[no-untyped-call]
+        keys = self._store.index["key"]
+        batch = {
+            "features": features,
+            "row": torch.from_numpy(rows.copy()),
+            "key": [keys[row].as_py() for row in rows.tolist()],
+            "label": torch.from_numpy(self._store.labels[rows]),
+        }
+        if self._box is not None:
+            batch["box"] = torch.tensor([list(self._box(row)) for row in rows.tolist()], dtype=torch.int64)
+        return batch
+
+    def fill(self, batch: dict[str, Any], place: int, row: int, chunk: bytes) -> None:
+        """Decode a row's chunk into its place in a batch.
+
+        Raises:
+            StoreError: the chunk is damaged.
+        """
+        into = batch["features"][place].numpy()
+        if into.dtype == self._stored and into.shape == self._store.shape:
+            self._store.decode(row, chunk, into)
+            return
+        codes = self._scratch.decode(row, chunk)
+        if self._box is not None:
+            y0, x0, y1, x1 = batch["box"][place].tolist()
+            codes = codes[:, y0:y1, x0:x1]
+        if self._step is None or into.dtype == self._stored:
+            into[...] = codes
+        else:
+            np.multiply(codes, self._step[:, None, None], out=into)
