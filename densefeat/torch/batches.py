@@ -13,6 +13,8 @@ from densefeat.store import FeatureStore
 
 __all__ = ["Images", "Scratch"]
 
+_TORCH = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+
 Boxes = Callable[[int], Sequence[int]]
 
 
@@ -53,15 +55,12 @@ class Images:
         self._shape = (k, *(size or (height, width)))
         self._step = store.step
         self._stored = np.dtype(store.layout.dtype)
-        self._dtype = torch.float32 if dequantize else torch.from_numpy(np.empty(0, self._stored)).dtype
+        self._dtype = np.dtype(np.float32) if dequantize else self._stored
         self._scratch = Scratch(store)
 
     def batch(self, rows: npt.NDArray[np.int64]) -> dict[str, Any]:
         """A batch of these rows, its features not filled."""
-        features = torch.empty((len(rows), *self._shape), dtype=self._dtype)
-        if get_worker_info() is not None:
-            # Now, while it is empty: a tensor that is sent to another process is copied to shared memory otherwise.
-            features.share_memory_()  # type: ignore[no-untyped-call]
+        features = _empty((len(rows), *self._shape), self._dtype)
         keys = self._store.index["key"]
         batch = {
             "features": features,
@@ -91,3 +90,17 @@ class Images:
             into[...] = codes
         else:
             np.multiply(codes, self._step[:, None, None], out=into)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
+    """An array to be filled. In a worker it is in shared memory, to which it would else be copied when it is sent."""
+    if get_worker_info() is None:
+        return torch.from_numpy(np.empty(shape, dtype))  # in huge pages where there are: torch's are small
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    features = torch.empty(0, dtype=_TORCH[dtype.name])
+    # As torch's default_collate does it.
+    return features.set_(torch.UntypedStorage._new_shared(nbytes), 0, shape, _strides(shape))  # type: ignore[no-untyped-call]
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))

@@ -95,27 +95,28 @@ def batches_of_rank(rows: int, rank: int, world_size: int, batch_size: int, unev
     Raises:
         ValueError: that is impossible for so few rows.
     """
-    most = -(-rows // world_size)
-    start, count = rank * rows // world_size, (rank + 1) * rows // world_size - rank * rows // world_size
-    if uneven == "pad":
-        start, count = rank * most, most
-    batches = -(-most // batch_size)
-    if uneven == "drop":
-        batches = rows // (world_size * batch_size)
-        start, count = rank * batches * batch_size, batches * batch_size
+    fewest, most = rows // world_size, -(-rows // world_size)
+    batches = rows // (world_size * batch_size) if uneven == "drop" else -(-most // batch_size)
     if batches == 0:
         raise ValueError(
             f"{rows:,} rows are not one batch of {batch_size:,} for each of {world_size} ranks: use a smaller "
             'batch_size, or uneven="balance"'
         )
     sizes = np.full(batches, batch_size, dtype=np.int64)
-    sizes[-1] = count - (batches - 1) * batch_size
-    if sizes[-1] == 0:  # another rank has one row more, in a batch of its own
-        if batches == 1 or batch_size == 1:
+    if uneven == "drop":
+        return rank * batches * batch_size, sizes
+    if uneven == "pad":
+        start, count = rank * most, most
+    else:
+        start = rank * rows // world_size
+        count = (rank + 1) * rows // world_size - start
+        if fewest == (batches - 1) * batch_size and (batches == 1 or batch_size == 1):  # refused by all ranks
             raise ValueError(
                 f"{rows:,} rows on {world_size} ranks in batches of {batch_size:,} cannot be the same number of "
                 'batches on every rank: use a larger batch_size, or uneven="pad" or "drop"'
             )
+    sizes[-1] = count - (batches - 1) * batch_size
+    if sizes[-1] == 0:  # other ranks have one row more, in a batch of its own
         sizes[-2:] = batch_size - batch_size // 2, batch_size // 2
     return start, sizes
 
