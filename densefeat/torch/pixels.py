@@ -146,7 +146,8 @@ class PixelFeatures(Epochs):
             )
         of_a_rank = math.ceil(len(self.rows) / reader.world_size)
         of_a_worker = math.ceil(of_a_rank / reader.workers)
-        return math.ceil(of_a_worker * self.pixels / self.batch_size)
+        of_an_image = min(self.pixels, self.store.layout.height * self.store.layout.width)
+        return math.ceil(of_a_worker * of_an_image / self.batch_size)
 
     def _groups(self, rows: Plan, first: int, seed: tuple[int, ...], *, repeat: bool) -> Iterator[Pixels]:
         """The pixels of every few images, shuffled together, from image ``first`` on.
