@@ -1,0 +1,1 @@
+"""What reading a store costs, against other formats of the same features."""
