@@ -10,9 +10,10 @@ def reading() -> str:
     """Random images and epochs per second, of the latest row."""
     row = rows.read("reading")[-1]
     parts = [
-        f"{row['images']} photographs, {row['height']}×{row['width']}, k = {row['k']}, int8, on {formats.machine(row)}: "
-        "images/s, medians of interleaved runs (`python -m benchmarks.store.reading`). Other formats hold float16. Raw: "
-        "the same bytes, not decoded."
+        f"{row['images']} photographs, {row['height']}×{row['width']}, k = {row['k']}, int8, on "
+        f"{formats.machine(row)}: "
+        "images/s, medians of interleaved runs (`python -m benchmarks.store.reading`). Other formats hold float16. "
+        "Raw: the same bytes, not decoded."
     ]
     for place, title in _PLACES.items():
         measured = row["places"][place]

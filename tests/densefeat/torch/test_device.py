@@ -7,16 +7,11 @@ from torch.utils.data import DataLoader
 
 from densefeat import FeatureStore, StreamingFeatures
 from densefeat.torch import Dequantize, Reconstruct, to_device
-from tests.helpers.stores import H, K, KnownStore, W, make_store
+from tests.helpers.stores import H, K, KnownStore, W
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device")])]  # fmt: skip
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-
-
-@pytest.fixture(scope="module", params=["int8", "float16"])
-def known(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> KnownStore:
-    return make_store(str(tmp_path_factory.mktemp("store") / request.param), request.param)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 
 def training(uri: str, folder: Path, workers: int, seconds: float = 0) -> "subprocess.Popen[str]":
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "tests.helpers.training_job", uri, str(folder), str(workers), str(seconds)]
+    command = [sys.executable, "-m", "tests.densefeat.torch.training_job", uri, str(folder), str(workers), str(seconds)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True)
 

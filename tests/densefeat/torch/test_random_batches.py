@@ -8,15 +8,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from densefeat import TorchFeatures
-from tests.helpers.stores import FAILED_ROWS, ROWS, KnownStore, make_store
+from tests.helpers.stores import FAILED_ROWS, ROWS, KnownStore
 
 GOOD_ROWS = [row for row in range(ROWS) if row not in FAILED_ROWS]
 FORKED = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-
-
-@pytest.fixture(scope="module", params=["int8", "float16"])
-def known(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> KnownStore:
-    return make_store(str(tmp_path_factory.mktemp("store") / request.param), request.param)
 
 
 def check(known: KnownStore, batch: dict[str, Any]) -> None:

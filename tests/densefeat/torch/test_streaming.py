@@ -14,28 +14,8 @@ from torch.utils.data import DataLoader
 
 from densefeat import FeatureStore, MissingFeatures, StoreError, StreamingFeatures, layout
 from densefeat.torch.plan import Reader
-from tests.helpers.stores import FAILED_ROWS, ROWS, H, KnownStore, W, make_store, set_up_store, write_known_shard
-
-GOOD_ROWS = [row for row in range(ROWS) if row not in FAILED_ROWS]
-FORKED = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-
-
-@pytest.fixture(scope="module", params=["int8", "float16"])
-def known(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> KnownStore:
-    return make_store(str(tmp_path_factory.mktemp("store") / request.param), request.param)
-
-
-@pytest.fixture(scope="module")
-def known8(tmp_path_factory: pytest.TempPathFactory) -> KnownStore:
-    return make_store(str(tmp_path_factory.mktemp("store") / "int8"))
-
-
-def rows_of(batches: Any) -> list[list[int]]:
-    return [batch["row"].tolist() for batch in batches]
-
-
-def flat(batches: Any) -> list[int]:
-    return [row for rows in rows_of(batches) for row in rows]
+from tests.densefeat.torch.epochs import FORKED, GOOD_ROWS, flat, rows_of
+from tests.helpers.stores import FAILED_ROWS, H, KnownStore, W, make_store, set_up_store, write_known_shard
 
 
 def floats(known: KnownStore, row: int) -> np.ndarray:
@@ -167,83 +147,6 @@ def test_ranks_and_workers_and_a_resume_of_any(
     assert sorted(read) == sorted(rows)
 
 
-@FORKED
-@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resuming_with_a_stateful_loader(known8: KnownStore, workers: int) -> None:
-    from torchdata.stateful_dataloader import StatefulDataLoader
-
-    def loader(epoch: int) -> tuple[StreamingFeatures, Any]:
-        dataset = StreamingFeatures(known8.uri, 2, request_bytes=300)
-        dataset.set_epoch(epoch)
-        return dataset, StatefulDataLoader(dataset, batch_size=None, num_workers=workers)
-
-    whole = [rows_of(loader(epoch)[1]) for epoch in range(2)]
-    for taken in range(len(whole[1]) + 1):
-        _, first = loader(1)
-        iterator = iter(first)
-        assert rows_of(next(iterator) for _ in range(taken)) == whole[1][:taken]
-        state = first.state_dict()
-        del iterator
-        dataset, second = loader(0 if taken % 2 else 1)  # the state tells the epoch
-        second.load_state_dict(state)
-        assert rows_of(second) == whole[1][taken:]
-        dataset.set_epoch(0)
-        assert rows_of(second) == whole[0]
-    # At the end of an epoch: the next one is whole.
-    _, first = loader(0)
-    list(first)
-    dataset, second = loader(1)
-    second.load_state_dict(first.state_dict())
-    assert rows_of(second) == whole[1]
-
-
-@FORKED
-def test_resuming_without_torchdata(known8: KnownStore) -> None:
-    def dataset() -> StreamingFeatures:
-        return StreamingFeatures(known8.uri, 2, request_bytes=300)
-
-    first = dataset()
-    first.set_epoch(3)
-    whole = rows_of(first)
-    for taken in range(len(whole) + 1):
-        iterator = iter(first)
-        for _ in range(taken):
-            next(iterator)
-        resumed = dataset()
-        resumed.load_state_dict(first.state_dict())
-        assert resumed.state_dict() == first.state_dict()
-        assert rows_of(resumed) == whole[taken:]
-        resumed.set_epoch(3)
-        assert rows_of(resumed) == whole
-    resumed.set_epoch(4)
-    assert resumed.state_dict()["position"] == {"batches": 0}  # not the end of the epoch before
-    # With workers, the loop says how far it is.
-    whole = rows_of(DataLoader(first, batch_size=None, num_workers=2))
-    for taken in range(len(whole) + 1):
-        resumed = dataset()
-        resumed.load_state_dict(first.state_dict(batches=taken, workers=2))
-        assert rows_of(DataLoader(resumed, batch_size=None, num_workers=2)) == whole[taken:]
-    with pytest.raises(ValueError, match="at most 5"):
-        first.state_dict(batches=6, workers=2)
-
-
-def test_a_state_of_something_else(known8: KnownStore) -> None:
-    state = StreamingFeatures(known8.uri, 2).state_dict()
-    for options, message in (
-        ({"seed": 1}, "seed 0, now 1"),
-        ({"batch_size": 3}, "batch_size 2, now 3"),
-        ({"rows": [1, 3]}, "rows 9, now 2; rows_crc32"),
-        ({"rank": 1, "world_size": 2}, "rank 0, now 1; world_size 1, now 2"),
-    ):
-        dataset = StreamingFeatures(known8.uri, **{"batch_size": 2, **options})
-        dataset.load_state_dict(state)
-        with pytest.raises(ValueError, match=message):
-            next(iter(dataset))
-    with pytest.raises(ValueError, match="not a state of StreamingFeatures"):
-        StreamingFeatures(known8.uri).load_state_dict({"model": 1})
-
-
 def reading_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "densefeat"]
 
@@ -330,42 +233,3 @@ def test_what_is_refused(known8: KnownStore) -> None:
             StreamingFeatures(known8.uri, **options)
     with pytest.raises(ValueError, match="epoch must be"):
         StreamingFeatures(known8.uri).set_epoch(-1)
-
-
-@pytest.fixture
-def torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-
-
-@FORKED
-def test_ranks_of_torchrun(known8: KnownStore, torchrun: None) -> None:
-    dataset = StreamingFeatures(known8.uri, 2, request_bytes=300)
-    assert dataset.ranks == (1, 3)
-    alone = StreamingFeatures(known8.uri, 2, request_bytes=300, rank=0, world_size=1)
-    assert len(flat(dataset)) == 3
-    assert sorted(flat(alone)) == GOOD_ROWS
-    of_ranks = [StreamingFeatures(known8.uri, 2, request_bytes=300, rank=rank, world_size=3) for rank in range(3)]
-    assert rows_of(of_ranks[1]) == rows_of(dataset)
-    assert sorted(row for dataset in of_ranks for row in flat(dataset)) == GOOD_ROWS
-
-
-def _of_rank(rank: int, uri: str, folder: str) -> None:
-    dataset = StreamingFeatures(uri, 2, request_bytes=300)  # made before it is known which rank this is
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn")
-    rows = []
-    for batch in loader:
-        rows += batch["row"].tolist()
-        torch.distributed.all_reduce(torch.ones(1))  # waits for the other rank in every step
-    Path(folder, f"{rank}.txt").write_text(" ".join(map(str, rows)))
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.timeout(300)
-def test_two_processes_of_torch_distributed(known8: KnownStore, tmp_path: Path) -> None:
-    processes = torch.multiprocessing.spawn(_of_rank, (known8.uri, str(tmp_path)), nprocs=2, join=False)
-    while not processes.join(timeout=250):
-        pass
-    rows = [int(row) for rank in range(2) for row in (tmp_path / f"{rank}.txt").read_text().split()]
-    assert sorted(rows) == GOOD_ROWS

@@ -1,4 +1,4 @@
-"""A training that checkpoints after every other batch, to be killed: python -m tests.helpers.training_job STORE FOLDER.
+"""A training that checkpoints after every other batch, to be killed: arguments STORE FOLDER WORKERS SECONDS.
 
 It writes the rows of each batch to FOLDER/rows.txt, and continues from FOLDER/checkpoint.pt if that is there.
 """
