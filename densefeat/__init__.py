@@ -8,7 +8,7 @@ from densefeat.errors import DensefeatError, MissingFeatures, MissingPackage, St
 if TYPE_CHECKING:
     from densefeat.align import MaskFolder
     from densefeat.store import FeatureStore
-    from densefeat.torch import PixelFeatures, TorchFeatures
+    from densefeat.torch import PixelFeatures, StreamingFeatures, TorchFeatures
 
 __all__ = [
     "DensefeatError",
@@ -19,6 +19,7 @@ __all__ = [
     "PixelFeatures",
     "StorageUnavailable",
     "StoreError",
+    "StreamingFeatures",
     "TorchFeatures",
     "__version__",
 ]
@@ -30,6 +31,7 @@ _IMPORTED_ON_USE = {
     "FeatureStore": "densefeat.store",
     "MaskFolder": "densefeat.align",
     "PixelFeatures": "densefeat.torch",
+    "StreamingFeatures": "densefeat.torch",
     "TorchFeatures": "densefeat.torch",
 }
 

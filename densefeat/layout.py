@@ -19,6 +19,7 @@ Chunks are encoded here rather than by zarr-python, because a shard is built in 
 bytes are the same (tests/densefeat/test_store_names.py compares them).
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,20 +151,49 @@ def encode_chunk(features: npt.NDArray[Any]) -> bytes:
     return with_crc(numcodecs.zstd.compress(little.reshape(-1).view(np.uint8), ZSTD_LEVEL))
 
 
-def decode_chunk(data: bytes, layout: FeatureLayout) -> npt.NDArray[Any]:
+def decode_chunk(data: bytes, layout: FeatureLayout, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
     """Decode one image's features [k, H, W].
+
+    Args:
+        data: the encoded chunk.
+        layout: of the store.
+        out: contiguous array [k, H, W] of the store's type, which is filled and returned. None: a new, read-only one.
 
     Raises:
         ValueError: the checksum does not match, or the decoded size is wrong.
         RuntimeError: the body is not valid zstd.
     """
-    return decode_values(data, layout.dtype, layout.image_shape)
+    return decode_values(data, layout.dtype, layout.image_shape, out)
 
 
-def decode_values(data: bytes, dtype: str, shape: Sequence[int]) -> npt.NDArray[Any]:
-    """Decode a chunk of any array; errors as for `decode_chunk`."""
-    body = numcodecs.zstd.decompress(without_crc(data, "the chunk"))
-    return np.frombuffer(body, dtype=np.dtype(dtype).newbyteorder("<")).reshape(shape)
+def _decoded_nbytes(body: bytes) -> int | None:
+    """The size that the header of a zstd frame declares (RFC 8878, 3.1.1.1); None if it declares none.
+
+    numcodecs fills a buffer that is too large in part, and reports no error.
+    """
+    if body[:4] != b"\x28\xb5\x2f\xfd" or len(body) < 5:
+        return None
+    size_flag, single_segment, dictionary = body[4] >> 6, body[4] >> 5 & 1, body[4] & 3
+    if not (size_flag or single_segment):
+        return None
+    start = 5 + (not single_segment) + (0, 1, 2, 4)[dictionary]
+    width = (1, 2, 4, 8)[size_flag]
+    return int.from_bytes(body[start : start + width], "little") + (256 if width == 2 else 0)
+
+
+def decode_values(
+    data: bytes, dtype: str, shape: Sequence[int], out: npt.NDArray[Any] | None = None
+) -> npt.NDArray[Any]:
+    """Decode a chunk of any array, of this type and shape; ``out`` and errors as for `decode_chunk`."""
+    body = without_crc(data, "the chunk")
+    if out is not None and sys.byteorder == "little" and _decoded_nbytes(body) == out.nbytes:
+        numcodecs.zstd.decompress(body, out.reshape(-1).view(np.uint8))  # saves a copy, and the pages of a new array
+        return out
+    decoded = np.frombuffer(numcodecs.zstd.decompress(body), dtype=np.dtype(dtype).newbyteorder("<")).reshape(shape)
+    if out is None:
+        return decoded
+    out[...] = decoded
+    return out
 
 
 def pack_shard(

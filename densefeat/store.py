@@ -128,7 +128,7 @@ class FeatureStore(StoredRows):
         if missing == "skip":
             rows = [row for row in rows if row not in absent]
         features = np.empty((len(rows), self.layout.components, *_shape(part)), dtype=np.float32)
-        _ = self.step, None if self._interpolates else self._last_step, self._guidance  # once, not in every thread
+        _ = self.step, None if self._interpolates else self.last_step, self._guidance  # once, not in every thread
 
         def fill(i: int) -> None:
             if rows[i] in absent:

@@ -1,1 +1,1 @@
-"""Claims about stores: bytes, error, and rates of reading."""
+"""Bytes and error of stores, and what reading them costs, against other formats of the same features."""

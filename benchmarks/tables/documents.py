@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.tables import features, performance, stores, upsamplers
+from benchmarks.tables import features, performance, reading, stores, upsamplers
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,6 +26,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "main_job_layers": performance.main_job_layers,
     "start": performance.start,
     "reader": performance.reader,
+    "reading": reading.reading,
     "page": performance.page,
     "jbu_parts": performance.jbu_parts,
     "jbu": performance.jbu,

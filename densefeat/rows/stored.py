@@ -2,6 +2,8 @@
 
 import math
 import os
+import threading
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,8 @@ import numpy.typing as npt
 from densefeat import layout
 from densefeat.errors import MissingPackage, StoreError, missing_package
 from densefeat.rows.bilinear import interpolated
-from densefeat.rows.index import REPAIR, IndexedRows
+from densefeat.rows.chunks import Chunk, StoredChunks
+from densefeat.rows.index import REPAIR
 from densefeat.storage.guidance import GuidanceImages, guidance_nbytes
 from densefeat.storage.metadata import (
     compact_attribute,
@@ -31,7 +34,7 @@ __all__ = ["StoredRows"]
 Floats = npt.NDArray[np.float32]
 
 
-class StoredRows(IndexedRows):
+class StoredRows(StoredChunks):
     """The rows of a store as they are stored. Base of ``FeatureStore``, which documents arguments and errors."""
 
     def __init__(self, uri: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> None:
@@ -79,19 +82,26 @@ class StoredRows(IndexedRows):
             StoreError: the row or the index is damaged.
         """
         row = self.row_of(row_or_key)
-        offset, nbytes = (int(column[row]) for column in self._places)
-        if offset < 0 or nbytes <= 0:
-            raise self._missing(row)
-        key = layout.shard_key(row // self.layout.shard_rows)
+        (chunk,) = super().read_chunks([row])  # without guidance
+        return self.decode(row, chunk)
+
+    def read_chunks(self, rows: Sequence[int], stop: threading.Event | None = None) -> list[Chunk]:
+        """As `StoredChunks.read_chunks`, with the guidance images of a compact store, for which a request more."""
+        chunks = super().read_chunks(rows, stop)
+        if self._guidance is None:
+            return chunks
+        guidance = self._read_guidance_chunks(rows, stop)
+        return [Chunk(chunk.features, image) for chunk, image in zip(chunks, guidance, strict=True)]
+
+    def _read_guidance_chunks(self, rows: Sequence[int], stop: threading.Event | None = None) -> list[bytes]:
+        assert self._guidance is not None
+        key = layout.shard_key(rows[0] // self.layout.shard_rows, layout.GUIDANCE)
         try:
-            data = self._objects.get_range(key, offset, offset + nbytes)
-            if len(data) != nbytes:
-                raise ValueError(f"{nbytes:,} bytes are recorded at {offset:,}, and the object has {len(data):,} there")
-            return layout.decode_chunk(data, self.layout)
+            return self._guidance.read(rows, stop)
         except FileNotFoundError as error:
-            raise StoreError(f"{self.uri}: the shard object {key} of row {row} is missing; {REPAIR}") from error
-        except (ValueError, RuntimeError) as error:
-            raise StoreError(f"{self.uri}: row {row} in {key} is damaged: {error}; {REPAIR}") from error
+            raise StoreError(f"{self.uri}: the object {key} of row {rows[0]} is missing; {REPAIR}") from error
+        except ValueError as error:
+            raise StoreError(f"{self.uri}: {key} is damaged: {error}; {REPAIR}") from error
 
     def read_guidance(self, row_or_key: int | str) -> npt.NDArray[np.uint8]:
         """Read the image that guides the last step of a compact store: RGB [H, W, 3] uint8, at the backbone's size.
@@ -107,12 +117,20 @@ class StoredRows(IndexedRows):
             raise StoreError(f"{self.uri} has no guidance images: only compact stores of guided upsamplers have them")
         if self._without_features([row]):
             raise self._missing(row)
-        key = layout.shard_key(row // self.layout.shard_rows, layout.GUIDANCE)
+        return self.decode_guidance(row, *self._read_guidance_chunks([row]))
+
+    def decode_guidance(self, row: int, chunk: bytes) -> npt.NDArray[np.uint8]:
+        """Decode a guidance image: [H, W, 3] uint8.
+
+        Raises:
+            MissingPackage: Pillow is not installed (extra ``compact``).
+            StoreError: the chunk is damaged.
+        """
+        assert self._guidance is not None
         try:
-            return self._guidance.read(row)
-        except FileNotFoundError as error:
-            raise StoreError(f"{self.uri}: the object {key} of row {row} is missing; {REPAIR}") from error
+            return self._guidance.decode(chunk)
         except ValueError as error:
+            key = layout.shard_key(row // self.layout.shard_rows, layout.GUIDANCE)
             raise StoreError(f"{self.uri}: row {row} in {key} is damaged: {error}; {REPAIR}") from error
 
     def read_values(self, row_or_key: int | str) -> tuple[npt.NDArray[Any], Floats | None]:
@@ -125,14 +143,20 @@ class StoredRows(IndexedRows):
             MissingPackage: torch or Pillow is not installed, which compact stores need (extra ``compact``) unless
                 their last step is an interpolation.
         """
-        codes = self.read_codes(row_or_key)
+        row = self.row_of(row_or_key)
+        return self.values(row, *self.read_chunks([row]))
+
+    def values(self, row: int, chunk: Chunk) -> tuple[npt.NDArray[Any], Floats | None]:
+        """Decode a chunk of `read_chunks` to values and their step, as `read_values`."""
+        codes = self.decode(row, chunk)
         if self.compact is None:
             return codes, self.step
+        values = layout.dequantize(codes, self.step)
         if self._interpolates:
-            return interpolated(layout.dequantize(codes, self.step), self.shape[1:]), None
-        assert self._last_step is not None
-        guidance = self.read_guidance(row_or_key) if self._guidance is not None else None
-        return self._last_step.on_arrays(layout.dequantize(codes, self.step), guidance), None
+            return interpolated(values, self.shape[1:]), None
+        assert self.last_step is not None
+        guidance = None if chunk.guidance is None else self.decode_guidance(row, chunk.guidance)
+        return self.last_step.on_arrays(values, guidance), None
 
     @property
     def _interpolates(self) -> bool:
@@ -142,7 +166,13 @@ class StoredRows(IndexedRows):
         return bilinear and all(old <= 2 * new for old, new in sizes)
 
     @cached_property
-    def _last_step(self) -> "LastStep | None":
+    def last_step(self) -> "LastStep | None":
+        """The step that a compact store's readers take, as a module of torch; None for a dense store.
+
+        Raises:
+            MissingPackage: torch is not installed (extra ``compact``).
+            StoreError: this version of densefeat does not know the step.
+        """
         if self.compact is None:
             return None
         try:

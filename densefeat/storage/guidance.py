@@ -1,6 +1,8 @@
 """Guidance images of compact stores: RGB images in JPEG, one chunk each. Requires Pillow."""
 
 import io
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,27 +70,35 @@ class GuidanceImages:
         # Shard -> [shard_rows, 2] int64, offset and size of each chunk, −1 where there is none: 16 bytes per row.
         self._places: dict[int, npt.NDArray[np.int64]] = {}
 
-    def read(self, row: int) -> Pixels:
-        """Read the image [H, W, 3] of a row: one request, and one more for the first row of a shard.
+    def read(self, rows: Sequence[int], stop: threading.Event | None = None) -> list[bytes]:
+        """Read the chunks of rows of one shard: one request, and one more for the first of a shard.
+
+        Args:
+            rows: their numbers.
+            stop: once set, a failed request is not retried.
 
         Raises:
-            FileNotFoundError: the object of its shard is missing.
-            MissingPackage: Pillow is not installed.
-            ValueError: the row has no image, or the object is damaged.
+            FileNotFoundError: the object of the shard is missing.
+            ValueError: a row has no image, or the object is damaged.
         """
-        shard, place = divmod(row, self._shard_rows)
+        shard = rows[0] // self._shard_rows
         key = layout.shard_key(shard, layout.GUIDANCE)
         if shard not in self._places:
-            index = self._objects.get_range(key, 0, layout.shard_index_nbytes(self._shard_rows))
-            places = layout.unpack_shard_index(index, self._shard_rows, index_first=True)
-            self._places[shard] = np.array([(-1, -1) if one is None else one for one in places], dtype=np.int64)
-        offset, nbytes = map(int, self._places[shard][place])
-        if offset < 0:
-            raise ValueError("there is no guidance image")
-        data = self._objects.get_range(key, offset, offset + nbytes)
-        if len(data) != nbytes:
-            raise ValueError(f"{nbytes:,} bytes are recorded at {offset:,}, and the object has {len(data):,} there")
-        return decode_guidance(data, self.size)
+            index = self._objects.get_range(key, 0, layout.shard_index_nbytes(self._shard_rows), stop)
+            found = layout.unpack_shard_index(index, self._shard_rows, index_first=True)
+            self._places[shard] = np.array([(-1, -1) if one is None else one for one in found], dtype=np.int64)
+        places = self._places[shard][[row % self._shard_rows for row in rows]]
+        if (places < 0).any():
+            raise ValueError(f"row {rows[int(np.argmax(places[:, 0] < 0))]} has no guidance image")
+        start, end = int(places[:, 0].min()), int(places.sum(axis=1).max())
+        data = self._objects.get_range(key, start, end, stop)
+        if len(data) != end - start:
+            raise ValueError(f"it ends within the {end - start:,} bytes at {start:,} that its index names")
+        return [data[at - start : at - start + nbytes] for at, nbytes in places.tolist()]
+
+    def decode(self, chunk: bytes) -> Pixels:
+        """Decode a chunk: [H, W, 3]; errors as for `decode_guidance`."""
+        return decode_guidance(chunk, self.size)
 
 
 def guidance_nbytes(objects: Objects) -> int:

@@ -8,6 +8,7 @@ are retried, and a handle can be used in another process, forked or spawned.
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -70,9 +71,12 @@ class Objects:
         """Read the whole object."""
         return self._retried(key, lambda storage: storage.get(key))
 
-    def get_range(self, key: str, start: int, end: int) -> bytes:
-        """Read bytes ``start`` (inclusive) to ``end`` (exclusive) of the object; fewer if it ends before."""
-        return self._retried(key, lambda storage: storage.get_range(key, start, end))
+    def get_range(self, key: str, start: int, end: int, stop: threading.Event | None = None) -> bytes:
+        """Read bytes ``start`` (inclusive) to ``end`` (exclusive) of the object; fewer if it ends before.
+
+        Once ``stop`` is set, a failed request is not retried.
+        """
+        return self._retried(key, lambda storage: storage.get_range(key, start, end), stop)
 
     def size(self, key: str) -> int | None:
         """Size of the object in bytes; None if it does not exist."""
@@ -135,10 +139,12 @@ class Objects:
         if isinstance(storage, LocalFolder):
             storage.sweep(prefix, deep=deep)
 
-    def _retried(self, key: str, operation: Callable[["LocalFolder | _Remote"], Result]) -> Result:
+    def _retried(
+        self, key: str, operation: Callable[["LocalFolder | _Remote"], Result], stop: threading.Event | None = None
+    ) -> Result:
         # Opening is retried too: some file systems connect on creation.
         place = f"{self.uri}/{key}".rstrip("/")
-        return retried(lambda: operation(self._storage()), place, patience_s=self.patience_s)
+        return retried(lambda: operation(self._storage()), place, patience_s=self.patience_s, stop=stop)
 
     def _storage(self) -> "LocalFolder | _Remote":
         if self._opened is None or self._opened[0] != os.getpid():

@@ -1,14 +1,20 @@
 """Work in a bounded number of threads, with results in order."""
 
+import contextlib
+import queue
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
-__all__ = ["PARALLEL_REQUESTS", "in_order"]
+__all__ = ["PARALLEL_REQUESTS", "Threads", "in_order"]
 
 # Small objects at once: enough to hide the latency of an object store, few enough for its limits and for file handles.
 PARALLEL_REQUESTS = 32
+
+_CLOSING_S = 5.0  # how long to wait for tasks that have begun, when a pool is closed
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -34,3 +40,62 @@ def in_order(
         finally:
             for future in ahead:
                 future.cancel()
+
+
+class Threads:
+    """A pool of daemon threads that is closed with its ``with`` block.
+
+    Closing drops the tasks that have not begun, and waits up to 5 seconds for the others. A thread that still waits for
+    an answer of the storage then ends with that answer; it does not keep the interpreter from exiting, as threads of a
+    ``ThreadPoolExecutor`` do.
+
+    Args:
+        count: number of threads.
+
+    Attributes:
+        stopping: set when the pool is being closed, so that tasks can end early.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.stopping = threading.Event()
+        self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, name="densefeat", daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> "Threads":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stopping.set()
+        for _ in self._threads:
+            self._tasks.put(None)
+        end = time.monotonic() + _CLOSING_S
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                _cancel(self._tasks.get_nowait())
+
+    def submit(self, function: Callable[[], Result]) -> "Future[Result]":
+        """Run ``function`` in a thread; tasks begin in the order in which they are submitted."""
+        future: Future[Result] = Future()
+        self._tasks.put((future, function))
+        return future
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            future, function = task
+            if self.stopping.is_set():
+                _cancel(task)
+            elif future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:  # for whoever waits for the result
+                    future.set_exception(error)
+            del task, future, function  # or an idle thread would hold their memory
+
+
+def _cancel(task: "tuple[Future[Any], Callable[[], Any]] | None") -> None:
+    if task is not None and task[0].cancel():
+        task[0].set_running_or_notify_cancel()  # wakes whoever waits

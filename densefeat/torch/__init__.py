@@ -1,4 +1,4 @@
-"""PyTorch datasets over a feature store: whole images, and pixels with labels. Requires the extra ``torch``."""
+"""PyTorch datasets over a feature store, and what the device does with their batches. Requires the extra ``torch``."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -13,14 +13,32 @@ except ModuleNotFoundError as error:
     raise missing_package("densefeat.torch", "PyTorch", "torch") from error
 
 if TYPE_CHECKING:
+    from densefeat.torch.device import Dequantize, Reconstruct, to_device
     from densefeat.torch.features import TorchFeatures
     from densefeat.torch.last_step import LastStep
     from densefeat.torch.pixels import PixelFeatures
+    from densefeat.torch.streaming import StreamingFeatures
 
-__all__ = ["LastStep", "PixelFeatures", "TorchFeatures"]
+__all__ = [
+    "Dequantize",
+    "LastStep",
+    "PixelFeatures",
+    "Reconstruct",
+    "StreamingFeatures",
+    "TorchFeatures",
+    "to_device",
+]
 
 # Imported when first used (PEP 562): the operations of `densefeat.torch.bilateral` need no store.
-_IMPORTED_ON_USE = {"LastStep": "last_step", "PixelFeatures": "pixels", "TorchFeatures": "features"}
+_IMPORTED_ON_USE = {
+    "Dequantize": "device",
+    "LastStep": "last_step",
+    "PixelFeatures": "pixels",
+    "Reconstruct": "device",
+    "StreamingFeatures": "streaming",
+    "TorchFeatures": "features",
+    "to_device": "device",
+}
 
 
 def __getattr__(name: str) -> Any:

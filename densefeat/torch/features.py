@@ -1,14 +1,18 @@
 """A PyTorch dataset of images with their dense features."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from densefeat.arguments import whole_number
+from densefeat.storage.parallel import in_order
 from densefeat.store import FeatureStore
+from densefeat.torch.batches import Images
+from densefeat.torch.epochs import check_least
 
 
 class TorchFeatures(Dataset[Any]):
@@ -20,22 +24,28 @@ class TorchFeatures(Dataset[Any]):
     - ``row``: int, the row of the store
     - ``key``: str
     - ``label``: int, −1 if unknown
+    - ``guidance``: [3, H, W] uint8 tensor; only with ``dequantize=False`` from a compact store that has such images
 
     A ``DataLoader`` makes batches of them: ``features`` [batch, k, H, W], ``row`` and ``label`` [batch] int64 tensors,
-    ``key`` a list of str. Failed and pending rows are left out: ``len(dataset)`` counts the others. Works with ``fork``
-    and ``spawn`` workers: each process opens the store itself, and pickles are small.
+    ``key`` a list of str. It asks for a batch at once, which ``threads`` read and decode into one tensor. Failed and
+    pending rows are left out: ``len(dataset)`` counts the others. Works with ``fork`` and ``spawn`` workers: each
+    process opens the store itself, and pickles are small.
+
+    Random images of a batch are a request each. ``StreamingFeatures`` reads epochs with larger requests.
 
     Args:
         store: a ``FeatureStore``, or its location (``str`` or ``Path``).
         transform: applied to each sample in the worker.
         dequantize: False returns the stored codes (int8 or float16) instead of float32: a quarter (int8) or half
             (float16) of the bytes from worker to device. Multiply int8 codes by ``dataset.step`` there.
+        threads: number of images of a batch that a process reads at a time.
 
     Attributes:
         rows: [len] int64 tensor, the rows in use.
 
     Raises:
         StoreError: there is no store, or its index is damaged; when reading an item: its row is damaged.
+        ValueError: ``threads`` is less than 1.
     """
 
     def __init__(
@@ -44,13 +54,15 @@ class TorchFeatures(Dataset[Any]):
         transform: Callable[[dict[str, Any]], Any] | None = None,
         *,
         dequantize: bool = True,
+        threads: int = 8,
     ) -> None:
+        check_least({"threads": (threads, 1)})
         self.store = store if isinstance(store, FeatureStore) else FeatureStore(store)
         self.transform = transform
         self.dequantize = dequantize
+        self.threads = threads
         # Arrays, not lists: forked workers share the pages of arrays; reference counts would copy those of lists.
         self.rows = torch.from_numpy(self.store.rows_with_features.copy())
-        self._labels = torch.from_numpy(self.store.labels.copy())
 
     @property
     def step(self) -> torch.Tensor | None:
@@ -61,12 +73,58 @@ class TorchFeatures(Dataset[Any]):
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Any:
-        row = int(self.rows[whole_number(i, "an item of the dataset")])
-        features = self.store.read(row) if self.dequantize else self.store.read_codes(row).copy()
-        sample = {
-            "features": torch.from_numpy(features),
-            "row": row,
-            "key": self.store.index["key"][row].as_py(),
-            "label": int(self._labels[row]),
-        }
-        return sample if self.transform is None else self.transform(sample)
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, items: Sequence[int]) -> list[Any]:
+        """Samples of these items, whose features are parts of one tensor."""
+        rows = self.rows[[whole_number(i, "an item of the dataset") for i in items]].numpy()
+        images = Images(self.store, self.dequantize)
+        batch = images.batch(rows)
+
+        def fill(place: int) -> None:
+            row = int(rows[place])
+            (chunk,) = self.store.read_chunks([row])
+            images.fill(batch, place, row, chunk)
+
+        for _ in in_order(fill, range(len(rows)), min(self.threads, len(rows))):
+            pass
+        values = zip(batch["features"], rows.tolist(), batch["key"], batch["label"].tolist(), strict=True)
+        samples = [_Sample(zip(("features", "row", "key", "label"), sample, strict=True)) for sample in values]
+        if "guidance" in batch:
+            for sample, guidance in zip(samples, batch["guidance"], strict=True):
+                sample["guidance"] = guidance
+        return samples if self.transform is None else [self.transform(sample) for sample in samples]
+
+
+class _Sample(dict[str, Any]):
+    """A sample of a batch, which torch's ``default_collate`` puts together again without a copy."""
+
+
+def _collate(samples: Sequence[_Sample], *, collate_fn_map: Mapping[Any, Any] | None = None) -> dict[str, Any]:
+    batch = {}
+    for name in samples[0]:
+        values = [sample[name] for sample in samples]
+        whole = _adjacent(values)
+        batch[name] = default_collate(values) if whole is None else whole
+    return batch
+
+
+def _adjacent(values: Sequence[Any]) -> torch.Tensor | None:
+    """[n, …]: tensors that follow each other in one memory, as one; None if they do not."""
+    first = values[0]
+    if not isinstance(first, torch.Tensor) or first.dim() == 0 or not first.is_contiguous():
+        return None
+    for place, value in enumerate(values):
+        is_next = (
+            value.shape == first.shape
+            and value.dtype == first.dtype
+            and value.is_contiguous()
+            and value.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and value.storage_offset() == first.storage_offset() + place * first.numel()
+        )
+        if not is_next:
+            return None
+    return torch.as_strided(first, (len(values), *first.shape), (first.numel(), *first.stride()))
+
+
+default_collate_fn_map[_Sample] = _collate

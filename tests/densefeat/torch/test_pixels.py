@@ -1,5 +1,6 @@
 """Random pixels with their labels."""
 
+import itertools
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import densefeat.torch.pixels
 from densefeat import FeatureStore, MissingFeatures, PixelFeatures
+from densefeat.torch.plan import Reader
 from tests.helpers.stores import FAILED_ROWS, ROWS, H, K, KnownStore, W, make_store
 
 GOOD_ROWS = [row for row in range(ROWS) if row not in FAILED_ROWS]
@@ -121,7 +126,74 @@ def test_what_is_refused(known: KnownStore, masks: Path, tmp_path: Path) -> None
     for options in ({"pixels": 0}, {"batch_size": 0}, {"seed": -1}, {"threads": 0}):
         with pytest.raises(ValueError, match="must be at least"):
             PixelFeatures(known.uri, masks, **options)
-    with pytest.raises(ValueError, match=r"'class/00\d\.jpg' does not fit its image"):
+    with pytest.raises(ValueError, match=r"'class/0\d\d\.jpg' does not fit its image"):
         list(PixelFeatures(known.uri, lambda key: np.zeros((H, W), int)))
     with pytest.raises(ValueError, match=r"must be integers .*float64"):
         list(PixelFeatures(known.uri, lambda key: np.zeros((2 * H, 2 * W))))
+
+
+def of_reader(dataset: PixelFeatures, reader: Reader, position: dict[str, int] | None = None) -> list[tuple[Any, ...]]:
+    """(position after it, its pixels) of each batch that one worker gives."""
+    batches = dataset._batches(0, reader, position or dataset._START)
+    return [(reached, pixels_of([batch])) for reached, batch in batches]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    world_size=st.integers(1, 3), workers=st.integers(1, 2), batch_size=st.integers(1, 40), taken=st.integers(0, 30),
+    per_image=st.sampled_from([3, 17, 10**6]), mixed=st.sampled_from([1, 2, 32]),
+)  # fmt: skip
+def test_ranks_and_workers_and_a_resume_of_any(
+    known: KnownStore, masks: Path, world_size: int, workers: int, batch_size: int, taken: int, per_image: int,
+    mixed: int,
+) -> None:  # fmt: skip
+    store = FeatureStore(known.uri)
+    options: dict[str, Any] = {"pixels": per_image, "batch_size": batch_size, "ignore_index": 255, "request_bytes": 400}
+    expected = sorted(pixels_of(list(PixelFeatures(store, masks, **options))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(densefeat.torch.pixels, "_IMAGES_MIXED", mixed)
+        read: dict[str, list[tuple[int, ...]]] = {"pad": [], "keep": []}
+        batches: dict[str, set[int]] = {"pad": set(), "keep": set()}
+        for uneven, rank in itertools.product(read, range(world_size)):
+            dataset = PixelFeatures(store, masks, **options, uneven=uneven, rank=rank, world_size=world_size)
+            of_workers = [of_reader(dataset, Reader(rank, world_size, worker, workers)) for worker in range(workers)]
+            batches[uneven].add(sum(map(len, of_workers)))
+            read[uneven] += [pixel for batches_of_it in of_workers for _, pixels in batches_of_it for pixel in pixels]
+            if taken <= len(of_workers[-1]):
+                position = of_workers[-1][taken - 1][0] if taken else None
+                reader = Reader(rank, world_size, workers - 1, workers)
+                assert of_reader(dataset, reader, position) == of_workers[-1][taken:]
+            if uneven == "pad" and world_size > 1:
+                assert {len(pixels) for batches_of_it in of_workers for _, pixels in batches_of_it} == {batch_size}
+    assert sorted(read["keep"]) == expected
+    assert sorted(set(read["pad"])) == expected
+    assert len(batches["pad"]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+def test_resuming_with_a_stateful_loader(known: KnownStore, masks: Path) -> None:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def loader() -> Any:
+        dataset = PixelFeatures(known.uri, masks, pixels=15, batch_size=16, seed=3)
+        return StatefulDataLoader(dataset, batch_size=None, num_workers=2)
+
+    whole = [pixels_of([batch]) for batch in loader()]
+    for taken in (0, 3, len(whole)):
+        first = loader()
+        iterator = iter(first)
+        for _ in range(taken):
+            next(iterator)
+        second = loader()
+        second.load_state_dict(first.state_dict())
+        assert [pixels_of([batch]) for batch in second] == whole[taken:]
+
+
+def test_ranks_without_images_or_labels(known: KnownStore, masks: Path) -> None:
+    dataset = PixelFeatures(known.uri, masks, rows=[1, 3, 4], rank=0, world_size=4)
+    with pytest.raises(ValueError, match="3 images are fewer than 4 ranks"):
+        next(iter(dataset))
+    dataset = PixelFeatures(known.uri, lambda key: np.full((2 * H, 2 * W), 255), ignore_index=255, rank=0, world_size=2)
+    with pytest.raises(ValueError, match="none of 4 images has a pixel with a label"):
+        next(iter(dataset))

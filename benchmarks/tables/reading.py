@@ -1,0 +1,38 @@
+"""Tables of reading for training."""
+
+from benchmarks import rows
+from benchmarks.tables import formats
+
+_PLACES = {"local": "a local folder", "s3": "S3 on the same machine, with {ms:.0f} ms of latency"}
+
+
+def reading() -> str:
+    """Random images and epochs per second, of the latest row."""
+    row = rows.read("reading")[-1]
+    parts = [
+        f"{row['images']} photographs, {row['height']}×{row['width']}, k = {row['k']}, int8, on "
+        f"{formats.machine(row)}: "
+        "images/s, medians of interleaved runs (`python -m benchmarks.store.reading`). Other formats hold float16. "
+        "Raw: the same bytes, not decoded."
+    ]
+    for place, title in _PLACES.items():
+        measured = row["places"][place]
+        parts.append(f"From {title.format(ms=1000 * row['latency_s'])}:\n\n" + _random(measured["random"]))
+        parts.append(_epochs(measured["epoch"], measured["epoch_peak_bytes"]))
+    return "\n\n".join(parts)
+
+
+def _random(random: dict[str, dict[str, float]]) -> str:
+    table = [f"| random images, in flight | {' | '.join(random)} |", "|---|" + "---|" * len(random)]
+    table += [
+        f"| {side} | " + " | ".join(f"{of_threads[side]:.3g}" for of_threads in random.values()) + " |"
+        for side in next(iter(random.values()))
+    ]
+    return "\n".join(table)
+
+
+def _epochs(epoch: dict[str, float], peak_bytes: float) -> str:
+    raw = epoch["raw, 8 MB"]
+    table = ["| shuffled epoch | images/s | of raw |", "|---|---|---|"]
+    table += [f"| {side} | {rate:.3g} | {rate / raw:.0%} |" for side, rate in epoch.items()]
+    return "\n".join(table) + f"\n\nPeak memory of an epoch with a buffer of 16 MB: {peak_bytes / 1e6:.0f} MB."
