@@ -51,7 +51,7 @@ class EvaluateConfig:
     # depth: smallest and largest depth in metres that is used; other pixels are left out.
     depth_range: tuple[float, float] = (0.001, 10.0)
     # keypoints: α, as shares of the larger side of the box around the keypoints, or of the image.
-    alphas: tuple[float, ...] = (0.05, 0.1, 0.15)
+    alphas: tuple[float, ...] = (0.05, 0.1)
     # keypoints: only pairs of images whose keys have the same first folder.
     same_folder: bool = True
     # video: rows of the grid on which labels are propagated; features are averaged over its cells.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from densefeat.storage.objects import Objects
-from pipeline.evaluate import depth, segmentation
+from pipeline.evaluate import depth, keypoints, segmentation, video
 from pipeline.evaluate.data.comparison import Comparison
 from pipeline.evaluate.data.sides import open_sides
 from pipeline.evaluate.report.page import page
@@ -19,6 +19,8 @@ __all__ = ["TASKS", "evaluate"]
 TASKS: dict[TaskName, Callable[[Comparison, EvaluateConfig], Outcome]] = {
     "segmentation": segmentation.evaluate,
     "depth": depth.evaluate,
+    "keypoints": keypoints.evaluate,
+    "video": video.evaluate,
 }
 
 

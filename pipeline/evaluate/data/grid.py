@@ -63,6 +63,16 @@ class Grid:
         """(m, n)."""
         return len(self.ys), len(self.xs)
 
+    @property
+    def extent(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """((top, bottom), (left, right)) of the area that the points cover, in whole pixels of the original."""
+        (top, bottom), (left, right) = (
+            (round(float(points[0]) - _step(points) / 2), round(float(points[-1]) + _step(points) / 2))
+            for points in (self.ys, self.xs)
+        )
+        height, width = self.image_size
+        return (max(0, top), min(height, bottom)), (max(0, left), min(width, right))
+
     def nearest(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Labels at the points: of [height, width] of the original, those of the pixels that the points lie in, [m, n].
 

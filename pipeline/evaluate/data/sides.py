@@ -7,11 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from densefeat import layout
@@ -41,11 +44,13 @@ class SideOptions:
         name: in tables and pictures.
         store: folder or URI of a store; None: features are computed with ``options``.
         options: of the main job.
+        first: number of components to use; None: all.
     """
 
     name: str
     store: str | None
     options: Mapping[str, Any]
+    first: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,33 +62,58 @@ class Side:
         store: their store.
         seconds_per_image: busy seconds of backbone and upsampler per image, from the ledger; None if it is unfinished.
         device: that they were computed on, from the ledger.
+        first: number of components in use; None: all.
+        weights: of the backbone, as passed to the main job, if the features were computed here.
     """
 
     name: str
     store: FeatureStore
     seconds_per_image: float | None = None
     device: str | None = None
+    first: int | None = None
+    weights: str | None = None
 
     @classmethod
-    def of(cls, name: str, uri: str) -> "Side":
+    def of(cls, name: str, uri: str, first: int | None = None, weights: str | None = None) -> "Side":
         """Open a store.
 
         Raises:
+            JobError: it has fewer components than ``first``.
             StoreError: there is none, or it is damaged.
         """
         store = FeatureStore(uri)
+        if first is not None and not 1 <= first <= store.shape[0]:
+            raise JobError(f"--features {name}: first={first}, but the store has {store.shape[0]} components")
         objects = Objects(uri)
         if not objects.exists(layout.MANIFEST):
-            return cls(name, store)
+            return cls(name, store, None, None, first, weights)
         records = read_parquet(objects.get(layout.MANIFEST)).to_pylist()
         seconds = sum(dict(record["seconds"] or ()).get(stage, 0.0) for record in records for stage in _COMPUTING)
         rows = sum(record["rows_ok"] + record["rows_failed"] for record in records)
         devices = Counter(dict(record["made_by"] or ()).get("device", "") for record in records)
-        return cls(name, store, seconds / rows, devices.most_common(1)[0][0] or None)
+        return cls(name, store, seconds / rows, devices.most_common(1)[0][0] or None, first, weights)
 
     def read(self, key: str) -> Tensor:
         """Features of an image: [k, H, W] float32."""
-        return torch.from_numpy(self.store.read(key))
+        return torch.from_numpy(self.store.read(key)[: self.first])
+
+    @cached_property
+    def _centre(self) -> tuple[Tensor, float]:
+        """The mean of the channels in components [k], and the length of the rest of it."""
+        mean, components = self.store.mean.astype(np.float64), self.store.components[: self.first].astype(np.float64)
+        inside = components @ mean
+        rest = max(float(mean @ mean - inside @ inside), 0.0) ** 0.5
+        return torch.from_numpy(inside.astype(np.float32)), rest
+
+    def unit_channels(self, features: Tensor) -> Tensor:
+        """Vectors of length 1 with the cosines of the reconstructed channels: [k, m, n] -> [k + 1, m, n].
+
+        The channels of a pixel are componentsᵀ f + mean. The components are orthonormal, so that f + components · mean,
+        and the length of the mean outside of their span, have the same products. No C channels are computed.
+        """
+        inside, rest = self._centre
+        outside = features.new_full((1, *features.shape[1:]), rest)
+        return F.normalize(torch.cat([features + inside[:, None, None], outside]), dim=0)
 
     def description(self) -> dict[str, Any]:
         """The side for report.json."""
@@ -94,6 +124,7 @@ class Side:
             "configuration": self.store.attributes["configuration"],
             "seconds_per_image": self.seconds_per_image,
             "device": self.device,
+            "first": self.first,
         }
 
 
@@ -108,16 +139,17 @@ def parse_side(text: str) -> SideOptions:
         return SideOptions(text, text, {})
     named = dict(part.split("=", 1) for part in parts)
     name, store = named.pop("name", None), named.pop("store", None)
+    first = _typed(text, "first", named.pop("first"), int) if "first" in named else None
     if store is not None:
         if named:
             raise JobError(f"--features {text}: a store has its own options, leave out {', '.join(named)}")
-        return SideOptions(name or store, store, {})
+        return SideOptions(name or text, store, {}, first)
     known = get_type_hints(UpsampleConfig)
     if unknown := [option for option in named if option not in known or option in _NOT_IN_A_SIDE]:
-        allowed = sorted({field.name for field in fields(UpsampleConfig)} - {*_NOT_IN_A_SIDE})
-        raise JobError(f"--features {text}: unknown {', '.join(unknown)}; expected name, store, {', '.join(allowed)}")
+        allowed = ", ".join(["name", "store", "first", *sorted({*known} - {*_NOT_IN_A_SIDE})])
+        raise JobError(f"--features {text}: unknown {', '.join(unknown)}; expected {allowed}")
     options = {option: _typed(text, option, value, known[option]) for option, value in named.items()}
-    return SideOptions(name or text, None, options)
+    return SideOptions(name or text, None, options, first)
 
 
 def _typed(side: str, option: str, value: str, hint: Any) -> Any:
@@ -156,7 +188,15 @@ def open_sides(features: Sequence[str], images: str | None, stores: str | None) 
         raise JobError("--features: configurations need --images, to compute their features")
     with ExitStack() as stack:
         folder = stores or str(stack.enter_context(temporary_folder("evaluate-")))
-        yield [Side.of(side.name, side.store or _computed(side, str(images), folder)) for side in sides]
+        yield [
+            Side.of(
+                side.name,
+                side.store or _computed(side, str(images), folder),
+                side.first,
+                side.options.get("weights", "pretrained") if side.store is None else None,
+            )
+            for side in sides
+        ]
 
 
 def _computed(side: SideOptions, images: str, folder: str) -> str:

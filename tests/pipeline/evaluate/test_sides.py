@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import JobError
-from pipeline.evaluate.data.sides import SideOptions, open_sides, parse_side
+from pipeline.evaluate.data.sides import Side, SideOptions, open_sides, parse_side
 from tests.helpers.photographs import photo
 from tests.pipeline.evaluate.stores import compared, store_of
 
@@ -27,7 +27,7 @@ def test_stores_and_configurations() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("upsamler=jbu", r"unknown upsamler; expected name, store, .*upsampler"),
+        ("upsamler=jbu", r"unknown upsamler; expected name, store, first, .*upsampler"),
         ("upsampler=jbu,images=photos/", r"unknown images"),
         ("fit=stretch", r"fit=stretch: expected crop or pad or squash"),
         ("views=few", r"views=few: expected a number"),
@@ -85,3 +85,21 @@ def test_images_of_some_sides_only(tmp_path: Path) -> None:
     assert comparison.notes == ["3 images do not have features on every side: left out"]
     with pytest.raises(JobError, match=r"no image has features on every side; keys look like a: 'x', c: 'q'"):
         _ = compared(a=one, c=store_of(tmp_path / "c", {"q": array})).keys
+
+
+def test_cosines_are_those_of_the_reconstructed_channels(tmp_path: Path) -> None:
+    """Also with a mean that the components do not span: the store's basis is the identity, and a part of it is used."""
+    rng = np.random.default_rng(0)
+    features, mean = rng.normal(size=(5, 2, 3)), rng.normal(size=5)
+    uri = store_of(tmp_path / "a", {"x": features}, mean=mean)
+    for first in (None, 3):
+        side = Side.of("a", uri, first)
+        channels = features.astype(np.float16).astype(float)
+        channels[first or 5 :] = 0
+        channels = (channels + mean[:, None, None]).reshape(5, -1)
+        channels /= np.linalg.norm(channels, axis=0)
+        unit = side.unit_channels(side.read("x")).flatten(1)
+        assert np.abs((unit.T @ unit).numpy() - channels.T @ channels).max() < 1e-3
+    with pytest.raises(JobError, match="first=6, but the store has 5 components"):
+        Side.of("a", uri, 6)
+    assert parse_side("store=x,first=3") == SideOptions("store=x,first=3", "x", {}, 3)
