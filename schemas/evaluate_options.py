@@ -7,8 +7,8 @@ from schemas.checks import at_least
 
 __all__ = ["EvaluateConfig", "TaskName"]
 
-TaskName = Literal["segmentation", "depth", "keypoints", "video", "reconstruction"]
-UNLABELLED: tuple[TaskName, ...] = ("reconstruction",)
+TaskName = Literal["segmentation", "depth", "keypoints", "video", "held_out_views", "reconstruction"]
+UNLABELLED: tuple[TaskName, ...] = ("held_out_views", "reconstruction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class EvaluateConfig:
     same_folder: bool = True
     # video: rows of the grid on which labels are propagated; features are averaged over its cells.
     video_rows: int = 56
-    # reconstruction: weights of the backbone, as passed to the main job, for features without PCA.
+    # held_out_views, reconstruction: weights of the backbone that made the stores, as passed to the main job.
     weights: str | None = None
     # Number of images shown in each section of the page.
     shown: int = 4

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -98,9 +99,14 @@ class Side:
         return torch.from_numpy(self.store.read(key)[: self.first])
 
     @cached_property
+    def components(self) -> npt.NDArray[np.float32]:
+        """[k, C], orthonormal rows: the part of the basis that is in use."""
+        return self.store.components[: self.first]
+
+    @cached_property
     def _centre(self) -> tuple[Tensor, float]:
         """The mean of the channels in components [k], and the length of the rest of it."""
-        mean, components = self.store.mean.astype(np.float64), self.store.components[: self.first].astype(np.float64)
+        mean, components = self.store.mean.astype(np.float64), self.components.astype(np.float64)
         inside = components @ mean
         rest = max(float(mean @ mean - inside @ inside), 0.0) ** 0.5
         return torch.from_numpy(inside.astype(np.float32)), rest
