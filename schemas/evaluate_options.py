@@ -7,7 +7,7 @@ from schemas.checks import at_least
 
 __all__ = ["EvaluateConfig", "TaskName"]
 
-TaskName = Literal["segmentation", "depth", "keypoints", "video", "held_out_views", "reconstruction"]
+TaskName = Literal["segmentation", "depth", "keypoints", "video", "discovery", "held_out_views", "reconstruction"]
 UNLABELLED: tuple[TaskName, ...] = ("held_out_views", "reconstruction")
 
 
@@ -42,7 +42,7 @@ class EvaluateConfig:
     pixels: int = 50_000
     # Seed of splits, draws and bootstrap intervals.
     seed: int = 0
-    # segmentation: classes that are not labels. Their pixels are left out.
+    # segmentation, discovery: values in masks that are not labels. Their pixels are left out.
     ignore: tuple[int, ...] = (255,)
     # segmentation: use only the N most frequent classes of the training images; if omitted, all.
     classes: int | None = None
@@ -56,6 +56,10 @@ class EvaluateConfig:
     same_folder: bool = True
     # video: rows of the grid on which labels are propagated; features are averaged over its cells.
     video_rows: int = 56
+    # discovery: values of objects in the masks; if omitted, all but 0 and --ignore.
+    objects: tuple[int, ...] = ()
+    # discovery: rows of the grid that is cut in two; features are averaged over its cells.
+    discovery_rows: int = 28
     # held_out_views, reconstruction: weights of the backbone that made the stores, as passed to the main job.
     weights: str | None = None
     # Number of images shown in each section of the page.
@@ -67,7 +71,7 @@ class EvaluateConfig:
             raise ValueError("--features: got none, expected a store or a configuration")
         if self.labels is None and self.task not in UNLABELLED:
             raise ValueError(f"--task {self.task} needs labels: pass --labels, see docs/evaluation.md")
-        for option in ("limit", "runs", "pixels", "video_rows"):
+        for option in ("limit", "runs", "pixels", "video_rows", "discovery_rows"):
             at_least(f"--{option.replace('_', '-')}", getattr(self, option), 1)
         at_least("--seed", self.seed, 0)
         at_least("--shown", self.shown, 0)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from densefeat.storage.objects import Objects
-from pipeline.evaluate import depth, held_out, keypoints, reconstruction, segmentation, video
+from pipeline.evaluate import depth, discovery, held_out, keypoints, reconstruction, segmentation, video
 from pipeline.evaluate.data.comparison import Comparison
 from pipeline.evaluate.data.sides import open_sides
 from pipeline.evaluate.report.page import page
@@ -21,6 +21,7 @@ TASKS: dict[TaskName, Callable[[Comparison, EvaluateConfig], Outcome]] = {
     "depth": depth.evaluate,
     "keypoints": keypoints.evaluate,
     "video": video.evaluate,
+    "discovery": discovery.evaluate,
     "held_out_views": held_out.evaluate,
     "reconstruction": reconstruction.evaluate,
 }

@@ -1,6 +1,7 @@
 """Photographs, classes, depths and points as pictures of one image's grid."""
 
 import colorsys
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from pipeline.evaluate.data.comparison import Comparison
 from pipeline.evaluate.data.grid import Grid
 from pipeline.evaluate.task import Panel
 
-__all__ = ["class_colours", "overlaid", "photograph", "ramp_colours", "with_points"]
+__all__ = ["class_colours", "overlaid", "photograph", "ramp_colours", "with_boxes", "with_points"]
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
@@ -68,6 +69,15 @@ def with_points(panel: Panel, points: Floats, labels: Floats | None = None) -> P
             draw.line((left, top, x, y), fill=colour)
         draw.ellipse((x - radius / 2, y - radius / 2, x + radius / 2, y + radius / 2), fill=colour)
     return Panel(panel.caption, np.asarray(picture))
+
+
+def with_boxes(panel: Panel, boxes: Sequence[tuple[float, float, float, float]]) -> Pixels:
+    """A picture with boxes (y0, x0, y1, x1) in its pixels."""
+    picture = Image.fromarray(panel.pixels)
+    draw = ImageDraw.Draw(picture)
+    for number, (y0, x0, y1, x1) in enumerate(boxes):
+        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=_colour(number, 1.0), width=3)
+    return np.asarray(picture)
 
 
 def overlaid(panel: Panel, classes: Tensor) -> Pixels:
