@@ -7,8 +7,10 @@ from schemas.checks import at_least
 
 __all__ = ["EvaluateConfig", "TaskName"]
 
-TaskName = Literal["segmentation", "depth", "keypoints", "video", "discovery", "held_out_views", "reconstruction"]
-UNLABELLED: tuple[TaskName, ...] = ("held_out_views", "reconstruction")
+TaskName = Literal[
+    "segmentation", "depth", "keypoints", "video", "discovery", "activation_maps", "held_out_views", "reconstruction"
+]
+UNLABELLED: tuple[TaskName, ...] = ("activation_maps", "held_out_views", "reconstruction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,8 @@ class EvaluateConfig:
     objects: tuple[int, ...] = ()
     # discovery: rows of the grid that is cut in two; features are averaged over its cells.
     discovery_rows: int = 28
-    # held_out_views, reconstruction: weights of the backbone that made the stores, as passed to the main job.
+    # activation_maps, held_out_views, reconstruction: weights of the backbone that made the stores, as passed to the
+    # main job.
     weights: str | None = None
     # Number of images shown in each section of the page.
     shown: int = 4

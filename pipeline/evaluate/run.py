@@ -5,7 +5,16 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from densefeat.storage.objects import Objects
-from pipeline.evaluate import depth, discovery, held_out, keypoints, reconstruction, segmentation, video
+from pipeline.evaluate import (
+    activation_maps,
+    depth,
+    discovery,
+    held_out,
+    keypoints,
+    reconstruction,
+    segmentation,
+    video,
+)
 from pipeline.evaluate.data.comparison import Comparison
 from pipeline.evaluate.data.sides import open_sides
 from pipeline.evaluate.report.page import page
@@ -22,6 +31,7 @@ TASKS: dict[TaskName, Callable[[Comparison, EvaluateConfig], Outcome]] = {
     "keypoints": keypoints.evaluate,
     "video": video.evaluate,
     "discovery": discovery.evaluate,
+    "activation_maps": activation_maps.evaluate,
     "held_out_views": held_out.evaluate,
     "reconstruction": reconstruction.evaluate,
 }
