@@ -76,3 +76,27 @@ def test_a_report_that_cannot_be_written_is_said_before_the_work(dataset: Path) 
 def test_options_that_cannot_be(options: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         EvaluateConfig(**{"task": "segmentation", "features": ("a",), "labels": "m", "report": "r", **options})
+
+
+@pytest.mark.s3
+def test_stores_labels_and_report_in_object_storage(dataset: Path, s3_bucket: str) -> None:
+    import s3fs
+
+    s3 = s3fs.S3FileSystem(skip_instance_cache=True)
+    s3.put(str(dataset / "masks"), f"{s3_bucket}/masks", recursive=True)
+    config = EvaluateConfig(
+        task="segmentation",
+        features=(f"name=jbu,{SMALL},upsampler=jbu",),
+        images=str(dataset / "photos"),
+        stores=f"{s3_bucket}/stores",
+        labels=f"{s3_bucket}/masks",
+        report=f"{s3_bucket}/report",
+        runs=1,
+        pixels=500,
+        shown=1,
+    )
+    assert evaluate(config) == 0
+    document = json.loads(s3.cat(f"{s3_bucket}/report/report.json"))
+    assert document["figures"]["mean IoU"]["sides"]["jbu"]["value"]["mean"] > 0.5
+    assert document["sides"][0]["store"].startswith(f"{s3_bucket}/stores/")
+    assert b"<img" in s3.cat(f"{s3_bucket}/report/report.html")

@@ -1,5 +1,6 @@
 """The result of an evaluation: each figure of each side with its interval, as values, as a table, and as JSON."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,9 +111,14 @@ class Result:
         main = self.outcome.figures[0]
         values = {side: main.of_units(side).tolist() for side in self.sides}
         return [
-            {"name": unit, main.name: {side: round(values[side][number], 5) for side in self.sides}}
+            {"name": unit, main.name: {side: _rounded(values[side][number]) for side in self.sides}}
             for number, unit in enumerate(self.outcome.units)
         ]
+
+
+def _rounded(value: float) -> float | None:
+    """A value for JSON, which has no NaN."""
+    return None if math.isnan(value) else round(value, 5)
 
 
 def _difference(difference: Estimate, figure: Figure) -> str:
