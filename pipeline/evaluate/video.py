@@ -129,7 +129,7 @@ def _sequences(comparison: Comparison, masks: MaskFolder, limit: int | None) -> 
             found.append(_sequence(comparison, masks, name, ordered))
         except (FileNotFoundError, NotADirectoryError, ValueError) as error:
             reasons[name] = str(error)
-    comparison.left_out(reasons, "(folders of frames) cannot be tracked")
+    comparison.left_out(reasons, "cannot be tracked", "sequences")
     if not found:
         raise JobError(f"--labels: no sequence can be tracked; the first: {next(iter(reasons.values()))}")
     return found
@@ -149,6 +149,11 @@ def _sequence(comparison: Comparison, masks: MaskFolder, name: str, keys: tuple[
         comparison.notes.append(f"{name}: {len(missing)} frames have no mask: not evaluated")
         if len(missing) == len(keys) - 2:
             raise ValueError("no frame but the first has a mask")
+    for key in [key for key in _evaluated(keys) if key not in missing]:
+        try:
+            grids[0].nearest(masks(key))
+        except ValueError as error:
+            raise ValueError(f"the mask of {key} cannot be used: {error}") from error
     return _Sequence(name, keys, grids[0], torch.from_numpy(_numbered(first, objects)), objects)
 
 

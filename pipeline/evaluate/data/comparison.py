@@ -16,7 +16,7 @@ from pipeline.evaluate.data.sides import Side
 __all__ = ["Comparison", "Split", "split", "spread"]
 
 _TRAIN, _VAL = ("train", "training"), ("val", "validation", "test")
-_SHOWN = 3
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ class Comparison:
         """Features of a side at the points of an image's grid: [m·n, k] float32."""
         return self.features(side, key, grid).flatten(1).T
 
-    def left_out(self, reasons: dict[str, str], what: str) -> None:
-        """Note images that were left out: key -> reason."""
+    def left_out(self, reasons: dict[str, str], what: str, unit: str = "images") -> None:
+        """Note images, or other units, that were left out: key -> reason."""
         if reasons:
             shown = "; ".join(f"{key}: {reason}" for key, reason in list(reasons.items())[:_SHOWN])
             more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
-            self.notes.append(f"{len(reasons)} images {what}: left out ({shown}{more})")
+            self.notes.append(f"{len(reasons)} {unit} {what}: left out ({shown}{more})")
 
 
 def split(keys: Sequence[str], train: str | None, val: str | None, seed: int) -> Split:
@@ -115,6 +115,8 @@ def split(keys: Sequence[str], train: str | None, val: str | None, seed: int) ->
             raise JobError(f"--{name}: no image is in this split ({described}); keys look like {keys[0]!r}")
     if both := set(parts[0]) & set(parts[1]):
         raise JobError(f"--train {train} and --val {val} have {len(both)} images in common, such as {min(both)!r}")
+    if others := len(keys) - len(parts[0]) - len(parts[1]):
+        described += f"; {others} images are in neither"
     return Split(parts[0], parts[1], described)
 
 

@@ -22,6 +22,7 @@ from densefeat import layout
 from densefeat.errors import DensefeatError
 from densefeat.storage.objects import Objects
 from densefeat.storage.parquet import read_parquet
+from densefeat.storage.places import absolute_place
 from densefeat.store import FeatureStore
 from pipeline.errors import JobError
 from pipeline.io.storage import temporary_folder
@@ -207,7 +208,7 @@ def open_sides(features: Sequence[str], images: str | None, stores: str | None) 
 
 def _computed(side: SideOptions, images: str, folder: str) -> str:
     """Compute the features of a configuration with the main job, unless they are there; returns their store."""
-    digest = hashlib.sha256(repr((images, sorted(side.options.items()))).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr((absolute_place(images), sorted(side.options.items()))).encode()).hexdigest()[:16]
     store = str(Path(folder) / digest) if "://" not in folder else f"{folder.rstrip('/')}/{digest}"
     try:
         config = UpsampleConfig(images=images, store=store, resume=True, **side.options)

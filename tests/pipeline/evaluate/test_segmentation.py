@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import JobError
+from pipeline.evaluate.data.comparison import split, spread
 from pipeline.evaluate.report.result import Result
 from pipeline.evaluate.segmentation import evaluate
 from tests.pipeline.evaluate.stores import compared, config, store_of, write_png
@@ -101,6 +102,21 @@ def test_only_the_most_frequent_classes(tmp_path: Path, keys: dict[str, np.ndarr
     store = store_of(tmp_path / "a", {key: one_hot(values) for key, values in keys.items()})
     outcome = evaluate(compared(a=store), config("segmentation", tmp_path / "masks", tmp_path / "report", classes=2))
     assert outcome.details["classes"] == tuple(sorted(values[np.argsort(-counts, kind="stable")[:2]]))
+
+
+def test_splits() -> None:
+    keys = ["train/a", "train/b", "val/a", "extra/a"]
+    by_folder = split(keys, None, None, 0)
+    assert (by_folder.train, by_folder.val) == (("train/a", "train/b"), ("val/a",))
+    assert by_folder.described == "folders train/, val/; 1 images are in neither"
+    by_pattern = split(keys, "*/a", "*/b", 0)
+    assert (by_pattern.train, by_pattern.val) == (("train/a", "val/a", "extra/a"), ("train/b",))
+    halves = split([f"{i}.jpg" for i in range(9)], None, None, 0)
+    assert (len(halves.train), len(halves.val)) == (4, 5)
+    assert not {*halves.train} & {*halves.val}
+    assert halves == split([f"{i}.jpg" for i in range(9)], None, None, 0)
+    assert halves.train != split([f"{i}.jpg" for i in range(9)], None, None, 1).train
+    assert spread(keys, 2) == ("train/a", "val/a")
 
 
 @pytest.mark.parametrize(

@@ -117,19 +117,21 @@ def test_objects_that_features_tell_are_tracked(tmp_path: Path) -> None:
 
 def test_sequences_that_cannot_be_tracked(tmp_path: Path) -> None:
     features = {}
-    for name, frames in (("short", 2), ("empty", 4), ("alone", 4), ("good", 4)):
+    for name, frames in (("short", 2), ("empty", 4), ("alone", 4), ("small", 4), ("good", 4)):
         for frame in range(frames):
             mask, features[f"{name}/{frame}.jpg"] = moving(frame, True)
             if name != "alone" or frame == 0:
                 write_png(tmp_path / "masks" / name / f"{frame}.png", mask * (name != "empty"))
     (tmp_path / "masks" / "good" / "2.png").unlink()
+    write_png(tmp_path / "masks" / "small" / "2.png", moving(2, True)[0][:12])
     comparison = compared(a=store_of(tmp_path / "a", features))
     outcome = evaluate(comparison, config("video", tmp_path / "masks", tmp_path / "report", video_rows=8))
     notes = "\n".join(comparison.notes)
     assert outcome.units == ["good"]
     assert "good: 1 frames have no mask: not evaluated" in notes
     no_object = "empty: the mask of its first frame, empty/0.jpg, has no object"
-    for reason in ("short: has 2 frames", no_object, "alone: no frame but the first has a mask"):
+    small = "small: the mask of small/2.jpg cannot be used: has 12×24 pixels, expected 24×24"
+    for reason in ("short: has 2 frames", no_object, small, "alone: no frame but the first has a mask"):
         assert reason in notes
     only = compared(a=store_of(tmp_path / "b", {key: one for key, one in features.items() if "short" in key}))
     with pytest.raises(JobError, match="no sequence can be tracked; the first: has 2 frames"):
