@@ -68,7 +68,7 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
             f"{draws.places.shape[2]:,} pixels of each of {len(parts.train)} images, evaluated on all pixels with a "
             f"depth of {config.depth_range[0]:g} to {config.depth_range[1]:g} m of {len(parts.val)} others. "
             f"Predictions are limited to this range. {config.runs} runs, each with images and pixels drawn with "
-            f"replacement. Split: {parts.described}. RMSE in metres and δ1 (Eigen et al., NeurIPS 2014), over all pixels."
+            f"replacement. Split: {parts.described}. RMSE (metres) and δ1 (Eigen et al., NeurIPS 2014) over all pixels."
         ),
         unit="image",
         units=parts.val,

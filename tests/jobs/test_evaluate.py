@@ -10,8 +10,10 @@ from PIL import Image
 from jobs.evaluate import evaluate
 from pipeline.errors import JobError
 from schemas.evaluate_options import EvaluateConfig
+from tests.helpers.stores import SHARED
 from tests.pipeline.evaluate.stores import write_png
 
+WEIGHTS, COCO = SHARED / "weights" / "tf_efficientnet_lite0.safetensors", SHARED / "data" / "coco200"
 SMALL = "backbone=resnet18,weights=random,layer=1,size=64,components=8,workers=0,device=cpu"
 
 
@@ -100,3 +102,28 @@ def test_stores_labels_and_report_in_object_storage(dataset: Path, s3_bucket: st
     assert document["figures"]["mean IoU"]["sides"]["jbu"]["value"]["mean"] > 0.5
     assert document["sides"][0]["store"].startswith(f"{s3_bucket}/stores/")
     assert b"<img" in s3.cat(f"{s3_bucket}/report/report.html")
+
+
+@pytest.mark.skipif(not (WEIGHTS.exists() and COCO.exists()), reason=f"needs weights and photographs in {SHARED}")
+def test_on_photographs_trained_weights_beat_random_ones(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        (tmp_path / "images" / part).mkdir(parents=True)
+        for photo in sorted((COCO / "images" / part).glob("*.jpg"))[:12]:
+            (tmp_path / "images" / part / photo.name).symlink_to(photo.resolve())
+    lite0 = "backbone=tf_efficientnet_lite0,workers=0,device=cpu,components=32,upsampler=bilinear"
+    config = EvaluateConfig(
+        task="segmentation",
+        features=(f"name=trained,{lite0},weights={WEIGHTS}", f"name=random,{lite0},weights=random"),
+        images=str(tmp_path / "images"),
+        labels=str(COCO / "masks"),
+        report=str(tmp_path / "report"),
+        ignore=(0, 255),
+        classes=6,
+        runs=2,
+        pixels=6000,
+        shown=1,
+    )
+    assert evaluate(config) == 0
+    accuracy = json.loads((tmp_path / "report" / "report.json").read_text())["figures"]["accuracy"]["sides"]
+    assert accuracy["trained"]["value"]["mean"] > 0.5
+    assert accuracy["random"]["difference"]["high"] < 0
