@@ -62,6 +62,7 @@ CASES: dict[TaskName, Case] = {
     "video": Case(
         str(DATA / "davis5" / "images"), "224x384", {"labels": str(DATA / "davis5" / "masks"), "video_rows": 40}
     ),
+    "discovery": Case(COCO, options={"labels": MASKS, "objects": tuple(range(1, 91)), "limit": 100}),
     "held_out_views": Case(COCO, options={"limit": 40}),
 }  # fmt: skip
 

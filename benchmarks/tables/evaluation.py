@@ -12,6 +12,7 @@ _FIGURES = {
     "depth": ("RMSE", "depth, RMSE in m ↓"),
     "keypoints": ("PCK@0.1 of the box", "keypoints, PCK@0.1"),
     "video": ("J&F", "video, J&F"),
+    "discovery": ("CorLoc", "discovery, CorLoc"),
     "held_out_views": ("error on held-out views", "held-out views, error ↓"),
 }
 _ORDER = ("bilinear", "jbu", "anyup", "multiview, 5 views", "multiview", "bilinear, image at 2×")
