@@ -32,17 +32,18 @@ class EvaluateConfig:
     # Folder in which stores of computed features are kept, and found again by later runs with the same options; delete
     # it when images change. If omitted, the stores are deleted at the end.
     stores: str | None = None
-    # Keys of the images to train on, and of those to evaluate on, as patterns ("train/*"); if omitted, the folders
-    # train and val (or test) if the keys begin with them, else two random halves.
+    # Keys of the images to train on, as a pattern ("train/*"). If omitted, those in the folder train if keys begin with
+    # train and val (or test), else a random half.
     train: str | None = None
+    # Keys of the images to evaluate on, as a pattern; pass it with --train.
     val: str | None = None
-    # Use only N images of each split, spread evenly over it.
+    # Use only N images of each split, or of all for tasks without training, spread evenly.
     limit: int | None = None
     # segmentation, depth: probes per side, each trained on its own draw of images and pixels.
     runs: int = 5
     # segmentation, depth: pixels on which a probe is trained.
     pixels: int = 50_000
-    # Seed of splits, draws and bootstrap intervals.
+    # Seed of random splits, and of the draws of images and pixels.
     seed: int = 0
     # segmentation, discovery: values in masks that are not labels. Their pixels are left out.
     ignore: tuple[int, ...] = (255,)
