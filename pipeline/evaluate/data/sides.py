@@ -160,7 +160,7 @@ def parse_side(text: str) -> SideOptions:
 
 
 def _typed(side: str, option: str, value: str, hint: Any) -> Any:
-    """A value of the option's type: one of int, float and str, or a literal."""
+    """A value of the option's type: int, float, bool, str, or a literal."""
     kinds = get_args(hint) or (hint,)
     for kind in (int, float):
         if kind in kinds:
@@ -168,10 +168,12 @@ def _typed(side: str, option: str, value: str, hint: Any) -> Any:
                 return kind(value)
             except ValueError:
                 continue
+    if bool in kinds and value in ("true", "false"):
+        return value == "true"
     if str in kinds or value in kinds or any(value in get_args(kind) for kind in kinds):
         return value
-    choices = [choice for choice in kinds if isinstance(choice, str)]
-    expected = " or ".join(choices) if choices else "a number"
+    choices = [choice for kind in (hint, *kinds) for choice in get_args(kind) if isinstance(choice, str)]
+    expected = " or ".join(choices or (["true", "false"] if bool in kinds else ["a number"]))
     raise JobError(f"--features {side}: {option}={value}: expected {expected}")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import JobError
-from pipeline.evaluate.data.sides import Side, SideOptions, open_sides, parse_side
+from pipeline.evaluate.data.sides import Side, SideOptions, _typed, open_sides, parse_side
 from tests.helpers.photographs import photo
 from tests.pipeline.evaluate.stores import compared, store_of
 
@@ -21,6 +21,7 @@ def test_stores_and_configurations() -> None:
         "a", None, {"backbone": "x", "layer": "8,9", "components": 0.9, "views": 5, "fit": "pad", "device": "cpu"}
     )
     assert parse_side("components=64").options == {"components": 64}
+    assert _typed("x", "flag", "true", bool) is True
     assert parse_side("upsampler=jbu").name == "upsampler=jbu"
 
 
@@ -31,6 +32,7 @@ def test_stores_and_configurations() -> None:
         ("upsampler=jbu,images=photos/", r"unknown images"),
         ("fit=stretch", r"fit=stretch: expected crop or pad or squash"),
         ("views=few", r"views=few: expected a number"),
+        ("backbone=x,components=all", r"components=all: expected a number"),
         ("store=x,upsampler=jbu", r"a store has its own options, leave out upsampler"),
     ],
 )
