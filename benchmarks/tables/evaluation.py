@@ -21,13 +21,15 @@ _ORDER = ("bilinear", "jbu", "anyup", "multiview, 5 views", "multiview", "biline
 def evaluation() -> str:
     """The main figure of each task: bilinear's value, and differences to it."""
     latest = {(row["backbone"], row["method"], row["task"]): row for row in rows.read("evaluation")}
+    measured = {task for _, _, task in latest}
+    tasks = [task for task in _FIGURES if task in measured]
     table = [
-        f"| backbone | features | {' | '.join(heading for _, heading in _FIGURES.values())} |",
-        f"|---|---|{'---|' * len(_FIGURES)}",
+        f"| backbone | features | {' | '.join(_FIGURES[task][1] for task in tasks)} |",
+        f"|---|---|{'---|' * len(tasks)}",
     ]
     sides = dict.fromkeys((backbone, method) for backbone, method, _ in latest)
     for backbone, method in sorted(sides, key=lambda side: (side[0], _ORDER.index(side[1]))):
-        cells = [_cell(latest.get((backbone, method, task)), task) for task in _FIGURES]
+        cells = [_cell(latest.get((backbone, method, task)), task) for task in tasks]
         table.append(f"| {backbone} | {method} | {' | '.join(cells)} |")
     units = {task: row for (_, _, task), row in latest.items()}
     counted = ", ".join(f"{row['units']} {row['unit']}s ({task})" for task, row in units.items())
