@@ -1,7 +1,6 @@
 """Pictures of features next to their images: photo | low-resolution features | high-resolution features."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -11,12 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from densefeat.store import FeatureStore
-from pipeline.errors import ImageError, JobError
+from pipeline.evaluate.data.originals import read_photo
 from pipeline.features.backbone import Backbone
-from pipeline.images.decoding.decode import Geometry, decode
-from pipeline.images.reading.read import read_images
-from pipeline.store.layout import stored_attributes
-from schemas.configuration import StoreConfiguration
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -40,36 +35,6 @@ def feature_colours(features: Sequence[npt.NDArray[np.float32]]) -> list[Pixels]
         (np.clip((image - low[:, None, None]) / scale, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
         for image in shown
     ]
-
-
-def stored_geometry(store: FeatureStore) -> Geometry:
-    """Geometry with which a store was made."""
-    return _geometry(stored_attributes(store.uri, store.attributes).configuration)
-
-
-def _geometry(configuration: StoreConfiguration) -> Geometry:
-    geometry = configuration.geometry
-    return Geometry(geometry.size, geometry.fit, geometry.output_size)
-
-
-def read_photo(store: FeatureStore, row: int) -> npt.NDArray[np.uint8]:
-    """Read the image of a row from where the index says it lies, as the backbone saw it: uint8 [3, H, W].
-
-    Raises:
-        JobError: the image cannot be read.
-    """
-    image = store.index.slice(row % len(store), 1)
-    uri = image["uri"][0].as_py()
-    configuration = stored_attributes(store.uri, store.attributes).configuration
-    source = configuration.source
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            (data,) = read_images(image, image_column=source.image_column, kind=source.kind, pool=pool)
-        if isinstance(data, ImageError):
-            raise data
-        return decode(data, _geometry(configuration)).pixels
-    except ImageError as error:
-        raise JobError(f"the image of row {row} cannot be read from {uri}: {error}") from error
 
 
 def comparison(store: FeatureStore, rows: Sequence[int], backbone: Backbone | None) -> Image.Image:

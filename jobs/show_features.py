@@ -17,7 +17,6 @@ from pipeline.errors import JobError
 
 if TYPE_CHECKING:
     from densefeat.store import FeatureStore
-    from pipeline.features.backbone import Backbone
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -51,13 +50,15 @@ def show(config: ShowConfig) -> int:
     """
     from densefeat.store import FeatureStore
     from jobs.pictures import comparison
+    from pipeline.evaluate.data.originals import stored_backbone
     from pipeline.io.outputs import check_output_file, write_output_file
 
     store = FeatureStore(config.store)
     check_output_file("--output", config.output)  # before the work
     rows = _rows(store, config)
     picture = io.BytesIO()
-    comparison(store, rows, _backbone(store, config.weights)).save(picture, _FORMATS[_suffix(config.output)])
+    backbone = None if config.weights is None else stored_backbone(store, config.weights)
+    comparison(store, rows, backbone).save(picture, _FORMATS[_suffix(config.output)])
     write_output_file("--output", config.output, picture.getvalue())
     print(config.output)
     return DONE
@@ -76,28 +77,6 @@ def _rows(store: "FeatureStore", config: ShowConfig) -> Sequence[int]:
     if not rows:
         raise JobError(f"no row of {config.store} has features: all failed, or their shards are not done yet")
     return rows
-
-
-def _backbone(store: "FeatureStore", weights: str | None) -> "Backbone | None":
-    """The backbone that made the store; None without weights.
-
-    Raises:
-        JobError: the weights are not those that made the store.
-    """
-    if weights is None:
-        return None
-    from pipeline.features.backbone import build_backbone
-    from pipeline.store.layout import stored_attributes
-
-    stored = stored_attributes(store.uri, store.attributes).configuration
-    made_by = stored.backbone
-    chosen = {name: made_by[name] for name in ("space", "facet") if name in made_by}
-    backbone = build_backbone(
-        made_by["name"], size=stored.geometry.size, weights=weights, layer=made_by["layer"], **chosen
-    )
-    if backbone.identity()["weights"] != made_by["weights"]:
-        raise JobError(f"--weights {weights} are not those that made {store.uri}: pass those, or omit --weights")
-    return backbone
 
 
 def _suffix(output: str) -> str:

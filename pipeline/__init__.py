@@ -12,4 +12,5 @@ schemas, the kernels and the reader. Only ``run.ray`` and ``train.ray_train`` us
     store            features to codes, bytes, committed shards
     run              who does it, and when
     train            weights for upsamplers
+    evaluate         what the features are worth
 """

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("densefeat", "schemas", "kernels", "pipeline", "jobs", "benchmarks", "tests")
 # Each room of the pipeline may import those before it, and itself.
-ROOMS = ["errors", "io", "reporting", "images", "features", "views", "upsamplers", "store", "run", "train"]
+ROOMS = ["errors", "io", "reporting", "images", "features", "views", "upsamplers", "store", "run", "train", "evaluate"]
 OURS = {
     "densefeat": set(),
     "schemas": {"densefeat"},

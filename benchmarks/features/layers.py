@@ -13,18 +13,10 @@ import torch
 import tyro
 
 from benchmarks import rows
-from benchmarks.bootstrap import paired
 from benchmarks.upsamplers.held_out import SHARED, SIZE, K, fitted_basis
-from benchmarks.upsamplers.probe import (
-    Draws,
-    High,
-    border_accuracy,
-    evaluated,
-    labelled,
-    mean_iou,
-    trained,
-    with_frequent_classes,
-)  # fmt: skip
+from benchmarks.upsamplers.probe import High, draws_of, evaluated, labelled, trained, with_frequent_classes
+from pipeline.evaluate.bootstrap import paired
+from pipeline.evaluate.probe import mean_iou, share
 from pipeline.features.backbone import Backbone, build_backbone
 from pipeline.upsamplers.build import build_upsampler
 
@@ -68,7 +60,7 @@ def main(photos_each: int = 100, runs: int = 10, backbones: Sequence[str] = tupl
     with torch.inference_mode():
         photos = (labelled(part, photos_each, torch.device("cpu")) for part in ("train", "val"))
         train, val = with_frequent_classes(*photos)
-        draws = Draws(runs, photos_each)
+        draws = draws_of(runs, photos_each)
         for case in backbones:
             name, weights, layers = CASES[case]
             counts = {}
@@ -89,7 +81,7 @@ def write(
     """One row a layer: mean IoU and accuracy near borders with their intervals, and differences to the default's."""
     confusion, border = ({_name(layer): count[part] for layer, count in counts.items()} for part in range(2))
     miou = paired(confusion, mean_iou, _name(default))
-    near_borders = paired(border, border_accuracy, _name(default))
+    near_borders = paired(border, share, _name(default))
     for layer in miou:
         row: dict[str, Any] = {"backbone": case, "layer": layer, **setting}
         for metric, (value, difference) in (("miou", miou[layer]), ("border_accuracy", near_borders[layer])):

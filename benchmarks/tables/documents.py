@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.tables import features, performance, reading, stores, upsamplers
+from benchmarks.tables import evaluation, features, performance, reading, stores, upsamplers
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -14,6 +14,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "choice": upsamplers.choice,
     "held_out_of_jbu": upsamplers.held_out_of_jbu,
     "layers": features.layers,
+    "evaluation": evaluation.evaluation,
     "upsamplers": upsamplers.upsamplers,
     "upsampler_costs": upsamplers.upsampler_costs,
     "quality": upsamplers.quality,

@@ -1,8 +1,8 @@
 """Tables of backbones' features: which layers."""
 
 from benchmarks import rows
-from benchmarks.bootstrap import Estimate
 from benchmarks.tables import formats
+from pipeline.evaluate.bootstrap import Estimate
 
 
 def layers() -> str:

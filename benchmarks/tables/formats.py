@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from benchmarks.bootstrap import Estimate
+from pipeline.evaluate.bootstrap import Estimate
 
 
 def machine(row: dict[str, Any]) -> str:

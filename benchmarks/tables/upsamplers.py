@@ -4,8 +4,8 @@ import statistics
 from typing import Any
 
 from benchmarks import rows
-from benchmarks.bootstrap import Estimate
 from benchmarks.tables import formats
+from pipeline.evaluate.bootstrap import Estimate
 from pipeline.upsamplers.build import UPSAMPLERS
 
 

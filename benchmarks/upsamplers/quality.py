@@ -24,10 +24,11 @@ import tyro
 from torch import Tensor
 
 from benchmarks import rows
-from benchmarks.bootstrap import Estimate, paired
 from benchmarks.upsamplers import probe
 from benchmarks.upsamplers.held_out import BACKBONES, SHARED, SIZE, Judge, K, build, fitted_basis, fitted_to_photos
 from benchmarks.upsamplers.passes import enlarged, mean_of_views, strided
+from pipeline.evaluate.bootstrap import Estimate, paired
+from pipeline.evaluate.probe import accuracy, mean_iou, share
 from pipeline.run.feature_worker import pick_device
 from pipeline.upsamplers.build import build_upsampler
 from pipeline.upsamplers.fitting import UpsamplerFit
@@ -136,7 +137,7 @@ def measure(methods: Methods, names: Sequence[str], photos: int, runs: int) -> N
     """Evaluate methods of a backbone, and write a row each."""
     size, device = methods.size, methods.device
     train, val = probe.with_frequent_classes(*(probe.labelled(part, photos, device, size) for part in ("train", "val")))
-    draws = probe.Draws(runs, photos, size)
+    draws = probe.draws_of(runs, photos)
     seen = [methods.judge.seen(photo) for photo, _ in val]
     counts, border, errors, facts = {}, {}, {}, {}
     for name in names:
@@ -148,11 +149,11 @@ def measure(methods: Methods, names: Sequence[str], photos: int, runs: int) -> N
             for (photo, _), views in zip(val, seen, strict=True)
         ])[None, :, None]  # fmt: skip
         facts[name] = {"passes": method.passes, "seconds": round(seconds, 5)}
-        print(methods.name, name, f"{probe.mean_iou(counts[name].double().sum(1)).mean():.4f}", flush=True)
+        print(methods.name, name, f"{mean_iou(counts[name].double().sum(1)).mean():.4f}", flush=True)
     metrics = {
-        "miou": paired(counts, probe.mean_iou, BASELINE),
-        "accuracy": paired(counts, probe.accuracy, BASELINE),
-        "border_accuracy": paired(border, probe.border_accuracy, BASELINE),
+        "miou": paired(counts, mean_iou, BASELINE),
+        "accuracy": paired(counts, accuracy, BASELINE),
+        "border_accuracy": paired(border, share, BASELINE),
         "held_out_error": paired(errors, lambda summed: summed[:, 0] / photos, BASELINE),
     }
     for name in names:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from densefeat import FeatureStore
-from jobs.pictures import stored_geometry
+from pipeline.evaluate.data.originals import stored_geometry
 from pipeline.images.decoding.decode import decode
 from schemas.options import UpsampleConfig
 

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from densefeat import FeatureStore
-from jobs.pictures import feature_colours, read_photo, stored_geometry
+from jobs.pictures import feature_colours
 from jobs.show_features import ShowConfig, show
 from jobs.upsample_imagenet import upsample
 from pipeline.errors import JobError
+from pipeline.evaluate.data.originals import read_photo, stored_geometry
 from pipeline.images.decoding.decode import decode
 from schemas.options import UpsampleConfig
 from tests.helpers.datasets import put, tar_of

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densefeat import FeatureStore
-from jobs.pictures import read_photo
 from jobs.upsample_imagenet import upsample
 from jobs.verify_store import VerifyConfig, verify
 from pipeline.errors import JobError
+from pipeline.evaluate.data.originals import read_photo
 from pipeline.images.decoding.decode import decode
 from pipeline.run.planning.plan import make_plan
 from pipeline.upsamplers.anyup.upsampler import AnyUpUpsampler

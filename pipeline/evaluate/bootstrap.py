@@ -21,13 +21,16 @@ class Estimate:
 
     @property
     def half_width(self) -> float:
+        """Half of the interval's width."""
         return (self.high - self.low) / 2
 
     def row(self) -> dict[str, float]:
+        """The estimate for JSON."""
         return {name: round(value, 5) for name, value in asdict(self).items()}
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "Estimate":
+        """Invert `row`."""
         return cls(row["mean"], row["low"], row["high"])
 
 

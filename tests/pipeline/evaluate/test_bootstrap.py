@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.bootstrap import paired
+from pipeline.evaluate.bootstrap import paired
 
 
 def share(counts: Tensor) -> Tensor:

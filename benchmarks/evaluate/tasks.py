@@ -1,0 +1,133 @@
+"""Claim: what upsamplers gain on each task of jobs/evaluate.py, for two small backbones.
+
+    python -m benchmarks.evaluate.tasks --stores FOLDER
+    python -m benchmarks.evaluate.tasks --stores FOLDER --backbones lite0 --tasks video --methods bilinear jbu
+
+The job computes the features with the main job's default layers and 64 components, keeps them in ``--stores``, and
+finds them there the next time. The data are coco200, nyu120, willow and davis5.
+"""
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+import tyro
+
+from benchmarks import rows
+from benchmarks.upsamplers.held_out import BACKBONES, SHARED
+from pipeline.evaluate.report.result import Result
+from pipeline.evaluate.run import evaluate
+from schemas.evaluate_options import EvaluateConfig, TaskName
+
+DATA = SHARED / "data"
+COMPONENTS = 64
+METHODS = {
+    "bilinear": "upsampler=bilinear",
+    "jbu": "upsampler=jbu",
+    "anyup": f"upsampler=anyup,upsampler_weights={SHARED / 'weights' / 'anyup_multi_backbone.pth'}",
+    "multiview, 5 views": "upsampler=multiview,views=5",
+    "multiview": "upsampler=multiview",
+    "bilinear, image at 2×": "upsampler=bilinear",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task and its data.
+
+    Attributes:
+        images: folder.
+        size: of the images and of the features, as for --size.
+        options: of the job.
+        fit: as for --fit.
+    """
+
+    images: str
+    size: str = "224"
+    options: dict[str, Any] = field(default_factory=dict)
+    fit: str = "crop"
+
+
+COCO, MASKS = str(DATA / "coco200" / "images"), str(DATA / "coco200" / "masks")
+CASES: dict[TaskName, Case] = {
+    "segmentation": Case(COCO, options={"labels": MASKS, "ignore": (0, 255), "classes": 20}),
+    "depth": Case(
+        str(DATA / "nyu120" / "images"), options={"labels": str(DATA / "nyu120" / "depth"), "depth_scale": 10 / 255}
+    ),
+    "keypoints": Case(
+        str(DATA / "willow"), options={"labels": str(DATA / "willow" / "keypoints.json")}, fit="pad"
+    ),
+    "video": Case(
+        str(DATA / "davis5" / "images"), "224x384", {"labels": str(DATA / "davis5" / "masks"), "video_rows": 40}
+    ),
+    "discovery": Case(COCO, options={"labels": MASKS, "objects": tuple(range(1, 91)), "limit": 100}),
+    "held_out_views": Case(COCO, options={"limit": 40}),
+}  # fmt: skip
+
+
+def side(case: Case, backbone: str, method: str) -> str:
+    """A value of --features."""
+    known = BACKBONES[backbone]
+    size = f"size={case.size}"
+    if method.endswith("2×"):
+        larger = "x".join(str(2 * int(length)) for length in case.size.split("x"))
+        size = f"size={larger},output_size={case.size}"
+    options = f"components={COMPONENTS},{size},workers=0,device=cpu" + (
+        "" if case.fit == "crop" else f",fit={case.fit}"
+    )
+    return f"name={method},backbone={known['backbone']},weights={known['weights']},{METHODS[method]},{options}"
+
+
+def main(
+    stores: str,
+    backbones: tuple[str, ...] = ("lite0", "vit-ti"),
+    tasks: tuple[TaskName, ...] = tuple(CASES),
+    methods: tuple[str, ...] = tuple(METHODS),
+    limit: int | None = None,
+) -> None:
+    """Measure.
+
+    Args:
+        stores: folder that keeps the features.
+        backbones: names in `BACKBONES`.
+        tasks: names in `CASES`.
+        methods: names in `METHODS`; differences are to the first.
+        limit: images of each split.
+    """
+    torch.set_num_threads(1)
+    for task in tasks:
+        for backbone in backbones:
+            case = CASES[task]
+            with tempfile.TemporaryDirectory() as report:
+                config = EvaluateConfig(
+                    task=task,
+                    features=tuple(side(case, backbone, method) for method in methods),
+                    images=case.images,
+                    stores=stores,
+                    report=report,
+                    shown=0,
+                    **case.options,
+                )
+                result = evaluate(config if limit is None else replace(config, limit=limit))
+            print(result.describe(), flush=True)
+            write(backbone, result, config)
+
+
+def write(backbone: str, result: Result, config: EvaluateConfig) -> None:
+    """One row a side: each figure with its interval, and its difference to the first side's."""
+    options = {name: value for name, value in asdict(config).items() if name in ("runs", "pixels", "classes", "limit")}
+    for one in result.comparison.sides:
+        figures = {
+            name: {"value": of_sides[one.name][0].row(), "difference": of_sides[one.name][1].row()}
+            for name, of_sides in result.estimates.items()
+        }
+        row: dict[str, Any] = {"task": result.task, "backbone": backbone, "method": one.name, "k": COMPONENTS}
+        row |= {"units": len(result.outcome.units), "unit": result.outcome.unit, "options": options, "figures": figures}
+        rows.append("evaluation", {**row, "notes": result.comparison.notes, **rows.measured_on()})
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

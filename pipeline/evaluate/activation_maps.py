@@ -1,0 +1,139 @@
+"""Class activation maps.
+
+The measure of FeatUp (Fu et al., ICLR 2024): how well the map of a class shows where the classifier sees it. Average
+drop and average increase are those of Grad-CAM++ (Chattopadhay et al., WACV 2018): the image is multiplied with the
+map, stretched to 0 … 1, and the probability of the class compared with that for the whole image. Insertion and deletion
+are those of RISE (Petsiuk et al., BMVC 2018): the area below the probability as the pixels are inserted into a blurred
+image, or replaced by grey, those with the highest values first. The class is the classifier's own for the whole image.
+
+The features must be class scores at every position, of ``--space head``: the map of a class is then a channel.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from pipeline.errors import JobError
+from pipeline.evaluate.data.comparison import Comparison, spread
+from pipeline.evaluate.data.originals import read_photo, stored_backbone
+from pipeline.evaluate.data.sides import Side
+from pipeline.evaluate.probe import share
+from pipeline.evaluate.report.pictures import ramp_colours
+from pipeline.evaluate.task import Figure, Outcome, Panel
+from pipeline.features.backbone import Backbone
+from schemas.evaluate_options import EvaluateConfig
+
+__all__ = ["Classifier", "evaluate", "measures"]
+
+_STEPS = 10  # of insertion and deletion
+_GREY = 127.5
+_BLUR = (11, 5.0)  # RISE: kernel and standard deviation in pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A classifier of images."""
+
+    backbone: Backbone
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] uint8 -> [B, classes]."""
+        logits: Tensor = self.backbone.model(self.backbone.normalise(images))
+        return logits.softmax(1)
+
+
+def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
+    """Run the task.
+
+    Raises:
+        JobError: a store does not have class scores, its weights are missing or others, or an image cannot be read.
+    """
+    keys = spread(comparison.keys, config.limit)
+    classifiers = {side.name: _classifier(side, config.weights) for side in comparison.sides}
+    found: dict[str, list[Tensor]] = {side.name: [] for side in comparison.sides}
+    with torch.inference_mode():
+        for key in keys:
+            for side in comparison.sides:
+                photo, heat, number = _map(side, classifiers[side.name], key)
+                found[side.name].append(measures(classifiers[side.name], photo, heat, number))
+    values = {side: torch.stack(own)[None] for side, own in found.items()}
+
+    def figure(name: str, place: int, higher_is_better: bool) -> Figure:
+        counts = {side: own[..., [place, -1]] for side, own in values.items()}
+        return Figure(name, counts, share, higher_is_better)
+
+    def draw(unit: int) -> list[Panel]:
+        panels: list[Panel] = []
+        with torch.inference_mode():
+            for side in comparison.sides:
+                photo, heat, number = _map(side, classifiers[side.name], keys[unit])
+                if not panels:
+                    panels.append(Panel(f"{keys[unit]}, class {number}", photo.permute(1, 2, 0).numpy()))
+                panels.append(Panel(side.name, ramp_colours(heat.double().numpy(), 0, 1)))
+        return panels
+
+    return Outcome(
+        protocol=(
+            f"Class activation maps of the classifier's own class, on {len(keys)} images. Average drop and increase of "
+            "its probability if the image is multiplied with the map (Chattopadhay et al., Grad-CAM++, WACV 2018), as "
+            "in FeatUp (Fu et al., ICLR 2024); areas below it for insertion and deletion (Petsiuk et al., RISE, BMVC "
+            "2018)."
+        ),
+        unit="image",
+        units=keys,
+        figures=[
+            figure("average drop", 0, False),
+            figure("average increase", 1, True),
+            figure("insertion", 2, True),
+            figure("deletion", 3, False),
+        ],
+        draw=draw,
+    )
+
+
+def _classifier(side: Side, weights: str | None) -> Classifier:
+    if side.store.attributes["configuration"]["backbone"].get("space") != "head":
+        raise JobError(f"--features {side.name}: expected class scores: make the features with --space head")
+    chosen = side.weights or weights
+    if chosen is None:
+        raise JobError(f"--features {side.name}: the backbone is needed: pass its weights as --weights")
+    return Classifier(stored_backbone(side.store, chosen))
+
+
+def _map(side: Side, classifier: Classifier, key: str) -> tuple[Tensor, Tensor, int]:
+    """The photograph [3, H, W] uint8, the map [H, W] of the most probable class, 0 … 1, and the class."""
+    photo = torch.from_numpy(read_photo(side.store, side.store.row_of(key)))
+    number = int(classifier.probabilities(photo[None])[0].argmax())
+    components = torch.from_numpy(side.components[:, number].copy())
+    scores = torch.einsum("k,khw->hw", components, side.read(key))
+    large = F.interpolate(scores[None, None], photo.shape[1:], mode="bilinear", align_corners=False)[0, 0]
+    low, high = large.min(), large.max()
+    return photo, (large - low) / (high - low).clamp(min=1e-12), number
+
+
+def measures(classifier: Classifier, photo: Tensor, heat: Tensor, number: int) -> Tensor:
+    """Drop, increase, insertion and deletion of an image, and 1: [5] float64.
+
+    Args:
+        classifier: of images.
+        photo: [3, H, W] uint8.
+        heat: [H, W], 0 … 1.
+        number: of the class.
+    """
+    whole = photo.float()
+    blurred = gaussian_blur(whole, [_BLUR[0]] * 2, [_BLUR[1]] * 2)
+    order = heat.flatten().argsort(descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order))
+    shown = [(rank < len(order) * step / _STEPS).view(heat.shape) for step in range(_STEPS + 1)]
+    images = [whole, whole * heat]
+    images += [torch.where(top, whole, blurred) for top in shown]
+    images += [torch.where(top, _GREY, whole) for top in shown]
+    stacked = torch.stack(images).round().clamp(0, 255).to(torch.uint8)
+    full, masked, *rest = classifier.probabilities(stacked)[:, number].double().tolist()
+    inserted, deleted = torch.tensor(rest, dtype=torch.float64).view(2, -1)
+    areas = [float(torch.trapezoid(one, dx=1 / _STEPS)) for one in (inserted, deleted)]
+    return torch.tensor([max(0.0, full - masked) / full, float(masked > full), *areas, 1.0], dtype=torch.float64)

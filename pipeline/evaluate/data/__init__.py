@@ -1,0 +1,1 @@
+"""The features that are compared, the images that all of them have, and labels on their pixels."""

@@ -1,0 +1,126 @@
+"""The images that all sides have, and how they are split."""
+
+import fnmatch
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from torch import Tensor
+
+from pipeline.errors import JobError
+from pipeline.evaluate.data.grid import Grid
+from pipeline.evaluate.data.sides import Side
+
+__all__ = ["Comparison", "Split", "split", "spread"]
+
+_TRAIN, _VAL = ("train", "training"), ("val", "validation", "test")
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Split:
+    """Keys of the images to train on and to evaluate on, and how they were chosen."""
+
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    described: str
+
+
+@dataclass(eq=False)
+class Comparison:
+    """The sides, and their images.
+
+    Attributes:
+        sides: the first is the baseline.
+        notes: what was left out and why, for the report; tasks add theirs.
+    """
+
+    sides: Sequence[Side]
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the images with features on every side, in the order of the first.
+
+        Raises:
+            JobError: there is none.
+        """
+        found: list[dict[str, None]] = []
+        for side in self.sides:
+            keys = side.store.keys
+            counts = Counter(keys)
+            repeated = sum(count for count in counts.values() if count > 1)
+            if repeated:
+                self.notes.append(f"{side.name}: {repeated} rows share their key with another row: left out")
+            found.append({keys[row]: None for row in side.store.rows_with_features if counts[keys[row]] == 1})
+        common = tuple(key for key in found[0] if all(key in other for other in found[1:]))
+        if left := len({key for keys in found for key in keys}) - len(common):
+            self.notes.append(f"{left} images do not have features on every side: left out")
+        if not common:
+            examples = ", ".join(f"{side.name}: {next(iter(keys), 'none')!r}" for side, keys in self._with(found))
+            raise JobError(f"--features: no image has features on every side; keys look like {examples}")
+        return common
+
+    def _with(self, found: Sequence[dict[str, None]]) -> list[tuple[Side, dict[str, None]]]:
+        return list(zip(self.sides, found, strict=True))
+
+    def grid(self, key: str) -> Grid:
+        """The grid of an image.
+
+        Raises:
+            JobError: the sides do not see the same image.
+        """
+        try:
+            return Grid.common([side.store.geometry(key) for side in self.sides])
+        except ValueError as error:
+            raise JobError(f"{key} cannot be compared: {error}") from error
+
+    def features(self, side: Side, key: str, grid: Grid) -> Tensor:
+        """Features of a side on the grid of an image: [k, m, n] float32."""
+        return grid.features(side.read(key), side.store.geometry(key))
+
+    def pixels(self, side: Side, key: str, grid: Grid) -> Tensor:
+        """Features of a side at the points of an image's grid: [m·n, k] float32."""
+        return self.features(side, key, grid).flatten(1).T
+
+    def left_out(self, reasons: dict[str, str], what: str, unit: str = "images") -> None:
+        """Note images, or other units, that were left out: key -> reason."""
+        if reasons:
+            shown = "; ".join(f"{key}: {reason}" for key, reason in list(reasons.items())[:_SHOWN])
+            more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
+            self.notes.append(f"{len(reasons)} {unit} {what}: left out ({shown}{more})")
+
+
+def split(keys: Sequence[str], train: str | None, val: str | None, seed: int) -> Split:
+    """Split keys by patterns, by their first folder, or at random into halves.
+
+    Raises:
+        JobError: a part is empty, or an image is in both.
+    """
+    if train is not None and val is not None:
+        parts = [tuple(key for key in keys if fnmatch.fnmatchcase(key, pattern)) for pattern in (train, val)]
+        described = f"--train {train}, --val {val}"
+    else:
+        parts = [tuple(key for key in keys if key.split("/")[0] in names and "/" in key) for names in (_TRAIN, _VAL)]
+        described = f"folders {'/, '.join(sorted({key.split('/')[0] for part in parts for key in part}))}/"
+        if not all(parts):
+            order = np.random.default_rng(seed).permutation(len(keys))
+            half = sorted(order[: len(keys) // 2].tolist())
+            parts = [tuple(keys[i] for i in half), tuple(keys[i] for i in sorted(set(order.tolist()) - set(half)))]
+            described = f"random halves, seed {seed}"
+    for name, part in zip(("train", "val"), parts, strict=True):
+        if not part:
+            raise JobError(f"--{name}: no image is in this split ({described}); keys look like {keys[0]!r}")
+    if both := set(parts[0]) & set(parts[1]):
+        raise JobError(f"--train {train} and --val {val} have {len(both)} images in common, such as {min(both)!r}")
+    if others := len(keys) - len(parts[0]) - len(parts[1]):
+        described += f"; {others} images are in neither"
+    return Split(parts[0], parts[1], described)
+
+
+def spread(keys: Sequence[str], limit: int | None) -> tuple[str, ...]:
+    """At most ``limit`` keys, spread evenly."""
+    count = len(keys) if limit is None else min(limit, len(keys))
+    return tuple(keys[i * len(keys) // count] for i in range(count))

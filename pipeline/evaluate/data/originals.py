@@ -1,0 +1,67 @@
+"""The original images of a store as the backbone saw them, and the backbone."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from densefeat.store import FeatureStore
+from pipeline.errors import ImageError, JobError
+from pipeline.features.backbone import Backbone, build_backbone
+from pipeline.images.decoding.decode import Geometry, decode
+from pipeline.images.reading.read import read_images
+from pipeline.store.layout import stored_attributes
+from schemas.configuration import StoreConfiguration
+
+__all__ = ["read_photo", "stored_backbone", "stored_geometry"]
+
+
+def stored_geometry(store: FeatureStore) -> Geometry:
+    """Geometry with which a store was made."""
+    return _geometry(stored_attributes(store.uri, store.attributes).configuration)
+
+
+def _geometry(configuration: StoreConfiguration) -> Geometry:
+    geometry = configuration.geometry
+    return Geometry(geometry.size, geometry.fit, geometry.output_size)
+
+
+def read_photo(store: FeatureStore, row: int) -> npt.NDArray[np.uint8]:
+    """Read the image of a row from where the index says it lies, as the backbone saw it: uint8 [3, H, W].
+
+    Raises:
+        JobError: the image cannot be read.
+    """
+    image = store.index.slice(row % len(store), 1)
+    uri = image["uri"][0].as_py()
+    configuration = stored_attributes(store.uri, store.attributes).configuration
+    source = configuration.source
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            (data,) = read_images(image, image_column=source.image_column, kind=source.kind, pool=pool)
+        if isinstance(data, ImageError):
+            raise data
+        return decode(data, _geometry(configuration)).pixels
+    except ImageError as error:
+        raise JobError(f"the image of row {row} cannot be read from {uri}: {error}") from error
+
+
+def stored_backbone(store: FeatureStore, weights: str) -> Backbone:
+    """The backbone that made a store.
+
+    Args:
+        store: whose configuration names the backbone, its layers and size.
+        weights: "pretrained", or the file or URI of a checkpoint.
+
+    Raises:
+        JobError: the weights are not those that made the store.
+    """
+    stored = stored_attributes(store.uri, store.attributes).configuration
+    made_by = stored.backbone
+    chosen = {name: made_by[name] for name in ("space", "facet") if name in made_by}
+    backbone = build_backbone(
+        made_by["name"], size=stored.geometry.size, weights=weights, layer=made_by["layer"], **chosen
+    )
+    if backbone.identity()["weights"] != made_by["weights"]:
+        raise JobError(f"--weights {weights} are not those that made {store.uri}: pass those, or omit --weights")
+    return backbone

@@ -1,0 +1,57 @@
+"""Carry out an evaluation: open the sides, run the task, write the report."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+
+from densefeat.storage.objects import Objects
+from pipeline.evaluate import (
+    activation_maps,
+    depth,
+    discovery,
+    held_out,
+    keypoints,
+    reconstruction,
+    segmentation,
+    video,
+)
+from pipeline.evaluate.data.comparison import Comparison
+from pipeline.evaluate.data.sides import open_sides
+from pipeline.evaluate.report.page import page
+from pipeline.evaluate.report.result import Result
+from pipeline.evaluate.task import Outcome
+from pipeline.io.storage import check_writable, storage_explained
+from schemas.evaluate_options import EvaluateConfig, TaskName
+
+__all__ = ["TASKS", "evaluate"]
+
+TASKS: dict[TaskName, Callable[[Comparison, EvaluateConfig], Outcome]] = {
+    "segmentation": segmentation.evaluate,
+    "depth": depth.evaluate,
+    "keypoints": keypoints.evaluate,
+    "video": video.evaluate,
+    "discovery": discovery.evaluate,
+    "activation_maps": activation_maps.evaluate,
+    "held_out_views": held_out.evaluate,
+    "reconstruction": reconstruction.evaluate,
+}
+
+
+def evaluate(config: EvaluateConfig) -> Result:
+    """Run a task and write its report.
+
+    Raises:
+        JobError: it cannot be done as requested.
+        StoreError: a store is missing or damaged.
+        StorageUnavailable: the storage does not answer.
+    """
+    report = Objects(config.report)
+    check_writable(report, f"--report {config.report}")  # before the work
+    with open_sides(config.features, config.images, config.stores) as sides:
+        comparison = Comparison(sides)
+        result = Result.of(config.task, TASKS[config.task](comparison, config), comparison)
+        document = json.dumps(result.to_dict(asdict(config)), indent=1, ensure_ascii=False)
+        with storage_explained(f"--report {config.report}"):
+            report.put("report.json", document.encode())
+            report.put("report.html", page(result, config.shown).encode())
+    return result

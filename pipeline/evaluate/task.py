@@ -1,0 +1,66 @@
+"""The result of a task: figures that can be resampled by image, and how to draw an image."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline.evaluate.bootstrap import Metric
+
+__all__ = ["Figure", "Outcome", "Panel"]
+
+
+@dataclass(frozen=True, eq=False)
+class Figure:
+    """One figure of all sides.
+
+    Attributes:
+        name: e.g. "mean IoU".
+        counts: for each side [R, P, …]: counts of R runs on P units, summed over units before ``metric`` is taken.
+        metric: from summed counts [N, …] to values [N].
+        higher_is_better: whether a greater value is better.
+        digits: after the decimal point.
+    """
+
+    name: str
+    counts: Mapping[str, Tensor]
+    metric: Metric
+    higher_is_better: bool = True
+    digits: int = 3
+
+    def of_units(self, side: str) -> Tensor:
+        """Value of each unit alone, mean over the runs: [P] float64."""
+        counts = self.counts[side].double()
+        return torch.stack([self.metric(counts[:, unit]).mean() for unit in range(counts.shape[1])])
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A picture: uint8 [H, W, 3], and its caption."""
+
+    caption: str
+    pixels: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """Result of a task.
+
+    Attributes:
+        protocol: what was measured, in a few sentences, with the paper.
+        unit: what the intervals resample, e.g. "image".
+        units: their names.
+        figures: the first is the main one.
+        draw: pictures of a unit, given by its number.
+        details: further results for report.json.
+    """
+
+    protocol: str
+    unit: str
+    units: Sequence[str]
+    figures: Sequence[Figure]
+    draw: Callable[[int], list[Panel]]
+    details: Mapping[str, object] = field(default_factory=dict)

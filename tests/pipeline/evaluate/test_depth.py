@@ -1,0 +1,62 @@
+"""The depth task: labels in metres, figures by hand, and a store of which the right answer is known."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import JobError
+from pipeline.evaluate.data.labels import DepthFolder
+from pipeline.evaluate.depth import delta1, depth_counts, evaluate, rmse
+from pipeline.evaluate.report.result import Result
+from tests.pipeline.evaluate.stores import compared, config, store_of, write_png
+
+pytestmark = pytest.mark.usefixtures("seeded_on_one_thread")
+SIDE = 16
+
+
+def test_figures_by_hand() -> None:
+    truth = torch.tensor([1.0, 2.0, 4.0, 5.0], dtype=torch.float64)
+    predicted = torch.tensor([1.2, 1.5, 4.0, 8.0], dtype=torch.float64)
+    counts = depth_counts(predicted, truth)[None]
+    assert float(rmse(counts)) == pytest.approx(((0.04 + 0.25 + 0 + 9) / 4) ** 0.5)
+    assert float(delta1(counts)) == 0.5  # 1.2 and 1; 1.333 and 1.6 are not below 1.25
+
+
+def test_depths_in_metres(tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", np.array([[0, 500, 2000, 20000]], np.uint16))
+    np.save(tmp_path / "b.jpg.npy", np.array([[0.5, np.nan, np.inf, 3.0]]))
+    write_png(tmp_path / "c.png", np.zeros((2, 2, 3), np.uint8))
+    folder = DepthFolder(str(tmp_path), 0.001, (0.1, 10.0))
+    np.testing.assert_array_equal(folder("a.jpg"), [[np.nan, 0.5, 2.0, np.nan]])
+    metres = DepthFolder(str(tmp_path), None, (0.1, 10.0))
+    np.testing.assert_array_equal(metres("b.jpg"), [[0.5, np.nan, np.nan, 3.0]])
+    with pytest.raises(JobError, match="has integer depths: pass --depth-scale"):
+        metres("a.jpg")
+    with pytest.raises(ValueError, match=r"c.png is no depth image: got mode RGB, expected grey"):
+        metres("c.jpg")
+    with pytest.raises(FileNotFoundError, match=r"no depth for 'd.jpg': expected d.jpg.npy or d.jpg.png or d.npy"):
+        metres("d.jpg")
+
+
+def test_features_that_hold_the_depth_predict_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    held, noise = {}, {}
+    for part in ("train", "val"):
+        (tmp_path / "depth" / part).mkdir(parents=True)
+        for i in range(4):
+            depth = rng.uniform(1, 5, (SIDE, SIDE))
+            depth[0] = 0  # unknown
+            np.save(tmp_path / "depth" / part / f"{i}.npy", depth)
+            held[f"{part}/{i}.jpg"] = np.stack([2 * depth - 3, rng.normal(size=depth.shape)])
+            noise[f"{part}/{i}.jpg"] = rng.normal(size=(2, SIDE, SIDE))
+    comparison = compared(noise=store_of(tmp_path / "a", noise), held=store_of(tmp_path / "b", held))
+    outcome = evaluate(comparison, config("depth", tmp_path / "depth", tmp_path / "report"))
+    result = Result.of("depth", outcome, comparison)
+    assert outcome.figures[0].counts["held"][..., 2].unique().tolist() == [SIDE * (SIDE - 1)]
+    assert result.estimates["RMSE"]["held"][0].mean < 0.01
+    assert result.estimates["δ1"]["held"][0].mean == 1
+    # Noise predicts the mean of depths that are uniform in 1 … 5.
+    assert result.estimates["RMSE"]["noise"][0].mean == pytest.approx(4 / 12**0.5, rel=0.05)
+    assert result.estimates["RMSE"]["held"][1].high < 0

@@ -1,0 +1,73 @@
+"""Keypoint correspondence on shifted images, of which every match is known."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.errors import JobError
+from pipeline.evaluate.data.labels import read_keypoints
+from pipeline.evaluate.keypoints import evaluate
+from pipeline.evaluate.report.result import Result
+from tests.pipeline.evaluate.stores import compared, config, store_of
+
+SIDE = 20
+
+
+def scene(shift: int, seed: int = 0) -> np.ndarray:
+    """Features of a scene of pixels that are all different, shifted to the right: [32, SIDE, SIDE]."""
+    wide = np.random.default_rng(seed).normal(size=(32, SIDE, 2 * SIDE))
+    return wide[:, :, SIDE - shift : 2 * SIDE - shift]
+
+
+def written(folder: Path, points: object) -> Path:
+    (folder / "keypoints.json").write_text(json.dumps(points))
+    return folder / "keypoints.json"
+
+
+def test_shares_by_hand(tmp_path: Path) -> None:
+    """b is a, 3 pixels to the right. Of its labels, one is right, one 2 to 3 pixels off, one is missing, one unseen."""
+    scenes = {"x/a": scene(0), "x/b": scene(3), "y/c": scene(6), "y/d": scene(0, 1), "y/e": scene(0)}
+    store = store_of(tmp_path / "a", scenes)
+    labels = written(
+        tmp_path,
+        {
+            "x/a": [[2.5, 4.5], [10.5, 6.5], [3.5, 3.5], [19.5, 2.5]],
+            "x/b": [[5.5, 4.5], [13.5, 9.0], None, [22.5, 2.5]],
+            "y/c": [[8.5, 4.5]],
+            "y/gone": [[1.0, 1.0]],
+        },
+    )
+    comparison = compared(a=store)
+    outcome = evaluate(comparison, config("keypoints", labels, tmp_path / "report", alphas=(0.1, 0.2)))
+    assert outcome.units == ["x/a", "x/b"]
+    counts = {figure.name: figure.counts["a"][0].tolist() for figure in outcome.figures}
+    # Both boxes are 17 wide, and the images 20: 0.1 is less than the error, and 0.2 more.
+    assert counts["PCK@0.2 of the box"] == [[2, 2], [2, 2]]
+    assert counts["PCK@0.1 of the box"] == [[1, 2], [1, 2]]
+    assert counts["PCK@0.2 of the image"] == [[2, 2], [2, 2]]
+    notes = "\n".join(comparison.notes)
+    assert "1 keypoints lie outside of the features" in notes
+    assert "2 images have no labels: left out (y/d: no keypoints; y/e" in notes
+    assert "1 images with keypoints have no features: left out (y/gone" in notes
+    assert [panel.caption for panel in outcome.draw(0)][1:] == ["a"]
+
+
+def test_pairs_across_folders(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "a", {"x/a": scene(0), "y/c": scene(6)})
+    labels = written(tmp_path, {"x/a": [[2.5, 4.5], [9.5, 6.5]], "y/c": [[8.5, 4.5], [15.5, 6.5]]})
+    with pytest.raises(JobError, match="no two of 2 images have keypoints in common"):
+        evaluate(compared(a=store), config("keypoints", labels, tmp_path / "report"))
+    comparison = compared(a=store)
+    outcome = evaluate(comparison, config("keypoints", labels, tmp_path / "report", same_folder=False))
+    result = Result.of("keypoints", outcome, comparison)
+    assert result.estimates["PCK@0.1 of the box"]["a"][0].mean == 1
+
+
+@pytest.mark.parametrize("document", [[1, 2], {"a": [[1, 2, 3]]}, {"a": "x"}, {"a": [1.0, 2.0]}])
+def test_what_are_no_keypoints(tmp_path: Path, document: object) -> None:
+    with pytest.raises(JobError, match=r"expected a JSON object \{\"KEY\": \[\[x, y\], null"):
+        read_keypoints(str(written(tmp_path, document)))
+    with pytest.raises(JobError, match=r"--labels .*missing.json"):
+        read_keypoints(str(tmp_path / "missing.json"))
