@@ -139,6 +139,8 @@ class StorageConfiguration(_Part):
         error_floor: of the quantization steps, as a share of the features' root mean square; None for float16.
         represent: "half": features at half the resolution; "compact": components before the upsampler's last step;
             None: the features, "dense".
+        converted_from: representation and data type of the store that this one was converted from; None: it was made
+            of images.
         embedding: number of channels of the images' embeddings; None: there are none.
         guidance_quality: compact: JPEG quality of the guidance images; None: the last step needs none.
     """
@@ -150,6 +152,7 @@ class StorageConfiguration(_Part):
     represent: Literal["half", "compact"] | None = None
     guidance_quality: int | None = None
     embedding: int | None = None
+    converted_from: str | None = None
 
 
 @dataclass(frozen=True)

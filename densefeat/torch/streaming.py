@@ -53,7 +53,8 @@ class StreamingFeatures(Epochs):
     a loader, and with a ``DataLoader`` if told how many batches were taken. After resuming, the rest of the epoch is
     the same. Numbers of ranks and workers must be the same.
 
-    **Memory** of a process: ``buffer_bytes`` of encoded images, ``threads`` + 1 requests, and three batches.
+    **Memory** of a process: ``buffer_bytes`` of encoded images, ``threads`` + 1 requests, and three batches. Guidance
+    images of a compact store come on top: about twice the bytes of its codes.
 
     **Processes and threads.** Works under fork, spawn and forkserver. Threads end with the iterator, and their errors
     are raised by it.

@@ -1,0 +1,68 @@
+"""Make a dense store of a compact one, or of a dense one with other quantization steps.
+
+    python -m jobs.convert_store --store compact/ --output dense/
+
+Any Zarr library reads the features of a dense store. Neither the images nor the backbone are needed; of failed images,
+the reasons are kept.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+from jobs.command_line import DONE, run
+from schemas.checks import at_least
+from schemas.options import SHARD_IMAGES
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Options of the conversion."""
+
+    # Folder or URI of the store to convert, which must be finished.
+    store: str
+    # Folder or URI of the store to write.
+    output: str
+    # Data type of the stored features.
+    dtype: Literal["int8", "float16"] = "int8"
+    # int8 only: error floor common to all components, in units of their root mean square.
+    error_floor: float = 0.1
+    # Images per shard; if omitted, 64 for int8, 8 for float16.
+    shard_images: int | None = None
+    # Continue a conversion.
+    resume: bool = False
+    # Number of images that are read and encoded at the same time.
+    threads: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the options that need no access to files."""
+        at_least("--error-floor", self.error_floor, 0)
+        at_least("--shard-images", self.shard_images, 1)
+        at_least("--threads", self.threads, 1)
+
+
+def convert(config: ConvertConfig) -> int:
+    """Run the job; returns its exit code.
+
+    Raises:
+        StoreError: there is no store, or it is damaged.
+        JobError: it is not finished, or there is another store at the output.
+    """
+    from densefeat.storage.objects import Objects
+    from densefeat.store import FeatureStore
+    from pipeline.io.storage import check_writable, storage_explained
+    from pipeline.store.convert import DenseStorage, convert
+
+    source, target = FeatureStore(config.store), Objects(config.output)
+    check_writable(target, f"--output {config.output}")
+    storage = DenseStorage(config.dtype, config.error_floor, config.shard_images or SHARD_IMAGES[config.dtype])
+    with storage_explained(target.uri):
+        shards = convert(source, target, storage, resume=config.resume, threads=config.threads)
+    logger.info("%s: %d shards, converted from %s", config.output, shards, config.store)
+    return DONE
+
+
+if __name__ == "__main__":
+    run(ConvertConfig, convert, __doc__ or "", interrupted="continue with --resume")
