@@ -24,7 +24,7 @@ from densefeat.page.cache import ByteCache
 from densefeat.page.features import component_picture, encoded, segment_colours, segments
 from densefeat.page.guard import Guard
 from densefeat.page.library import Library, Shown
-from densefeat.page.photographs import PhotographMissing, Photographs
+from densefeat.page.photographs import PhotographMissing, Photographs, from_guidance
 from densefeat.page.sample import Match
 from densefeat.similarity import Directions, NamedVectors
 
@@ -92,14 +92,22 @@ class Page:
         return JSONResponse({**listing.record(shown.store.index, row, shown.class_names), **neighbours})
 
     def photograph(self, request: Request) -> Response:
-        """The photograph on the grid of its features; ``size``: pixels of its longer side."""
+        """The photograph on the grid of its features; ``size``: pixels of its longer side.
+
+        If it is missing, a compact store's guidance image, which has the resolution of the backbone's input.
+        """
         shown, row = self._row(request)
         size = integer(request, "size", 448, 16, 1024) or 448
 
         def make() -> bytes:
             record = listing.record(shown.store.index, row, shown.class_names)
             _, height, width = shown.store.shape
-            picture = self.photographs.read(record, (height, width), size)
+            try:
+                picture = self.photographs.read(record, (height, width), size)
+            except PhotographMissing:
+                if not shown.store.has_guidance or record["affine"] is None:
+                    raise
+                picture = from_guidance(shown.store.read_guidance(row), (height, width), size)
             return encoded(picture, "JPEG" if picture.mode == "RGB" else "PNG")
 
         return self._picture(("photograph", row, size), make)

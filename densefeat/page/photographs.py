@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
 from densefeat.page.references import PhotographMissing, References, read_file, unescaped
 from densefeat.storage.places import absolute_place, encloses, is_local
 
-__all__ = ["PhotographMissing", "Photographs", "aligned", "decoded"]
+__all__ = ["PhotographMissing", "Photographs", "aligned", "decoded", "from_guidance"]
 
 _MAX_PIXELS = 120_000_000
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -90,6 +91,12 @@ def decoded(data: bytes, row: Mapping[str, Any], shape: tuple[int, int], size: i
     scales = (reduced / ratio[0], reduced / ratio[1], 1)
     own = [scale * one for scale, one in zip(scales * 2, affine, strict=True)]
     return aligned(picture, own, shape, size)
+
+
+def from_guidance(pixels: npt.NDArray[np.uint8], shape: tuple[int, int], size: int) -> Image.Image:
+    """A guidance image [h, w, 3] of a compact store, which has the area of the features, for `Photographs.read`."""
+    height, width, _ = pixels.shape
+    return aligned(Image.fromarray(pixels), (shape[1] / width, 0, 0, 0, shape[0] / height, 0), shape, size)
 
 
 def aligned(photograph: Image.Image, affine: Sequence[float], shape: tuple[int, int], size: int) -> Image.Image:

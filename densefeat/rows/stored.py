@@ -103,6 +103,11 @@ class StoredRows(StoredChunks):
         except ValueError as error:
             raise StoreError(f"{self.uri}: {key} is damaged: {error}; {REPAIR}") from error
 
+    @property
+    def has_guidance(self) -> bool:
+        """Whether rows have an image that guides the last step: `read_guidance`."""
+        return self._guidance is not None
+
     def read_guidance(self, row_or_key: int | str) -> npt.NDArray[np.uint8]:
         """Read the image that guides the last step of a compact store: RGB [H, W, 3] uint8, at the backbone's size.
 
