@@ -69,14 +69,18 @@ def shard_bytes(store: Path) -> dict[str, bytes]:
 
 
 def worker_processes(driver: int) -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process(driver).children(recursive=True):
-        try:
-            if "WorkerActor" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    """The workers below a driver, by their parents alone: psutil's own search also compares times of creation, which
+    follow the clock of the machine, and misses processes when that is adjusted.
+    """
+    processes = {process.pid: process for process in psutil.process_iter(["ppid", "cmdline"])}
+    below = {driver}
+    while more := {pid for pid, process in processes.items() if process.info["ppid"] in below} - below:
+        below |= more
+    return [processes[pid] for pid in below & processes.keys() if _is_worker(processes[pid])]
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    return "WorkerActor" in " ".join(process.info["cmdline"] or [])
 
 
 @pytest.fixture(scope="module")

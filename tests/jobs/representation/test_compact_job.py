@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from densefeat import FeatureStore, MissingFeatures, StoreError, layout
 from densefeat.storage.guidance import decode_guidance
 from densefeat.torch import LastStep
-from jobs.pictures import stored_geometry
 from jobs.upsample_imagenet import upsample
 from jobs.verify_store import VerifyConfig, verify
 from kernels.jbu import JBUStack
 from pipeline.errors import JobError
+from pipeline.evaluate.data.originals import stored_geometry
 from pipeline.images.decoding.decode import decode
 from pipeline.upsamplers.anyup.network import AnyUp
 from schemas.options import UpsampleConfig

@@ -12,10 +12,10 @@ import torch
 import xarray
 
 from densefeat import FeatureStore, MissingFeatures, StoreError, layout
-from jobs.pictures import stored_geometry
 from jobs.upsample_imagenet import upsample
 from jobs.verify_store import VerifyConfig, verify
 from pipeline.errors import JobError
+from pipeline.evaluate.data.originals import stored_geometry
 from pipeline.features.backbone import build_backbone
 from pipeline.images.decoding.decode import decode
 from schemas.options import UpsampleConfig

@@ -13,6 +13,7 @@ import torch.distributed
 import torch.multiprocessing
 
 from densefeat.storage.objects import Objects
+from densefeat.torch.bilateral import resize
 from pipeline.errors import JobError
 from pipeline.features.checkpoints import read_state_dict
 from pipeline.images.listing.source import list_images
@@ -24,7 +25,7 @@ from pipeline.train.held_out import ViewError
 from pipeline.train.loop import Training, train
 from pipeline.train.plan import make_train_plan
 from pipeline.train.world import World
-from pipeline.upsamplers.images import imagenet_normalised, resize
+from pipeline.upsamplers.images import imagenet_normalised
 from pipeline.upsamplers.lift.network import LiFT
 from schemas.train_options import BackboneChoice, TrainConfig
 from tests.helpers.trainings import HERE, train_config, write_photographs
