@@ -131,6 +131,8 @@ def finished_shards(objects: Objects, configuration_hash: str) -> dict[int, Ledg
         JobError: a record is damaged, or has another configuration; rewriting its shard cannot fix that.
     """
     shards = [int(match[1]) for match in map(_LEDGER_KEY.fullmatch, objects.list(layout.LEDGER)) if match]
+    if not shards:  # the store may be claimed and not set up yet
+        return {}
     features = read_layout(objects, read_root(objects))
     recorded = [shard for shard in shards if shard < features.shards]
     blocks = read_blocks(objects, features, recorded, configuration_hash, INDEX)

@@ -146,6 +146,14 @@ def test_small_stores_have_none(tmp_path: Path) -> None:
     assert blocks(store) == []
 
 
+def test_a_store_that_is_claimed_and_not_set_up_has_no_finished_shards(tmp_path: Path) -> None:
+    known = set_up_store(str(tmp_path / "store"))
+    for key in list(Objects(known.uri).list()):
+        if key != layout.ATTRIBUTES:
+            Objects(known.uri).delete(key)
+    assert finished_shards(Objects(known.uri), known.configuration_hash) == {}
+
+
 def test_they_belong_to_the_store(known: KnownStore) -> None:
     objects = Objects(known.uri)
     assert foreign_keys(objects) == []
