@@ -1,6 +1,8 @@
 """Read dense, high-resolution image features from a store written by the densefeat pipeline."""
 
 import importlib
+import sys
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from densefeat.errors import DensefeatError, MissingFeatures, MissingPackage, StorageUnavailable, StoreError
@@ -36,13 +38,25 @@ _IMPORTED_ON_USE = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import the module of a class on its first use."""
-    if name not in _IMPORTED_ON_USE:
-        raise AttributeError(f"module 'densefeat' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_IMPORTED_ON_USE[name]), name)
-    globals()[name] = value
-    return value
+def imported_on_use(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """A ``__getattr__`` for a package that imports names when they are first used.
+
+    Args:
+        package: its name.
+        modules: name -> the module that has it.
+    """
+
+    def get(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(modules[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return get
+
+
+__getattr__ = imported_on_use(__name__, _IMPORTED_ON_USE)
 
 
 def __dir__() -> list[str]:

@@ -142,7 +142,12 @@ def ledger_block_key(block: int) -> str:
 
 def intent_key(shard: int, sha256: str) -> str:
     """Key of the intent: the ledger record to be committed for a shard whose object has this digest."""
-    return f"{INTENTS}/{shard:06d}-{sha256}.parquet"
+    return f"{intent_prefix(shard)}{sha256}.parquet"
+
+
+def intent_prefix(shard: int) -> str:
+    """With which the keys of all intents of a shard begin."""
+    return f"{INTENTS}/{shard:06d}-"
 
 
 def encode_chunk(features: npt.NDArray[Any]) -> bytes:

@@ -117,9 +117,9 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
     # resolution: .9994, at 0.4 of the bytes; "small": .995, at 0.2. It chooses --represent and --error-floor.
     quality: Quality = "high"
     # Representation of the features in the store: "dense"; "half": at half the resolution, interpolated by readers; or
-    # "compact": components before the last step of upsampling, and a small image that guides it. A compact store takes
-    # a tenth to a thirtieth of the bytes, and readers, which need torch, take the step. For bilinear, jbu without
-    # weights, and multiview. If omitted, --quality decides, or the store that is resumed.
+    # "compact": components before the last step of upsampling, and a small image that guides it. With
+    # jbu, a compact store takes a twentieth to a fortieth of the bytes; readers, which need torch, take the step. For
+    # bilinear, jbu without weights, and multiview. If omitted, --quality decides, or the store that is resumed.
     represent: Represent | None = None
     # Also store one vector per image, from the same pass: the pooled features that the model's classifier would take
     # (its class token or average), or with --space head its output, such as CLIP's embedding of the image.

@@ -11,7 +11,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,22 +20,18 @@ import tyro
 from torch import Tensor
 
 from benchmarks import rows
-from benchmarks.upsamplers.held_out import COCO, SIZE
+from benchmarks.upsamplers import held_out
+from benchmarks.upsamplers.held_out import SIZE
 from densefeat import layout
 from densefeat.rows.bilinear import interpolated
 from densefeat.storage.guidance import decode_guidance, encode_guidance
 from densefeat.torch import LastStep
 from kernels.quantization import Encoding
 from pipeline.features.backbone import build_backbone
-from pipeline.images.decoding.decode import Geometry, decode
 from pipeline.store.calibration import choose_steps
 from pipeline.upsamplers.jbu import JBU
 
-WEIGHTS = COCO.parents[2] / "weights"
-BACKBONES = {
-    "lite0": ("tf_efficientnet_lite0", WEIGHTS / "tf_efficientnet_lite0.safetensors", None),
-    "vit": ("vit_small_patch14_dinov2.lvd142m", WEIGHTS / "vit_small_patch14_dinov2.focus.safetensors", 10),
-}
+LAYERS = {"lite0": None, "vit": 10}  # of the backbones; None: the main job's default
 HALF = (SIZE[0] // 2, SIZE[1] // 2)
 FLOORS = {"high": 0.1, "balanced": 0.1, "small": 0.35, "compact": 0.1}
 Decode = Callable[[npt.NDArray[Any], npt.NDArray[np.uint8] | None], npt.NDArray[np.float32]]
@@ -45,12 +40,12 @@ Decode = Callable[[npt.NDArray[Any], npt.NDArray[np.uint8] | None], npt.NDArray[
 def main(photos: int = 24, components: tuple[int, ...] = (64, 128)) -> None:
     """Measure."""
     torch.set_num_threads(1)
-    images = photographs(photos)
-    for name, (backbone, weights, layer) in BACKBONES.items():
+    images = torch.cat(held_out.photos("val", photos, torch.device("cpu")))
+    for name, layer in LAYERS.items():
+        known = held_out.BACKBONES[name]
+        backbone = build_backbone(known["backbone"], size=SIZE, weights=known["weights"], layer=layer)
         with torch.inference_mode():
-            features = torch.cat(
-                list(map(build_backbone(backbone, size=SIZE, weights=str(weights), layer=layer), images.split(4)))
-            )
+            features = torch.cat(list(map(backbone, images.split(4))))
             for k in components:
                 low = projected(features, k)
                 upsampler = JBU()
@@ -65,14 +60,6 @@ def main(photos: int = 24, components: tuple[int, ...] = (64, 128)) -> None:
                     row |= measured(stored, guidance, high, floor, decoding(quality)) | rows.measured_on()
                     rows.append("encoding", row)
                     print(json.dumps(row), flush=True)
-
-
-def photographs(count: int) -> Tensor:
-    """Photographs spread evenly over the validation half: [count, 3, H, W] uint8."""
-    files = sorted((COCO / "val").glob("*.jpg"))
-    geometry = Geometry(SIZE, "crop", SIZE)
-    chosen: list[Path] = [files[i * len(files) // count] for i in range(count)]
-    return torch.stack([torch.tensor(decode(path.read_bytes(), geometry).pixels) for path in chosen])
 
 
 def projected(features: Tensor, k: int) -> Tensor:

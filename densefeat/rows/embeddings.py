@@ -9,7 +9,17 @@ from densefeat import layout
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
 
-__all__ = ["read_embeddings"]
+__all__ = ["encode_embeddings", "read_embeddings"]
+
+
+def encode_embeddings(embeddings: npt.NDArray[np.float16], shard_rows: int) -> bytes:
+    """Encode the embeddings [n, D] of a shard's rows, NaN where there is none, as its chunk.
+
+    The last shard may have fewer rows than ``shard_rows``: its chunk has rows beyond the end of the array.
+    """
+    chunk = np.full((shard_rows, embeddings.shape[1]), np.nan, np.float16)
+    chunk[: len(embeddings)] = embeddings
+    return layout.encode_chunk(chunk)
 
 
 def read_embeddings(objects: Objects, rows: Sequence[int], shard_rows: int, channels: int) -> npt.NDArray[np.float32]:

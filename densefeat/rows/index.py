@@ -28,7 +28,7 @@ Rows = slice | Iterable[int | str]
 logger = logging.getLogger(__name__)
 
 _SHOWN = 10
-_KEYS_IN_A_DICT, _SCANS_BEFORE_A_DICT = 50_000, 50  # the dict of a million keys costs as much as some 70 scans
+_KEYS_IN_A_DICT, _SCANS_BEFORE_A_DICT = 50_000, 50  # the dict of a million keys costs as much as some tens of scans
 # Columns of the index that this package reads. schemas/index.py has the whole schema.
 _COLUMNS = {"key": pa.string(), "label": pa.int64(), "affine": pa.list_(pa.float64()), **OUTCOME}
 

@@ -17,9 +17,7 @@ __all__ = ["CODECS", "QUALITY", "GuidanceImages", "decode_guidance", "encode_gui
 
 Pixels = npt.NDArray[np.uint8]
 
-# Of training-free JBU's features of 16 photographs of COCO (Lite0, k = 64, 224 px): 0.99997 mean and 0.9995 worst
-# percentile of cosine to those of the exact image, with 17 kB an image. Quality 95: 31 kB, 0.99999; lossless WebP: 72.
-QUALITY = 85
+QUALITY = 85  # costs the features less than their quantization does (benchmarks/store/encoding.py)
 # As in Zarr's metadata. The name is that of the package imagecodecs, whose codec decodes the chunks.
 CODECS: list[dict[str, Any]] = [
     {"name": "imagecodecs_jpeg", "configuration": {"level": QUALITY, "subsampling": "444"}},

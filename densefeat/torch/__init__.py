@@ -1,8 +1,8 @@
 """PyTorch datasets over a feature store, and what the device does with their batches. Requires the extra ``torch``."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from densefeat import imported_on_use
 from densefeat.errors import missing_package
 
 try:
@@ -29,22 +29,16 @@ __all__ = [
     "to_device",
 ]
 
-# Imported when first used (PEP 562): the operations of `densefeat.torch.bilateral` need no store.
-_IMPORTED_ON_USE = {
-    "Dequantize": "device",
-    "LastStep": "last_step",
-    "PixelFeatures": "pixels",
-    "Reconstruct": "device",
-    "StreamingFeatures": "streaming",
-    "TorchFeatures": "features",
-    "to_device": "device",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import the module of a class on its first use."""
-    if name not in _IMPORTED_ON_USE:
-        raise AttributeError(f"module 'densefeat.torch' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"densefeat.torch.{_IMPORTED_ON_USE[name]}"), name)
-    globals()[name] = value
-    return value
+# The operations of `densefeat.torch.bilateral` need no store.
+__getattr__ = imported_on_use(
+    __name__,
+    {
+        "Dequantize": "densefeat.torch.device",
+        "LastStep": "densefeat.torch.last_step",
+        "PixelFeatures": "densefeat.torch.pixels",
+        "Reconstruct": "densefeat.torch.device",
+        "StreamingFeatures": "densefeat.torch.streaming",
+        "TorchFeatures": "densefeat.torch.features",
+        "to_device": "densefeat.torch.device",
+    },
+)

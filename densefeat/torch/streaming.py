@@ -54,7 +54,7 @@ class StreamingFeatures(Epochs):
     the same. Numbers of ranks and workers must be the same.
 
     **Memory** of a process: ``buffer_bytes`` of encoded images, ``threads`` + 1 requests, and three batches. Guidance
-    images of a compact store come on top: about twice the bytes of its codes.
+    images of a compact store come on top.
 
     **Processes and threads.** Works under fork, spawn and forkserver. Threads end with the iterator, and their errors
     are raised by it.

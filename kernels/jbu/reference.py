@@ -3,10 +3,8 @@
 One stage doubles the resolution of its source: it computes an adaptive kernel per output pixel from the guidance image
 (`learned_kernel` or `bilateral_kernel`), and `adaptive_conv_upsample2x` applies it. Everything here is differentiable
 and runs in any floating dtype on any device. Arguments are checked by the public operations in `kernels.jbu`. The
-training-free parts lie in `densefeat.torch.bilateral`, because readers of stores use them too.
-
-Kernels are [B, n*n, H, W] with n = 2*radius + 1, taps row-major: tap ``a*n + b`` is the weight of pixel ``(y + a -
-radius, x + b - radius)``, reflected at the border without repeating the edge.
+training-free parts lie in `densefeat.torch.bilateral`, because readers of stores use them too; it also says how kernels
+[B, n*n, H, W] are laid out.
 """
 
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ from pipeline.evaluate.data.comparison import Comparison, spread
 from pipeline.evaluate.data.originals import read_photo, stored_backbone
 from pipeline.evaluate.data.sides import Side
 from pipeline.evaluate.probe import share
-from pipeline.evaluate.report.pictures import photograph, ramp_colours
+from pipeline.evaluate.report.pictures import of_cells, photograph
 from pipeline.evaluate.task import Figure, Outcome, Panel
 from pipeline.features.backbone import Backbone
 from pipeline.upsamplers.build import build_upsampler
@@ -102,8 +102,7 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
             variance = (seen - seen.mean((0, 2, 3), keepdim=True)).square().sum(1).mean()
             for side in comparison.sides:
                 error = (judge.predicted(side, key)[0] - seen[0]).square().sum(0) / variance
-                large = error.repeat_interleave(8, 0).repeat_interleave(8, 1).double().numpy()
-                panels.append(Panel(side.name, ramp_colours(large, 0, _ERROR_SHOWN)))
+                panels.append(of_cells(side.name, error, _ERROR_SHOWN))
         return panels
 
     return Outcome(

@@ -19,7 +19,7 @@ from pipeline.evaluate.data.comparison import Comparison, spread
 from pipeline.evaluate.data.originals import read_photo, stored_backbone
 from pipeline.evaluate.data.sides import Side
 from pipeline.evaluate.probe import share
-from pipeline.evaluate.report.pictures import photograph, ramp_colours
+from pipeline.evaluate.report.pictures import of_cells, photograph
 from pipeline.evaluate.task import Figure, Outcome, Panel
 from pipeline.features.backbone import Backbone
 from schemas.evaluate_options import EvaluateConfig
@@ -58,8 +58,7 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
         panels = [photograph(comparison, keys[unit], grid)]
         for side in comparison.sides:
             loss = 1 - _cosines(side, backbones[side.name], keys[unit], counts)[0]
-            large = loss.repeat_interleave(8, 0).repeat_interleave(8, 1).double().numpy()
-            panels.append(Panel(side.name, ramp_colours(large, 0, _LOSS_SHOWN)))
+            panels.append(of_cells(side.name, loss, _LOSS_SHOWN))
         return panels
 
     return Outcome(

@@ -122,6 +122,7 @@ class UpsampleRecipe(FeatureRecipe):
         error_floor: smallest quantization step, see `pipeline.store.calibration.choose_steps`.
         shard_rows: rows of a shard.
         represent: what the store holds.
+        guided: whether an image that guides the last step is stored with each row.
         embedding: number of channels of the images' embeddings; None: they are not stored.
         stored_size: (height, width) of the stored values: those of the features, or of the grid before the last step.
     """
@@ -135,6 +136,7 @@ class UpsampleRecipe(FeatureRecipe):
     error_floor: float
     shard_rows: int
     represent: Represent
+    guided: bool
     embedding: int | None
     stored_size: tuple[int, int]
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from densefeat import layout
+from densefeat.rows.embeddings import encode_embeddings
 from densefeat.storage.guidance import encode_guidance
 from densefeat.storage.objects import Objects
 from kernels.quantization import Encoding
@@ -86,8 +87,6 @@ class ShardWorker(FeatureWorker):
             logging.WARNING if slow else logging.DEBUG,
             message, self.recipe.upsampler, self.device, self._upsampled_by,
         )  # fmt: skip
-        last_step = self.upsampler.last_step() if self.recipe.represent == "compact" else None
-        self._guided = last_step is not None and last_step["name"] != "bilinear"
         self._encoders = ThreadPoolExecutor(spec.threads, "encode")
         self._with_basis: tuple[tuple[str, str | None], Projected] | None = None
 
@@ -138,7 +137,7 @@ class ShardWorker(FeatureWorker):
             pixels = pixels.to(self.device)
             features = self.backbone(pixels)
             values = self._values(self._projected(basis, fit), features, pixels)[0]
-            guidance = len(_encode_guidance(pixels[0].cpu(), StageSeconds())) if self._guided else 0
+            guidance = len(_encode_guidance(pixels[0].cpu(), StageSeconds())) if self.recipe.guided else 0
             calibration = Calibration.of(values, self.recipe.dtype, self.recipe.error_floor, guidance)
         if calibration is None:
             return Part(Calibration.none(len(basis.components)), 0, "its features contain NaN or infinity")
@@ -176,15 +175,15 @@ class ShardWorker(FeatureWorker):
                 outcome = _outcome(shard * shard_rows + len(outcomes), decoded, failures.get(i))
                 outcomes.append(outcome)
                 chunks.append(self._encoders.submit(_encode, codes[i], seconds) if outcome.ok else None)
-                if self._guided:  # of every image that decodes, so that no failure on another machine leaves a gap
+                if self.recipe.guided:  # of all that decode: a failure on another machine must leave no gap
                     known = isinstance(decoded, Decoded)
                     encode = self._encoders.submit
                     guidance.append(encode(_encode_guidance, batch.pixels[i], seconds) if known else None)
         companions = {}
-        if self._guided:
+        if self.recipe.guided:
             companions[layout.GUIDANCE] = layout.pack_shard(_results(guidance), shard_rows, index_first=True)[0]
         if self.recipe.embedding is not None:
-            companions[layout.EMBEDDING] = _encode_embeddings(embeddings, shard_rows)
+            companions[layout.EMBEDDING] = encode_embeddings(np.concatenate(embeddings), shard_rows)
         encoded = _results(chunks)
         facts = {
             "configuration_hash": encoding.configuration_hash,
@@ -309,13 +308,6 @@ def _encode_guidance(pixels: Tensor, seconds: StageSeconds) -> bytes:
     """Encode the pixels of an image [3, H, W] uint8 as its guidance."""
     with seconds.stage("encode"):
         return encode_guidance(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
-
-
-def _encode_embeddings(embeddings: list[npt.NDArray[np.float16]], shard_rows: int) -> bytes:
-    """Encode the embeddings of a shard as one chunk, which in the last shard has rows beyond the array's end."""
-    rows = np.concatenate(embeddings)
-    padding = np.full((shard_rows - len(rows), rows.shape[1]), np.nan, np.float16)
-    return layout.encode_chunk(np.concatenate([rows, padding]))
 
 
 def _encode(codes: npt.NDArray[Any], seconds: StageSeconds) -> bytes:

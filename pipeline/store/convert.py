@@ -13,6 +13,7 @@ import torch
 
 from densefeat import layout
 from densefeat.layout import ZSTD_LEVEL, FeatureLayout
+from densefeat.rows.embeddings import encode_embeddings
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
 from densefeat.store import FeatureStore
@@ -186,6 +187,6 @@ def _outcomes(source: FeatureStore, rows: range) -> Iterator[RowOutcome]:
 def _embeddings(source: FeatureStore, outcomes: list[RowOutcome], shard_rows: int) -> bytes:
     ok = [outcome.row for outcome in outcomes if outcome.status == OK]
     found = source.embedding(ok)
-    chunk = np.full((shard_rows, found.shape[1]), np.nan, np.float16)
-    chunk[[row - outcomes[0].row for row in ok]] = found
-    return layout.encode_chunk(chunk)
+    embeddings = np.full((len(outcomes), found.shape[1]), np.nan, np.float16)
+    embeddings[[row - outcomes[0].row for row in ok]] = found
+    return encode_embeddings(embeddings, shard_rows)

@@ -286,7 +286,7 @@ def _intents(objects: Objects, record: LedgerRecord) -> list[LedgerRecord]:
     """Intents of the same shard and configuration."""
     found = []
     for key in objects.list(layout.INTENTS):
-        if key.startswith(layout.intent_key(record.shard, "").partition("-")[0] + "-"):
+        if key.startswith(layout.intent_prefix(record.shard)):
             try:
                 intent = read_record(objects, key)
             except (FileNotFoundError, ValueError):  # deleted or half-written by a job that died

@@ -30,8 +30,10 @@ def config(images: Path | str, store: Path | str, **options: Any) -> UpsampleCon
     return UpsampleConfig(images=str(images), store=str(store), **{**defaults, **options})
 
 
-def shard_bytes(store: Path) -> dict[str, bytes]:
-    files = [path for path in (store / "features" / "c").rglob("*") if path.is_file()]
+def shard_bytes(store: Path, *companions: str) -> dict[str, bytes]:
+    """All shard objects of the features, and of these arrays besides."""
+    arrays = ("features", *companions)
+    files = [path for array in arrays for path in (store / array / "c").rglob("*") if path.is_file()]
     return {str(path.relative_to(store)): path.read_bytes() for path in files}
 
 

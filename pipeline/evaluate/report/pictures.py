@@ -13,13 +13,14 @@ from pipeline.evaluate.data.comparison import Comparison
 from pipeline.evaluate.data.grid import Grid
 from pipeline.evaluate.task import Panel
 
-__all__ = ["class_colours", "overlaid", "photograph", "ramp_colours", "with_boxes", "with_points"]
+__all__ = ["class_colours", "of_cells", "overlaid", "photograph", "ramp_colours", "with_boxes", "with_points"]
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 
 _GOLDEN = 0.618034  # hues of successive classes, as far apart as they can be
 _LEFT_OUT = 40  # grey of pixels without a class
+_CELL_PX = 8  # side of a cell in a picture
 _GREY = 200  # of a photograph that cannot be read
 
 
@@ -54,6 +55,12 @@ def ramp_colours(values: Floats, low: float, high: float) -> Pixels:
     places = np.linspace(low, high, len(stops))
     colours = np.stack([np.interp(values, places, stops[:, channel]) for channel in range(3)], -1)
     return np.where(np.isnan(values)[..., None], _LEFT_OUT, colours).round().astype(np.uint8)
+
+
+def of_cells(caption: str, values: Tensor, high: float) -> Panel:
+    """A value of each cell of the backbone's grid [h, w] as colours, 0 … ``high``, enlarged."""
+    large = values.repeat_interleave(_CELL_PX, 0).repeat_interleave(_CELL_PX, 1).double().numpy()
+    return Panel(caption, ramp_colours(large, 0, high))
 
 
 def with_points(panel: Panel, points: Floats, labels: Floats | None = None) -> Panel:

@@ -1,6 +1,5 @@
 """The configuration of a store from the options of a job, and options that a resumed store decides."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +27,6 @@ def store_configuration(
     source: SourceConfiguration,
     recipe: UpsampleRecipe,
     basis: Basis | None,
-    compact: Mapping[str, Any] | None,
     *,
     resumed: bool,
 ) -> StoreConfiguration:
@@ -50,7 +48,7 @@ def store_configuration(
             floor,
             represent=None if recipe.represent == "dense" else recipe.represent,
             embedding=recipe.embedding,
-            guidance_quality=QUALITY if compact and compact.get("guidance") else None,
+            guidance_quality=QUALITY if recipe.guided else None,
         ),
     )
 

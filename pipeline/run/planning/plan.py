@@ -117,8 +117,8 @@ def make_plan(config: UpsampleConfig) -> Plan:
     basis = None if config.pca is None else read_basis(config.pca, backbone)
     k = _components(config, backbone, basis, resumed)
     features = _layout(config, references.num_rows, k, stored_size(config, upsampler, backbone))
-    recipe = _upsample_recipe(config, source, features, backbone, upsampler)
     compact = compact_attribute(config, upsampler)
+    recipe = _upsample_recipe(config, source, features, backbone, upsampler, guided="guidance" in (compact or {}))
     own = config.shard_range(features.shards)
     if not own:
         raise JobError(f"--shards {config.shards} selects none of the {features.shards} shards of this dataset")
@@ -129,7 +129,7 @@ def make_plan(config: UpsampleConfig) -> Plan:
         class_names=class_names,
         channels=backbone.num_chs,
         features=features,
-        configuration=store_configuration(config, source, recipe, basis, compact, resumed=resumed is not None),
+        configuration=store_configuration(config, source, recipe, basis, resumed=resumed is not None),
         basis=None if basis is None else basis.truncated(k),
         stored=stored,
         compact=compact,
@@ -171,6 +171,8 @@ def _upsample_recipe(
     features: FeatureLayout,
     backbone: Backbone,
     upsampler: Upsampler,
+    *,
+    guided: bool,
 ) -> UpsampleRecipe:
     return UpsampleRecipe(
         images=_image_recipe(config, source.kind, source.image_column),
@@ -184,6 +186,7 @@ def _upsample_recipe(
         error_floor=config.floor,
         shard_rows=features.shard_rows,
         represent=config.representation,
+        guided=guided,
         embedding=backbone.embedding_channels if config.embedding else None,
         stored_size=(features.height, features.width),
     )

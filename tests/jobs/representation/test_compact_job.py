@@ -31,7 +31,7 @@ from pipeline.images.decoding.decode import decode
 from pipeline.upsamplers.anyup.network import AnyUp
 from schemas.options import UpsampleConfig
 from tests.helpers.photographs import photo
-from tests.helpers.upsample_jobs import config
+from tests.helpers.upsample_jobs import config, shard_bytes
 
 ROOT = Path(__file__).parents[3]
 FAILED = ("80grey.png", "90broken.jpg")  # no failure but for multiview, and a failure for all
@@ -205,7 +205,7 @@ def test_a_resume_needs_no_option_and_refuses_the_other_kind(made: UpsampleConfi
     (store / layout.shard_key(1, layout.GUIDANCE)).unlink()
     resumed = replace(made, store=str(store), resume=True, represent=None)
     assert upsample(resumed) == 0
-    assert _bytes(store) == _bytes(Path(made.store))
+    assert shard_bytes(store, "guidance") == shard_bytes(Path(made.store), "guidance")
     with pytest.raises(JobError, match=r'storage.represent: stored "compact", asked null'):
         upsample(replace(resumed, represent="dense"))
 
@@ -217,7 +217,7 @@ def test_a_lost_or_cut_guidance_object_is_made_again(made: UpsampleConfig, tmp_p
     path.write_bytes(path.read_bytes()[:-1])
     (store / layout.shard_key(0, layout.GUIDANCE)).unlink()
     assert upsample(replace(made, store=str(store), resume=True)) == 0
-    assert _bytes(store) == _bytes(Path(made.store))
+    assert shard_bytes(store, "guidance") == shard_bytes(Path(made.store), "guidance")
 
 
 def test_damaged_guidance_is_found_never_used_and_repaired(
@@ -240,7 +240,7 @@ def test_damaged_guidance_is_found_never_used_and_repaired(
     assert "its object of the array guidance's bytes changed" in caplog.text
     assert verify(VerifyConfig(store=str(store), repair=True)) == 1
     assert upsample(replace(made, store=str(store), resume=True)) == 0
-    assert _bytes(store) == _bytes(Path(made.store))
+    assert shard_bytes(store, "guidance") == shard_bytes(Path(made.store), "guidance")
 
 
 def test_overwrite_leaves_no_guidance(made: UpsampleConfig, tmp_path: Path) -> None:
@@ -274,12 +274,3 @@ def test_without_a_package_the_extra_is_named(made: UpsampleConfig, package: str
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("(8, 8, 8)")
     assert "pip install 'densefeat[compact]'" in done.stdout
-
-
-def _bytes(store: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(store)): path.read_bytes()
-        for name in ("features", "guidance")
-        for path in store.glob(f"{name}/c/**/*")
-        if path.is_file()
-    }
