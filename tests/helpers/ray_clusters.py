@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,6 @@ class LocalCluster:
 
     environment: dict[str, str]
     address: str
-    nodes: "list[subprocess.Popen[Any]]" = field(default_factory=list)
 
     def command(self, *arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
         """Run a command of Ray."""
@@ -79,15 +78,21 @@ class LocalCluster:
             [*RAY, *arguments], env=self.environment, capture_output=True, text=True, check=False, **options
         )
 
+    def count_nodes(self) -> int:
+        """How many nodes live, with the head."""
+        return self.command("status").stdout.count("\n 1 node_")
+
     @contextmanager
     def node(self, cpus: int) -> Iterator[None]:
         """A further node while the context lasts."""
+        before = self.count_nodes()
         process = subprocess.Popen(
             [*RAY, "start", f"--address={self.address}", "--block", f"--num-cpus={cpus}", *_SHARING_A_MACHINE],
             env=self.environment,
             stdout=subprocess.DEVNULL,
         )
         with ended_with_children(process):
+            wait_for(lambda: self.count_nodes() > before)  # two that start at once on a machine wait for each other
             yield
 
 

@@ -2,11 +2,9 @@
 
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -204,35 +202,3 @@ def test_refused_with_a_message_and_code_2(
     assert words in said
     assert "Traceback" not in said
     assert not (tmp_path / "store" / "zarr.json").exists()
-
-
-@pytest.mark.slow
-def test_submitted_to_a_cluster(photographs: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
-    """``ray job submit`` as the README has it, on a cluster started here."""
-    ray = [sys.executable, "-m", "ray.scripts.scripts"]
-    ports = ["--port=26379", "--dashboard-port=28265", "--dashboard-agent-listen-port=28266"]
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short path: Ray puts sockets there
-        environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "RAY_TMPDIR": folder,
-            "RAY_AUTH_MODE": "token",  # the default of newer Ray versions
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:28265",
-        }
-        head = subprocess.Popen(
-            [*ray, "start", "--head", "--block", *ports], cwd=tmp_path, env=environment, start_new_session=True
-        )
-        try:
-            submit = [*ray, "job", "submit", "--working-dir", str(ROOT), "--"]
-            wait_for(lambda: subprocess.run([*ray, "job", "list"], env=environment, check=False).returncode == 0)
-            store = tmp_path / "store"
-            arguments = ["python", "jobs/upsample_imagenet.py", *command(photographs, store)[3:]]
-            submitted = subprocess.run(
-                [*submit, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-            )
-            assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-            assert shard_bytes(store) == undisturbed
-        finally:
-            os.killpg(head.pid, signal.SIGTERM)  # not "ray stop", which stops other people's Ray too
-            head.wait(60)

@@ -57,7 +57,7 @@ def here(address: str, provider: str, resources: dict[str, int]) -> dict[str, An
         types[name]["resources"] = resources
     types[HEAD] = types.pop("head")
     commands = [f"{when}{what}_commands" for when in ("", "head_", "worker_") for what in ("setup", "start_ray")]
-    config |= dict.fromkeys(["initialization_commands", "cluster_synced_files", *commands], [])
+    config |= {key: [] for key in ["initialization_commands", "cluster_synced_files", *commands]}
     del config["start_ray_commands"]
     return config | {
         "head_node_type": HEAD,
