@@ -15,12 +15,16 @@ _PLACE = re.compile(r"--(?:store|output|images|pca) ([\w./-]+[\w/])")
 def commands() -> str:
     """All texts that have commands for a person."""
     documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    files = [*documents, ROOT / "ray_cluster.yaml", *(ROOT / "jobs").glob("*.py")]
+    clusters = [ROOT / "ray_cluster.yaml", *(ROOT / "docs" / "cluster").iterdir()]
+    files = [*documents, *clusters, *(ROOT / "jobs").glob("*.py")]
     return "\n".join(file.read_text() for file in files)
 
 
 def test_what_the_documents_commands_read_and_write_is_not_packed() -> None:
-    places = {place for place in _PLACE.findall(commands()) if "." in place or "/" in place}
+    found = _PLACE.findall(commands())
+    places = {
+        place for place in found if ("." in place or "/" in place) and not place.startswith("/")
+    }  # in the checkout
     assert {"features/", "basis.npz", "photos/", "jbu/", "features.png"} <= places
     packed = [
         place

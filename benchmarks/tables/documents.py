@@ -24,6 +24,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "encoding": stores.encoding,
     "demo": performance.demo,
     "main_job": performance.main_job,
+    "main_job_cores": performance.main_job_cores,
     "main_job_layers": performance.main_job_layers,
     "start": performance.start,
     "reader": performance.reader,

@@ -63,6 +63,32 @@ def main_job() -> str:
     ) + "\n".join(table)
 
 
+def main_job_cores() -> str:
+    """What the main job asks of cores beside a GPU: of each backbone and upsampler, the latest row of most images."""
+    latest: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in filter(rows.on_gpu, rows.read("main_job")):
+        found = latest.get((row["backbone"], row["upsampler"]))
+        if found is None or row["images"] >= found["images"]:
+            latest[row["backbone"], row["upsampler"]] = row
+    table = [
+        "| backbone, upsampler | a core: ms per image to decode / encode | the GPU: ms per image "
+        "| cores that would keep it busy | images/s |",
+        "|---|---|---|---|---|",
+    ]
+    for row in latest.values():
+        stages = row["stage_ms_per_image"]
+        cores, device = stages["decode"] + stages["encode"], stages["backbone"] + stages["upsample"]
+        table.append(
+            f"| `{row['backbone']}`, {row['upsampler']} | {stages['decode']:.0f} / {stages['encode']:.0f} "
+            f"| {device:.2g} | {cores / device:.0f} | {row['images_per_s']:.0f} |"
+        )
+    sample = next(iter(latest.values()))
+    return (
+        f"The main job on one {sample['device']} with {sample['cores']} cores: k = {sample['k']}, {sample['size']} px, "
+        "int8 (`python -m benchmarks.jobs.main_job`).\n\n"
+    ) + "\n".join(table)
+
+
 def main_job_layers() -> str:
     """The main job with the default layers of a ConvNet, against its layer of stride 16 alone."""
     rates = {_layers(row["layer"]): row for row in rows.read("main_job_layers")}

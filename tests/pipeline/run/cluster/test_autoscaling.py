@@ -15,14 +15,14 @@ import pytest
 import yaml
 
 from densefeat import FeatureStore
-from tests.helpers import ray_clusters
-from tests.helpers.ray_clusters import LocalCluster, job_options, wait_for
+from tests.pipeline.run.cluster import ray_clusters
+from tests.pipeline.run.cluster.ray_clusters import LocalCluster, job_options, wait_for
 
 ROOT = Path(__file__).parents[4]
 CLUSTER = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
 GPU, CPUS = {"CPU": 2, "GPU": 1}, {"CPU": 2}  # of a worker's node; Ray believes in the GPU
 FAKE = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-NO_SPOT = "tests.helpers.spot.NoSpotCapacity"
+NO_SPOT = "tests.pipeline.run.cluster.spot.NoSpotCapacity"
 HEAD, HEAD_NODE = "ray.head.default", "f" * 51 + "00000"  # as Ray names the head's type and itself on one machine
 WORKERS = """
 import sys
@@ -84,7 +84,7 @@ def autoscaling(folder: Path, provider: str, resources: dict[str, int]) -> Itera
     with ray_clusters.head(
         f"--autoscaling-config={file}",
         port=port,
-        cwd=ROOT,  # where the autoscaler finds tests.helpers
+        cwd=ROOT,
         PYTHONPATH=str(ROOT),
         RAY_FAKE_CLUSTER="1",
         AUTOSCALER_UPDATE_INTERVAL_S="1",

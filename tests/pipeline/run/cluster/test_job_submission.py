@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from densefeat import FeatureStore
-from tests.helpers.ray_clusters import LocalCluster, head, job_options, wait_for
 from tests.helpers.upsample_jobs import shard_bytes
+from tests.pipeline.run.cluster.ray_clusters import LocalCluster, head, job_options, wait_for
 
 ROOT = Path(__file__).parents[4]
 SUBMIT = ["job", "submit", "--working-dir", "."]

@@ -11,7 +11,7 @@ import yaml
 
 from densefeat import FeatureStore
 from schemas.options import UpsampleConfig
-from tests.helpers.ray_clusters import head, job_options
+from tests.pipeline.run.cluster.ray_clusters import head, job_options
 
 ROOT = Path(__file__).parents[4]
 FOLDER = ROOT / "docs" / "cluster"

@@ -16,7 +16,7 @@ import tyro
 
 from densefeat import FeatureStore
 from schemas.options import UpsampleConfig
-from tests.helpers.ray_clusters import ended_with_children, job_options, wait_for
+from tests.pipeline.run.cluster.ray_clusters import ended_with_children, job_options, wait_for
 
 ROOT = Path(__file__).parents[4]
 SCRIPT = ROOT / "docs" / "cluster" / "slurm.sh"
