@@ -61,9 +61,10 @@ def test_commands_are_for_bash(command: str) -> None:
     subprocess.run(["bash", "-n", "-c", command], check=True)
 
 
-def test_the_command_at_its_head_is_one_of_the_job() -> None:
-    comment = "\n".join(line.removeprefix("#").strip() for line in TEXT.splitlines() if line.startswith("#"))
-    command = re.search(r"ray job submit .*?-- python jobs/upsample_imagenet\.py ((?:.*\\\n)*.*)", comment)
+@pytest.mark.parametrize("file", ["ray_cluster.yaml", "README.md", "docs/cluster.md"])
+def test_the_command_to_submit_is_one_of_the_job(file: str) -> None:
+    text = re.sub(r"^# ?", "", (ROOT / file).read_text(), flags=re.MULTILINE)
+    command = re.search(r"ray job submit .*?-- python jobs/upsample_imagenet\.py ((?:.*\\\n)*.*)", text)
     assert command is not None
     options = shlex.split(command[1].replace("\\\n", " "))
     workers = options.index("--workers") + 1
