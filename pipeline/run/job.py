@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -117,15 +117,31 @@ def make_shards(
     tasks = [(objects, shard, plan.shard_references(shard), shared) for shard in to_do]
     images = sum(len(plan.features.rows_of(shard)) for shard in plan.shards)
     blocks = BlockWriter(objects, plan.features.shards, known)
+    show = _metrics(plan, len(done), workers)
     with Progress(len(plan.shards), images, done) as progress:
-        for task, result in workers.map(ShardWorker.make_shard, tasks, progress.advance):
+
+        def on_progress(images: int) -> None:
+            progress.advance(images)
+            show(len(made), len(given_up))
+
+        for task, result in workers.map(ShardWorker.make_shard, tasks, on_progress):
             if isinstance(result, TaskFailed):
                 given_up[to_do[task]] = f"tried {result.attempts} times; the last time: {result.reason}"
             else:
                 made[to_do[task]] = result
                 blocks.add(result)
                 progress.shard_done(result)
+    show(len(made), len(given_up))
     return made, given_up
+
+
+def _metrics(plan: Plan, done: int, workers: Workers) -> Callable[[int, int], None]:
+    """What shows the numbers of shards made and given up to the cluster's metrics; without Ray, nothing."""
+    if plan.stages is not None:
+        return lambda made, given_up: None
+    from pipeline.run.ray.metrics import JobMetrics  # deferred: importing ray takes a second
+
+    return JobMetrics(len(plan.shards), done, workers.count).show
 
 
 def what_is_kept(plan: Plan, objects: Objects, *, set_up: bool) -> str:

@@ -14,6 +14,7 @@ import ray
 
 if TYPE_CHECKING:
     from pipeline.run.feature_worker import FeatureWorker, WorkerSpec
+    from pipeline.run.ray.metrics import WorkerMetrics
 
 __all__ = ["WorkerActor", "WorkerProgress"]
 
@@ -38,6 +39,7 @@ class WorkerActor:
 
     def __init__(self) -> None:
         self._worker: FeatureWorker | None = None
+        self._metrics: WorkerMetrics | None = None
         self._threads = ThreadPoolExecutor(1, "task")
         self._running = 0
 
@@ -54,28 +56,37 @@ class WorkerActor:
             granted: CPUs that were requested for this actor.
         """
         loop = asyncio.get_running_loop()
-        self._worker = await loop.run_in_executor(self._threads, _build, *what, granted)
-        self._threads = ThreadPoolExecutor(self._worker.tasks_at_once, "task")
-        return self._worker.tasks_at_once
+        worker, self._metrics = await loop.run_in_executor(self._threads, _build, *what, granted)
+        self._worker, self._threads = worker, ThreadPoolExecutor(worker.tasks_at_once, "task")
+        return worker.tasks_at_once
 
     async def progress(self) -> WorkerProgress:
         """Progress of the worker; answers while tasks run."""
-        return WorkerProgress(self._worker.images_done if self._worker else 0, self._running)
+        progress = WorkerProgress(self._worker.images_done if self._worker else 0, self._running)
+        if self._metrics is not None:
+            self._metrics.progress(*progress)
+        return progress
 
     async def call(self, method: Callable[..., Any], *arguments: Any) -> Any:
         """Run a task: a method of the worker's class, with its arguments."""
         self._running += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, method, self._worker, *arguments)
+            result = await loop.run_in_executor(self._threads, method, self._worker, *arguments)
+            if self._metrics is not None:
+                self._metrics.finished(result)
+            return result
         finally:
             self._running -= 1
 
 
-def _build(spec: "WorkerSpec", make: "Callable[[WorkerSpec], FeatureWorker]", granted: float) -> "FeatureWorker":
+def _build(
+    spec: "WorkerSpec", make: "Callable[[WorkerSpec], FeatureWorker]", granted: float
+) -> "tuple[FeatureWorker, WorkerMetrics]":
     import torch
 
     from pipeline.run.ray.cluster import living_nodes
+    from pipeline.run.ray.metrics import WorkerMetrics
     from pipeline.run.resources import available_cores, threads_in_operations, worker_threads
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -86,4 +97,4 @@ def _build(spec: "WorkerSpec", make: "Callable[[WorkerSpec], FeatureWorker]", gr
     assert device != "auto"  # resolved by the driver
     threads = worker_threads(device, available_cores(), gpus=gpus, granted=granted)
     torch.set_num_threads(threads_in_operations(device, threads))  # for the whole process, which the worker owns
-    return make(spec.on(device, threads))
+    return make(spec.on(device, threads)), WorkerMetrics()
