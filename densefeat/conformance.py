@@ -1,5 +1,7 @@
 """Check a store against its format (docs/format.md), without reading features."""
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,9 +11,10 @@ import pyarrow.compute as pc
 
 from densefeat import layout
 from densefeat.errors import StoreError
+from densefeat.storage.objects import Objects
 from densefeat.store import FeatureStore
 
-__all__ = ["problems"]
+__all__ = ["problems", "report_problems"]
 
 _COLUMNS = {
     "row": pa.int64(), "key": pa.string(), "uri": pa.string(), "offset": pa.int64(), "nbytes": pa.int64(),
@@ -22,6 +25,10 @@ _COLUMNS = {
 _FAILED = ("unreadable", "corrupt", "unsupported", "too_large", "too_small", "nonfinite", "constant", "diverged")
 _STATUSES = frozenset({"ok", "pending", *_FAILED})
 _PARTS = ("source", "backbone", "geometry", "pca", "upsampler", "storage")
+_REPORT_KEY = re.compile(rf"{layout.REPORTS}/\d{{8}}T\d{{6}}Z-[0-9a-f]{{8}}\.json")
+_REPORT = (
+    "rows", "shards", "nbytes", "seconds", "images_per_second", "stage_seconds", "made_on", "options", "versions",
+)  # fmt: skip
 _ORTHONORMAL = 1e-3  # of the entries of components · componentsᵀ
 
 
@@ -36,6 +43,23 @@ def problems(store: FeatureStore) -> list[str]:
             found += list(check(store))
         except StoreError as error:
             found.append(str(error).removeprefix(f"{store.uri}: "))
+    return found + report_problems(store._objects)
+
+
+def report_problems(objects: Objects) -> list[str]:
+    """What is wrong with the reports of runs, one message each; none where the storage cannot list them."""
+    found = []
+    for key in sorted(objects.list(layout.REPORTS)) if objects.can_list else ():
+        if not _REPORT_KEY.fullmatch(key):
+            found.append(f"{key} is not the name of a report")
+            continue
+        try:
+            report = json.loads(objects.get(key))
+        except ValueError as error:
+            found.append(f"{key} is damaged: {error}. Nothing depends on it: delete it")
+            continue
+        if missing := [name for name in _REPORT if not isinstance(report, dict) or name not in report]:
+            found.append(f"{key} is not a report: it has no {', '.join(missing)}")
     return found
 
 

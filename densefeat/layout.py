@@ -14,6 +14,7 @@ A store is a Zarr v3 group with core codecs only, which any Zarr library can ope
     _ledger/000000.parquet     one file per finished shard; kept after the merge into the two files above
     _ledger/blocks/            the same for runs of 256 shards, to be read at once
     _intents/                  while shards are written: the record of each, before it is valid
+    _reports/                  one JSON file per run of a job, for people; nothing depends on them
 
 Chunks are encoded here rather than by zarr-python, because a shard is built in memory and written with one request; the
 bytes are the same (tests/densefeat/test_store_names.py compares them).
@@ -46,6 +47,7 @@ MANIFEST = "manifest.parquet"
 LEDGER = "_ledger"
 LEDGER_BLOCKS = "_ledger/blocks"
 INTENTS = "_intents"
+REPORTS = "_reports"
 
 ZSTD_LEVEL = 1  # higher levels cost time and gain little on quantized features
 INT8_NO_DATA = -128  # the fill value; codes are -127 … 127
@@ -148,6 +150,16 @@ def intent_key(shard: int, sha256: str) -> str:
 def intent_prefix(shard: int) -> str:
     """With which the keys of all intents of a shard begin."""
     return f"{INTENTS}/{shard:06d}-"
+
+
+def report_key(moment: str, name: str) -> str:
+    """Key of the report of a job's run.
+
+    Args:
+        moment: UTC of its end, as 20261231T235959Z.
+        name: eight hex digits, so that two runs do not meet.
+    """
+    return f"{REPORTS}/{moment}-{name}.json"
 
 
 def encode_chunk(features: npt.NDArray[Any]) -> bytes:

@@ -2,13 +2,15 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.reporting.commands import this_python
+from pipeline.reporting.software import software_versions
 from schemas.index import OK
 from schemas.ledger import LedgerRecord
 
@@ -31,6 +33,7 @@ class Report:
         making_seconds: the part of it spent on shards, without startup, PCA and setup.
         keys: of all rows of the store.
         max_failed_share: share of the rows that may fail, 0 … 1.
+        options: of the job, by name.
     """
 
     store: str
@@ -44,6 +47,7 @@ class Report:
     making_seconds: float
     keys: pa.ChunkedArray
     max_failed_share: float
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def rows_ok(self) -> int:
@@ -70,9 +74,32 @@ class Report:
         """Whether more rows failed than allowed."""
         return self.failed_share > self.max_failed_share
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report as it is stored, as JSON: what this run did, and what the store then holds."""
+        own, statuses = self._own_records, Counter[str](self._failed_rows()["status"].to_pylist())
+        return {
+            "rows": {"ok": self.rows_ok, "failed": dict(statuses.most_common())},
+            "shards": {
+                "total": self.shards,
+                "assigned": [self.own.start, self.own.stop],
+                "done": len(self.records),
+                "made": len(self.made),
+                "given_up": {str(shard): reason for shard, reason in sorted(self.given_up.items())},
+            },
+            "nbytes": {"store": _nbytes(self.records), "made": _nbytes(own)},
+            "seconds": {"total": round(self.seconds, 3), "making": round(self.making_seconds, 3)},
+            "images_per_second": round(self.images_per_second, 3),
+            "stage_seconds": {stage: round(seconds, 3) for stage, seconds in self.stage_seconds.items()},
+            "clipped": sum(record.clipped for record in self.records),
+            "explained_variance": self.explained_variance,
+            "made_on": _machines(own),
+            "options": dict(self.options),
+            "versions": software_versions(),
+        }
+
     def describe(self) -> str:
         """The report as text."""
-        nbytes = sum(record.total_nbytes for record in self.records)
+        nbytes = _nbytes(self.records)
         lines = [
             f"store       {self.store}: {len(self.records):,} of {self.shards:,} shards done"
             + (f", {len(self.made):,} by this job in {self.seconds:.1f} s" if self.made else ", none by this job"),
@@ -161,6 +188,18 @@ class Report:
             return pa.table({name: pa.array([], pa.string()) for name in columns})
         outcomes = pa.concat_tables(tables)
         return outcomes.filter(pc.not_equal(outcomes["status"], OK))
+
+
+def _nbytes(records: Sequence[LedgerRecord]) -> int:
+    return sum(record.total_nbytes for record in records)
+
+
+def _machines(records: Sequence[LedgerRecord]) -> list[dict[str, Any]]:
+    """What shards were made on, without the number of the process, and how many on each; most first."""
+    machines = Counter(
+        tuple((name, value) for name, value in sorted(record.made_by.items()) if name != "pid") for record in records
+    )
+    return [{**dict(machine), "shards": shards} for machine, shards in machines.most_common()]
 
 
 def _made_on(record: LedgerRecord) -> str:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 from densefeat.errors import DensefeatError
@@ -21,6 +21,7 @@ from pipeline.run.shard_worker import ShardWorker, StoreEncoding, make_worker
 from pipeline.run.workers import InlineWorkers, TaskFailed, Workers
 from pipeline.store.blocks import BlockWriter
 from pipeline.store.layout import existing_store, finish, reopen
+from pipeline.store.reports import keep_report
 from pipeline.store.shard import finished_shards
 from schemas.ledger import LedgerRecord
 from schemas.options import FeatureConfig
@@ -45,6 +46,8 @@ def carry_out(plan: Plan, started: float) -> Report:
         report = _report(plan, objects, state, started)
         if report.complete:
             finish(objects, report.records)
+        if report.made or report.given_up:
+            keep_report(objects, report.to_dict())
     except KeyboardInterrupt:
         raise KeyboardInterrupt(what_is_kept(plan, objects, set_up=state.set_up)) from None
     return report
@@ -98,6 +101,7 @@ def _report(plan: Plan, objects: Objects, state: _JobState, started: float) -> R
         making_seconds=state.seconds,
         keys=plan.references["key"],
         max_failed_share=config.max_failed_share,
+        options=asdict(config),
     )
 
 

@@ -7,6 +7,7 @@ from functools import cached_property
 import pyarrow as pa
 
 from densefeat import layout
+from densefeat.conformance import report_problems
 from densefeat.errors import StoreError
 from densefeat.rows.blocks import read_blocks
 from densefeat.rows.ledger import recorded_shards
@@ -123,7 +124,7 @@ class StoreCheck:
 
     def store(self) -> list[str]:
         """Problems of the store as a whole."""
-        return self.attributes() + self.arrays() + self.tables()
+        return self.attributes() + self.arrays() + self.tables() + self.reports()
 
     def attributes(self) -> list[str]:
         """Problems of the attributes: whether they can be read, and match their hash."""
@@ -157,6 +158,10 @@ class StoreCheck:
         except (JobError, StoreError) as error:
             problems.append(str(error))
         return problems
+
+    def reports(self) -> list[str]:
+        """Problems of the reports of runs, on which nothing depends."""
+        return report_problems(self._objects)
 
     def tables(self) -> list[str]:
         """Problems of index and manifest; `pipeline.store.repair.rebuild_tables` rebuilds both."""

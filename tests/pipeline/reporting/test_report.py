@@ -1,5 +1,7 @@
 """What a job says at its end."""
 
+import json
+
 import pyarrow as pa
 
 from pipeline.reporting.report import Report
@@ -42,3 +44,18 @@ def test_an_exit_code_of_1_says_why() -> None:
     given_up = report(["ok"], given_up={1: "tried 3 times; the last time: EIO"}).describe()
     assert "given up    shard 1: tried 3 times; the last time: EIO" in given_up
     assert "not done    1 shards: run the same command with --resume to compute them" in given_up
+
+
+def test_as_json_it_says_the_same() -> None:
+    one = report(["ok"] * 5 + ["corrupt"] * 7 + ["too_small"], given_up={1: "tried 3 times; the last time: EIO"})
+    found = json.loads(json.dumps(one.to_dict()))
+    assert found["rows"] == {"ok": 5, "failed": {"corrupt": 7, "too_small": 1}}
+    assert found["shards"] == {
+        "total": 2, "assigned": [0, 2], "done": 1, "made": 1, "given_up": {"1": "tried 3 times; the last time: EIO"},
+    }  # fmt: skip
+    assert found["nbytes"] == {"store": 1000, "made": 1000}
+    assert found["seconds"] == {"total": 2.0, "making": 1.0}
+    assert found["images_per_second"] == 13.0
+    assert found["stage_seconds"] == {"decode": 1.0}
+    assert found["made_on"] == [{"device": "cpu", "upsampled_by": "cpu", "shards": 1}]
+    assert found["versions"]["python"]
