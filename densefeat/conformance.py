@@ -22,7 +22,9 @@ _COLUMNS = {
     "affine": pa.list_(pa.float64()), "valid_box": pa.list_(pa.int32()),
     "chunk_offset": pa.int64(), "chunk_nbytes": pa.int64(),
 }  # fmt: skip
-_FAILED = ("unreadable", "corrupt", "unsupported", "too_large", "too_small", "nonfinite", "constant", "diverged")
+_FAILED = (
+    "unreadable", "corrupt", "unsupported", "too_large", "too_small", "nonfinite", "constant", "diverged", "crashed",
+)  # fmt: skip
 _STATUSES = frozenset({"ok", "pending", *_FAILED})
 _PARTS = ("source", "backbone", "geometry", "pca", "upsampler", "storage")
 _REPORT_KEY = re.compile(rf"{layout.REPORTS}/\d{{8}}T\d{{6}}Z-[0-9a-f]{{8}}\.json")

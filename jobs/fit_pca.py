@@ -30,7 +30,7 @@ def fit_pca(config: FitPcaConfig) -> int:
     backbone = stages.backbone
     check_output_file("--output", config.output)  # before the work
     components = config.components or min(DEFAULT_COMPONENTS, backbone.num_chs)
-    inline = stages if fits_this_process(config.workers, config.device, references.num_rows) else None
+    inline = stages if fits_this_process(config.worker_range, config.device, references.num_rows) else None
     with open_workers(spec, inline, config, attempts=3, stall_timeout_s=1800) as workers:
         basis = fit_basis(references, components, config.pca_images, workers)
     provenance = {

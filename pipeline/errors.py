@@ -19,7 +19,8 @@ class ImageError(DensefeatError):
     Attributes:
         status: one of ``schemas.index.FAILED``: ``unreadable`` (bytes could not be fetched), ``corrupt``,
             ``unsupported``, ``too_large``, ``too_small``, ``nonfinite`` (non-finite features), ``constant`` (no
-            variation to fit), ``diverged`` (the fit of its features diverged).
+            variation to fit), ``diverged`` (the fit of its features diverged), ``crashed`` (its worker crashed or
+            hung with it, every time).
     """
 
     def __init__(self, status: str, message: str) -> None:

@@ -13,6 +13,7 @@ __all__ = [
     "own_options",
     "parse_layers",
     "parse_size",
+    "parse_workers",
     "positive",
 ]
 
@@ -43,6 +44,23 @@ def parse_layers(option: str, text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{option} is a layer or several, N or N,N,…: got {text!r}") from None
+
+
+def parse_workers(option: str, value: int | str | None) -> tuple[int, int] | None:
+    """ "8" or 8 → (8, 8); "2:8" → (2, 8): smallest and largest number. None, an omitted option, gives None.
+
+    Raises:
+        ValueError: ``value`` is neither a whole number nor a range.
+    """
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", str(value))
+    if not match:
+        raise ValueError(f'{option} is a number or a range, "8" or "MIN:MAX": got {str(value)!r}')
+    least, most = int(match[1]), int(match[2] or match[1])
+    if match[2] and not 1 <= most >= least:
+        raise ValueError(f"{option} {value} is empty: the largest number must be at least 1 and the smallest")
+    return least, most
 
 
 def at_least(option: str, value: float | None, least: float) -> None:

@@ -8,7 +8,9 @@ import pyarrow as pa
 
 OK = "ok"
 PENDING = "pending"  # its shard is not done
-FAILED = ("unreadable", "corrupt", "unsupported", "too_large", "too_small", "nonfinite", "constant", "diverged")
+FAILED = (
+    "unreadable", "corrupt", "unsupported", "too_large", "too_small", "nonfinite", "constant", "diverged", "crashed",
+)  # fmt: skip
 
 # Fields from the source: where the image is, and what is known before it is opened.
 REFERENCE_FIELDS: tuple[pa.Field, ...] = (

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from schemas.checks import at_least, check_components, parse_layers, parse_size
+from schemas.checks import at_least, check_components, parse_layers, parse_size, parse_workers
 from schemas.configuration import MAX_PIXELS, MIN_SIDE, Facet, Fit, Quality, Represent, Space
 from schemas.upsamplers import UpsamplerOptions
 
@@ -51,10 +51,13 @@ class FeatureConfig:
     batch_size: int | None = None
     # Device: "auto", "cpu" or "cuda".
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Number of Ray workers; 0 runs in this process, without Ray. If omitted, a small job (1,000 images) on one machine
-    # without a cluster, and with at most one GPU, runs in this process; any other job has one worker per GPU of the
-    # cluster, or one per node with CPUs.
-    workers: int | None = None
+    # Number of Ray workers, "8", or "MIN:MAX": MIN are kept, more are requested from the cluster while shards wait for
+    # one, and released when none does. 0 runs in this process, without Ray. If omitted, a small job (1,000 images) on
+    # one machine without a cluster, and with at most one GPU, runs in this process; any other job has one worker per
+    # GPU of the cluster, or one per node with CPUs, also of nodes that join later.
+    workers: int | str | None = None
+    # Share of a GPU that each worker takes: 0.5 places two workers on a GPU, for small backbones that do not fill one.
+    gpu_share: float = 1.0
     # Reject images with more pixels than this without decoding them (decompression bombs).
     max_pixels: int = MAX_PIXELS
     # Reject images whose shorter side has fewer pixels than this.
@@ -64,11 +67,18 @@ class FeatureConfig:
         """Check everything that needs no access to data."""
         at_least("--limit", self.limit, 1)
         at_least("--batch-size", self.batch_size, 1)
-        at_least("--workers", self.workers, 0)
+        parse_workers("--workers", self.workers)
+        if not 0 < self.gpu_share <= 1:
+            raise ValueError(f"--gpu-share is a share of one GPU, above 0 and at most 1: got {self.gpu_share:g}")
         at_least("--min-side", self.min_side, 1)
         at_least("--max-pixels", self.max_pixels, self.min_side**2)
         parse_size("--size", self.size)
         parse_layers("--layer", self.layer)
+
+    @property
+    def worker_range(self) -> tuple[int, int] | None:
+        """Smallest and largest number of workers; None: as many as the cluster has devices or nodes."""
+        return parse_workers("--workers", self.workers)
 
     @property
     def layers(self) -> tuple[int, ...] | None:
@@ -145,8 +155,11 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
     # Exit with code 1 if more than this share of the images failed; with code 2, before any work, if the listing
     # already shows that more will fail (unsupported formats such as .heic, broken links).
     max_failed_share: float = 0.01
-    # Failures after which this run gives up on a shard; losing a node does not count. --resume retries it.
+    # Failures after which this run gives up on a shard; losing a node does not count. A shard that keeps failing is
+    # searched for the images that make it fail: they become failed rows. --resume retries it.
     attempts: int = 3
+    # How long the job waits for a storage that answers nobody, before shards that need it fail.
+    outage_patience_s: float = 3600.0
     # Replace a worker after this many seconds without progress.
     stall_timeout_s: float = 1800.0
 
@@ -160,6 +173,7 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
         if self.dtype == "float16" and self.quality != "high":
             raise ValueError(f"--quality {self.quality} is for int8: got --dtype float16, expected one of the two")
         at_least("--stall-timeout-s", self.stall_timeout_s, 1)
+        at_least("--outage-patience-s", self.outage_patience_s, 0)
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"--max-failed-share is a share: got {self.max_failed_share}, expected 0 … 1")
         if self.measure and not self.dry_run:
@@ -247,5 +261,5 @@ class FitPoolingConfig(FeatureConfig):
         at_least("--views", self.views, 2)
         at_least("--held-out-views", self.held_out_views, 1)
         at_least("--solver-stride", self.solver_stride, 1)
-        if self.workers:
+        if self.workers not in (None, 0):
             raise ValueError(f"--workers {self.workers}: this job runs in one process, omit the option")

@@ -2,10 +2,11 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from types import MappingProxyType
 
 import pyarrow as pa
 import torch
@@ -96,14 +97,21 @@ class BatchLoader:
         self._decoders = ThreadPoolExecutor(threads, "decode")
         self.stop = threading.Event()
 
-    def batches(self, references: pa.Table, seconds: StageSeconds) -> Iterator[Batch]:
+    def batches(
+        self, references: pa.Table, seconds: StageSeconds, crashed: Mapping[int, str] = MappingProxyType({})
+    ) -> Iterator[Batch]:
         """Yield the rows of ``references`` in batches, in order; at most two are decoded ahead of the consumer.
+
+        Args:
+            references: the rows.
+            seconds: the time of reading and decoding is added.
+            crashed: position in ``references`` -> reason, of rows that are not to be read: they fail.
 
         Raises:
             StorageUnavailable, JobError: see ``read_images``; the state of the remaining images is unknown.
             WorkStopped: ``stop`` was set before the next batch.
         """
-        reads = self._reads(references, seconds)
+        reads = self._reads(references, seconds, crashed)
         pending: deque[Future[Decoded | ImageError]] = deque()
         while True:
             for data in islice(reads, 2 * self.batch_size - len(pending)):
@@ -114,7 +122,20 @@ class BatchLoader:
                 raise WorkStopped
             yield self._stack([pending.popleft().result() for _ in range(min(self.batch_size, len(pending)))])
 
-    def _reads(self, references: pa.Table, seconds: StageSeconds) -> Iterator[bytes | ImageError]:
+    def _reads(
+        self, references: pa.Table, seconds: StageSeconds, crashed: Mapping[int, str]
+    ) -> Iterator[bytes | ImageError]:
+        rows = range(references.num_rows)
+        kept = (
+            references.take(pa.array([row for row in rows if row not in crashed], pa.int64()))
+            if crashed
+            else references
+        )
+        images = self._kept_reads(kept, seconds)
+        for row in rows:
+            yield ImageError("crashed", crashed[row]) if row in crashed else next(images)
+
+    def _kept_reads(self, references: pa.Table, seconds: StageSeconds) -> Iterator[bytes | ImageError]:
         images = read_images(
             references, image_column=self._image_column, kind=self._source_kind, pool=self._readers, stop=self.stop
         )

@@ -70,31 +70,34 @@ class FixedTree(Generic[Sums]):
         self._widths = [parts]
         while self._widths[-1] > 1:
             self._widths.append((self._widths[-1] + 1) // 2)
-        self._nodes: dict[tuple[int, int], Part[Sums]] = {}
+        self._nodes: dict[tuple[int, int], Part[Sums] | None] = {}
 
     @property
     def waiting(self) -> int:
         """Number of merged parts waiting for a neighbour."""
         return len(self._nodes)
 
-    def add(self, position: int, part: Part[Sums]) -> None:
-        """Add the part at ``position``, 0 … N − 1, each once."""
+    def add(self, position: int, part: Part[Sums] | None) -> None:
+        """Add the part at ``position``, 0 … N − 1, each once; None: there is nothing of it."""
         for level, width in enumerate(self._widths):
             neighbour = position ^ 1
             if neighbour < width:
-                other = self._nodes.pop((level, neighbour), None)
-                if other is None:
+                if (level, neighbour) not in self._nodes:
                     self._nodes[level, position] = part
                     return
-                part = part.merged(other) if position < neighbour else other.merged(part)
+                other = self._nodes.pop((level, neighbour))
+                if part is None or other is None:
+                    part = other if part is None else part
+                else:
+                    part = part.merged(other) if position < neighbour else other.merged(part)
             elif width == 1:
                 self._nodes[level, 0] = part
                 return
             position //= 2  # a part without a neighbour moves up unchanged
 
     @property
-    def root(self) -> Part[Sums]:
-        """The merged result, once all parts were added."""
+    def root(self) -> Part[Sums] | None:
+        """The merged result, once all parts were added; None if there is nothing of any."""
         return self._nodes[len(self._widths) - 1, 0]
 
 

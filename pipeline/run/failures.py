@@ -5,7 +5,7 @@ import logging
 from densefeat.errors import DensefeatError, StorageUnavailable
 from densefeat.storage.retries import is_transient
 
-__all__ = ["FailureLog", "is_suspect"]
+__all__ = ["FailureLog", "OutageLog", "is_suspect"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,26 @@ class FailureLog:
             logger.warning("%s: %s", what, reason, exc_info=error)
         self._known.add(kind)
         return reason
+
+
+class OutageLog:
+    """Logs when a queue pauses because the storage answers nobody, and when it goes on."""
+
+    def __init__(self, outage_s: float) -> None:
+        self._outage_s = outage_s
+        self._since: float | None = None
+
+    def watch(self, outage: tuple[float, float] | None) -> None:
+        """Log a change; ``outage`` is `pipeline.run.queue.TaskQueue.outage`."""
+        if outage is not None and self._since is None:
+            logger.warning(
+                "the storage does not answer: the job pauses, and tries one shard from time to time for %.0f minutes "
+                "(--outage-patience-s); it can be stopped and continued with --resume",
+                self._outage_s / 60,
+            )
+        elif outage is None and self._since is not None:
+            logger.warning("the storage answers again: the job goes on")
+        self._since = None if outage is None else outage[0]
 
 
 def is_suspect(error: BaseException) -> bool:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -11,15 +11,15 @@ from densefeat.errors import DensefeatError
 from densefeat.rows.ledger import recorded_shards
 from densefeat.storage.objects import Objects
 from densefeat.store import FeatureStore
-from pipeline.reporting.progress import Progress
 from pipeline.reporting.report import Report
 from pipeline.run.feature_worker import WorkerSpec
+from pipeline.run.make_shards import make_shards
 from pipeline.run.planning.plan import Plan
 from pipeline.run.prepare import prepare
+from pipeline.run.queue import OUTAGE_S
 from pipeline.run.recipe import Stages
-from pipeline.run.shard_worker import ShardWorker, StoreEncoding, make_worker
-from pipeline.run.workers import InlineWorkers, TaskFailed, Workers
-from pipeline.store.blocks import BlockWriter
+from pipeline.run.shard_worker import make_worker
+from pipeline.run.workers import InlineWorkers, Workers
 from pipeline.store.layout import existing_store, finish, reopen
 from pipeline.store.reports import keep_report
 from pipeline.store.shard import finished_shards
@@ -71,7 +71,12 @@ def _make_missing(plan: Plan, objects: Objects, state: _JobState) -> None:
     if state.done.keys() >= {*plan.shards}:
         return
     with open_workers(
-        plan.spec, plan.stages, config, attempts=config.attempts, stall_timeout_s=config.stall_timeout_s
+        plan.spec,
+        plan.stages,
+        config,
+        attempts=config.attempts,
+        stall_timeout_s=config.stall_timeout_s,
+        outage_s=config.outage_patience_s,
     ) as workers:
         encoding = prepare(plan, objects, workers)
         state.set_up, begun = True, time.monotonic()
@@ -105,49 +110,6 @@ def _report(plan: Plan, objects: Objects, state: _JobState, started: float) -> R
     )
 
 
-def make_shards(
-    plan: Plan,
-    objects: Objects,
-    workers: Workers,
-    encoding: StoreEncoding,
-    to_do: list[int],
-    known: Collection[LedgerRecord],
-) -> tuple[dict[int, LedgerRecord], dict[int, str]]:
-    """Make the shards ``to_do``; returns the records of the shards made, and the reasons for those given up."""
-    done = [record for record in known if record.shard in plan.shards]
-    made: dict[int, LedgerRecord] = {}
-    given_up: dict[int, str] = {}
-    shared = workers.share(encoding)
-    tasks = [(objects, shard, plan.shard_references(shard), shared) for shard in to_do]
-    images = sum(len(plan.features.rows_of(shard)) for shard in plan.shards)
-    blocks = BlockWriter(objects, plan.features.shards, known)
-    show = _metrics(plan, len(done), workers)
-    with Progress(len(plan.shards), images, done) as progress:
-
-        def on_progress(images: int) -> None:
-            progress.advance(images)
-            show(len(made), len(given_up))
-
-        for task, result in workers.map(ShardWorker.make_shard, tasks, on_progress):
-            if isinstance(result, TaskFailed):
-                given_up[to_do[task]] = f"tried {result.attempts} times; the last time: {result.reason}"
-            else:
-                made[to_do[task]] = result
-                blocks.add(result)
-                progress.shard_done(result)
-    show(len(made), len(given_up))
-    return made, given_up
-
-
-def _metrics(plan: Plan, done: int, workers: Workers) -> Callable[[int, int], None]:
-    """What shows the numbers of shards made and given up to the cluster's metrics; without Ray, nothing."""
-    if plan.stages is not None:
-        return lambda made, given_up: None
-    from pipeline.run.ray.metrics import JobMetrics  # deferred: importing ray takes a second
-
-    return JobMetrics(len(plan.shards), done, workers.count).show
-
-
 def what_is_kept(plan: Plan, objects: Objects, *, set_up: bool) -> str:
     """Message for the user who stopped the job: what the store holds, and how to continue.
 
@@ -172,7 +134,13 @@ def what_is_kept(plan: Plan, objects: Objects, *, set_up: bool) -> str:
 
 @contextmanager
 def open_workers(
-    spec: WorkerSpec, stages: Stages | None, config: FeatureConfig, *, attempts: int, stall_timeout_s: float
+    spec: WorkerSpec,
+    stages: Stages | None,
+    config: FeatureConfig,
+    *,
+    attempts: int,
+    stall_timeout_s: float,
+    outage_s: float = OUTAGE_S,
 ) -> Iterator[Workers]:
     """Open workers on the Ray cluster, or one in this process; they end with the context.
 
@@ -182,9 +150,12 @@ def open_workers(
         config: the job's options: the number of workers, and the locations that they must be able to access.
         attempts: number of times that a task may fail.
         stall_timeout_s: a worker without progress for this long is replaced.
+        outage_s: how long to wait for a storage that answers nobody.
     """
     if stages is not None:
-        with InlineWorkers(spec, attempts=attempts, make=partial(make_worker, stages=stages)) as inline:
+        with InlineWorkers(
+            spec, attempts=attempts, outage_s=outage_s, make=partial(make_worker, stages=stages)
+        ) as inline:
             yield inline
         return
     from pipeline.run.ray import choose  # deferred: importing ray takes a second
@@ -194,7 +165,13 @@ def open_workers(
     with (
         choose.connected(),
         choose.ray_workers(
-            spec, config.workers, attempts=attempts, stall_timeout_s=stall_timeout_s, places=places
+            spec,
+            config.worker_range,
+            gpu_share=config.gpu_share,
+            attempts=attempts,
+            stall_timeout_s=stall_timeout_s,
+            outage_s=outage_s,
+            places=places,
         ) as workers,
     ):
         yield workers

@@ -22,11 +22,13 @@ __all__ = [
     "cpus_of_each",
     "fits_this_process",
     "places_for_workers",
+    "places_on_joined",
     "shards_computing",
     "threads_in_operations",
     "threads_in_training",
     "torch_threads",
     "worker_threads",
+    "workers_on_gpu",
 ]
 
 _ROOT = Path("/")
@@ -56,16 +58,24 @@ def available_memory(root: Path = _ROOT) -> int:
     return max(0, min(left))
 
 
-def worker_threads(device: str, cores: int, *, gpus: int, granted: float) -> int:
+def worker_threads(device: str, cores: int, *, gpus: int, granted: float, gpu_share: float = 1.0) -> int:
     """Threads of a worker on a node.
 
     Args:
         device: "cpu" or "cuda".
         cores: cores that processes on the node may use.
-        gpus: GPUs of the node; each may have a worker, and these share the cores.
+        gpus: GPUs of the node; each may have workers, and these share the cores.
         granted: CPUs that the cluster assigned to a worker on the CPU.
+        gpu_share: share of a GPU that the worker takes.
     """
-    return max(1, cores // max(gpus, 1) if device == "cuda" else min(cores, int(granted)))
+    if device != "cuda":
+        return max(1, min(cores, int(granted)))
+    return max(1, cores // (max(gpus, 1) * workers_on_gpu(gpu_share)))
+
+
+def workers_on_gpu(gpu_share: float) -> int:
+    """Number of workers that fit on a GPU, if each takes a share of it, at most 1."""
+    return max(1, int(1 / gpu_share + 1e-9))
 
 
 def threads_in_training(cores: int, workers_on_node: int, granted: int | None) -> int:
@@ -118,18 +128,18 @@ def all_cores() -> AbstractContextManager[None]:
     return torch_threads(min(torch.get_num_threads(), available_cores()))
 
 
-def fits_this_process(workers: int | None, device: str, images: int) -> bool:
+def fits_this_process(workers: tuple[int, int] | None, device: str, images: int) -> bool:
     """Whether a job needs no Ray: one worker on this machine would do all of it, and soon.
 
     A worker in this process is as fast as one of Ray's and starts 20 s sooner; Ray replaces one that crashes or hangs.
 
     Args:
-        workers: as asked for; 0: no Ray, None: to be decided here.
+        workers: smallest and largest number asked for; 0: no Ray, None: to be decided here.
         device: "auto", "cpu" or "cuda".
         images: of the job.
     """
     if workers is not None:
-        return workers == 0
+        return workers == (0, 0)
     several_gpus = device != "cpu" and torch.cuda.device_count() > 1
     return images <= _FEW_IMAGES and not several_gpus and not os.environ.get("RAY_ADDRESS")
 
@@ -155,12 +165,12 @@ class Slot:
 
     Attributes:
         cpus: number of CPUs.
-        gpus: number of GPUs, 0 or 1.
+        gpus: share of a GPU, 0 … 1.
         node: preferred node; None: any node with free resources.
     """
 
     cpus: int
-    gpus: int
+    gpus: float
     node: str | None = None
 
     def anywhere(self, nodes: Sequence[Node]) -> "Slot":
@@ -168,21 +178,37 @@ class Slot:
         return Slot(min([self.cpus, *(node.cpus for node in nodes if node.cpus)]), self.gpus)
 
 
-def places_for_workers(device: str, nodes: Sequence[Node], count: int | None) -> list[Slot]:
+def places_for_workers(
+    device: str, nodes: Sequence[Node], count: tuple[int, int] | None, gpu_share: float = 1.0
+) -> list[Slot]:
     """Resources to request for each worker; empty if no worker can be placed.
 
     Args:
         device: "cpu" or "cuda".
         nodes: nodes of the cluster that are alive.
-        count: number of workers; None: one per GPU, or one per node that has CPUs, with all CPUs of the node.
+        count: smallest and largest number of workers; None: as many as fit on the GPUs, or one per node that has CPUs,
+            with all CPUs of the node.
+        gpu_share: share of a GPU that each takes.
     """
     if device == "cuda":
         # No CPU, so that the worker fits wherever there is a GPU; it determines its number of threads itself.
-        return [Slot(0, 1)] * (sum(node.gpus for node in nodes) if count is None else count)
+        fitting = sum(node.gpus for node in nodes) * workers_on_gpu(gpu_share)
+        return [Slot(0, gpu_share)] * (fitting if count is None else count[1])
     nodes = [node for node in nodes if node.cpus]
     if count is None:
         return [Slot(node.cpus, 0, node.name) for node in nodes]
-    return [Slot(cpus_of_each([node.cpus for node in nodes], count), 0)] * count
+    return [Slot(cpus_of_each([node.cpus for node in nodes], count[0] or 1), 0)] * count[1]
+
+
+def places_on_joined(device: str, nodes: Sequence[Node], slots: Sequence[Slot], gpu_share: float = 1.0) -> list[Slot]:
+    """Further slots for workers on nodes that joined the cluster, beyond the ``slots`` there are.
+
+    Arguments as for `places_for_workers`.
+    """
+    places = places_for_workers(device, nodes, None, gpu_share)
+    taken = {slot.node for slot in slots}
+    places.sort(key=lambda slot: slot.node in taken)
+    return places[: max(0, len(places) - len(slots))]
 
 
 def cpus_of_each(cpus: Sequence[int], count: int) -> int:

@@ -7,8 +7,10 @@ batches. They do not depend on the other shards, nor on rows that failed, which 
 
 import logging
 import math
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -143,7 +145,23 @@ class ShardWorker(FeatureWorker):
             return Part(Calibration.none(len(basis.components)), 0, "its features contain NaN or infinity")
         return Part(calibration, 1, None)
 
-    def make_shard(self, store: Objects, shard: int, references: pa.Table, encoding: StoreEncoding) -> LedgerRecord:
+    def try_rows(self, references: pa.Table, encoding: StoreEncoding) -> None:
+        """Compute and encode rows as for a shard, and keep nothing: to find those that make a worker fail."""
+        seconds = StageSeconds()
+        for batch in self.loader.batches(references, seconds):
+            codes, failures, _ = self._codes(batch, encoding, seconds, [])
+            for i, decoded in enumerate(batch.decoded):
+                if isinstance(decoded, Decoded) and i not in failures:
+                    _encode(codes[i], seconds)
+
+    def make_shard(
+        self,
+        store: Objects,
+        shard: int,
+        references: pa.Table,
+        encoding: StoreEncoding,
+        crashed: Mapping[int, str] = MappingProxyType({}),
+    ) -> LedgerRecord:
         """Compute, write and commit a shard.
 
         Args:
@@ -151,6 +169,7 @@ class ShardWorker(FeatureWorker):
             shard: shard number.
             references: rows of the shard (``schemas.index.REFERENCES``).
             encoding: the store's encoding.
+            crashed: position in the shard -> reason, of rows that made workers fail; they become failed rows.
 
         Returns:
             The committed record; that of another job, if it was first.
@@ -168,7 +187,7 @@ class ShardWorker(FeatureWorker):
         guidance: list[Future[bytes] | None] = []
         clipped = 0
         embeddings: list[npt.NDArray[np.float16]] = []
-        for batch in self.loader.batches(references, seconds):
+        for batch in self.loader.batches(references, seconds, crashed):
             codes, failures, batch_clipped = self._codes(batch, encoding, seconds, embeddings)
             clipped += batch_clipped
             for i, decoded in enumerate(batch.decoded):

@@ -11,9 +11,9 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from pipeline.errors import JobError
-from pipeline.run.failures import FailureLog, is_suspect
+from pipeline.run.failures import FailureLog, OutageLog, is_suspect
 from pipeline.run.feature_worker import FeatureWorker, WorkerSpec, pick_device
-from pipeline.run.queue import TaskFailed, TaskQueue
+from pipeline.run.queue import OUTAGE_S, TaskFailed, TaskQueue
 from pipeline.run.resources import threads_in_operations, torch_threads
 from pipeline.run.shard_worker import make_worker
 
@@ -26,19 +26,21 @@ _STOP_S = 10.0
 
 
 class Workers(Protocol):
-    """Runs methods of a worker, many at a time.
+    """Runs methods of a worker, many at a time."""
 
-    Attributes:
-        count: number of workers.
-    """
-
-    count: int
+    @property
+    def count(self) -> int:
+        """Number of workers that the job asks for, at most."""
+        ...
 
     def map(
         self,
         method: Callable[..., Result],
         tasks: Sequence[tuple[Any, ...]],
         on_progress: Callable[[int], None] = lambda images: None,
+        *,
+        attempts: int | None = None,
+        alone: bool = False,
     ) -> Iterator[tuple[int, Result | TaskFailed]]:
         """Call a method of the worker with each task's arguments.
 
@@ -46,6 +48,8 @@ class Workers(Protocol):
             method: method of the worker's class, unbound, e.g. ``ShardWorker.make_shard``.
             tasks: arguments of each task, without the worker.
             on_progress: called regularly with the number of images done since the last call.
+            attempts: number of failures after which a task is given up; None: the workers' own.
+            alone: whether each task runs alone on its worker, because it may make the worker fail.
 
         Yields:
             (index of the task, its result or ``TaskFailed``), in the order in which tasks end.
@@ -69,6 +73,7 @@ class InlineWorkers:
         spec: spec of the worker.
         attempts: number of failures after which a task is given up.
         first_wait_s: as for `TaskQueue`.
+        outage_s: as for `TaskQueue`.
         make: builds the worker.
 
     Attributes:
@@ -83,12 +88,13 @@ class InlineWorkers:
         *,
         attempts: int = 3,
         first_wait_s: float = 5.0,
+        outage_s: float = OUTAGE_S,
         make: Callable[[WorkerSpec], FeatureWorker] = make_worker,
     ) -> None:
         self._spec, self._make = spec, make
         self._attempts, self._first_wait_s = attempts, first_wait_s
         self._running: dict[Future[Any], int] = {}
-        self._failures = FailureLog()
+        self._failures, self._outage_s, self._outages = FailureLog(), outage_s, OutageLog(outage_s)
         self._entered = ExitStack()
 
     def __enter__(self) -> "InlineWorkers":
@@ -119,10 +125,19 @@ class InlineWorkers:
         method: Callable[..., Result],
         tasks: Sequence[tuple[Any, ...]],
         on_progress: Callable[[int], None] = lambda images: None,
+        *,
+        attempts: int | None = None,
+        alone: bool = False,
     ) -> Iterator[tuple[int, Result | TaskFailed]]:
         """As ``Workers.map``."""
         before = self.worker.images_done
-        queue = TaskQueue[InlineWorkers](len(tasks), attempts=self._attempts, first_wait_s=self._first_wait_s)
+        queue = TaskQueue[InlineWorkers](
+            len(tasks),
+            attempts=attempts or self._attempts,
+            first_wait_s=self._first_wait_s,
+            outage_s=self._outage_s,
+            alone=alone,
+        )
         queue.join(self, None, self.worker.tasks_at_once, time.monotonic())
         while queue.left:
             for _, task in queue.hand_out(time.monotonic()):
@@ -131,6 +146,7 @@ class InlineWorkers:
                 time.sleep(min(_POLL_S, self._first_wait_s))
             for future in wait(self._running, timeout=_POLL_S, return_when=FIRST_COMPLETED).done:
                 yield from self._settle(queue, self._running.pop(future), future)
+            self._outages.watch(queue.outage)
             on_progress(self.worker.images_done - before)
             before = self.worker.images_done
 
@@ -145,7 +161,8 @@ class InlineWorkers:
             return
         if isinstance(error, JobError) or not isinstance(error, Exception):
             raise error
-        reason = self._failures.told(error, "a task failed")
-        given_up = queue.failed(task, reason, time.monotonic(), suspect=is_suspect(error))
+        reason, now = self._failures.told(error, "a task failed"), time.monotonic()
+        suspect = is_suspect(error)
+        given_up = queue.failed(task, reason, now, suspect=True) if suspect else queue.unavailable(task, reason, now)
         if given_up is not None:
             yield task, given_up

@@ -95,8 +95,13 @@ class Plan:
 
     def shard_references(self, shard: int) -> pa.Table:
         """References of a shard's images."""
-        rows = self.features.rows_of(shard)
-        return self.references.slice(rows.start, len(rows))
+        return self.rows_of_shard(shard, range(len(self.features.rows_of(shard))))
+
+    def rows_of_shard(self, shard: int, rows: range) -> pa.Table:
+        """References of some rows of a shard, by their positions in it."""
+        first = self.features.rows_of(shard).start + rows.start
+        # Copied, because Arrow pickles the whole table with a slice of it.
+        return self.references.slice(first, len(rows)).take(pa.array(range(len(rows))))
 
 
 def make_plan(config: UpsampleConfig) -> Plan:
@@ -122,7 +127,7 @@ def make_plan(config: UpsampleConfig) -> Plan:
     own = config.shard_range(features.shards)
     if not own:
         raise JobError(f"--shards {config.shards} selects none of the {features.shards} shards of this dataset")
-    inline = fits_this_process(config.workers, config.device, len(own) * features.shard_rows)
+    inline = fits_this_process(config.worker_range, config.device, len(own) * features.shard_rows)
     plan = Plan(
         config=config,
         references=references,
@@ -299,7 +304,7 @@ def _source(
 
 
 def _listed(config: FeatureConfig) -> Source:
-    scan_map = cluster_scan_map() if config.workers != 0 else None
+    scan_map = cluster_scan_map() if config.worker_range != (0, 0) else None
     return list_images(config.images, limit=config.limit, image_column=config.image_column, scan_map=scan_map)
 
 

@@ -48,15 +48,18 @@ class WorkerActor:
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
-    async def set_up(self, what: "tuple[WorkerSpec, Callable[[WorkerSpec], FeatureWorker]]", granted: float) -> int:
+    async def set_up(
+        self, what: "tuple[WorkerSpec, Callable[[WorkerSpec], FeatureWorker]]", cpus: float, gpus: float
+    ) -> int:
         """Build the stages; returns how many tasks the worker can run at once.
 
         Args:
             what: the spec, whose number of threads is determined here, and the function that builds a worker from it.
-            granted: CPUs that were requested for this actor.
+            cpus: CPUs that were requested for this actor.
+            gpus: share of a GPU that was requested for it.
         """
         loop = asyncio.get_running_loop()
-        worker, self._metrics = await loop.run_in_executor(self._threads, _build, *what, granted)
+        worker, self._metrics = await loop.run_in_executor(self._threads, _build, *what, cpus, gpus)
         self._worker, self._threads = worker, ThreadPoolExecutor(worker.tasks_at_once, "task")
         return worker.tasks_at_once
 
@@ -81,7 +84,7 @@ class WorkerActor:
 
 
 def _build(
-    spec: "WorkerSpec", make: "Callable[[WorkerSpec], FeatureWorker]", granted: float
+    spec: "WorkerSpec", make: "Callable[[WorkerSpec], FeatureWorker]", cpus: float, gpu_share: float
 ) -> "tuple[FeatureWorker, WorkerMetrics]":
     import torch
 
@@ -95,6 +98,6 @@ def _build(
     gpus = sum(node.gpus for node in living_nodes() if node.name == here)
     device = spec.device
     assert device != "auto"  # resolved by the driver
-    threads = worker_threads(device, available_cores(), gpus=gpus, granted=granted)
+    threads = worker_threads(device, available_cores(), gpus=gpus, granted=cpus, gpu_share=gpu_share or 1.0)
     torch.set_num_threads(threads_in_operations(device, threads))  # for the whole process, which the worker owns
     return make(spec.on(device, threads)), WorkerMetrics()

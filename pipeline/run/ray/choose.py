@@ -2,13 +2,14 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pipeline.errors import JobError
 from pipeline.run.feature_worker import WorkerSpec
+from pipeline.run.queue import OUTAGE_S
 from pipeline.run.ray.cluster import connected, living_nodes
 from pipeline.run.ray.workers import RayWorkers
-from pipeline.run.resources import places_for_workers
+from pipeline.run.resources import Slot, places_for_workers, places_on_joined
 
 __all__ = ["connected", "ray_workers"]
 
@@ -16,15 +17,24 @@ logger = logging.getLogger(__name__)
 
 
 def ray_workers(
-    spec: WorkerSpec, count: int | None, *, attempts: int, stall_timeout_s: float, places: Mapping[str, str]
+    spec: WorkerSpec,
+    count: tuple[int, int] | None,
+    *,
+    gpu_share: float,
+    attempts: int,
+    stall_timeout_s: float,
+    outage_s: float = OUTAGE_S,
+    places: Mapping[str, str],
 ) -> RayWorkers:
     """Workers on the connected cluster: ``count`` of them, or one per GPU, or one per CPU node if there is no GPU.
 
     Args:
         spec: spec of the workers; the device is resolved here, the number of threads by each worker.
-        count: number of workers; None to use the whole cluster in its current size.
+        count: smallest and largest number of workers; None to use the whole cluster, and nodes that join it.
+        gpu_share: share of a GPU that each worker takes.
         attempts: as for ``RayWorkers``.
         stall_timeout_s: as for ``RayWorkers``.
+        outage_s: as for ``RayWorkers``.
         places: locations that workers read or write, by the option that names them.
 
     Raises:
@@ -36,21 +46,35 @@ def ray_workers(
     if device == "auto":
         device = "cuda" if gpus else "cpu"
         if not gpus and may_grow:
-            logger.warning("the cluster has no GPU now: running on CPUs. To request GPUs: --device cuda --workers N")
+            logger.warning("the cluster has no GPU now: running on CPUs. To request GPUs: --device cuda --workers 1:N")
     # A cluster can add nodes on request; Ray in this process has only the resources of this machine.
     if device == "cuda" and not gpus and not (count and may_grow):
         raise JobError(
             "--device cuda, but there is no GPU: use --device cpu, or --workers N on a cluster that adds GPU nodes on "
             "request"
         )
-    slots = places_for_workers(device, nodes, count)
+    slots = places_for_workers(device, nodes, count, gpu_share)
     if not slots:
         raise JobError(
             "no node of the cluster has CPUs for workers: if the cluster adds nodes on request, pass --workers N"
         )
     if len(nodes) > 1:
         _warn_of_local_folders(places, len(nodes))
-    return RayWorkers(spec.on(device, spec.threads), slots, attempts=attempts, stall_timeout_s=stall_timeout_s)
+
+    def joined(slots: Sequence[Slot]) -> Sequence[Slot]:
+        if count is not None or not may_grow:
+            return ()
+        return places_on_joined(device, living_nodes(), slots, gpu_share)
+
+    return RayWorkers(
+        spec.on(device, spec.threads),
+        slots,
+        least=None if count is None else count[0],
+        joined=joined,
+        attempts=attempts,
+        stall_timeout_s=stall_timeout_s,
+        outage_s=outage_s,
+    )
 
 
 def _warn_of_local_folders(places: Mapping[str, str], nodes: int) -> None:

@@ -25,7 +25,7 @@ from pipeline.errors import JobError
 from pipeline.run.ray.token import ensure_token
 from pipeline.run.resources import Node, available_cores
 
-__all__ = ["connected", "is_death", "is_lost_node", "last_line", "living_nodes", "map_on_cluster"]
+__all__ = ["connected", "free_resources", "is_death", "is_lost_node", "last_line", "living_nodes", "map_on_cluster"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def map_on_cluster(function: Callable[[Any], Any], items: Sequence[Any], *, stal
         shared = ray.put(function)
         calls = [task.remote(shared, item) for item in items]
         if not ray.wait(calls, timeout=_WAITING_S)[0]:
-            logger.info("still listing the images; the cluster has %s free", ray.available_resources())
+            logger.info("still listing the images; the cluster has %s free", free_resources())
         for item, call in zip(items, calls, strict=True):
             try:
                 yield ray.get(call, timeout=stall_s)
@@ -106,7 +106,7 @@ def map_on_cluster(function: Callable[[Any], Any], items: Sequence[Any], *, stal
             except GetTimeoutError as error:
                 raise JobError(
                     f"listing the images on the cluster: no result for {item} within {stall_s:.0f} s; the cluster has "
-                    f"{ray.available_resources()} free. Check that it has a node with a CPU, and that storage answers"
+                    f"{free_resources()} free. Check that it has a node with a CPU, and that storage answers"
                 ) from error
             except RayError as error:
                 raise JobError(f"listing the images on the cluster failed: {last_line(error)}") from error
@@ -119,6 +119,12 @@ def living_nodes() -> list[Node]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def free_resources() -> str:
+    """CPUs and GPUs of the cluster that nobody uses."""
+    free = ray.available_resources()
+    return f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs"
 
 
 def is_death(error: RayError) -> bool:

@@ -1,8 +1,8 @@
 """The driver's handle of a worker on a Ray cluster: its actor, and its pending calls."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import ray
@@ -14,6 +14,7 @@ from pipeline.run.resources import Slot
 
 __all__ = ["RemoteWorker", "result_of"]
 
+_NODE_ID = "ray.io/node-id"  # a label that Ray gives to every node
 _GET_S = 60.0  # to fetch a finished result from another node
 
 
@@ -24,6 +25,8 @@ class RemoteWorker:
     Attributes:
         slot: number of its slot.
         wanted: resources that it requests from the cluster.
+        number: number of the request, unique in the job; it is in the actor's name, which Ray's dashboard shows.
+        left_out: nodes on which it is not to be placed.
         node: its node; None: not placed yet.
         room: number of tasks that it can run at once; 0: not ready.
         images: images done in total at its last answer; None: not known yet in the current map.
@@ -37,6 +40,8 @@ class RemoteWorker:
 
     slot: int
     wanted: Slot
+    number: int
+    left_out: InitVar[Sequence[str]] = ()
     node: str | None = None
     room: int = 0
     images: int | None = None
@@ -46,19 +51,26 @@ class RemoteWorker:
     unreachable_since: float | None = None
     in_doubt: list[int] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, left_out: Sequence[str]) -> None:
         """Request the actor from the cluster."""
         strategy: Any = "SPREAD"
-        if self.wanted.node is not None:
+        if self.wanted.node is not None and self.wanted.node not in left_out:
             strategy = NodeAffinitySchedulingStrategy(self.wanted.node, soft=True)
-        options = {"num_cpus": self.wanted.cpus, "num_gpus": self.wanted.gpus, "scheduling_strategy": strategy}
+        options: dict[str, Any] = {
+            "name": f"densefeat worker {self.number}",
+            "num_cpus": self.wanted.cpus,
+            "num_gpus": self.wanted.gpus,
+            "scheduling_strategy": strategy,
+        }
+        if left_out:
+            options["label_selector"] = {_NODE_ID: f"!in({','.join(left_out)})"}
         actor: Any = ray.remote(WorkerActor)
         self._handle = actor.options(**options).remote()
         self.start: Any = self._handle.node.remote()
 
     def set_up(self, spec: Any) -> None:
         """Make the actor, which is on a node now, build its stages."""
-        self.start = self._handle.set_up.remote(spec, self.wanted.cpus)
+        self.start = self._handle.set_up.remote(spec, self.wanted.cpus, self.wanted.gpus)
 
     def call(self, method: Callable[..., Any], arguments: tuple[Any, ...], task: int) -> None:
         """Start a task on the worker."""

@@ -1,7 +1,7 @@
 """Workers as actors on the devices of a Ray cluster.
 
-This is glue. `pipeline.run.queue` decides which task goes to which worker, `pipeline.run.ray.starts` when workers are
-started, and `pipeline.run.resources` which resources they request. Tasks are assigned here and not left to Ray's own
+This is glue. `pipeline.run.queue` decides which task goes to which worker, `pipeline.run.ray.crew` has the actors, and
+`pipeline.run.resources` decides which resources they request. Tasks are assigned here and not left to Ray's own
 retries, because a shard is to be retried up to a number of attempts, and never on a worker that stopped answering.
 
 Nothing here waits for an actor without a timeout: an actor may hang at any moment, and Ray then does not answer for it.
@@ -18,11 +18,12 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from pipeline.errors import JobError
-from pipeline.run.failures import FailureLog, is_suspect
+from pipeline.run.failures import FailureLog, OutageLog, is_suspect
 from pipeline.run.feature_worker import FeatureWorker, WorkerSpec
-from pipeline.run.queue import TaskFailed, TaskQueue
+from pipeline.run.queue import OUTAGE_S, TaskFailed, TaskQueue
 from pipeline.run.ray.actor import WorkerProgress
-from pipeline.run.ray.cluster import is_death, is_lost_node, last_line, living_nodes
+from pipeline.run.ray.cluster import is_death, is_lost_node, last_line
+from pipeline.run.ray.crew import Crew
 from pipeline.run.ray.remote_worker import RemoteWorker, result_of
 from pipeline.run.ray.starts import WorkerStarts
 from pipeline.run.resources import Slot
@@ -34,7 +35,7 @@ __all__ = ["RayWorkers"]
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
-_WAITING_S = 30.0  # until a warning that no worker has been placed yet
+_PROGRESS_CALLS_PER_S, _RAREST_PROGRESS_S = 100, 8.0  # Ray forgets a worker's gauges after 20 s
 _SET_UP_S = 1800.0
 _UNREACHABLE_S = 60.0  # until an unreachable worker is replaced
 _NODE_DEATH_S = 2.0  # when a node is taken down, its workers die before the cluster knows that it is gone
@@ -54,10 +55,15 @@ class RayWorkers:
     Args:
         spec: spec of every worker, with a resolved device.
         slots: resources that each worker requests.
+        least: workers to keep; the others are requested while tasks wait for a worker, and released when none has
+            waited for a while. None: all.
+        joined: called with the number of slots from time to time; returns slots for nodes that joined the cluster.
         attempts: number of times that a task may fail, and a worker's setup while no setup succeeds.
         stall_timeout_s: a worker that has tasks and makes no progress for this long is killed and replaced.
         set_up_timeout_s: the same for a worker's setup, from the time it is on a node.
         first_wait_s: as for `TaskQueue` and `WorkerStarts`.
+        outage_s: as for `TaskQueue`.
+        idle_s: as for `WorkerStarts`.
         make: builds a worker; an importable function.
     """
 
@@ -66,35 +72,46 @@ class RayWorkers:
         spec: WorkerSpec,
         slots: Sequence[Slot],
         *,
+        least: int | None = None,
+        joined: Callable[[Sequence[Slot]], Sequence[Slot]] = lambda slots: (),
         attempts: int = 3,
         stall_timeout_s: float = 1800,
         set_up_timeout_s: float = _SET_UP_S,
         first_wait_s: float = 5.0,
+        outage_s: float = OUTAGE_S,
+        idle_s: float = 30.0,
         make: Callable[[WorkerSpec], FeatureWorker] = make_worker,
     ) -> None:
-        self.count = len(slots)
         self._spec = ray.put((spec, make))
-        self._slots = list(slots)
         self._attempts, self._first_wait_s = attempts, first_wait_s
         self._stall_timeout_s = stall_timeout_s
         self._starts = WorkerStarts(
-            self.count, attempts=attempts, timeout_s=set_up_timeout_s, first_wait_s=first_wait_s
+            len(slots),
+            attempts=attempts,
+            timeout_s=set_up_timeout_s,
+            first_wait_s=first_wait_s,
+            least=least,
+            idle_s=idle_s,
         )
-        self._actors: list[RemoteWorker] = []
+        self._crew = Crew(slots, self._starts, joined)
+        self._outage_s, self._outages = outage_s, OutageLog(outage_s)
         self._dead: list[_Dead] = []
         self._queue = TaskQueue[RemoteWorker](0, attempts=attempts)
         self._failures = FailureLog()
-        self._requested_at: float | None = time.monotonic()  # None: workers are placed, or the warning was logged
+
+    @property
+    def count(self) -> int:
+        """Number of workers that the job asks for at most."""
+        return self._starts.count
 
     def __enter__(self) -> "RayWorkers":
-        self._start_due()
+        self._crew.start_due(0)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for actor in self._actors:
-            actor.kill()
+        self._crew.kill()
 
     def share(self, value: Any) -> Any:
         """Put ``value`` into Ray's object store; returns the reference."""
@@ -105,32 +122,39 @@ class RayWorkers:
         method: Callable[..., Result],
         tasks: Sequence[tuple[Any, ...]],
         on_progress: Callable[[int], None] = lambda images: None,
+        *,
+        attempts: int | None = None,
+        alone: bool = False,
     ) -> Iterator[tuple[int, Result | TaskFailed]]:
         """As ``Workers.map``."""
-        self._queue = TaskQueue(len(tasks), attempts=self._attempts, first_wait_s=self._first_wait_s)
+        self._queue = TaskQueue(
+            len(tasks),
+            attempts=attempts or self._attempts,
+            first_wait_s=self._first_wait_s,
+            outage_s=self._outage_s,
+            alone=alone,
+        )
         self._dead = []
-        for actor in self._actors:
+        for actor in self._crew:
             # Images of an earlier map are not progress of this one. The actor may have died or hung since, so it gets
             # tasks only when it answers.
             actor.images, actor.tasks, actor.in_doubt = None, {}, []
             if actor.room:
                 actor.request_progress()
         while self._queue.left:
-            self._start_due()
+            self._crew.start_due(self._queue.waiting)
             for actor, task in self._queue.hand_out(time.monotonic()):
                 actor.call(method, tasks[task], task)
-            self._warn_if_none_is_placed()
             for actor, call, result in self._ended():
                 yield from self._settle(actor, call, result)
+            self._outages.watch(self._queue.outage)
             on_progress(self._progress())
             yield from self._settle_dead()
             yield from self._end_hung_workers()
-
-    # Starting workers.
-
-    def _start_due(self) -> None:
-        for slot in self._starts.due(time.monotonic()):
-            self._actors.append(RemoteWorker(slot, self._slots[slot]))
+            for actor in self._crew.release_surplus(self._queue.idle()):
+                logger.info("releasing worker %d: no shard waits for it", actor.number)
+                self._remove(actor)
+                self._starts.gone(actor.slot)
 
     def _started(self, actor: RemoteWorker, result: Any) -> None:
         """Advance an actor whose ``start`` call succeeded: set it up, or give it to the queue."""
@@ -138,29 +162,19 @@ class RayWorkers:
         if actor.node is None:
             actor.node = result
             actor.set_up(self._spec)
-            self._starts.on_a_node(actor.slot, now)
-            self._requested_at = None
+            self._crew.placed(actor)
         else:
             actor.start, actor.room, actor.images = None, result, 0
             self._starts.ready(actor.slot)
             self._queue.join(actor, actor.node, actor.room, now)
             actor.request_progress()
 
-    def _warn_if_none_is_placed(self) -> None:
-        if self._requested_at is not None and time.monotonic() - self._requested_at > _WAITING_S:
-            self._requested_at = None
-            logger.warning(
-                "no worker has started yet: each needs %s; the cluster has %s free",
-                " or ".join(sorted({f"{slot.cpus} CPUs and {slot.gpus} GPUs" for slot in self._slots})),
-                ray.available_resources(),
-            )
-
     # Handling calls that ended.
 
     def _ended(self) -> list[tuple[RemoteWorker, Any, Any]]:
         """Actor, call, and result or error of each call that ended; waits up to ``_POLL_S`` for the first one."""
-        calls = {call: actor for actor in self._actors for call in [actor.start, *actor.tasks] if call is not None}
-        waited_for = [*calls, *(actor.progress_call for actor in self._actors if actor.room and actor.images is None)]
+        calls = {call: actor for actor in self._crew for call in [actor.start, *actor.tasks] if call is not None}
+        waited_for = [*calls, *(actor.progress_call for actor in self._crew if actor.room and actor.images is None)]
         if not waited_for:
             time.sleep(_POLL_S)
             return []
@@ -173,7 +187,7 @@ class RayWorkers:
 
     def _settle(self, actor: RemoteWorker, call: Any, result: Any) -> Iterator[tuple[int, Any]]:
         """Handle a call that has ended; yields tasks that are done or given up."""
-        if actor not in self._actors:  # another of its calls has already reported its death
+        if actor not in self._crew:  # another of its calls has already reported its death
             return
         task = actor.tasks.pop(call, None)
         if isinstance(result, RayTaskError) and isinstance(result.cause, JobError):
@@ -184,6 +198,7 @@ class RayWorkers:
             else:
                 self._started(actor, result)
         elif not isinstance(result, RayError):
+            self._crew.succeeded_on(actor.node)
             self._queue.done(task, time.monotonic())
             yield task, result
         elif is_death(result):
@@ -194,18 +209,21 @@ class RayWorkers:
                 self._died(actor, result)
         else:
             cause = result.cause if isinstance(result, RayTaskError) else result
-            yield from self._failed(task, self._log_failure(result, "a task failed"), suspect=is_suspect(cause))
+            reason = self._log_failure(result, "a task failed")
+            yield from (self._failed(task, reason) if is_suspect(cause) else self._unavailable(task, reason))
 
-    def _failed(self, task: int, reason: str, suspect: bool) -> Iterator[tuple[int, TaskFailed]]:
-        given_up = self._queue.failed(task, reason, time.monotonic(), suspect=suspect)
-        if given_up is not None:
-            yield task, given_up
+    def _failed(self, task: int, reason: str) -> Iterator[tuple[int, TaskFailed]]:
+        yield from _if_given_up(task, self._queue.failed(task, reason, time.monotonic(), suspect=True))
+
+    def _unavailable(self, task: int, reason: str) -> Iterator[tuple[int, TaskFailed]]:
+        yield from _if_given_up(task, self._queue.unavailable(task, reason, time.monotonic()))
 
     def _set_up_failed(self, actor: RemoteWorker, error: RayError) -> None:
         self._remove(actor)
         if is_death(error) and not isinstance(error, ActorUnavailableError) and is_lost_node(error, actor.node):
-            self._refill(actor, lost=True)
+            self._crew.refill(actor, lost=True)
             return
+        self._crew.failed_on(actor.node)
         reason = self._log_failure(error, "a worker could not be set up")
         self._starts.failed(actor.slot, reason, time.monotonic())
 
@@ -226,8 +244,10 @@ class RayWorkers:
         logger.warning(
             "replacing a worker that died: %s", f"its node {actor.node} is gone" if lost else last_line(error)
         )
+        if not lost and not any(self._queue.runs_alone(task) for task in tasks):
+            self._crew.failed_on(actor.node)
         self._dead.append(_Dead(actor, tasks, error, now if lost else now + _NODE_DEATH_S))
-        self._refill(actor, lost)
+        self._crew.refill(actor, lost)
 
     def _settle_dead(self) -> Iterator[tuple[int, TaskFailed]]:
         now = time.monotonic()
@@ -240,33 +260,26 @@ class RayWorkers:
                 if lost:
                     yield from self._lost(task, "its node was lost")
                 else:
-                    yield from self._failed(task, reason, suspect=True)
+                    yield from self._failed(task, reason)
 
     def _lost(self, task: int, reason: str) -> Iterator[tuple[int, TaskFailed]]:
-        given_up = self._queue.lost(task, reason, time.monotonic())
-        if given_up is not None:
-            yield task, given_up
+        yield from _if_given_up(task, self._queue.lost(task, reason, time.monotonic()))
 
     def _remove(self, actor: RemoteWorker) -> list[int]:
         """Kill and remove an actor; returns the tasks it had."""
-        actor.kill()
-        self._actors.remove(actor)
+        self._crew.remove(actor)
         return sorted({*self._queue.leave(actor), *actor.tasks.values(), *actor.in_doubt})
-
-    def _refill(self, actor: RemoteWorker, lost: bool) -> None:
-        if lost:
-            self._slots[actor.slot] = self._slots[actor.slot].anywhere(living_nodes())
-        self._starts.gone(actor.slot)
 
     # Workers that make no progress or are unreachable.
 
     def _progress(self) -> int:
         """Images done since the last call."""
-        done = 0
-        for actor in [actor for actor in self._actors if actor.room]:
-            if not ray.wait([actor.progress_call], timeout=0)[0]:
-                continue
-            answer = result_of(actor.progress_call)
+        done, now = 0, time.monotonic()
+        asked = {actor.progress_call: actor for actor in self._crew if actor.room and actor.progress_call is not None}
+        answered = ray.wait([*asked], num_returns=len(asked), timeout=0)[0] if asked else []
+        for call in answered:
+            actor, answer = asked[call], result_of(call)
+            actor.progress_call = None
             if isinstance(answer, ActorUnavailableError):
                 self._unreachable(actor, answer)
             elif isinstance(answer, RayError) and is_death(answer):
@@ -274,7 +287,10 @@ class RayWorkers:
                 continue
             elif not isinstance(answer, RayError):
                 done += self._answered(actor, answer)
-            actor.request_progress()
+        pause = min(len(self._crew) / _PROGRESS_CALLS_PER_S, _RAREST_PROGRESS_S)
+        for actor in self._crew:
+            if actor.room and actor.progress_call is None and now - actor.requested_at >= pause:
+                actor.request_progress()
         return done
 
     def _answered(self, actor: RemoteWorker, answer: WorkerProgress) -> int:
@@ -304,28 +320,35 @@ class RayWorkers:
 
     def _end_hung_workers(self) -> Iterator[tuple[int, TaskFailed]]:
         now = time.monotonic()
-        slots = {actor.slot: actor for actor in self._actors}
-        for slot in self._starts.overdue(now):
+        for actor in self._crew.overdue():
             logger.warning("killing a worker that was not ready in time")
-            self._remove(slots[slot])
-            self._starts.failed(slot, "setup took too long", now)
+            self._crew.failed_on(actor.node)
+            self._remove(actor)
+            self._starts.failed(actor.slot, "setup took too long", now)
         stalled = self._queue.stalled(self._stall_timeout_s, now)
-        for actor in list(self._actors):
+        for actor in self._crew:
             reachable = actor.unreachable_since is None
             if reachable and actor.in_doubt:  # it is reachable again, but the results of these calls are lost
                 tasks, actor.in_doubt = actor.in_doubt, []
             elif not reachable and now - (actor.unreachable_since or now) > _UNREACHABLE_S:
                 logger.warning("replacing a worker that was unreachable for %.0f s", _UNREACHABLE_S)
                 tasks = self._remove(actor)
-                self._refill(actor, lost=True)
+                self._crew.refill(actor, lost=True)
             else:
                 silent = actor.room and actor.images is None and now - actor.requested_at > self._stall_timeout_s
                 if actor in stalled or silent:
                     logger.warning("killing a worker: no progress for %.0f s", self._stall_timeout_s)
                     self._starts.gone(actor.slot)
-                    for task in self._remove(actor):
-                        reason = f"its worker made no progress for {self._stall_timeout_s:.0f} s"
-                        yield from self._failed(task, reason, suspect=True)
+                    tasks = self._remove(actor)
+                    if not any(self._queue.runs_alone(task) for task in tasks):
+                        self._crew.failed_on(actor.node)
+                    for task in tasks:
+                        yield from self._failed(task, f"its worker made no progress for {self._stall_timeout_s:.0f} s")
                 continue
             for task in tasks:
                 yield from self._lost(task, "its worker could not be reached")
+
+
+def _if_given_up(task: int, given_up: TaskFailed | None) -> Iterator[tuple[int, TaskFailed]]:
+    if given_up is not None:
+        yield task, given_up

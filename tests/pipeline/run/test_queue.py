@@ -208,3 +208,85 @@ def test_whatever_happens_every_task_ends_once(seed: int) -> None:
                     over[task] = "done"
     assert sorted(over) == list(range(count))
     assert all((over[task] == "done") or tried[task] == attempts for task in range(count) if over[task] != "lost")
+
+
+def outage(tasks: TaskQueue[str]) -> bool:
+    return tasks.outage is not None
+
+
+def test_a_storage_that_answers_nobody_costs_no_attempt_and_one_task_at_a_time_tries_it() -> None:
+    tasks = queue(6, attempts=1, outage_s=1000)
+    tasks.join("a", None, 2, 0)
+    tasks.join("b", None, 2, 0)
+    assert len(tasks.hand_out(0)) == 4
+    for task in range(4):
+        assert tasks.unavailable(task, "no answer", 80) is None
+    assert outage(tasks)
+    tried, now = [], 80.0
+    while now < 1000:
+        handed = tasks.hand_out(now)
+        assert len(handed) <= 1
+        assert tasks.hand_out(now) == []
+        for _, task in handed:
+            tried.append(now)
+            assert tasks.unavailable(task, "no answer", now) is None
+        now += 1
+    assert 10 < len(tried) < 40  # at most every minute at last
+    ((_, task),) = tasks.hand_out(1061)
+    tasks.done(task, 1062)
+    assert not outage(tasks)
+    assert len(tasks.hand_out(1062)) == 4
+    assert tasks.left == 5
+
+
+def test_an_outage_is_not_waited_for_for_ever() -> None:
+    tasks = queue(1, attempts=1, outage_s=1000)
+    tasks.join("a", None, 1, 0)
+    tasks.hand_out(0)
+    assert tasks.unavailable(0, "no answer", 80) is None
+    tasks.hand_out(1000)
+    assert tasks.unavailable(0, "no answer", 1081) == TaskFailed(1, "no answer")
+    assert tasks.left == 0
+
+
+def test_objects_that_do_not_answer_while_others_do_are_given_up() -> None:
+    """Even when only they are left."""
+    tasks = queue(3, attempts=2)
+    tasks.join("a", None, 2, 0)
+    assert [task for _, task in tasks.hand_out(0)] == [0, 1]
+    tasks.done(1, 50)
+    assert tasks.unavailable(0, "no answer", 80) is None
+    assert not outage(tasks)
+    assert [task for _, task in tasks.hand_out(80)] == [2]
+    tasks.done(2, 81)
+    assert [task for _, task in tasks.hand_out(500)] == [0]
+    assert tasks.unavailable(0, "no answer", 1000) == TaskFailed(2, "no answer")
+
+
+def test_success_before_an_outage_is_not_success_during_it() -> None:
+    tasks = queue(2, attempts=1)
+    tasks.join("a", None, 2, 0)
+    tasks.hand_out(0)
+    tasks.done(1, 4)
+    assert tasks.unavailable(0, "no answer, for 75 s", 80) is None
+    assert outage(tasks)
+
+
+def test_whoever_may_be_poison_runs_alone_from_the_start() -> None:
+    tasks = queue(3, alone=True)
+    tasks.join("a", None, 4, 0)
+    tasks.join("b", None, 4, 0)
+    assert tasks.hand_out(0) == [("a", 0), ("b", 1)]
+    tasks.done(0, 1)
+    assert tasks.hand_out(1) == [("a", 2)]
+
+
+def test_a_million_tasks_cost_nothing_until_they_run() -> None:
+    tasks = queue(1_000_000)
+    for worker in range(1000):
+        tasks.join(f"w{worker}", f"node {worker // 8}", 2, 0)
+    handed = tasks.hand_out(0)
+    assert len(handed) == 2000
+    assert len({worker for worker, _ in handed[:1000]}) == 1000  # breadth first
+    assert tasks.waiting == 998_000
+    assert len(tasks._troubled) == 0

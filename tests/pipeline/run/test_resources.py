@@ -14,6 +14,7 @@ from pipeline.run.resources import (
     cpus_of_each,
     fits_this_process,
     places_for_workers,
+    places_on_joined,
     shards_computing,
     threads_in_training,
     torch_threads,
@@ -187,7 +188,25 @@ def test_each_cpu_node_is_filled_and_a_head_that_only_drives_is_none() -> None:
 def test_a_gpu_worker_fits_wherever_there_is_a_gpu() -> None:
     nodes = [HEAD, Node("a", 8, 1), Node("b", 0, 2)]
     assert places_for_workers("cuda", nodes, None) == [Slot(0, 1)] * 3
-    assert places_for_workers("cuda", [HEAD], 8) == [Slot(0, 1)] * 8  # nodes come when they are asked for
+    assert places_for_workers("cuda", [HEAD], (1, 8)) == [Slot(0, 1)] * 8  # nodes come when they are asked for
+
+
+def test_small_backbones_share_gpus_and_their_workers_the_cores() -> None:
+    nodes = [HEAD, Node("a", 8, 1), Node("b", 0, 2)]
+    assert places_for_workers("cuda", nodes, None, 0.5) == [Slot(0, 0.5)] * 6
+    assert places_for_workers("cuda", nodes, None, 0.3) == [Slot(0, 0.3)] * 9
+    assert places_for_workers("cuda", nodes, (1, 4), 0.5) == [Slot(0, 0.5)] * 4
+    assert worker_threads("cuda", 16, gpus=2, granted=0, gpu_share=0.5) == 4
+    assert worker_threads("cuda", 16, gpus=2, granted=0, gpu_share=1 / 3) == 2
+
+
+def test_nodes_that_join_get_workers() -> None:
+    slots = places_for_workers("cpu", [HEAD, Node("a", 8, 0)], None)
+    assert places_on_joined("cpu", [HEAD, Node("a", 8, 0)], slots) == []
+    assert places_on_joined("cpu", [Node("b", 4, 0), Node("a", 8, 0)], slots) == [Slot(4, 0, "b")]
+    lost = [slot.anywhere([]) for slot in slots]  # its node is gone: a node that replaces it is for it
+    assert places_on_joined("cpu", [Node("b", 4, 0)], lost) == []
+    assert places_on_joined("cuda", [Node("a", 8, 2), Node("b", 8, 1)], [Slot(0, 1)] * 2) == [Slot(0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +228,7 @@ def test_a_gpu_worker_fits_wherever_there_is_a_gpu() -> None:
 def test_what_each_of_a_number_of_workers_asks_for(cpus: list[int], count: int, each: int) -> None:
     assert cpus_of_each(cpus, count) == each
     nodes = [HEAD, *(Node(str(i), have, 0) for i, have in enumerate(cpus))]
-    assert places_for_workers("cpu", nodes, count) == [Slot(each, 0)] * count
+    assert places_for_workers("cpu", nodes, (count, count)) == [Slot(each, 0)] * count
     if each > 1:
         assert sum(have // each for have in cpus) >= count  # all fit
 
@@ -253,12 +272,17 @@ def test_torch_threads_are_given_back() -> None:
         (None, 60, None, 2, False),  # a worker each
         (None, 1001, None, 0, False),  # hours: a worker that crashes is worth replacing
         (None, 60, "auto", 0, False),  # a cluster was named
-        (0, 10**6, "auto", 8, True),
-        (1, 1, None, 0, False),
+        ((0, 0), 10**6, "auto", 8, True),
+        ((1, 1), 1, None, 0, False),
     ],
 )
 def test_small_jobs_run_in_this_process(
-    monkeypatch: pytest.MonkeyPatch, workers: int | None, images: int, address: str | None, gpus: int, expected: bool
+    monkeypatch: pytest.MonkeyPatch,
+    workers: tuple[int, int] | None,
+    images: int,
+    address: str | None,
+    gpus: int,
+    expected: bool,
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if address is not None:

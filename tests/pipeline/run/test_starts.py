@@ -1,12 +1,15 @@
 """When workers are started again, and when a job ends because none can be: the policy, with a clock of its own."""
 
+from typing import Any
+
 import pytest
 
 from pipeline.errors import JobError
+from pipeline.run.ray.nodes import NodeFailures
 from pipeline.run.ray.starts import WorkerStarts
 
 
-def starts(count: int, **options: float) -> WorkerStarts:
+def starts(count: int, **options: Any) -> WorkerStarts:
     return WorkerStarts(count, attempts=3, timeout_s=options.pop("timeout_s", 100), **options)
 
 
@@ -109,3 +112,66 @@ def test_the_time_of_a_set_up_counts_from_when_it_is_on_a_node() -> None:
     assert policy.overdue(100_101) == [1]
     policy.failed(1, "it took too long", 100_101)
     assert policy.overdue(200_000) == []
+
+
+def test_more_workers_come_while_tasks_wait_and_go_when_none_does() -> None:
+    policy = starts(5, least=2, idle_s=30)
+    assert policy.due(0, 0) == [0, 1]
+    assert policy.due(1, 0) == []
+    for slot in (0, 1):
+        policy.on_a_node(slot, 2)
+        policy.ready(slot)
+    assert policy.due(3, 1) == [2]
+    assert policy.due(4, 1) == []  # it is coming
+    assert policy.due(5, 99) == [3, 4]
+    policy.on_a_node(2, 6)
+    policy.ready(2)
+    assert policy.surplus([0, 1, 2], 34) == []  # at 5 some waited
+    assert policy.due(34, 0) == []
+    assert policy.surplus([2], 36) == [3, 4, 2]  # requests first
+    for slot in (3, 4, 2):
+        policy.gone(slot)
+    assert policy.surplus([0, 1], 37) == []
+    assert policy.due(37, 0) == []
+    assert policy.due(38, 1) == [2]
+
+
+def test_a_fixed_number_of_workers_is_kept() -> None:
+    policy = starts(2)
+    assert policy.due(0, 0) == [0, 1]
+    for slot in (0, 1):
+        policy.on_a_node(slot, 0)
+        policy.ready(slot)
+    assert policy.surplus([0, 1], 1000) == []
+    policy.gone(1)
+    assert policy.due(1000, 0) == [1]
+
+
+def test_slots_are_added_for_nodes_that_join() -> None:
+    policy = starts(1)
+    assert policy.due(0, 5) == [0]
+    assert policy.add() == 1
+    assert policy.due(1, 5) == [1]
+    assert policy.count == 2
+
+
+def test_a_node_on_which_workers_keep_failing_is_left_out_for_a_while() -> None:
+    nodes = NodeFailures(failures=3, first_rest_s=600)
+    assert [nodes.failed("bad", now) for now in (0, 1, 2)] == [False, False, True]
+    assert nodes.left_out(["bad", "good"], 3) == ["bad"]
+    assert nodes.left_out(["bad"], 3) == []  # better than none
+    assert nodes.left_out(["bad", "good"], 602) == []
+    for now in (602, 603, 604):
+        nodes.failed("bad", now)
+    assert nodes.left_out(["bad", "good"], 1803) == ["bad"]  # twice as long
+    assert nodes.left_out(["bad", "good"], 1804) == []
+    nodes.succeeded("bad")
+    assert not nodes
+
+
+def test_failures_of_a_node_do_not_add_up_over_successes() -> None:
+    nodes = NodeFailures(failures=3)
+    for now in range(20):
+        assert not nodes.failed("node", now)
+        if now % 2:
+            nodes.succeeded("node")
