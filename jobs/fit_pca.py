@@ -23,7 +23,7 @@ def fit_pca(config: FitPcaConfig) -> int:
     from pipeline.io.outputs import check_output_file, write_output_file
     from pipeline.run.job import open_workers
     from pipeline.run.planning.plan import feature_spec
-    from pipeline.run.prepare import fit_basis
+    from pipeline.run.preparation.prepare import fit_basis
     from pipeline.run.resources import fits_this_process
 
     spec, references, stages = feature_spec(config)

@@ -15,7 +15,7 @@ from pipeline.reporting.report import Report
 from pipeline.run.feature_worker import WorkerSpec
 from pipeline.run.make_shards import make_shards
 from pipeline.run.planning.plan import Plan
-from pipeline.run.prepare import prepare
+from pipeline.run.preparation.prepare import prepare
 from pipeline.run.queue import OUTAGE_S
 from pipeline.run.recipe import Stages
 from pipeline.run.shard_worker import make_worker

@@ -1,4 +1,7 @@
-"""Workers that do as they are told: fail, die, stop. Where they count, they count in files: they may be any process."""
+"""Workers that do as they are told: fail, die, stop; and the real one with a decoder that poison in an image kills.
+
+Where they count, they count in files: they may be any process.
+"""
 
 import os
 import signal
@@ -14,8 +17,10 @@ from densefeat.errors import StorageUnavailable
 from pipeline.errors import JobError
 from pipeline.images.batches import WorkStopped
 from pipeline.images.decoding.decode import Geometry
+from pipeline.reporting.seconds import StageSeconds
 from pipeline.run.feature_worker import WorkerSpec
-from pipeline.run.recipe import FeatureRecipe, ImageRecipe
+from pipeline.run.recipe import FeatureRecipe, ImageRecipe, Stages
+from pipeline.run.shard_worker import ShardWorker
 
 _IMAGES = ImageRecipe("folder", None, Geometry((8, 8), "crop", (8, 8)), 64, 1)
 _RECIPE = FeatureRecipe(_IMAGES, "none", (0,), "random", "layer", "token", {})
@@ -98,3 +103,22 @@ def _make_badly(log: Path, times: int, how: str, spec: WorkerSpec) -> Any:
 def making_badly(log: Path, times: int, how: str) -> Any:
     """Set-ups that fail a number of times, and how: "raises", "dies", "hangs", "refuses"."""
     return partial(_make_badly, log, times, how)
+
+
+KILLS, RAISES = b"this image kills", b"this image raises"
+
+
+def make_poisoned(spec: WorkerSpec, stages: Stages | None = None) -> ShardWorker:
+    """The real worker, but a decoder with two bugs: one takes the process with it, as a crash in a library does."""
+    worker = ShardWorker(spec, stages)
+    decode = worker.loader._decode
+
+    def poisoned(data: Any, seconds: StageSeconds) -> Any:
+        if isinstance(data, bytes) and KILLS in data:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if isinstance(data, bytes) and RAISES in data:
+            raise RuntimeError("a bug in the decoder")
+        return decode(data, seconds)
+
+    worker.loader._decode = poisoned  # type: ignore[method-assign]
+    return worker

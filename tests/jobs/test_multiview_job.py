@@ -117,7 +117,7 @@ def test_a_resume_takes_the_fit_of_the_store(
     def fitted_again(*arguments: Any) -> None:
         pytest.fail("the upsampler was fitted again")
 
-    monkeypatch.setattr("pipeline.run.prepare.fit_upsampler", fitted_again)
+    monkeypatch.setattr("pipeline.run.preparation.prepare.fit_upsampler", fitted_again)
     rest = replace(begun, shards=None, resume=True, views=None)  # the number of views is the store's
     assert upsample(rest) == 0
     assert np.array_equal(FeatureStore(rest.store).read_codes(10), FeatureStore(made.store).read_codes(10))

@@ -14,9 +14,9 @@ from pipeline.features.pca import Basis, fit
 from pipeline.images.sample import next_wave
 from pipeline.reporting.units import readable_duration, readable_size
 from pipeline.run.feature_worker import FeatureWorker
-from pipeline.run.gather import gather
 from pipeline.run.planning.plan import Plan
-from pipeline.run.prepare import CALIBRATION_IMAGES
+from pipeline.run.preparation.gather import gather
+from pipeline.run.preparation.prepare import CALIBRATION_IMAGES
 from pipeline.run.recipe import UpsampleRecipe
 from pipeline.run.shard_worker import ShardWorker, StoreEncoding, make_worker
 from pipeline.run.workers import InlineWorkers, TaskFailed

@@ -169,8 +169,6 @@ class RayWorkers:
             self._queue.join(actor, actor.node, actor.room, now)
             actor.request_progress()
 
-    # Handling calls that ended.
-
     def _ended(self) -> list[tuple[RemoteWorker, Any, Any]]:
         """Actor, call, and result or error of each call that ended; waits up to ``_POLL_S`` for the first one."""
         calls = {call: actor for actor in self._crew for call in [actor.start, *actor.tasks] if call is not None}
@@ -210,13 +208,13 @@ class RayWorkers:
         else:
             cause = result.cause if isinstance(result, RayTaskError) else result
             reason = self._log_failure(result, "a task failed")
-            yield from (self._failed(task, reason) if is_suspect(cause) else self._unavailable(task, reason))
+            if is_suspect(cause):
+                yield from self._failed(task, reason)
+            else:
+                yield from _if_given_up(task, self._queue.unavailable(task, reason, time.monotonic()))
 
     def _failed(self, task: int, reason: str) -> Iterator[tuple[int, TaskFailed]]:
         yield from _if_given_up(task, self._queue.failed(task, reason, time.monotonic(), suspect=True))
-
-    def _unavailable(self, task: int, reason: str) -> Iterator[tuple[int, TaskFailed]]:
-        yield from _if_given_up(task, self._queue.unavailable(task, reason, time.monotonic()))
 
     def _set_up_failed(self, actor: RemoteWorker, error: RayError) -> None:
         self._remove(actor)
@@ -269,8 +267,6 @@ class RayWorkers:
         """Kill and remove an actor; returns the tasks it had."""
         self._crew.remove(actor)
         return sorted({*self._queue.leave(actor), *actor.tasks.values(), *actor.in_doubt})
-
-    # Workers that make no progress or are unreachable.
 
     def _progress(self) -> int:
         """Images done since the last call."""

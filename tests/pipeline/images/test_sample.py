@@ -18,7 +18,7 @@ from pipeline.images.batches import Batch
 from pipeline.images.decoding.decode import Decoded
 from pipeline.images.sample import FixedTree, Part, next_wave, sample_rows, usable_images
 from pipeline.run.feature_worker import FeatureWorker
-from pipeline.run.gather import gather
+from pipeline.run.preparation.gather import gather
 from pipeline.run.workers import TaskFailed
 from pipeline.store.calibration import Calibration
 from tests.helpers.stores import references

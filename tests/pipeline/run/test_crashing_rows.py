@@ -11,11 +11,11 @@ from densefeat import FeatureStore, MissingFeatures
 from densefeat.storage.objects import Objects
 from pipeline.run.make_shards import make_shards
 from pipeline.run.planning.plan import make_plan
-from pipeline.run.prepare import prepare
+from pipeline.run.preparation.prepare import prepare
 from pipeline.run.workers import InlineWorkers, Workers
 from pipeline.store.layout import finish
 from tests.helpers.photographs import encode, random_images
-from tests.helpers.poisoned_workers import KILLS, RAISES, make_poisoned
+from tests.helpers.scripted_workers import KILLS, RAISES, make_poisoned
 from tests.helpers.upsample_jobs import config
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

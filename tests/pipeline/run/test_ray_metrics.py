@@ -23,7 +23,7 @@ from densefeat.storage.objects import Objects
 from pipeline.run.job import open_workers
 from pipeline.run.make_shards import make_shards
 from pipeline.run.planning.plan import make_plan
-from pipeline.run.prepare import prepare
+from pipeline.run.preparation.prepare import prepare
 from tests.helpers.upsample_jobs import config
 
 scrapes = []

@@ -1,5 +1,6 @@
 """Nodes that come and go: several of Ray's on this machine, killed for real."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,3 +54,44 @@ def test_a_node_that_is_lost_costs_no_attempt(cluster: Any, caplog: pytest.LogCa
         assert dict(workers.map(ScriptedWorker.slow, tasks, on_progress)) == {number: number for number in range(4)}
     assert lost
     assert f"its node {spot.node_id} is gone" in caplog.text
+
+
+def test_nodes_that_join_get_work_and_idle_workers_go(cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
+    from pipeline.run.ray.workers import RayWorkers
+
+    caplog.set_level(logging.INFO)
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    nodes: set[str | None] = set()
+    joined = False
+    slots = [Slot(1, 0)] * 4  # one more than ever fits
+
+    with RayWorkers(SPEC.on("cpu", 1), slots, least=1, idle_s=2, make=make, first_wait_s=0.05) as workers:
+
+        def on_progress(images: int) -> None:
+            nonlocal joined
+            nodes.update(actor.node for actor in workers._crew if actor.room)
+            if images and not joined:
+                joined = True
+                cluster.add_node(num_cpus=2)
+
+        tasks = [(2.0, number) for number in range(24)]
+        assert dict(workers.map(ScriptedWorker.slow, tasks, on_progress)) == {number: number for number in range(24)}
+        assert len(nodes) == 2
+        # The last task is long: workers without one are released meanwhile, but for the one that has it.
+        assert dict(workers.map(ScriptedWorker.slow, [(8.0, 0)])) == {0: 0}
+        assert len(workers._crew) == 1
+    assert "releasing worker" in caplog.text
+
+
+def test_no_worker_is_placed_on_a_node_that_is_left_out(cluster: Any) -> None:
+    import ray
+
+    from pipeline.run.ray.remote_worker import RemoteWorker
+
+    bad, good = cluster.add_node(num_cpus=4), cluster.add_node(num_cpus=4)
+    cluster.wait_for_nodes()
+    workers = [RemoteWorker(i, Slot(1, 0, bad.node_id), i, [bad.node_id]) for i in range(3)]
+    assert [ray.get(worker.start, timeout=60) for worker in workers] == [good.node_id] * 3
+    for worker in workers:
+        worker.kill()

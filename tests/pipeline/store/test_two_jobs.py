@@ -18,7 +18,7 @@ from pipeline.features.pca import Basis
 from pipeline.run.job import carry_out
 from pipeline.run.planning.places import check_apart
 from pipeline.run.planning.plan import Plan, make_plan
-from pipeline.run.prepare import prepare
+from pipeline.run.preparation.prepare import prepare
 from pipeline.run.shard_worker import ShardWorker, StoreEncoding
 from pipeline.run.workers import InlineWorkers
 from pipeline.store.layout import claim, delete_store, existing_store, step_sha256

@@ -71,7 +71,7 @@ def test_its_command_is_one_of_the_job() -> None:
     workers = command.index("--workers") + 1
     low, high = map(int, command[workers].split(":"))
     assert 1 <= low < high <= CLUSTER["workerGroupSpecs"][0]["maxReplicas"]
-    config = tyro.cli(UpsampleConfig, args=[*command[2:workers], str(high), *command[workers + 1 :]])
+    config = tyro.cli(UpsampleConfig, args=command[2:])
     assert config.device == "cuda"
     assert config.resume  # or a second try would be refused
 

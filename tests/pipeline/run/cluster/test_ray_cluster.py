@@ -70,7 +70,7 @@ def test_the_command_to_submit_is_one_of_the_job(file: str) -> None:
     workers = options.index("--workers") + 1
     low, high = map(int, options[workers].split(":"))
     assert 1 <= low < high <= CLUSTER["max_workers"]
-    config = tyro.cli(UpsampleConfig, args=[*options[:workers], str(high), *options[workers + 1 :]])
+    config = tyro.cli(UpsampleConfig, args=options)
     assert config.device == "cuda"
 
 

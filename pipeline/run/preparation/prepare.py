@@ -17,9 +17,9 @@ from pipeline.io.storage import storage_explained
 from pipeline.reporting.software import software_versions
 from pipeline.reporting.units import readable_size
 from pipeline.run.feature_worker import FeatureWorker
-from pipeline.run.fit_upsampler import fit_upsampler
-from pipeline.run.gather import gather
 from pipeline.run.planning.plan import Plan
+from pipeline.run.preparation.fit_upsampler import fit_upsampler
+from pipeline.run.preparation.gather import gather
 from pipeline.run.shard_worker import ShardWorker, StoreEncoding
 from pipeline.run.workers import Workers
 from pipeline.store.calibration import choose_steps

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipeline.errors import JobError
 from pipeline.features.pca import Basis
 from pipeline.reporting.progress import ProgressLine
-from pipeline.run.gather import gather
+from pipeline.run.preparation.gather import gather
 from pipeline.run.shard_worker import ShardWorker
 from pipeline.run.workers import TaskFailed, Workers
 from pipeline.upsamplers.fitting import Fitting, UpsamplerFit

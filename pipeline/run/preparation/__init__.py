@@ -1,0 +1,1 @@
+"""Before the first shard: the sample, the fits to it, the quantization steps, and the store's setup."""
