@@ -113,10 +113,11 @@ def run_one(options: dict[str, Any]) -> None:
 
 def _job(options: dict[str, Any]) -> dict[str, Any]:
     """Rate, CPU seconds and stages of a job, once all its workers are ready and have made some shards."""
+    from pipeline.run.prepare import prepare
+
     from densefeat.storage.objects import Objects
     from pipeline.run.job import make_shards, open_workers
     from pipeline.run.planning.plan import make_plan
-    from pipeline.run.prepare import prepare
     from pipeline.run.ray import cluster
     from schemas.options import UpsampleConfig
 

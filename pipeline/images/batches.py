@@ -35,6 +35,10 @@ class Batch:
     pixels: Tensor
     decoded: list[Decoded | ImageError]
 
+    def rows(self, start: int, end: int) -> "Batch":
+        """Some of the rows."""
+        return Batch(self.pixels[start:end], self.decoded[start:end])
+
     @property
     def usable_rows(self) -> Tensor:
         """Mask [B] bool of the rows that were decoded."""

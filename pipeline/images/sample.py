@@ -7,7 +7,7 @@ a stride with the same period would pick only one kind.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,17 @@ class Part(Generic[Sums]):
         """Merge with ``other``, which comes after this part."""
         first_error = self.first_error or other.first_error
         return Part(self.sums.merged(other.sums), self.images + other.images, first_error)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Samples of a fit, not merged yet: `Part` also stands for none."""
+
+    samples: tuple[Any, ...]
+
+    def merged(self, other: "Gathered") -> "Gathered":
+        """Samples of both."""
+        return Gathered(self.samples + other.samples)
 
 
 class FixedTree(Generic[Sums]):

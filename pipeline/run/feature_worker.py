@@ -1,10 +1,12 @@
 """Compute low-resolution features of images on one device: needed by every job, and sufficient to fit a PCA basis."""
 
+import logging
 import os
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import pyarrow as pa
 import torch
@@ -17,6 +19,9 @@ from pipeline.images.sample import Part
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.run.recipe import FeatureRecipe, Stages
 from pipeline.run.resources import available_cores, available_memory, shards_computing
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class FeatureWorker:
         self.stages = (spec.recipe.build() if stages is None else stages).to(self.device)
         self.backbone = self.stages.backbone
         self.images_done = 0
+        self._fitting_rows = self.batch_size  # largest batch known to fit in the device's memory
         computing = shards_computing(
             self.device.type,
             spec.threads,
@@ -87,13 +93,43 @@ class FeatureWorker:
         if not batch.usable_rows.any():
             return Part(Moments.none(self.backbone.num_chs), 0, error)
         with self.computing:
-            features = self.backbone(batch.pixels.to(self.device))
+            parts = self.in_parts_that_fit(batch, lambda part: self.backbone(part.pixels.to(self.device)))
+        features = torch.cat(parts)
         finite = features.isfinite().all(1)
         valid = finite & batch.valid_cells(self.backbone.grid, self.geometry.output_size).to(self.device)
         images = int(valid.flatten(1).any(1).sum())
         if error is None and not finite.all():
             error = "its features contain NaN or infinity"
         return Part(Moments.of(features, valid), images, error)
+
+    def in_parts_that_fit(self, batch: Batch, compute: Callable[[Batch], Result]) -> list[Result]:
+        """Results of ``compute`` for the batch, in halves, quarters, … if they alone fit in the device's memory.
+
+        The size that fits is remembered. Call it only while holding ``computing``.
+
+        Raises:
+            torch.OutOfMemoryError: the memory is too small for one image.
+        """
+        results: list[Result] = []
+        start = 0
+        while start < len(batch.decoded):
+            end = min(start + self._fitting_rows, len(batch.decoded))
+            try:
+                results.append(compute(batch.rows(start, end)))
+            except torch.cuda.OutOfMemoryError:
+                if end - start == 1:
+                    raise
+                self._fitting_rows = (end - start) // 2
+            else:
+                start = end
+                continue
+            # Here the error, and with it what the computation had allocated, is gone.
+            torch.cuda.empty_cache()
+            logger.warning(
+                "%d images do not fit in the memory of %s: going on with %d at once", end - start, self.device,
+                self._fitting_rows,
+            )  # fmt: skip
+        return results
 
     def stop(self) -> None:
         """Stop running tasks: each raises `pipeline.images.batches.WorkStopped` before its next batch."""
@@ -111,7 +147,7 @@ class FeatureWorker:
             "host": socket.gethostname(),
             "pid": str(os.getpid()),
             "device": device,
-            "batch_size": str(self.batch_size),
+            "batch_size": str(self._fitting_rows),
             "torch": torch.__version__,
         }
 

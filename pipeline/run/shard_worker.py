@@ -5,6 +5,7 @@ and the previous one is compressed and written. The bytes of a shard depend only
 batches. They do not depend on the other shards, nor on rows that failed, which keep their places in the batch.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from pipeline.errors import ImageError
 from pipeline.features.pca import Basis
 from pipeline.images.batches import Batch
 from pipeline.images.decoding.decode import Decoded
-from pipeline.images.sample import Part
+from pipeline.images.sample import Gathered, Part
 from pipeline.io.storage import storage_explained
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.run.feature_worker import FeatureWorker, WorkerSpec
@@ -63,14 +64,13 @@ class StoreEncoding:
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """Samples of a fit, not merged yet: `pipeline.images.sample.Part` also stands for none."""
+class _Computed:
+    """Stored values [B, k, H, W], numbers of clipped values and failures by image, and embeddings [B, D] float16."""
 
-    samples: tuple[Any, ...]
-
-    def merged(self, other: "Gathered") -> "Gathered":
-        """Samples of both."""
-        return Gathered(self.samples + other.samples)
+    codes: npt.NDArray[Any]
+    clipped: list[int]
+    failures: dict[int, ImageError]
+    embedding: npt.NDArray[np.float16] | None
 
 
 class ShardWorker(FeatureWorker):
@@ -234,17 +234,32 @@ class ShardWorker(FeatureWorker):
             self.computing.acquire()
         try:
             with torch.inference_mode():
-                features, pixels, embedding = self._features(batch, seconds)
-                stored = self._stored(features, pixels, encoding, seconds)
-                codes, clipped = stored.values.codes.cpu(), stored.values.clipped.tolist()
+                parts = self.in_parts_that_fit(batch, lambda part: self._computed(part, encoding, seconds))
         finally:
             self.computing.release()
-        if embedding is not None:
-            halves = embedding.half().numpy()
+        failures: dict[int, ImageError] = {}
+        clipped = 0
+        for first, part in zip(itertools.accumulate((len(p.codes) for p in parts), initial=0), parts, strict=False):
+            failures |= {first + i: error for i, error in part.failures.items()}
+            clipped += sum(n for i, n in enumerate(part.clipped) if i not in part.failures)
+        if self.recipe.embedding is not None:
+            halves = np.concatenate([part.embedding for part in parts if part.embedding is not None])
             halves[~batch.usable_rows.numpy()] = np.nan
             embeddings.append(halves)
         self.images_done += rows
-        return codes.numpy(), stored.failures, sum(n for i, n in enumerate(clipped) if i not in stored.failures)
+        codes = parts[0].codes if len(parts) == 1 else np.concatenate([part.codes for part in parts])
+        return codes, failures, clipped
+
+    def _computed(self, batch: Batch, encoding: StoreEncoding, seconds: StageSeconds) -> _Computed:
+        """What is stored of a batch, on the CPU."""
+        features, pixels, embedding = self._features(batch, seconds)
+        stored = self._stored(features, pixels, encoding, seconds)
+        return _Computed(
+            stored.values.codes.cpu().numpy(),
+            stored.values.clipped.tolist(),
+            stored.failures,
+            None if embedding is None else embedding.half().numpy(),
+        )
 
     def _features(self, batch: Batch, seconds: StageSeconds) -> tuple[Tensor, Tensor, Tensor | None]:
         """Low-resolution features [B, C, h, w] and their pixels, on the device; and embeddings [B, D] on the CPU."""

@@ -1,6 +1,6 @@
 """Claim: this commit writes bit-identical stores to another's: every upsampler, both dtypes, 0, 1 and 2 workers.
 
-    python -m benchmarks.same_bytes 8a1e354              # any commit, tag or branch; run it after a large refactoring
+    python -m benchmarks.jobs.same_bytes 8a1e354              # any commit, tag or branch; run it after a large refactoring
 
 Both commits run on this machine with this Python, on the same photographs and weights; digests stored in the repository
 would be valid for one processor only. The features' objects, the index and the small arrays (steps and PCA) are
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 SIZE, CHANNELS, PATCH = "64", 128, 8  # for layer 2 of resnet18
 BACKBONE = ["--backbone", "resnet18", "--weights", "random", "--layer", "2", "--size", SIZE, "--device", "cpu"]
 JOB = ["--components", "6", "--shard-images", "4", "--batch-size", "3", "--max-failed-share", "0.5"]
