@@ -1,6 +1,6 @@
 """Claim: this commit writes bit-identical stores to another's: every upsampler, both dtypes, 0, 1 and 2 workers.
 
-    python -m benchmarks.jobs.same_bytes 8a1e354              # any commit, tag or branch; run it after a large refactoring
+    python -m benchmarks.jobs.same_bytes 8a1e354    # any commit, tag or branch; run it after a large refactoring
 
 Both commits run on this machine with this Python, on the same photographs and weights; digests stored in the repository
 would be valid for one processor only. The features' objects, the index and the small arrays (steps and PCA) are
