@@ -54,12 +54,14 @@ class Storage:
         latency_s: of each request, until its first byte.
         gets_per_s: limit of GET and HEAD requests on the store's prefix, and on that of the images.
         puts_per_s: limit of PUT and DELETE requests on the store's prefix.
+        request_bytes_per_s: of each request, which has one connection.
         images_per_get: neighbouring images of a tar in one range request.
     """
 
     latency_s: float = 0.0
     gets_per_s: float = float("inf")
     puts_per_s: float = float("inf")
+    request_bytes_per_s: float = float("inf")
     images_per_get: int = 8
 
 
@@ -207,9 +209,14 @@ class _Run:
         yield from self.requests(self.puts, self.storage.puts_per_s, 1)  # the intent
         for _ in range(cost.objects):
             yield from self.requests(self.puts, self.storage.puts_per_s, 1)
-        yield worker.outgoing.serve(self.now, images * cost.written_bytes / self.cluster.bytes_per_s)
+        yield self.transferred(worker.outgoing, images * cost.written_bytes)
         yield from self.requests(self.puts, self.storage.puts_per_s, 2)  # the record, and the end of the intent
         yield self.driver.serve(self.now, self.cluster.driver_s)
+
+    def transferred(self, network: _Server, nbytes: float) -> float:
+        """When the bytes of one request, which begin to come now, are all there."""
+        alone = self.now + nbytes / self.storage.request_bytes_per_s
+        return max(alone, network.serve(self.now, nbytes / self.cluster.bytes_per_s))
 
     def requests(self, limit: _Server, per_s: float, count: int) -> Iterator[float]:
         """Small requests, one after the other."""
@@ -232,7 +239,7 @@ class _Run:
                 begun, count = requests.popleft()
                 if begun > self.now:
                     yield begun
-                yield worker.incoming.serve(self.now, count * cost.read_bytes / self.cluster.bytes_per_s)
+                yield self.transferred(worker.incoming, count * cost.read_bytes)
                 read, unread = read + count, unread - count
                 pending.extend(worker.cores.serve(self.now, cost.decode_s) for _ in range(count))
             if not pending:

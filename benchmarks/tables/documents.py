@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.tables import evaluation, features, performance, reading, stores, upsamplers
+from benchmarks.tables import evaluation, features, performance, reading, scale, stores, upsamplers
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,6 +27,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "main_job_cores": performance.main_job_cores,
     "main_job_layers": performance.main_job_layers,
     "start": performance.start,
+    "scale": scale.scale,
+    "scale_limits": scale.scale_limits,
+    "ray_data": scale.ray_data,
     "reader": performance.reader,
     "reading": reading.reading,
     "page": performance.page,
