@@ -5,9 +5,9 @@
 
 `benchmarks.jobs.cluster_model` is the simulation. Its times are measured: those of an image are the H100's row in
 ``results/main_job.jsonl``; the driver's, and the cost of compact features relative to dense ones, are those of
-`benchmarks.jobs.scale_measured`. One thing is fitted: a shard takes longer than its stages (copies from the GPU, hashes,
-the interpreter's lock), and this rest is chosen so that the simulation of the measured job has its rate. As a check, the
-same is done for one worker on a machine with two cores, and the rates of two and four workers there are predicted.
+`benchmarks.jobs.scale_measured`. One thing is fitted: a shard takes longer than its stages (copies from the GPU,
+hashes, the interpreter's lock). This rest is chosen so that the simulation of the measured job has its rate. To check
+the simulation, one worker on two cores is fitted alike, and the rates of two and of four workers there are predicted.
 
 Object storage (docs.aws.amazon.com/AmazonS3/latest/userguide): at least 3,500 PUT and 5,500 GET requests per second and
 prefix, first bytes after 100 to 200 ms, and 100 Gb/s per instance, which 8 GPUs share (optimizing-performance.html); 85

@@ -30,8 +30,8 @@ def scale() -> str:
     storage, gpu = row["storage"], row["measured_gpu"]
     return (
         "Simulated, not measured (`python -m benchmarks.jobs.scale`): a discrete-event simulation with the measured "
-        f"times of one {gpu['device'].split(' 80GB')[0]} with {gpu['cores']} cores: EfficientNet-Lite0, k = 64, 224 px, "
-        "int8. "
+        f"times of one {gpu['device'].split(' 80GB')[0]} with {gpu['cores']} cores: EfficientNet-Lite0, k = 64, 224 "
+        "px, int8. "
         f"Images in tars and the store in object storage: {1000 * storage['latency_s']:.0f} ms per request, "
         f"{storage['gets_per_s']:,.0f} GET and {storage['puts_per_s']:,.0f} PUT per second, "
         f"{row['bytes_per_s'] * 8 / 1e9:.1f} Gb/s per GPU, {storage['request_bytes_per_s'] / 1e6:.0f} MB/s per "
@@ -102,7 +102,7 @@ def ray_data() -> str:
         f"on two workers, Ray {row['versions']['ray']}, on "
         f"{formats.machine(row)} (`python -m benchmarks.jobs.ray_data`). Tolerant: {tolerant}, "
         f"`max_task_retries=2`. densefeat: 3 attempts, and workers are replaced after {row['stall_timeout_s']:g} s "
-        "without progress. Exit code 1: done but for the shards given up, which are named.\n\n"
+        "without progress; its exit code 1 says that shards were given up, which are named.\n\n"
     ) + "\n".join(table)
 
 
