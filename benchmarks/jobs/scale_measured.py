@@ -82,9 +82,10 @@ def run_one(options: dict[str, Any]) -> None:
 def _job(options: dict[str, Any]) -> dict[str, Any]:
     """Rate, CPU seconds and stages of a job, once all its workers are ready and have made some shards."""
     from densefeat.storage.objects import Objects
-    from pipeline.run.job import make_shards, open_workers
+    from pipeline.run.job import open_workers
+    from pipeline.run.make_shards import make_shards
     from pipeline.run.planning.plan import make_plan
-    from pipeline.run.prepare import prepare
+    from pipeline.run.preparation.prepare import prepare
     from pipeline.run.ray import cluster
     from schemas.options import UpsampleConfig
 
