@@ -10,10 +10,9 @@ hashes, the interpreter's lock). This rest is chosen so that the simulation of t
 the simulation, one worker on two cores is fitted alike, and the rates of two and of four workers there are predicted.
 
 Object storage (docs.aws.amazon.com/AmazonS3/latest/userguide): at least 3,500 PUT and 5,500 GET requests per second and
-prefix, first bytes after 100 to 200 ms, and 100 Gb/s per instance, which 8 GPUs share (optimizing-performance.html); 85
-to 90 MB/s per request (optimizing-performance-design-patterns.html).
-ImageNet-1k is 138 GB for 1.28 million images, ImageNet-21k 1.3 TB for 14.2 million, LAION-400M about 10 TB for 400
-million at 256 px (laion.ai/blog/laion-400-open-dataset).
+prefix, first bytes after 100 to 200 ms, and 100 Gb/s per instance, which 8 GPUs share (optimizing-performance.html).
+Assumed: 90 MB/s per request, and the rate of preemptions. Sizes of datasets are approximate: 138 GB for ImageNet-1k's 1.28
+million images, 1.3 TB for ImageNet-21k's 14.2 million, 10 TB for LAION-400M's 400 million at 256 px.
 """
 
 import argparse
