@@ -11,7 +11,7 @@ the simulation, one worker on two cores is fitted alike, and the rates of two an
 
 Object storage (docs.aws.amazon.com/AmazonS3/latest/userguide): at least 3,500 PUT and 5,500 GET requests per second and
 prefix, first bytes after 100 to 200 ms, and 100 Gb/s per instance, which 8 GPUs share (optimizing-performance.html).
-Assumed: 90 MB/s per request, and the rate of preemptions. Sizes of datasets are approximate: 138 GB for the 1.28 million
+Assumed: 90 MB/s per request, and the rate of preemptions. Sizes of datasets are approximate: 138 GB for 1.28 million
 images of ImageNet-1k, 1.3 TB for the 14.2 million of ImageNet-21k, 10 TB for the 400 million of LAION-400M at 256 px.
 """
 
