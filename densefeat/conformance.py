@@ -27,7 +27,6 @@ _FAILED = (
 )  # fmt: skip
 _STATUSES = frozenset({"ok", "pending", *_FAILED})
 _PARTS = ("source", "backbone", "geometry", "pca", "upsampler", "storage")
-_REPORT_KEY = re.compile(rf"{layout.REPORTS}/\d{{8}}T\d{{6}}Z-[0-9a-f]{{8}}\.json")
 _REPORT = (
     "rows", "shards", "nbytes", "seconds", "images_per_second", "stage_seconds", "made_on", "options", "versions",
 )  # fmt: skip
@@ -52,7 +51,7 @@ def report_problems(objects: Objects) -> list[str]:
     """What is wrong with the reports of runs, one message each; none where the storage cannot list them."""
     found = []
     for key in sorted(objects.list(layout.REPORTS)) if objects.can_list else ():
-        if not _REPORT_KEY.fullmatch(key):
+        if not re.fullmatch(layout.REPORT_KEY, key):
             found.append(f"{key} is not the name of a report")
             continue
         try:

@@ -48,6 +48,7 @@ LEDGER = "_ledger"
 LEDGER_BLOCKS = "_ledger/blocks"
 INTENTS = "_intents"
 REPORTS = "_reports"
+REPORT_KEY = rf"{REPORTS}/\d{{8}}T\d{{6}}Z-[0-9a-f]{{8}}\.json"  # pattern of what `report_key` makes
 
 ZSTD_LEVEL = 1  # higher levels cost time and gain little on quantized features
 INT8_NO_DATA = -128  # the fill value; codes are -127 … 127

@@ -54,10 +54,7 @@ def main() -> None:
 def measure(images: Path, repeats: int, chosen: dict[str, Any], picture: Path | None) -> dict[str, Any]:
     """Run the job in a separate process and monitor its memory."""
     with tempfile.TemporaryDirectory() as folder:
-        for repeat in range(repeats):
-            (Path(folder) / "images" / str(repeat)).mkdir(parents=True)
-            for path in sorted(images.rglob("*.jpg")):
-                (Path(folder) / "images" / str(repeat) / path.name).symlink_to(path.resolve())
+        link_copies(images, repeats, Path(folder) / "images")
         common = {"images": f"{folder}/images", "store": f"{folder}/store", "size": SIZE, "components": K}
         options = {**common, **chosen}
         command = [sys.executable, "-m", "benchmarks.jobs.main_job", "--one", json.dumps(options)]
@@ -76,6 +73,14 @@ def measure(images: Path, repeats: int, chosen: dict[str, Any], picture: Path | 
         "peak_bytes": peak,
         **rows.measured_on(),
     }
+
+
+def link_copies(images: Path, copies: int, folder: Path) -> None:
+    """Make a folder of so many copies of the photographs, as links."""
+    for copy in range(copies):
+        (folder / str(copy)).mkdir(parents=True)
+        for path in sorted(images.rglob("*.jpg")):
+            (folder / str(copy) / path.name).symlink_to(path.resolve())
 
 
 def watch(job: "subprocess.Popen[str]") -> int:

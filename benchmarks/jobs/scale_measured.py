@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows
+from benchmarks.jobs.main_job import link_copies
 
 WORKERS, TURNS, COPIES, SHARD_IMAGES, WARM_SHARDS = (1, 2, 4), 3, 2, 8, 16
 
@@ -39,10 +40,7 @@ def measure(images: Path, weights: Path) -> dict[str, Any]:
     """The job with 1, 2 and 4 workers on this machine, a compact one with 1, and the driver alone."""
     runs: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for copy in range(COPIES):
-            (Path(folder) / "images" / str(copy)).mkdir(parents=True)
-            for path in sorted(images.rglob("*.jpg")):
-                (Path(folder) / "images" / str(copy) / path.name).symlink_to(path.resolve())
+        link_copies(images, COPIES, Path(folder) / "images")
         for turn in range(TURNS):
             for count, represent in [*((count, None) for count in WORKERS), (1, "compact")]:
                 options = {

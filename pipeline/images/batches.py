@@ -130,12 +130,9 @@ class BatchLoader:
         self, references: pa.Table, seconds: StageSeconds, crashed: Mapping[int, str]
     ) -> Iterator[bytes | ImageError]:
         rows = range(references.num_rows)
-        kept = (
-            references.take(pa.array([row for row in rows if row not in crashed], pa.int64()))
-            if crashed
-            else references
-        )
-        images = self._kept_reads(kept, seconds)
+        if crashed:
+            references = references.take(pa.array([row for row in rows if row not in crashed], pa.int64()))
+        images = self._kept_reads(references, seconds)
         for row in rows:
             yield ImageError("crashed", crashed[row]) if row in crashed else next(images)
 

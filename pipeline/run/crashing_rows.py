@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.run.failures import beyond_single_images
 from pipeline.run.planning.plan import Plan
 from pipeline.run.shard_worker import ShardWorker
 from pipeline.run.workers import TaskFailed, Workers
@@ -17,7 +18,6 @@ __all__ = ["crashing_rows"]
 
 logger = logging.getLogger(__name__)
 
-_MOST_SHARDS, _SHARE_OF_SHARDS = 8, 0.1
 _MOST_ROWS, _SHARE_OF_ROWS = 4, 0.125
 
 
@@ -39,7 +39,7 @@ def crashing_rows(
         shard -> position in the shard -> reason, for the shards in which such rows were found.
     """
     shards = [shard for shard, failure in failed.items() if failure.suspect]
-    if len(shards) > max(_MOST_SHARDS, _SHARE_OF_SHARDS * made):
+    if beyond_single_images(len(shards), made):
         logger.warning("%d shards keep failing: too many to be the fault of single images", len(shards))
         return {}
     parts: list[tuple[int, range]] = []

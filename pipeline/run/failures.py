@@ -5,9 +5,11 @@ import logging
 from densefeat.errors import DensefeatError, StorageUnavailable
 from densefeat.storage.retries import is_transient
 
-__all__ = ["FailureLog", "OutageLog", "is_suspect"]
+__all__ = ["FailureLog", "OutageLog", "beyond_single_images", "is_suspect"]
 
 logger = logging.getLogger(__name__)
+
+_MOST_FAILED, _SHARE_FAILED = 8, 0.1
 
 
 class FailureLog:
@@ -53,6 +55,11 @@ class OutageLog:
         elif outage is None and self._since is not None:
             logger.warning("the storage answers again: the job goes on")
         self._since = None if outage is None else outage[0]
+
+
+def beyond_single_images(failed: int, of: int) -> bool:
+    """Whether too many tasks fail for single images to be the cause: more than 8, and than a tenth."""
+    return failed > max(_MOST_FAILED, _SHARE_FAILED * of)
 
 
 def is_suspect(error: BaseException) -> bool:

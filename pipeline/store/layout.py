@@ -56,7 +56,7 @@ _OWN_KEY = re.compile(
             rf"{re.escape(layout.PCA)}/\w+/c/0(/0)?",
             rf"{re.escape(layout.UPSAMPLER)}/(\w+/)?zarr\.json",
             rf"{re.escape(layout.UPSAMPLER)}/\w+/c/0(/0)*",
-            rf"{re.escape(layout.REPORTS)}/\d{{8}}T\d{{6}}Z-[0-9a-f]{{8}}\.json",
+            layout.REPORT_KEY,
             _TEMPORARY,
         )
     )

@@ -12,13 +12,12 @@ import pyarrow as pa
 from pipeline.errors import JobError
 from pipeline.images.sample import FixedTree, Part, Sums, next_wave
 from pipeline.reporting.progress import ProgressLine
+from pipeline.run.failures import beyond_single_images
 from pipeline.run.workers import TaskFailed, Workers
 
 __all__ = ["gather"]
 
 logger = logging.getLogger(__name__)
-
-_MOST_TROUBLED, _SHARE_TROUBLED = 8, 0.1  # parts of a sample that may fail by the fault of single images
 
 
 def gather(
@@ -81,7 +80,7 @@ def _refuse(troubled: dict[int, TaskFailed], parts: int, what: str) -> None:
     Raises:
         JobError: the storage did not answer, or too many parts failed.
     """
-    many = len(troubled) > max(_MOST_TROUBLED, _SHARE_TROUBLED * parts)
+    many = beyond_single_images(len(troubled), parts)
     for failure in troubled.values():
         if many or not failure.suspect:
             raise JobError(f"{what}: a part of the sample failed {failure.attempts} times: {failure.reason}")

@@ -81,7 +81,7 @@ class Crew:
             self._slots[actor.slot] = self._slots[actor.slot].anywhere(living_nodes())
         self.starts.gone(actor.slot)
 
-    def release_surplus(self, idle: Sequence[RemoteWorker]) -> list[RemoteWorker]:
+    def surplus(self, idle: Sequence[RemoteWorker]) -> list[RemoteWorker]:
         """Workers to be removed, because no task has waited for one for a while; ``idle`` are those without tasks."""
         slots = self.starts.surplus([actor.slot for actor in idle], time.monotonic())
         return [self._actors[slot] for slot in slots]

@@ -9,11 +9,11 @@ from enum import Enum
 
 from pipeline.errors import JobError
 
-__all__ = ["WorkerStarts"]
+__all__ = ["IDLE_S", "WorkerStarts"]
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 5.0, 300.0
 _NODES_COME_S = 600.0
-_IDLE_S = 30.0
+IDLE_S = 30.0
 
 
 class _State(Enum):
@@ -56,7 +56,7 @@ class WorkerStarts:
         first_wait_s: float = _FIRST_WAIT_S,
         nodes_come_s: float = _NODES_COME_S,
         least: int | None = None,
-        idle_s: float = _IDLE_S,
+        idle_s: float = IDLE_S,
     ) -> None:
         self._least, self._idle_s = least, idle_s
         self._waited_at = float("-inf")  # when a task last waited for a worker

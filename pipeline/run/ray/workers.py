@@ -25,7 +25,7 @@ from pipeline.run.ray.actor import WorkerProgress
 from pipeline.run.ray.cluster import is_death, is_lost_node, last_line
 from pipeline.run.ray.crew import Crew
 from pipeline.run.ray.remote_worker import RemoteWorker, result_of
-from pipeline.run.ray.starts import WorkerStarts
+from pipeline.run.ray.starts import IDLE_S, WorkerStarts
 from pipeline.run.resources import Slot
 from pipeline.run.shard_worker import make_worker
 from pipeline.run.workers import Result
@@ -57,7 +57,7 @@ class RayWorkers:
         slots: resources that each worker requests.
         least: workers to keep; the others are requested while tasks wait for a worker, and released when none has
             waited for a while. None: all.
-        joined: called with the number of slots from time to time; returns slots for nodes that joined the cluster.
+        joined: called with the slots from time to time; returns slots for nodes that joined the cluster.
         attempts: number of times that a task may fail, and a worker's setup while no setup succeeds.
         stall_timeout_s: a worker that has tasks and makes no progress for this long is killed and replaced.
         set_up_timeout_s: the same for a worker's setup, from the time it is on a node.
@@ -79,12 +79,11 @@ class RayWorkers:
         set_up_timeout_s: float = _SET_UP_S,
         first_wait_s: float = 5.0,
         outage_s: float = OUTAGE_S,
-        idle_s: float = 30.0,
+        idle_s: float = IDLE_S,
         make: Callable[[WorkerSpec], FeatureWorker] = make_worker,
     ) -> None:
         self._spec = ray.put((spec, make))
-        self._attempts, self._first_wait_s = attempts, first_wait_s
-        self._stall_timeout_s = stall_timeout_s
+        self._attempts, self._first_wait_s, self._stall_timeout_s = attempts, first_wait_s, stall_timeout_s
         self._starts = WorkerStarts(
             len(slots),
             attempts=attempts,
@@ -151,14 +150,13 @@ class RayWorkers:
             on_progress(self._progress())
             yield from self._settle_dead()
             yield from self._end_hung_workers()
-            for actor in self._crew.release_surplus(self._queue.idle()):
+            for actor in self._crew.surplus(self._queue.idle()):
                 logger.info("releasing worker %d: no shard waits for it", actor.number)
                 self._remove(actor)
                 self._starts.gone(actor.slot)
 
     def _started(self, actor: RemoteWorker, result: Any) -> None:
         """Advance an actor whose ``start`` call succeeded: set it up, or give it to the queue."""
-        now = time.monotonic()
         if actor.node is None:
             actor.node = result
             actor.set_up(self._spec)
@@ -166,7 +164,7 @@ class RayWorkers:
         else:
             actor.start, actor.room, actor.images = None, result, 0
             self._starts.ready(actor.slot)
-            self._queue.join(actor, actor.node, actor.room, now)
+            self._queue.join(actor, actor.node, actor.room, time.monotonic())
             actor.request_progress()
 
     def _ended(self) -> list[tuple[RemoteWorker, Any, Any]]:
@@ -242,8 +240,8 @@ class RayWorkers:
         logger.warning(
             "replacing a worker that died: %s", f"its node {actor.node} is gone" if lost else last_line(error)
         )
-        if not lost and not any(self._queue.runs_alone(task) for task in tasks):
-            self._crew.failed_on(actor.node)
+        if not lost:
+            self._blame_node(actor, tasks)
         self._dead.append(_Dead(actor, tasks, error, now if lost else now + _NODE_DEATH_S))
         self._crew.refill(actor, lost)
 
@@ -263,6 +261,10 @@ class RayWorkers:
     def _lost(self, task: int, reason: str) -> Iterator[tuple[int, TaskFailed]]:
         yield from _if_given_up(task, self._queue.lost(task, reason, time.monotonic()))
 
+    def _blame_node(self, actor: RemoteWorker, tasks: Sequence[int]) -> None:
+        if not any(self._queue.runs_alone(task) for task in tasks):  # else the task may be the cause
+            self._crew.failed_on(actor.node)
+
     def _remove(self, actor: RemoteWorker) -> list[int]:
         """Kill and remove an actor; returns the tasks it had."""
         self._crew.remove(actor)
@@ -280,7 +282,6 @@ class RayWorkers:
                 self._unreachable(actor, answer)
             elif isinstance(answer, RayError) and is_death(answer):
                 self._died(actor, answer)
-                continue
             elif not isinstance(answer, RayError):
                 done += self._answered(actor, answer)
         pause = min(len(self._crew) / _PROGRESS_CALLS_PER_S, _RAREST_PROGRESS_S)
@@ -336,8 +337,7 @@ class RayWorkers:
                     logger.warning("killing a worker: no progress for %.0f s", self._stall_timeout_s)
                     self._starts.gone(actor.slot)
                     tasks = self._remove(actor)
-                    if not any(self._queue.runs_alone(task) for task in tasks):
-                        self._crew.failed_on(actor.node)
+                    self._blame_node(actor, tasks)
                     for task in tasks:
                         yield from self._failed(task, f"its worker made no progress for {self._stall_timeout_s:.0f} s")
                 continue

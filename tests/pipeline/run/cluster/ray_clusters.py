@@ -133,6 +133,14 @@ def head(*arguments: str, cwd: Path, port: int = 0, **environment: str) -> Itera
             yield cluster
 
 
+def link_many(photographs: Path, folder: Path) -> None:
+    """Make a folder with thirty links to each photograph: for a job that takes long enough to be stopped."""
+    folder.mkdir()
+    for photograph in photographs.iterdir():
+        for copy in range(30):
+            os.link(photograph, folder / f"{copy:02}_{photograph.name}")
+
+
 def job_options(images: Path | str, store: Path | str, *more: str) -> Sequence[str]:
     """Options of a main job that a CPU does in seconds."""
     options = {

@@ -1,6 +1,5 @@
 """``ray job submit`` as the README has it, on a cluster of three nodes with a token."""
 
-import os
 import re
 import secrets
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 
 from densefeat import FeatureStore
 from tests.helpers.upsample_jobs import shard_bytes
-from tests.pipeline.run.cluster.ray_clusters import LocalCluster, head, job_options, wait_for
+from tests.pipeline.run.cluster.ray_clusters import LocalCluster, head, job_options, link_many, wait_for
 
 ROOT = Path(__file__).parents[4]
 SUBMIT = ["job", "submit", "--working-dir", "."]
@@ -59,10 +58,7 @@ def test_a_refused_job_has_failed(cluster: LocalCluster, photographs: Path, tmp_
 
 def test_a_stopped_job_can_be_resumed(cluster: LocalCluster, photographs: Path, tmp_path: Path) -> None:
     many, store = tmp_path / "many", tmp_path / "store"
-    many.mkdir()
-    for photograph in photographs.iterdir():
-        for copy in range(30):
-            os.link(photograph, many / f"{copy:02}_{photograph.name}")
+    link_many(photographs, many)
     options = job_options(many, store, "--workers", "2", "--resume")
     submitted = cluster.command(*SUBMIT, "--no-wait", "--submission-id", "stopped", *JOB, *options, cwd=ROOT)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr

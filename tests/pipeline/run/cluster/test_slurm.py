@@ -16,7 +16,7 @@ import tyro
 
 from densefeat import FeatureStore
 from schemas.options import UpsampleConfig
-from tests.pipeline.run.cluster.ray_clusters import ended_with_children, job_options, wait_for
+from tests.pipeline.run.cluster.ray_clusters import ended_with_children, job_options, link_many, wait_for
 
 ROOT = Path(__file__).parents[4]
 SCRIPT = ROOT / "docs" / "cluster" / "slurm.sh"
@@ -102,10 +102,7 @@ def test_it_ends_with_the_code_of_the_job(slurm: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_it_stops_the_job_before_its_time_is_over(slurm: Path, photographs: Path, tmp_path: Path) -> None:
     many, store = tmp_path / "many", tmp_path / "store"
-    many.mkdir()
-    for photograph in photographs.iterdir():
-        for copy in range(30):
-            os.link(photograph, many / f"{copy:02}_{photograph.name}")
+    link_many(photographs, many)
     with (tmp_path / "log").open("w") as log:
         script = subprocess.Popen([SCRIPT, *job_options(many, store)], cwd=tmp_path, stdout=log, stderr=log)
     with ended_with_children(script):
