@@ -15,6 +15,7 @@ A store is a Zarr v3 group with core codecs only, which any Zarr library can ope
     _ledger/blocks/            the same for runs of 256 shards, to be read at once
     _intents/                  while shards are written: the record of each, before it is valid
     _reports/                  one JSON file per run of a job, for people; nothing depends on them
+    _jobs/                     one JSON file per job that is writing: the shards that it makes
 
 Chunks are encoded here rather than by zarr-python, because a shard is built in memory and written with one request; the
 bytes are the same (tests/densefeat/test_store_names.py compares them).
@@ -48,6 +49,8 @@ LEDGER = "_ledger"
 LEDGER_BLOCKS = "_ledger/blocks"
 INTENTS = "_intents"
 REPORTS = "_reports"
+JOBS = "_jobs"
+JOB_KEY = rf"{JOBS}/[0-9a-f]{{32}}\.json"  # pattern of what `job_key` makes
 REPORT_KEY = rf"{REPORTS}/\d{{8}}T\d{{6}}Z-[0-9a-f]{{8}}\.json"  # pattern of what `report_key` makes
 
 ZSTD_LEVEL = 1  # higher levels cost time and gain little on quantized features
@@ -161,6 +164,11 @@ def report_key(moment: str, name: str) -> str:
         name: eight hex digits, so that two runs do not meet.
     """
     return f"{REPORTS}/{moment}-{name}.json"
+
+
+def job_key(name: str) -> str:
+    """Key of the lease of a job; ``name`` is 32 hex digits."""
+    return f"{JOBS}/{name}.json"
 
 
 def encode_chunk(features: npt.NDArray[Any]) -> bytes:

@@ -48,17 +48,18 @@ def convert(config: ConvertConfig) -> int:
 
     Raises:
         StoreError: there is no store, or it is damaged.
-        JobError: it is not finished, or there is another store at the output.
+        JobError: it is not finished, there is another store at the output, or another job is writing that one.
     """
     from densefeat.storage.objects import Objects
     from densefeat.store import FeatureStore
     from pipeline.io.storage import check_writable, storage_explained
     from pipeline.store.convert import DenseStorage, convert
+    from pipeline.store.lease import Lease
 
     source, target = FeatureStore(config.store), Objects(config.output)
     check_writable(target, f"--output {config.output}")
     storage = DenseStorage(config.dtype, config.error_floor, config.shard_images or SHARD_IMAGES[config.dtype])
-    with storage_explained(target.uri):
+    with storage_explained(target.uri), Lease(target, None):
         shards = convert(source, target, storage, resume=config.resume, threads=config.threads)
     logger.info("%s: %d shards, converted from %s", config.output, shards, config.store)
     return DONE

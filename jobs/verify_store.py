@@ -44,7 +44,7 @@ def verify(config: VerifyConfig) -> int:
     Raises:
         StoreError: there is no store, or its metadata is damaged.
         JobError: the attributes are damaged, so nothing can be repaired; or the index cannot be rebuilt because the
-            images that the store was made of are gone.
+            images that the store was made of are gone. Or a job is writing shards that are to be repaired.
     """
     from pipeline.store.verify import StoreCheck
 
@@ -77,14 +77,18 @@ def verify(config: VerifyConfig) -> int:
 
 def _repair(store: str, damaged: list[int], *, tables: bool) -> None:
     from densefeat.storage.objects import Objects
+    from pipeline.store.lease import Lease
     from pipeline.store.repair import rebuild_tables, take_out
 
     objects = Objects(store)
-    if tables:
-        finished = rebuild_tables(objects, damaged)
-        logger.info("rebuilt %s", "index and manifest" if finished else "the index; not all shards are done")
-    elif damaged:
-        take_out(objects, damaged)
+    if not tables and not damaged:
+        return
+    with Lease(objects, None):
+        if tables:
+            finished = rebuild_tables(objects, damaged)
+            logger.info("rebuilt %s", "index and manifest" if finished else "the index; not all shards are done")
+        else:
+            take_out(objects, damaged)
     if damaged:
         logger.info("damaged shards deleted: run the main job with --resume to make them again")
 

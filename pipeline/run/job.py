@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -11,6 +11,7 @@ from densefeat.errors import DensefeatError
 from densefeat.rows.ledger import recorded_shards
 from densefeat.storage.objects import Objects
 from densefeat.store import FeatureStore
+from pipeline.io.storage import storage_explained
 from pipeline.reporting.report import Report
 from pipeline.run.feature_worker import WorkerSpec
 from pipeline.run.make_shards import make_shards
@@ -21,6 +22,7 @@ from pipeline.run.recipe import Stages
 from pipeline.run.shard_worker import make_worker
 from pipeline.run.workers import InlineWorkers, Workers
 from pipeline.store.layout import existing_store, finish, reopen
+from pipeline.store.lease import Lease
 from pipeline.store.reports import keep_report
 from pipeline.store.shard import finished_shards
 from schemas.ledger import LedgerRecord
@@ -37,20 +39,32 @@ def carry_out(plan: Plan, started: float) -> Report:
         started: ``time.monotonic()`` when the job began, for the report.
 
     Raises:
+        JobError: another job is making the same shards; or as in `prepare` and `make_shards`.
         KeyboardInterrupt: the job was interrupted; the message says what is kept and how to continue.
     """
     objects = Objects(plan.config.store)
     state = _JobState()
     try:
-        _make_missing(plan, objects, state)
-        report = _report(plan, objects, state, started)
-        if report.complete:
-            finish(objects, report.records)
-        if report.made or report.given_up:
-            keep_report(objects, report.to_dict())
+        with _leased(plan, objects) as lease:
+            _make_missing(plan, objects, lease, state)
+            report = _report(plan, objects, state, started)
+            if report.complete:
+                finish(objects, report.records)
+                lease.clear()
+            if report.made or report.given_up:
+                keep_report(objects, report.to_dict())
     except KeyboardInterrupt:
         raise KeyboardInterrupt(what_is_kept(plan, objects, set_up=state.set_up)) from None
     return report
+
+
+@contextmanager
+def _leased(plan: Plan, objects: Objects) -> Iterator[Lease]:
+    """Hold a lease on the shards of a job; on all, if it deletes a store."""
+    with ExitStack() as stack:
+        with storage_explained(objects.uri):
+            lease = stack.enter_context(Lease(objects, None if plan.config.overwrite else plan.shards))
+        yield lease
 
 
 @dataclass
@@ -64,7 +78,7 @@ class _JobState:
     seconds: float = 0.0  # spent on making shards
 
 
-def _make_missing(plan: Plan, objects: Objects, state: _JobState) -> None:
+def _make_missing(plan: Plan, objects: Objects, lease: Lease, state: _JobState) -> None:
     config, stored = plan.config, plan.stored
     if config.resume and stored:
         state.done = finished_shards(objects, stored.hash)
@@ -78,14 +92,15 @@ def _make_missing(plan: Plan, objects: Objects, state: _JobState) -> None:
         stall_timeout_s=config.stall_timeout_s,
         outage_s=config.outage_patience_s,
     ) as workers:
-        encoding = prepare(plan, objects, workers)
+        encoding = prepare(plan, objects, workers, lease.check)
         state.set_up, begun = True, time.monotonic()
         if config.resume and not (stored and stored.setup_complete):  # another job may have made shards meanwhile
             state.done = finished_shards(objects, encoding.configuration_hash)
         to_do = [shard for shard in plan.shards if shard not in state.done]
         if to_do:
             reopen(objects)
-        state.made, state.given_up = make_shards(plan, objects, workers, encoding, to_do, state.done.values())
+        known = state.done.values()
+        state.made, state.given_up = make_shards(plan, objects, workers, encoding, to_do, known, lease.check)
         state.seconds = time.monotonic() - begun
 
 

@@ -59,10 +59,12 @@ def make_shards(
     encoding: StoreEncoding,
     to_do: list[int],
     known: Collection[LedgerRecord],
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[dict[int, LedgerRecord], dict[int, str]]:
     """Make the shards ``to_do``; returns the records of the shards made, and the reasons for those given up.
 
-    A shard that keeps failing is searched for the images that make it fail, and made without them.
+    A shard that keeps failing is searched for the images that make it fail, and made without them. ``check`` is called
+    from time to time, and raises if the job is to end.
     """
     done = [record for record in known if record.shard in plan.shards]
     made: dict[int, LedgerRecord] = {}
@@ -74,6 +76,7 @@ def make_shards(
     with Progress(len(plan.shards), images, done) as progress:
 
         def on_progress(images: int) -> None:
+            check()
             progress.advance(images)
             show(len(made), len(failed))
 

@@ -40,8 +40,8 @@ from schemas.ledger import LedgerRecord, manifest
 # Attribute that only the claim has, next to the store's own attributes.
 _SETUP_KEY = f"{layout.ATTRIBUTES_KEY}_setup"
 
-# Temporary objects: probes of the storage, and half-written objects of earlier versions.
-_TEMPORARY = rf"{re.escape(CHECK)}/[0-9a-f]{{32}}|_tmp/[^/]+"
+# Temporary objects: probes of the storage, leases of jobs, and half-written objects of earlier versions.
+_TEMPORARY = rf"{re.escape(CHECK)}/[0-9a-f]{{32}}|{layout.JOB_KEY}|_tmp/[^/]+"
 # Every key that a store can have.
 _OWN_KEY = re.compile(
     "|".join(
@@ -97,12 +97,13 @@ def remains(objects: Objects) -> list[str]:
 
 
 def delete_store(objects: Objects) -> None:
-    """Delete a store and nothing else: objects with any other name are kept.
+    """Delete a store and nothing else: objects with any other name are kept, and so are the leases of jobs.
 
     ``zarr.json`` is deleted last, so that an interrupted deletion leaves something that is still recognized as a store.
     The manifest is deleted first, and the ledger after the shards, so that such a store does not look complete.
     """
-    own = [key for key in objects.list() if _OWN_KEY.fullmatch(key) and key != layout.ATTRIBUTES]
+    kept = re.compile(rf"{re.escape(layout.ATTRIBUTES)}|{layout.JOB_KEY}")
+    own = [key for key in objects.list() if _OWN_KEY.fullmatch(key) and not kept.fullmatch(key)]
     objects.delete(layout.MANIFEST)
     data = tuple(f"{name}/" for name in (layout.FEATURES, *layout.COMPANIONS))
     _delete_all(objects, [key for key in own if key.startswith(data)])

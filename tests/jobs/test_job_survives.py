@@ -158,6 +158,26 @@ def test_interrupted_it_says_how_to_go_on(photographs: Path, tmp_path: Path, num
     assert "Traceback" not in said
 
 
+def test_a_second_job_at_the_same_time_is_refused(photographs: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    job = start(command(photographs, store, "--workers", "0"))
+    try:
+        wait_for((store / "index.parquet").exists)
+        job.send_signal(signal.SIGSTOP)  # until the second one is there
+        second = start(command(photographs, store, "--workers", "0", "--resume"))
+        assert second.stderr is not None
+        said = next(line for line in second.stderr if "waiting to see if another job is alive" in line)
+        job.send_signal(signal.SIGCONT)
+        said += second.communicate(timeout=60)[1]
+        assert second.returncode == 2, said
+        assert f"shards 0 to 11, in process {job.pid} on" in said
+    finally:
+        job.send_signal(signal.SIGCONT)
+        assert job.communicate(timeout=300) is not None
+    assert job.returncode == 0
+    assert not (store / "_jobs").exists()
+
+
 def test_interrupted_before_anything_is_stored(photographs: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     job = start(command(photographs, store, "--workers", "0"))

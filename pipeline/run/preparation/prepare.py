@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -37,8 +38,10 @@ CALIBRATION_IMAGES = 32  # images whose upsampled features set the quantization 
 _IMAGES_IN_CALIBRATION_TASK = 4  # few, because an upsampler that fits each image takes minutes per image
 
 
-def prepare(plan: Plan, objects: Objects, workers: Workers) -> StoreEncoding:
+def prepare(plan: Plan, objects: Objects, workers: Workers, check: Callable[[], None] = lambda: None) -> StoreEncoding:
     """Make the store ready for shards, if it is not ready yet.
+
+    ``check`` is called before the store is changed, and raises if the job is to end.
 
     Raises:
         JobError: the sample cannot be used, the store does not fit on the disk, the stored arrays are damaged, or
@@ -62,6 +65,7 @@ def prepare(plan: Plan, objects: Objects, workers: Workers) -> StoreEncoding:
         step_sha256=step_sha256(step),
         compact=plan.compact,
     )
+    check()
     with storage_explained(objects.uri):
         if plan.config.overwrite:
             _delete_planned(plan, objects)
