@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from pipeline.run.resources import GPU_SHARDS
+
 __all__ = ["Cluster", "Cost", "Outcome", "Storage", "floor", "simulate"]
 
 _READ_AHEAD = 16  # rows, as `pipeline.images.reading.read.read_images`
@@ -85,7 +87,7 @@ class Cluster:
     workers: int
     cores: int
     per_node: int = 1
-    shards_at_once: int = 2
+    shards_at_once: int = GPU_SHARDS
     bytes_per_s: float = float("inf")
     driver_s: float = 0.0
     on_cores: bool = False

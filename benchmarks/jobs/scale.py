@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks import rows
 from benchmarks.jobs.cluster_model import Cluster, Cost, Storage, floor, simulate
 from benchmarks.jobs.scale_measured import WORKERS
+from pipeline.run.resources import GPU_SHARDS
 
 GPUS, CORES = (1, 8, 64, 256, 1000), (8, 16, 32)
 DATASETS = {  # images, bytes of each
@@ -58,8 +59,8 @@ def simulated(storage: Storage, preemptions: float, price: float | None) -> dict
         (row for row in rows.read("main_job") if rows.on_gpu(row) and row["backbone"] == "tf_efficientnet_lite0"),
         key=lambda row: row["images"],
     )
-    dense = fitted(cost_of(gpu_row, gpu_row["stage_ms_per_image"]), gpu_row["images"], Cluster(1, gpu_row["cores"]),
-                   gpu_row["images_per_s"])  # fmt: skip
+    then = Cluster(1, gpu_row["cores"], shards_at_once=gpu_row.get("shards_at_once", 2))  # rows without it: two
+    dense = fitted(cost_of(gpu_row, gpu_row["stage_ms_per_image"]), gpu_row["images"], then, gpu_row["images_per_s"])
     costs = {"dense": dense, "compact": as_compact(dense, measured["runs"])}
     runs = []
     for represent, cost in costs.items():
@@ -95,6 +96,7 @@ def simulated(storage: Storage, preemptions: float, price: float | None) -> dict
         "bytes_per_s": BYTES_PER_S,
         "preemptions_per_hour": preemptions,
         "replaced_s": REPLACED_S,
+        "shards_at_once": GPU_SHARDS,
         "start_s": gpu_row["start_s"],
         "driver_ms_per_shard": measured["driver_ms_per_shard"],
         "measured_gpu": {name: gpu_row[name] for name in ("device", "cores", "images_per_s", "commit")},

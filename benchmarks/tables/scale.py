@@ -66,7 +66,8 @@ def scale_limits() -> str:
         table.append(f"| {1000 * latency:.0f} ms | {cells} |")
     return (
         "One GPU, dense, simulated images/s, by the time of a request and the shards that a worker has in progress; "
-        f"the code has 2. By cores, with 2 shards and {1000 * row['storage']['latency_s']:.0f} ms: {cores}.\n\n"
+        f"the code has {row['shards_at_once']}, if memory allows. By cores, with as many and "
+        f"{1000 * row['storage']['latency_s']:.0f} ms: {cores}.\n\n"
         + "\n".join(table)
         + f"\n\nCheck of the simulation: {measured['runs']['1 workers']['images']} photographs from a local disk, by "
         f"workers of Ray that share {formats.machine(measured)}, the fastest of {measured['turns']} runs; the times "

@@ -164,9 +164,11 @@ class _Remote:
         self._fs, root = open_place(uri, options)
         root = root.rstrip("/")
         self._root = f"{root}/" if root or self._fs.root_marker else ""
+        # s3fs would ask for the size first, to read objects of more than 50 MB in parts: two requests for a small one.
+        self._in_one_request = {"max_concurrency": 1} if "s3" in self._fs.protocol else {}
 
     def get(self, key: str) -> bytes:
-        return bytes(self._fs.cat_file(self._root + key))
+        return bytes(self._fs.cat_file(self._root + key, **self._in_one_request))
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
         if start >= end:

@@ -19,6 +19,7 @@ from pipeline.images.reading.read import read_images
 from pipeline.reporting.seconds import StageSeconds
 from schemas.configuration import SourceKind
 
+_READERS = 64  # threads, which mostly wait: with requests of 150 ms, 427 per second
 _PLACEHOLDER_GREY = 128  # pixel value of failed rows: they are computed with their batch, then discarded
 
 
@@ -97,7 +98,7 @@ class BatchLoader:
         self._source_kind = source_kind
         self._image_column = image_column
         self._limits = {"max_pixels": max_pixels, "min_side": min_side}
-        self._readers = ThreadPoolExecutor(max(8, threads), "read")
+        self._readers = ThreadPoolExecutor(max(_READERS, threads), "read")
         self._decoders = ThreadPoolExecutor(threads, "decode")
         self.stop = threading.Event()
 

@@ -1,6 +1,7 @@
 """Compute low-resolution features of images on one device: needed by every job, and sufficient to fit a PCA basis."""
 
 import logging
+import math
 import os
 import socket
 import threading
@@ -18,7 +19,7 @@ from pipeline.images.decoding.decode import Decoded
 from pipeline.images.sample import Part
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.run.recipe import FeatureRecipe, Stages
-from pipeline.run.resources import available_cores, available_memory, shards_computing
+from pipeline.run.resources import available_cores, available_memory, shards_at_once, shards_computing
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -54,6 +55,7 @@ class FeatureWorker:
 
     Attributes:
         computing: semaphore to hold while the device computes.
+        computing_at_once: number of tasks that can hold it at the same time.
         tasks_at_once: number of tasks to run at the same time, each in its own thread.
         images_done: rows processed since the worker was built; progress is derived from it.
 
@@ -71,14 +73,12 @@ class FeatureWorker:
         self.backbone = self.stages.backbone
         self.images_done = 0
         self._fitting_rows = self.batch_size  # largest batch known to fit in the device's memory
-        computing = shards_computing(
-            self.device.type,
-            spec.threads,
-            memory=available_memory() * spec.threads / max(available_cores(), spec.threads),
-            task_nbytes=self._task_nbytes(),
+        kind, memory = self.device.type, available_memory() * spec.threads / max(available_cores(), spec.threads)
+        self.computing_at_once = shards_computing(kind, spec.threads, memory=memory, task_nbytes=self._task_nbytes())
+        self.computing = threading.BoundedSemaphore(self.computing_at_once)
+        self.tasks_at_once = shards_at_once(
+            kind, self.computing_at_once, memory=memory, waiting_nbytes=self._waiting_nbytes()
         )
-        self.computing = threading.BoundedSemaphore(computing)
-        self.tasks_at_once = computing + 1  # one more, which reads or writes while the others compute
 
     def moments(self, references: pa.Table) -> Part[Moments]:
         """Moments of the low-resolution features of the referenced images."""
@@ -135,10 +135,13 @@ class FeatureWorker:
         """Stop running tasks: each raises `pipeline.images.batches.WorkStopped` before its next batch."""
         self.loader.stop.set()
 
+    def _waiting_nbytes(self) -> int:
+        """Approximate memory in bytes of a task that does not compute: pixels of three batches."""
+        return self.batch_size * math.prod(self.geometry.size) * 3 * 3
+
     def _task_nbytes(self) -> int:
-        """Approximate memory of a task in bytes: pixels of three batches, and the backbone's activations for one."""
-        height, width = self.geometry.size
-        return self.batch_size * height * width * (3 * 3 + 4 * _ACTIVATIONS_A_PIXEL)
+        """Approximate memory in bytes of a task: the same, and the backbone's activations for a batch."""
+        return self._waiting_nbytes() + self.batch_size * math.prod(self.geometry.size) * 4 * _ACTIVATIONS_A_PIXEL
 
     def made_by(self) -> dict[str, str]:
         """Properties of the worker that may differ between the shards of a store, for the ledger."""

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 __all__ = [
+    "GPU_SHARDS",
     "Node",
     "Slot",
     "all_cores",
@@ -23,6 +24,7 @@ __all__ = [
     "fits_this_process",
     "places_for_workers",
     "places_on_joined",
+    "shards_at_once",
     "shards_computing",
     "threads_in_operations",
     "threads_in_training",
@@ -33,6 +35,7 @@ __all__ = [
 
 _ROOT = Path("/")
 _FEW_IMAGES = 1000
+GPU_SHARDS = 16  # that a worker on a GPU has at once: with requests of 150 ms, most of them wait for the storage
 _MEMORY_SHARE = 0.7  # of free memory, for shards; the rest is for stages, libraries and estimates that are too low
 
 
@@ -101,6 +104,20 @@ def shards_computing(device: str, threads: int, *, memory: float, task_nbytes: i
     if device != "cpu":
         return 1
     return max(1, min(threads, int(_MEMORY_SHARE * memory / task_nbytes) - 1))
+
+
+def shards_at_once(device: str, computing: int, *, memory: float, waiting_nbytes: int) -> int:
+    """Number of shards that a worker has at the same time, with those that read, encode and write.
+
+    Args:
+        device: "cpu" or "cuda".
+        computing: number of shards that compute at the same time.
+        memory: bytes that the worker may allocate.
+        waiting_nbytes: approximate memory of a shard that does not compute, outside the device.
+    """
+    if device == "cpu":
+        return computing + 1
+    return max(computing + 1, min(GPU_SHARDS, int(_MEMORY_SHARE * memory / waiting_nbytes)))
 
 
 def threads_in_operations(device: str, threads: int) -> int:

@@ -43,7 +43,7 @@ from schemas.ledger import LedgerRecord, RowOutcome
 
 logger = logging.getLogger(__name__)
 
-_COPIES_IN_UPSAMPLING = 4  # of a batch's values: floats of two steps, codes, and the codes being encoded
+_COPIES_IN_UPSAMPLING = 3  # of a batch's values: floats of two steps, and the codes being encoded
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,9 @@ class ShardWorker(FeatureWorker):
         assert self.stages.upsampler is not None
         self.upsampler = self.stages.upsampler
         self._upsampled_by = self.upsampler.explain(self.device)
-        slow = self._upsampled_by.startswith("reference")
+        level = logging.WARNING if self._upsampled_by.startswith("reference") else logging.DEBUG
         message = "--upsampler %s runs on %s with the implementation %s"
-        logger.log(
-            logging.WARNING if slow else logging.DEBUG,
-            message, self.recipe.upsampler, self.device, self._upsampled_by,
-        )  # fmt: skip
+        logger.log(level, message, self.recipe.upsampler, self.device, self._upsampled_by)
         self._encoders = ThreadPoolExecutor(spec.threads, "encode")
         self._with_basis: tuple[tuple[str, str | None], Projected] | None = None
 
@@ -204,11 +201,7 @@ class ShardWorker(FeatureWorker):
         if self.recipe.embedding is not None:
             companions[layout.EMBEDDING] = encode_embeddings(np.concatenate(embeddings), shard_rows)
         encoded = _results(chunks)
-        facts = {
-            "configuration_hash": encoding.configuration_hash,
-            "clipped": clipped,
-            "made_by": self.made_by(),
-        }
+        facts = {"configuration_hash": encoding.configuration_hash, "clipped": clipped, "made_by": self.made_by()}
         with storage_explained(store.uri):
             return write_shard(store, shard, shard_rows, encoded, outcomes, seconds, facts, companions)
 
@@ -303,11 +296,17 @@ class ShardWorker(FeatureWorker):
             self._with_basis = key, upsampler.with_basis(*basis.tensors).to(self.device)
         return self._with_basis[1]
 
+    def _waiting_nbytes(self) -> int:
+        """As in ``FeatureWorker``, plus a shard's chunks (as if uncompressed) and the codes of a batch."""
+        rows = self.recipe.shard_rows + self.batch_size
+        return super()._waiting_nbytes() + rows * self._image_values() * np.dtype(self.recipe.dtype).itemsize
+
     def _task_nbytes(self) -> int:
-        """As in ``FeatureWorker``, plus a shard's chunks (as if uncompressed) and several float32 copies of a batch."""
-        values = self.recipe.components * math.prod(self.recipe.stored_size)
-        chunks = self.recipe.shard_rows * values * np.dtype(self.recipe.dtype).itemsize
-        return super()._task_nbytes() + chunks + self.batch_size * values * 4 * _COPIES_IN_UPSAMPLING
+        """As in ``FeatureWorker``, plus several float32 copies of a batch."""
+        return super()._task_nbytes() + self.batch_size * self._image_values() * 4 * _COPIES_IN_UPSAMPLING
+
+    def _image_values(self) -> int:
+        return self.recipe.components * math.prod(self.recipe.stored_size)
 
     def made_by(self) -> dict[str, str]:
         """As ``FeatureWorker.made_by``, and the implementation of the upsampler."""

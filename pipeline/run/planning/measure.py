@@ -98,7 +98,7 @@ def measure(plan: Plan) -> Measurement:
         fit, fit_s = _usual_fit(plan, basis, workers)
         calibration, slow, calibration_s = _calibration(plan, basis, fit, workers)
         if slow:
-            images, image_s = 1, calibration_s / (worker.tasks_at_once - 1)
+            images, image_s = 1, calibration_s / worker.computing_at_once
             nbytes = calibration.nbytes
         else:
             step = choose_steps(recipe.dtype, calibration.mean_square, recipe.error_floor)
@@ -124,7 +124,7 @@ def _basis(plan: Plan, images: int, workers: InlineWorkers) -> tuple[Basis, floa
     """The plan's basis, or one fitted on some images; and seconds of PCA an image."""
     if plan.basis is not None:
         return plan.basis, 0.0
-    threads = workers.worker.tasks_at_once - 1
+    threads = workers.worker.computing_at_once
     images_in_task = max(1, min(images // threads, workers.worker.batch_size * 4))
     gathered = partial(gather, workers, FeatureWorker.moments, plan.references, images_in_task=images_in_task)
     gathered(1, what="PCA")  # the first pass of a network is slow
@@ -141,7 +141,7 @@ def _usual_fit(plan: Plan, basis: Basis, workers: InlineWorkers) -> tuple[Upsamp
     images = min(plan.fitting.images, len(plan.references))
     sample = partial(gather, workers, ShardWorker.fitting_sample, plan.references, images_in_task=1, what="views")
     begun = time.monotonic()
-    gathered = sample(workers.worker.tasks_at_once, basis)
+    gathered = sample(workers.worker.computing_at_once + 1, basis)
     return usual, _FIT_PER_VIEWS * images * (time.monotonic() - begun) / gathered.images
 
 
@@ -155,7 +155,7 @@ def _calibration(
     slow = time.monotonic() - begun > _SLOW_S
     if not slow:  # the first one may have compiled kernels
         begun = time.monotonic()
-        sample = gathered(workers.worker.tasks_at_once, basis, fit)
+        sample = gathered(workers.worker.computing_at_once + 1, basis, fit)
     seconds = (time.monotonic() - begun) / sample.images
     return Calibration(sample.sums.mean_square / sample.images, sample.sums.nbytes / sample.images), slow, seconds
 
@@ -169,7 +169,7 @@ def _shards(
 ) -> tuple[int, float, float]:
     """Images made, seconds of wall time and bytes an image: shards of one batch each, in a temporary folder."""
     worker = workers.worker
-    count = worker.batch_size * worker.tasks_at_once * _ROUNDS
+    count = worker.batch_size * (worker.computing_at_once + 1) * _ROUNDS
     references = plan.references.take(next_wave(len(plan.references), count, 0, 0))
     with TemporaryDirectory() as folder:
         objects = Objects(folder)

@@ -7,6 +7,7 @@ import torch
 
 from pipeline.run import resources
 from pipeline.run.resources import (
+    GPU_SHARDS,
     Node,
     Slot,
     available_cores,
@@ -15,6 +16,7 @@ from pipeline.run.resources import (
     fits_this_process,
     places_for_workers,
     places_on_joined,
+    shards_at_once,
     shards_computing,
     threads_in_training,
     torch_threads,
@@ -255,6 +257,22 @@ def test_as_many_shards_compute_as_cores_and_memory_allow(
     device: str, threads: int, memory: int, task: int, expected: int
 ) -> None:
     assert shards_computing(device, threads, memory=memory, task_nbytes=task) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "computing", "memory", "waiting", "expected"),
+    [
+        ("cuda", 1, 128 * GB, 330 * 10**6, GPU_SHARDS),
+        ("cuda", 1, 4 * GB, 330 * 10**6, 8),
+        ("cuda", 1, 0, 330 * 10**6, 2),  # one computes, and one reads or writes
+        ("cpu", 64, 256 * GB, 330 * 10**6, 65),
+        ("cpu", 1, 256 * GB, 330 * 10**6, 2),
+    ],
+)
+def test_on_a_gpu_more_shards_wait_than_compute(
+    device: str, computing: int, memory: int, waiting: int, expected: int
+) -> None:
+    assert shards_at_once(device, computing, memory=memory, waiting_nbytes=waiting) == expected
 
 
 def test_torch_threads_are_given_back() -> None:
