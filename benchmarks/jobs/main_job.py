@@ -105,6 +105,7 @@ def run_one(options: dict[str, Any]) -> None:
 
     from pipeline.run.job import carry_out
     from pipeline.run.planning.plan import make_plan
+    from pipeline.run.resources import GPU_SHARDS
     from schemas.options import UpsampleConfig
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -115,6 +116,7 @@ def run_one(options: dict[str, Any]) -> None:
         "layer": plan.configuration.backbone["layer"],
         "images": report.rows_ok + report.rows_failed,
         "failed": report.rows_failed,
+        **({"shards_at_once": GPU_SHARDS} if plan.spec.device == "cuda" else {}),  # at most; memory may allow fewer
         "images_per_s": round(report.images_per_second, 2),
         "start_s": round(report.seconds - report.making_seconds, 1),
         "stage_ms_per_image": {

@@ -6,8 +6,11 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,11 +18,11 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
 from densefeat.errors import PlaceError, StorageUnavailable
-from densefeat.storage.places import open_place
+from densefeat.storage.places import is_local, open_place
 from densefeat.storage.retries import retried
 from pipeline.errors import JobError
 
-__all__ = ["load_strict", "read_metadata", "read_state_dict", "state_digest"]
+__all__ = ["at_hand", "load_strict", "read_metadata", "read_state_dict", "remote_files", "state_digest"]
 
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 _SUFFIXES = (".safetensors", *_PICKLED)
@@ -28,6 +31,7 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 # Prefixes that DataParallel and torch.compile add to every name.
 _PREFIXES = ("module.", "_orig_mod.")
 _LISTED = 8
+_AT_HAND: ContextVar[Mapping[str, bytes]] = ContextVar("files at hand", default=MappingProxyType({}))
 
 
 def read_state_dict(uri: str) -> dict[str, Tensor]:
@@ -66,6 +70,26 @@ def read_metadata(uri: str) -> dict[str, str]:
     if PurePosixPath(uri).suffix.lower() != ".safetensors":
         return {}
     return _read_safetensors_metadata(_opened(uri), uri)
+
+
+def remote_files(uris: Iterable[str]) -> dict[str, bytes]:
+    """Contents of those checkpoint files that are not on this machine's file systems, by URI, for `at_hand`.
+
+    Raises:
+        JobError: a file is missing, or cannot be fetched.
+    """
+    opened = {uri: _opened(uri) for uri in uris if not is_local(uri)}
+    return {uri: file for uri, file in opened.items() if isinstance(file, bytes)}
+
+
+@contextmanager
+def at_hand(files: Mapping[str, bytes]) -> Iterator[None]:
+    """In the block, take these files from memory instead of fetching them."""
+    token = _AT_HAND.set(files)
+    try:
+        yield
+    finally:
+        _AT_HAND.reset(token)
 
 
 def load_strict(
@@ -129,6 +153,8 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
 
 def _opened(uri: str) -> Path | bytes:
     """Path of a local file, after checking that it opens; or contents of a remote file, so no disk is needed."""
+    if (data := _AT_HAND.get().get(uri)) is not None:
+        return data
     try:
         filesystem, path = open_place(uri)
         if not isinstance(filesystem, LocalFileSystem):

@@ -94,6 +94,11 @@ class FeatureRecipe:
     facet: Facet
     backbone_identity: Mapping[str, Any]
 
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """Paths and URIs of the checkpoint files that the stages are built from."""
+        return () if self.weights in ("pretrained", "random") else (self.weights,)
+
     def build(self) -> Stages:
         """Build the stages on the CPU.
 
@@ -139,6 +144,12 @@ class UpsampleRecipe(FeatureRecipe):
     guided: bool
     embedding: int | None
     stored_size: tuple[int, int]
+
+    @property
+    @override
+    def checkpoints(self) -> tuple[str, ...]:
+        own = () if self.upsampler_weights is None else (self.upsampler_weights,)
+        return (*super().checkpoints, *own)
 
     @override
     def build(self) -> Stages:

@@ -10,12 +10,12 @@ from benchmarks.jobs.cluster_model import Cluster, Cost, Storage, floor, simulat
 COST = Cost(decode_s=0.0, device_s=0.0, encode_s=0.0, rest_s=0.0, read_bytes=0.0, written_bytes=0.0, shard_rows=64)
 LIMITS = {
     "cores": (replace(COST, decode_s=0.02, encode_s=0.03), Storage(), Cluster(4, 8, shards_at_once=4)),
-    "GPU": (replace(COST, device_s=0.01), Storage(), Cluster(4, 8)),
-    "network in": (replace(COST, read_bytes=1e5), Storage(), Cluster(4, 8, bytes_per_s=1e6)),
-    "network out": (replace(COST, written_bytes=1e6), Storage(), Cluster(4, 8, bytes_per_s=1e7)),
-    "GET rate": (COST, Storage(gets_per_s=100), Cluster(4, 8)),
-    "PUT rate": (COST, Storage(puts_per_s=10), Cluster(4, 8)),
-    "driver": (COST, Storage(), Cluster(4, 8, driver_s=0.1)),
+    "GPU": (replace(COST, device_s=0.01), Storage(), Cluster(4, 8, shards_at_once=2)),
+    "network in": (replace(COST, read_bytes=1e5), Storage(), Cluster(4, 8, shards_at_once=2, bytes_per_s=1e6)),
+    "network out": (replace(COST, written_bytes=1e6), Storage(), Cluster(4, 8, shards_at_once=2, bytes_per_s=1e7)),
+    "GET rate": (COST, Storage(gets_per_s=100), Cluster(4, 8, shards_at_once=2)),
+    "PUT rate": (COST, Storage(puts_per_s=10), Cluster(4, 8, shards_at_once=2)),
+    "driver": (COST, Storage(), Cluster(4, 8, shards_at_once=2, driver_s=0.1)),
 }
 
 

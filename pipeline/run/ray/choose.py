@@ -3,13 +3,19 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import ray
 
 from pipeline.errors import JobError
-from pipeline.run.feature_worker import WorkerSpec
+from pipeline.features.checkpoints import at_hand, remote_files
+from pipeline.run.feature_worker import FeatureWorker, WorkerSpec
 from pipeline.run.queue import OUTAGE_S
 from pipeline.run.ray.cluster import connected, living_nodes
 from pipeline.run.ray.workers import RayWorkers
 from pipeline.run.resources import Slot, places_for_workers, places_on_joined
+from pipeline.run.shard_worker import make_worker
 
 __all__ = ["connected", "ray_workers"]
 
@@ -74,7 +80,15 @@ def ray_workers(
         attempts=attempts,
         stall_timeout_s=stall_timeout_s,
         outage_s=outage_s,
+        # Ray brings them to each node once; the workers of a node would fetch them one by one.
+        make=partial(_make_with, ray.put(remote_files(spec.recipe.checkpoints))),
     )
+
+
+def _make_with(files: Any, spec: WorkerSpec) -> FeatureWorker:
+    """Build a worker with checkpoint files from Ray's object store."""
+    with at_hand(ray.get(files)):
+        return make_worker(spec)
 
 
 def _warn_of_local_folders(places: Mapping[str, str], nodes: int) -> None:
