@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import rows
-from benchmarks.chaos.run import run
+from benchmarks.chaos.run import Quiet, run
 from benchmarks.chaos.schedule import SCENARIOS, shortened
 
 IMAGES, SHORT_IMAGES = 600, 160
@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, datefmt="%H:%M:%S")
     images = arguments.images or (SHORT_IMAGES if arguments.short else IMAGES)
-    failed = False
+    failed, quiet = False, Quiet()
     for name in arguments.scenario:
         scenario = SCENARIOS[name]
         if arguments.short:
@@ -44,7 +44,7 @@ def main() -> None:
             scenario = scenario.with_faults(arguments.faults)
         folder = Path(tempfile.mkdtemp(prefix=f"chaos-{name}-"))
         print(f"{name}: {images} images, seed {arguments.seed}; logs in {folder}", file=sys.stderr)
-        outcome = run(name, scenario, images, arguments.seed, folder)
+        outcome = run(name, scenario, images, arguments.seed, folder, quiet)
         print(json.dumps(outcome.row))
         for wrong in outcome.wrong:
             print(f"{name}: {wrong}", file=sys.stderr)

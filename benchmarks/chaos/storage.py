@@ -33,7 +33,7 @@ class Storage:
         spoiled: requests that got each kind of fault.
         records: shards with a record in the ledger.
         intents: shard -> digests of the intents written for it: one for each time that it was computed to its end.
-        reads: image -> times that it was read.
+        reads: image -> times that it was read for shards.
     """
 
     endpoint: str
@@ -78,6 +78,8 @@ class Storage:
                 self.records.add(int(record[1]))
             elif method == "PUT" and (intent := _INTENT.search(path)):
                 self.intents[int(intent[1])].add(hashlib.sha256(body).hexdigest())
+            elif method == "PUT" and path.endswith("/index.parquet") and not self.intents:
+                self.reads.clear()  # the store is set up: these were for the basis and the calibration
 
     def environment(self, *, faults: bool) -> dict[str, str]:
         """Variables with which clients find the storage."""
