@@ -59,7 +59,7 @@ class Fault:
 SCENARIOS = {
     "workers": Scenario({"kill a worker": 20}),
     "nodes": Scenario({"kill a raylet": 3, "switch off a node": 3}),
-    "driver": Scenario({"kill the driver": 5}),
+    "driver": Scenario({"kill the driver": 4}),
     "stopped": Scenario({"stop a worker": 10}),
     "poison": Scenario({}, poison=4),
     "corrupt": Scenario({}, corrupt=True, share=None),
@@ -68,11 +68,11 @@ SCENARIOS = {
     "drained": Scenario({"drain a node": 4}),
     "all": Scenario(
         {
-            "kill a worker": 34, "kill a raylet": 3, "switch off a node": 3, "drain a node": 4, "kill the driver": 5,
-            "stop a worker": 10, "503": 14, "stall": 8, "hang": 5, "lose": 18, "outage": 2,
+            "kill a worker": 30, "kill a raylet": 3, "switch off a node": 3, "drain a node": 3, "kill the driver": 3,
+            "stop a worker": 10, "503": 18, "stall": 8, "hang": 5, "lose": 22, "outage": 2,
             "join with a wrong clock": 1,
         },
-        poison=4,
+        poison=3,
         corrupt=True,
         clocks_s=(3600, 0, 0, 0, 0),
     ),
