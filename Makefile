@@ -28,7 +28,7 @@ test-processors: .venv/.dev
 	ATEN_CPU_CAPABILITY=avx2 $(NUMBA_AVX2) $(PARALLEL) -m "not slow" -q $(NUMERIC)
 	ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic $(PARALLEL) -m "not slow" -q $(NUMERIC)
 
-# The main job on a cluster on this machine while everything that it needs fails: half an hour on two cores.
+# The main job on a cluster on this machine while everything that it needs fails; the table in docs/cluster.md has its times.
 chaos: .venv/.dev
 	$(BIN)/python -m benchmarks.chaos
 

@@ -6,6 +6,7 @@ import os
 import re
 import threading
 import time
+import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -125,6 +126,7 @@ def running_storage() -> Iterator[Storage]:
         host, port = server.get_host_and_port()
         endpoint = f"http://{host}:{port}"
         with S3Proxy(endpoint, checks_clocks=True).running() as proxy:
+            urllib.request.urlopen(f"{endpoint}/moto-api/reset", b"").close()  # it keeps buckets of earlier servers
             storage = Storage(endpoint, proxy)
             storage._filesystem().mkdir(BUCKET)
             yield storage
