@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-all test-processors lint types check format clean
+.PHONY: demo test test-slow test-all test-processors chaos lint types check format clean
 
 demo: .venv/.demo
 	$(BIN)/python -m jobs.demo
@@ -27,6 +27,10 @@ NUMBA_AVX2 := NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx,+avx2,+fma
 test-processors: .venv/.dev
 	ATEN_CPU_CAPABILITY=avx2 $(NUMBA_AVX2) $(PARALLEL) -m "not slow" -q $(NUMERIC)
 	ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic $(PARALLEL) -m "not slow" -q $(NUMERIC)
+
+# The main job on a cluster on this machine while everything that it needs fails; the table in docs/cluster.md has its times.
+chaos: .venv/.dev
+	$(BIN)/python -m benchmarks.chaos
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -22,6 +22,13 @@ class StorageUnavailable(DensefeatError):  # noqa: N818 - says what happened
     """
 
 
+class WrongClock(DensefeatError):  # noqa: N818 - says what is wrong
+    """A storage refuses all requests of this machine, because its clock is wrong; the message says by how much.
+
+    The state of the requested object is unknown.
+    """
+
+
 class MissingPackage(DensefeatError, ImportError):  # noqa: N818 - says what is missing
     """A package of one of densefeat's extras is not installed; the message has the command to install it."""
 

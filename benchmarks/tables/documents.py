@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.tables import evaluation, features, performance, reading, scale, stores, upsamplers
+from benchmarks.tables import chaos, evaluation, features, performance, reading, scale, stores, upsamplers
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -22,6 +22,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fits": upsamplers.fits,
     "training": upsamplers.training,
     "encoding": stores.encoding,
+    "chaos": chaos.chaos,
     "demo": performance.demo,
     "main_job": performance.main_job,
     "main_job_cores": performance.main_job_cores,

@@ -12,9 +12,10 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
-from densefeat.errors import StorageUnavailable
+from densefeat.errors import StorageUnavailable, WrongClock
 
 __all__ = [
     "http_status",
@@ -23,6 +24,7 @@ __all__ = [
     "is_unreachable_for_good",
     "lacks_credentials",
     "retry_after",
+    "wrong_clock",
 ]
 
 _TRANSIENT_HTTP = frozenset({408, 425, 429, *range(500, 600)}) - {501, 505}
@@ -86,9 +88,11 @@ _TRANSIENT_CODES = frozenset({
 _CREDENTIAL_CODES = frozenset({
     "AccountProblem", "AllAccessDisabled", "AuthFailure", "ExpiredToken", "ExpiredTokenException",
     "IncompleteSignature", "InvalidAccessKeyId", "InvalidClientTokenId", "InvalidSecurity", "InvalidToken",
-    "MissingAuthenticationToken", "NotSignedUp", "RequestExpired", "RequestTimeTooSkewed",
-    "SignatureDoesNotMatch", "TokenRefreshRequired", "UnrecognizedClientException",
+    "MissingAuthenticationToken", "NotSignedUp", "RequestExpired", "SignatureDoesNotMatch",
+    "TokenRefreshRequired", "UnrecognizedClientException",
 })  # fmt: skip
+_CLOCK_CODE = "RequestTimeTooSkewed"
+_MOST_SKEW_S = 15 * 60  # beyond which S3 refuses requests
 
 
 def is_transient(error: BaseException) -> bool:
@@ -104,11 +108,27 @@ def is_transient(error: BaseException) -> bool:
 
 
 def lacks_credentials(error: BaseException) -> bool:
-    """Whether every request of this client is refused: missing, expired or unknown credentials, or a wrong clock.
+    """Whether every request of this client is refused: missing, expired or unknown credentials.
 
     Unlike "access denied", which can concern a single object.
     """
     return any(_refuses_everything(cause) for cause in _causes(error))
+
+
+def wrong_clock(error: BaseException) -> str | None:
+    """What is wrong with this machine's clock and what to do, if the storage refuses requests for it; else None.
+
+    S3's clients sign the time of a request, and do not learn from a refusal.
+    """
+    refusal = next((cause for cause in _causes(error) if _refuses_the_clock(cause)), None)
+    if refusal is None:
+        return next((str(cause) for cause in _causes(error) if isinstance(cause, WrongClock)), None)
+    here, there = datetime.now(UTC), _date(refusal)
+    told = "" if there is None else f", that of the storage {there:%Y-%m-%d %H:%M:%S}"
+    return (
+        f"the clock of {socket.gethostname()} says {here:%Y-%m-%d %H:%M:%S} UTC{told}, so that the storage refuses all "
+        "its requests: set the clock, and let chrony or another time service keep it right"
+    )
 
 
 def is_unreachable(error: BaseException) -> bool:
@@ -187,6 +207,24 @@ def _refuses_everything(error: BaseException) -> bool:
     if _is_a(error, {"gcsfs": {"HttpError"}}):
         return _status(error) == 401
     return isinstance(error, OSError) and error.errno in _CREDENTIAL_ERRNO
+
+
+def _refuses_the_clock(error: BaseException) -> bool:
+    code = _code(error)
+    if code == _CLOCK_CODE or code not in ("403", "Forbidden"):
+        return code == _CLOCK_CODE
+    there = _date(error)  # the answer to HEAD has no body, and so no code
+    return there is not None and abs((datetime.now(UTC) - there).total_seconds()) > _MOST_SKEW_S
+
+
+def _date(error: BaseException) -> datetime | None:
+    """When the response was made, by the server's clock."""
+    text = _header(error, "Date")
+    try:
+        date = None if text is None else email.utils.parsedate_to_datetime(text)
+    except (ValueError, OverflowError):
+        return None
+    return None if date is None or date.tzinfo is None else date
 
 
 def _is_a(error: BaseException, classes: Mapping[str, set[str]]) -> bool:

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from densefeat.errors import StorageUnavailable
-from densefeat.storage.failures import is_transient, retry_after
+from densefeat.errors import StorageUnavailable, WrongClock
+from densefeat.storage.failures import is_transient, retry_after, wrong_clock
 
 __all__ = ["PATIENCE_S", "is_transient", "retried"]
 
@@ -47,6 +47,7 @@ def retried(
 
     Raises:
         StorageUnavailable: the operation still fails, or was stopped.
+        WrongClock: the storage refuses requests of this machine.
         Exception: any other error of ``operation``, unchanged.
     """
     wait, end = _FIRST_WAIT_S, None
@@ -54,6 +55,8 @@ def retried(
         try:
             return operation()
         except Exception as error:
+            if (clock := wrong_clock(error)) is not None:
+                raise WrongClock(f"{place}: {clock}") from error
             if not when(error):
                 raise
             failure = error

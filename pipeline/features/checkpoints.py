@@ -17,7 +17,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
-from densefeat.errors import PlaceError, StorageUnavailable
+from densefeat.errors import PlaceError, StorageUnavailable, WrongClock
 from densefeat.storage.places import is_local, open_place
 from densefeat.storage.retries import retried
 from pipeline.errors import JobError
@@ -165,7 +165,7 @@ def _opened(uri: str) -> Path | bytes:
         raise JobError(f"Weights {uri!r}: got no such file, expected a checkpoint. Check the path or URI.") from error
     except PlaceError as error:
         raise JobError(f"Weights: {error}") from error
-    except StorageUnavailable:
+    except (StorageUnavailable, WrongClock):
         raise
     except Exception as error:  # each file system's client raises its own types
         raise JobError(

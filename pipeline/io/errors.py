@@ -4,7 +4,7 @@ import errno
 from typing import Literal
 
 from densefeat.errors import DensefeatError
-from densefeat.storage.failures import is_transient, lacks_credentials
+from densefeat.storage.failures import is_transient, lacks_credentials, wrong_clock
 from pipeline.errors import JobError
 
 __all__ = ["explain_storage_error"]
@@ -31,12 +31,13 @@ def explain_storage_error(
         )
     if isinstance(error, DensefeatError) or is_transient(error):
         return None
+    if (clock := wrong_clock(error)) is not None:
+        return JobError(f"{place}: {clock}")
     if lacks_credentials(error):
         return JobError(
             f"{place}: no credentials, or they were refused ({type(error).__name__}: {error}). Set AWS_ACCESS_KEY_ID "
             "and AWS_SECRET_ACCESS_KEY or AWS_PROFILE (GOOGLE_APPLICATION_CREDENTIALS for gs://), give the machine a "
-            "role, or set FSSPEC_S3_ANON=true if it is public; on a cluster, on every node. Renew expired credentials, "
-            "and check the clock"
+            "role, or set FSSPEC_S3_ANON=true if it is public; on a cluster, on every node. Renew expired credentials"
         )
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return JobError(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from densefeat.errors import StorageUnavailable
+from densefeat.errors import StorageUnavailable, WrongClock
 from densefeat.storage.objects import Objects
 from pipeline.errors import JobError
 from pipeline.io.errors import explain_storage_error
@@ -65,7 +65,7 @@ def check_writable(objects: Objects, place: str) -> None:
 def _tried(place: str, what: str) -> Iterator[None]:
     try:
         yield
-    except StorageUnavailable:
+    except (StorageUnavailable, WrongClock):
         raise
     except Exception as error:  # each client has its own exception types
         explained = explain_storage_error(error, place)

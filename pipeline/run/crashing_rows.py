@@ -1,7 +1,8 @@
 """Find the images that make their shard fail: a decoder that crashes, an image that takes all the memory or never ends.
 
 A shard that keeps failing is halved, and halved again, until single rows fail by themselves. They become failed rows,
-and the rest of the shard is made. Each part runs alone on its worker, so that no other is blamed.
+and the rest of the shard is made. Each part runs alone on its worker, so that no other is blamed. A shard of which no
+part fails was struck from outside, such as by workers that were killed: it is tried again as it is.
 """
 
 import logging
@@ -36,7 +37,7 @@ def crashing_rows(
         made: number of shards that this job made.
 
     Returns:
-        shard -> position in the shard -> reason, for the shards in which such rows were found.
+        shard -> position in the shard -> reason, for the shards that are to be tried again without these rows.
     """
     shards = [shard for shard, failure in failed.items() if failure.suspect]
     if beyond_single_images(len(shards), made):
@@ -47,7 +48,7 @@ def crashing_rows(
         every = range(len(plan.features.rows_of(shard)))
         logger.warning("shard %d keeps failing: looking for the images in it that make it fail", shard)
         parts += _halves(shard, every) if len(every) > 1 else [(shard, every)]
-    found: dict[int, dict[int, str]] = {}
+    found: dict[int, dict[int, str]] = {shard: {} for shard in shards}
     while parts:
         failures = _try(plan, workers, encoding, parts)
         parts = []
@@ -57,6 +58,9 @@ def crashing_rows(
             else:
                 parts += _halves(shard, rows)
         parts = _without_hopeless(plan, parts, found)
+    for shard, failing in found.items():
+        if not failing:
+            logger.warning("shard %d: nothing in it fails by itself: trying it again", shard)
     return found
 
 

@@ -233,6 +233,12 @@ class TaskQueue(Generic[Worker]):
         self._put_back(task)
         return None
 
+    def returned(self, task: int, now: float) -> None:
+        """Record that a task was not run, by no fault of its own: it costs nothing, and runs after all others."""
+        self._release(task, now)
+        self._troubled.setdefault(task, _Task()).not_before = now
+        self._put_back(task)
+
     def progressed(self, worker: Worker, now: float) -> None:
         """Record that a worker made progress."""
         if worker in self._workers:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
+from densefeat.errors import WrongClock
 from pipeline.errors import JobError
 from pipeline.run.failures import FailureLog, OutageLog, is_suspect
 from pipeline.run.feature_worker import FeatureWorker, WorkerSpec, pick_device
@@ -159,7 +160,7 @@ class InlineWorkers:
             queue.done(task, time.monotonic())
             yield task, future.result()
             return
-        if isinstance(error, JobError) or not isinstance(error, Exception):
+        if isinstance(error, JobError | WrongClock) or not isinstance(error, Exception):
             raise error
         reason, now = self._failures.told(error, "a task failed"), time.monotonic()
         suspect = is_suspect(error)

@@ -20,7 +20,7 @@ from botocore.parsers import ResponseParserError
 from fsspec.exceptions import FSTimeoutError
 from s3fs.errors import translate_boto_error
 
-from densefeat.errors import StorageUnavailable
+from densefeat.errors import StorageUnavailable, WrongClock
 from densefeat.storage.failures import (
     http_status,
     is_transient,
@@ -28,6 +28,7 @@ from densefeat.storage.failures import (
     is_unreachable_for_good,
     lacks_credentials,
     retry_after,
+    wrong_clock,
 )
 from densefeat.storage.retries import retried
 
@@ -135,7 +136,7 @@ CREDENTIALS = [
     *(
         translate_boto_error(s3(code, status))
         for code, status in (
-            ("ExpiredToken", 400), ("InvalidAccessKeyId", 403), ("RequestTimeTooSkewed", 403), ("InvalidToken", 400),
+            ("ExpiredToken", 400), ("InvalidAccessKeyId", 403), ("InvalidToken", 400),
             ("SignatureDoesNotMatch", 403), ("TokenRefreshRequired", 400), ("ExpiredTokenException", 400),
         )
     ),
@@ -155,6 +156,31 @@ def test_what_passes(error: Exception) -> None:
 def test_what_stays(error: Exception) -> None:
     assert not is_transient(error)
     assert not lacks_credentials(error)
+
+
+def at(code: str, seconds_ago: float) -> Exception:
+    """S3's refusal, made so long ago by its clock."""
+    date = email.utils.formatdate(time.time() - seconds_ago, usegmt=True)
+    response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": 403, "HTTPHeaders": {"date": date}}}
+    return translate_boto_error(boto.ClientError(response, "HeadObject"))
+
+
+@pytest.mark.parametrize("error", [at("RequestTimeTooSkewed", 3600), at("403", 3600), at("403", -3600)])
+def test_a_wrong_clock_is_told_and_not_waited_for(error: Exception) -> None:
+    """The answer to HEAD has a status and a date, but no code."""
+    told = wrong_clock(error)
+    assert told is not None
+    assert socket.gethostname() in told
+    assert "set the clock" in told
+    assert not is_transient(error)
+    assert not lacks_credentials(error)
+    with pytest.raises(WrongClock, match=r"s3://b/x: the clock of .* UTC, that of the storage \d{4}-"):
+        retried(Mock(side_effect=error), "s3://b/x")
+
+
+@pytest.mark.parametrize("error", [at("403", 60), at("AccessDenied", 3600), s3("403", 403), answer(403)])
+def test_other_refusals_are_not_the_clocks(error: Exception) -> None:
+    assert wrong_clock(error) is None
 
 
 @pytest.mark.parametrize("error", CREDENTIALS, ids=lambda error: type(error).__name__)

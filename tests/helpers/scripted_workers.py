@@ -108,6 +108,20 @@ def making_badly(log: Path, times: int, how: str) -> Any:
 KILLS, RAISES = b"this image kills", b"this image raises"
 
 
+def make_struck(log: Path, times: int, spec: WorkerSpec, stages: Stages | None = None) -> ShardWorker:
+    """The real worker, but images with `RAISES` fail a number of times, and then no more."""
+    worker = ShardWorker(spec, stages)
+    decode = worker.loader._decode
+
+    def struck(data: Any, seconds: StageSeconds) -> Any:
+        if isinstance(data, bytes) and RAISES in data and count(log) <= times:
+            raise RuntimeError("by no fault of the image")
+        return decode(data, seconds)
+
+    worker.loader._decode = struck  # type: ignore[method-assign]
+    return worker
+
+
 def make_poisoned(spec: WorkerSpec, stages: Stages | None = None) -> ShardWorker:
     """The real worker, but a decoder with two bugs: one takes the process with it, as a crash in a library does."""
     worker = ShardWorker(spec, stages)

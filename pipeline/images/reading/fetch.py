@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from densefeat.errors import DensefeatError, StorageUnavailable
+from densefeat.errors import DensefeatError, StorageUnavailable, WrongClock
 from densefeat.storage.failures import is_transient, is_unreachable, is_unreachable_for_good, lacks_credentials
 from densefeat.storage.places import is_local, open_uri
 from densefeat.storage.retries import PATIENCE_S, retried
@@ -79,6 +79,7 @@ class Fetch:
 
         Raises:
             StorageUnavailable: the storage did not answer within the retry period.
+            WrongClock: it refuses requests of this machine.
             JobError: there are no credentials, or a package is missing.
         """
         if (nbytes or 0) > self.max_bytes:
@@ -109,8 +110,8 @@ class Fetch:
         """Turn a read error into the outcome of the image.
 
         Raises:
-            DensefeatError: the error says nothing about the image: `StorageUnavailable`, or a ``JobError`` that says
-                what to do.
+            DensefeatError: the error says nothing about the image: `StorageUnavailable`, `WrongClock`, or a
+                ``JobError`` that says what to do.
             Exception: the error itself, if it is not from a storage.
         """
         if isinstance(error, ImageError):
@@ -126,7 +127,7 @@ class Fetch:
             raise explained from cause
         if isinstance(error, StorageUnavailable) and cause is not None and self._host_is_dead(uri, cause):
             return _unreadable(uri, cause)
-        if isinstance(error, StorageUnavailable | JobError):
+        if isinstance(error, StorageUnavailable | WrongClock | JobError):
             raise error
         return _unreadable(uri, error)
 

@@ -7,6 +7,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from densefeat.errors import WrongClock
+from pipeline.errors import JobError
 from pipeline.run.ray.cluster import free_resources, living_nodes
 from pipeline.run.ray.nodes import NodeFailures
 from pipeline.run.ray.remote_worker import RemoteWorker
@@ -94,6 +96,20 @@ class Crew:
         """Record that a worker failed on a node, by no fault of a task."""
         if self._nodes.failed(node, time.monotonic()):
             logger.warning("workers keep failing on node %s: it is left out for a while, if there is another", node)
+
+    def wrong_clock_of(self, actor: RemoteWorker, error: WrongClock) -> None:
+        """Record that the storage refuses a removed worker for the clock of its node; its slot is filled elsewhere.
+
+        Raises:
+            JobError: it refuses those of all nodes.
+        """
+        assert actor.node is not None  # it answered
+        now = time.monotonic()
+        self._nodes.has_wrong_clock(actor.node, now)
+        logger.warning("node %s gets no work for a while: %s", actor.node, error)
+        self.refill(actor, lost=True)
+        if not {other.name for other in living_nodes() if other.cpus or other.gpus} - {*self._left_out(now)}:
+            raise JobError(f"the clocks of all nodes are wrong. The last one: {error}. Then run the job with --resume")
 
     def succeeded_on(self, node: str | None) -> None:
         """Record that a task was done on a node."""

@@ -16,6 +16,7 @@ _FIRST_REST_S, _LONGEST_REST_S = 600.0, 3600.0
 class _Node:
     in_row: int = 0  # failures since a task was done there
     rests: int = 0
+    wrong_clock: bool = False
     out_until: float = float("-inf")
 
 
@@ -43,10 +44,14 @@ class NodeFailures:
         state.in_row += 1
         if state.in_row < self._failures:
             return False
-        state.in_row = 0
-        state.out_until = now + min(self._first_rest_s * 2**state.rests, _LONGEST_REST_S)
-        state.rests += 1
+        self._rest(state, now)
         return True
+
+    def has_wrong_clock(self, node: str, now: float) -> None:
+        """Record that the storage refuses a node for its clock: it is left out at once, whatever the others do."""
+        state = self._nodes.setdefault(node, _Node())
+        state.wrong_clock = True
+        self._rest(state, now)
 
     def succeeded(self, node: str | None) -> None:
         """Record that a task was done on a node."""
@@ -54,7 +59,15 @@ class NodeFailures:
             del self._nodes[node]
 
     def left_out(self, nodes: Iterable[str], now: float) -> list[str]:
-        """Which of the living nodes that can have workers get none now; none of them if that were all."""
+        """Which of the living nodes that can have workers get none now.
+
+        If that were all, only those with a wrong clock: on the others, some work may succeed.
+        """
         living = list(nodes)
         out = [node for node in living if node in self._nodes and self._nodes[node].out_until > now]
-        return out if len(out) < len(living) else []
+        return out if len(out) < len(living) else [node for node in out if self._nodes[node].wrong_clock]
+
+    def _rest(self, state: _Node, now: float) -> None:
+        state.in_row = 0
+        state.out_until = now + min(self._first_rest_s * 2**state.rests, _LONGEST_REST_S)
+        state.rests += 1

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.run.ray.actor import WorkerActor
 from pipeline.run.resources import Slot
 
-__all__ = ["RemoteWorker", "result_of"]
+__all__ = ["Dead", "RemoteWorker", "result_of"]
 
 _NODE_ID = "ray.io/node-id"  # a label that Ray gives to every node
 _GET_S = 60.0  # to fetch a finished result from another node
@@ -83,6 +83,16 @@ class RemoteWorker:
     def kill(self) -> None:
         """Kill the actor, even while it runs tasks."""
         ray.kill(self._handle)
+
+
+@dataclass
+class Dead:
+    """A worker that died; whether its tasks failed or are lost is known when it is known whether its node is gone."""
+
+    actor: RemoteWorker
+    tasks: list[int]
+    error: RayError
+    settle_at: float
 
 
 def result_of(call: Any) -> Any:

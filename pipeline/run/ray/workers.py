@@ -10,13 +10,13 @@ Nothing here waits for an actor without a timeout: an actor may hang at any mome
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
+from densefeat.errors import WrongClock
 from pipeline.errors import JobError
 from pipeline.run.failures import FailureLog, OutageLog, is_suspect
 from pipeline.run.feature_worker import FeatureWorker, WorkerSpec
@@ -24,7 +24,7 @@ from pipeline.run.queue import OUTAGE_S, TaskFailed, TaskQueue
 from pipeline.run.ray.actor import WorkerProgress
 from pipeline.run.ray.cluster import is_death, is_lost_node, last_line
 from pipeline.run.ray.crew import Crew
-from pipeline.run.ray.remote_worker import RemoteWorker, result_of
+from pipeline.run.ray.remote_worker import Dead, RemoteWorker, result_of
 from pipeline.run.ray.starts import IDLE_S, WorkerStarts
 from pipeline.run.resources import Slot
 from pipeline.run.shard_worker import make_worker
@@ -39,14 +39,6 @@ _PROGRESS_CALLS_PER_S, _RAREST_PROGRESS_S = 100, 8.0  # Ray forgets a worker's g
 _SET_UP_S = 1800.0
 _UNREACHABLE_S = 60.0  # until an unreachable worker is replaced
 _NODE_DEATH_S = 2.0  # when a node is taken down, its workers die before the cluster knows that it is gone
-
-
-@dataclass
-class _Dead:
-    actor: RemoteWorker
-    tasks: list[int]
-    error: RayError
-    settle_at: float  # when to check whether its node is gone
 
 
 class RayWorkers:
@@ -94,7 +86,7 @@ class RayWorkers:
         )
         self._crew = Crew(slots, self._starts, joined)
         self._outage_s, self._outages = outage_s, OutageLog(outage_s)
-        self._dead: list[_Dead] = []
+        self._dead: list[Dead] = []
         self._queue = TaskQueue[RemoteWorker](0, attempts=attempts)
         self._failures = FailureLog()
 
@@ -188,7 +180,9 @@ class RayWorkers:
         task = actor.tasks.pop(call, None)
         if isinstance(result, RayTaskError) and isinstance(result.cause, JobError):
             raise result.cause from None
-        if task is None:
+        if isinstance(result, RayTaskError) and isinstance(result.cause, WrongClock):
+            self._leave_node(actor, result.cause, [] if task is None else [task])
+        elif task is None:
             if isinstance(result, RayError):
                 self._set_up_failed(actor, result)
             else:
@@ -242,7 +236,7 @@ class RayWorkers:
         )
         if not lost:
             self._blame_node(actor, tasks)
-        self._dead.append(_Dead(actor, tasks, error, now if lost else now + _NODE_DEATH_S))
+        self._dead.append(Dead(actor, tasks, error, now if lost else now + _NODE_DEATH_S))
         self._crew.refill(actor, lost)
 
     def _settle_dead(self) -> Iterator[tuple[int, TaskFailed]]:
@@ -260,6 +254,12 @@ class RayWorkers:
 
     def _lost(self, task: int, reason: str) -> Iterator[tuple[int, TaskFailed]]:
         yield from _if_given_up(task, self._queue.lost(task, reason, time.monotonic()))
+
+    def _leave_node(self, actor: RemoteWorker, error: WrongClock, tasks: list[int]) -> None:
+        """End a worker whose node has a wrong clock; its tasks, and those that were refused, run elsewhere."""
+        for task in {*tasks, *self._remove(actor)}:
+            self._queue.returned(task, time.monotonic())
+        self._crew.wrong_clock_of(actor, error)
 
     def _blame_node(self, actor: RemoteWorker, tasks: Sequence[int]) -> None:
         if not any(self._queue.runs_alone(task) for task in tasks):  # else the task may be the cause

@@ -2,13 +2,17 @@ import errno
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import fsspec
 import pytest
 
+from benchmarks.chaos.nodes import build_wrong_clock
 from densefeat.errors import StorageUnavailable
 from densefeat.storage.objects import Objects
 from pipeline.errors import JobError
@@ -143,6 +147,38 @@ def test_outages_are_waited_out_and_lost_answers_are_not_somebody_else(s3_bucket
             )
             assert operation() == expected  # type: ignore[no-untyped-call]
             assert faults == []
+
+
+OPERATIONS = """
+import sys
+from densefeat.errors import WrongClock
+from densefeat.storage.objects import Objects
+
+objects = Objects(sys.argv[1])
+for operation in (lambda: objects.get("x"), lambda: objects.size("x"), lambda: objects.list(),
+                  lambda: objects.get_range("x", 0, 1), lambda: objects.put("y", b"y"),
+                  lambda: objects.create("y", b"y"), lambda: objects.delete("x")):
+    try:
+        operation()
+    except WrongClock as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc compiles the library that moves the clock")
+@pytest.mark.parametrize("seconds", [3600, -3600, 60])
+def test_a_clock_that_is_off(s3_endpoint: str, s3_bucket: str, tmp_path: Path, seconds: int) -> None:
+    """With a server that refuses it as S3 does; moto's does not."""
+    Objects(s3_bucket).put("x", b"x")
+    clock = {"LD_PRELOAD": str(build_wrong_clock(tmp_path)), "WRONG_CLOCK_S": str(seconds)}
+    with S3Proxy(s3_endpoint, checks_clocks=True).running() as proxy:
+        environment = {**os.environ, **clock, "AWS_ENDPOINT_URL": proxy.endpoint}
+        command = [sys.executable, "-c", OPERATIONS, s3_bucket]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    told = done.stdout.splitlines()
+    assert len(told) == (0 if seconds == 60 else 7), done.stderr
+    assert all("refuses all its requests: set the clock" in line for line in told)
+    assert Objects(s3_bucket).list() == ({"y": 1} if seconds == 60 else {"x": 1})
 
 
 @pytest.mark.parametrize("times", [1, 2, 1000])

@@ -12,10 +12,11 @@ from densefeat.storage.objects import Objects
 from pipeline.run.make_shards import make_shards
 from pipeline.run.planning.plan import make_plan
 from pipeline.run.preparation.prepare import prepare
+from pipeline.run.shard_worker import make_worker
 from pipeline.run.workers import InlineWorkers, Workers
 from pipeline.store.layout import finish
 from tests.helpers.photographs import encode, random_images
-from tests.helpers.scripted_workers import KILLS, RAISES, make_poisoned
+from tests.helpers.scripted_workers import KILLS, RAISES, make_poisoned, make_struck
 from tests.helpers.upsample_jobs import config
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -82,6 +83,21 @@ def test_a_bug_that_every_image_meets_is_not_blamed_on_the_images(
     assert sorted(given_up) == [0, 1]
     assert "the images are not the reason" in caplog.text
     assert all("a bug in the decoder" in reason for reason in given_up.values())
+
+
+def test_a_shard_that_fails_by_no_fault_of_its_images_is_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, objects = write_images(tmp_path / "images", 14, {5: RAISES}), Objects(tmp_path / "store")
+    plan = make_plan(config(images, tmp_path / "store"))
+    with InlineWorkers(plan.spec, make=partial(make_worker, stages=plan.stages)) as workers:
+        encoding = prepare(plan, objects, workers)
+    make = partial(make_struck, tmp_path / "log", 2, stages=plan.stages)
+    with InlineWorkers(plan.spec, attempts=2, first_wait_s=0.01, make=make) as workers:
+        made, given_up = make_shards(plan, objects, workers, encoding, list(plan.shards), [])
+    assert given_up == {}
+    assert sum(record.rows_ok for record in made.values()) == 14
+    assert "nothing in it fails by itself: trying it again" in caplog.text
 
 
 @pytest.mark.slow

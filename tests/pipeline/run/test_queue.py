@@ -138,6 +138,17 @@ def test_a_lost_node_costs_no_attempt_and_no_wait() -> None:
     assert tasks.left == 0
 
 
+def test_a_task_that_its_worker_could_not_begin_costs_nothing() -> None:
+    tasks = queue(1, attempts=1, most_losses=0)
+    for number in range(20):
+        tasks.join(f"worker {number}", "late", 1, number)
+        assert tasks.hand_out(number) == [(f"worker {number}", 0)]
+        assert tasks.leave(f"worker {number}") == [0]
+        tasks.returned(0, number)
+        assert not tasks.runs_alone(0)
+    assert tasks.left == tasks.waiting == 1
+
+
 def test_a_task_remembers_the_worker_that_left_with_it() -> None:
     tasks = queue(1)
     tasks.join("a", "1", 1, 0)

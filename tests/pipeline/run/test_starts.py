@@ -169,6 +169,19 @@ def test_a_node_on_which_workers_keep_failing_is_left_out_for_a_while() -> None:
     assert not nodes
 
 
+def test_a_node_with_a_wrong_clock_gets_no_work_even_if_it_is_the_last() -> None:
+    nodes = NodeFailures(failures=2, first_rest_s=600)
+    nodes.has_wrong_clock("late", 0)
+    assert nodes.left_out(["late", "good"], 1) == ["late"]
+    assert nodes.left_out(["late"], 1) == ["late"]
+    assert [nodes.failed("bad", now) for now in (1, 2)] == [False, True]
+    assert nodes.left_out(["late", "bad", "good"], 3) == ["late", "bad"]
+    assert nodes.left_out(["late", "bad"], 3) == ["late"]  # the bad one is better than none
+    assert nodes.left_out(["late", "good"], 600) == []  # its clock may be right by now
+    nodes.has_wrong_clock("late", 601)
+    assert nodes.left_out(["late", "good"], 1800) == ["late"]
+
+
 def test_failures_of_a_node_do_not_add_up_over_successes() -> None:
     nodes = NodeFailures(failures=3)
     for now in range(20):

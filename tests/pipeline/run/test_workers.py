@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from densefeat.errors import StorageUnavailable
+from densefeat.errors import DensefeatError, StorageUnavailable, WrongClock
 from pipeline.errors import JobError
 from pipeline.run.resources import Slot
 from pipeline.run.workers import InlineWorkers, TaskFailed, Workers
@@ -117,6 +117,12 @@ def test_a_task_that_always_fails_is_given_up_and_the_others_are_not(
 def test_a_job_error_ends_the_job_at_once(opened: Open) -> None:
     with opened() as workers, pytest.raises(JobError, match="this cannot be done"):
         results(workers, ScriptedWorker.job_error, (1,), (2,), (3,))
+
+
+def test_where_all_clocks_are_wrong_the_job_ends(opened: Open) -> None:
+    with opened() as workers, pytest.raises(DensefeatError, match="the clock of here says") as raised:
+        results(workers, ScriptedWorker.raises, (WrongClock, "s3://x: the clock of here says 1970: set it", 1))
+    assert isinstance(raised.value, WrongClock) or "the clocks of all nodes are wrong" in str(raised.value)
 
 
 # --- In this process ---

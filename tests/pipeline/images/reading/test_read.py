@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from densefeat.errors import StorageUnavailable
+from densefeat.errors import StorageUnavailable, WrongClock
 from pipeline.errors import ImageError, JobError
 from pipeline.images.batches import BatchLoader, WorkStopped
 from pipeline.images.decoding.decode import Decoded, Geometry
@@ -271,11 +271,15 @@ class TestS3:
         assert statuses([self.read_one(s3_error(code, number))]) == ["unreadable"]
 
     @pytest.mark.parametrize(
-        ("code", "number"), [("ExpiredToken", 400), ("InvalidAccessKeyId", 403), ("RequestTimeTooSkewed", 403)]
+        ("code", "number"), [("ExpiredToken", 400), ("InvalidAccessKeyId", 403), ("SignatureDoesNotMatch", 403)]
     )
     def test_credentials_are_not_true_of_the_image(self, code: str, number: int) -> None:
         with pytest.raises(JobError, match=r"s3://b/1\.jpg: no credentials, or they were refused.*AWS_ACCESS_KEY_ID"):
             self.read_one(s3_error(code, number))
+
+    def test_a_wrong_clock_is_not_true_of_the_image(self) -> None:
+        with pytest.raises(WrongClock, match=r"s3://b/1\.jpg: the clock of .*: set the clock"):
+            self.read_one(s3_error("RequestTimeTooSkewed", 403))
 
     def test_credentials_that_are_renewed(self) -> None:
         assert self.read_one(body(b"one"), (s3_error("ExpiredToken", 400),), patience_s=10) == b"one"

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-_SHARING_A_MACHINE = ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+SHARING_A_MACHINE = ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> Any:
@@ -87,7 +87,7 @@ class LocalCluster:
         """A further node while the context lasts."""
         before = self.count_nodes()
         process = subprocess.Popen(
-            [*RAY, "start", f"--address={self.address}", "--block", f"--num-cpus={cpus}", *_SHARING_A_MACHINE],
+            [*RAY, "start", f"--address={self.address}", "--block", f"--num-cpus={cpus}", *SHARING_A_MACHINE],
             env=self.environment,
             stdout=subprocess.DEVNULL,
         )
@@ -120,7 +120,7 @@ def head(*arguments: str, cwd: Path, port: int = 0, **environment: str) -> Itera
             },
             f"{own_address()}:{port}",
         )
-        ports = [f"--port={port}", f"--dashboard-port={dashboard}", *_SHARING_A_MACHINE]
+        ports = [f"--port={port}", f"--dashboard-port={dashboard}", *SHARING_A_MACHINE]
         process = subprocess.Popen(
             [*RAY, "start", "--head", "--block", "--num-cpus=0", *ports, *arguments],
             cwd=cwd,
