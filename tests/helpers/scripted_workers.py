@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from densefeat.errors import StorageUnavailable
+from densefeat.errors import StorageUnavailable, WrongClock
 from pipeline.errors import JobError
 from pipeline.images.batches import WorkStopped
 from pipeline.images.decoding.decode import Geometry
@@ -66,6 +66,14 @@ class ScriptedWorker:
         if (tried := count(log)) <= failures:
             raise StorageUnavailable("the storage did not answer")
         return tried
+
+    def refused_on(self, node: str, number: int) -> int:
+        """A storage refuses that node for its clock."""
+        import ray
+
+        if ray.get_runtime_context().get_node_id() == node:
+            raise WrongClock("s3://x: the clock of here says 1970: set it")
+        return self.slow(0.5, number)
 
     def job_error(self, number: int) -> int:
         raise JobError(f"this cannot be done ({number})")

@@ -108,6 +108,10 @@ class Crew:
         self._nodes.has_wrong_clock(actor.node, now)
         logger.warning("node %s gets no work for a while: %s", actor.node, error)
         self.refill(actor, lost=True)
+        for other in self:
+            if other.node is None:  # requested before: it would get the place that is free now
+                self.remove(other)
+                self.starts.gone(other.slot)
         if not {other.name for other in living_nodes() if other.cpus or other.gpus} - {*self._left_out(now)}:
             raise JobError(f"the clocks of all nodes are wrong. The last one: {error}. Then run the job with --resume")
 

@@ -84,6 +84,20 @@ def test_nodes_that_join_get_work_and_idle_workers_go(cluster: Any, caplog: pyte
     assert "releasing worker" in caplog.text
 
 
+def test_a_node_with_a_wrong_clock_gets_no_work_and_costs_no_attempt(
+    cluster: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pipeline.run.ray.workers import RayWorkers
+
+    late, good = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    slots = [Slot(1, 0, late.node_id), Slot(1, 0, good.node_id), Slot(1, 0)]  # the last waits for a place
+    with RayWorkers(SPEC.on("cpu", 1), slots, attempts=1, make=make, first_wait_s=0.05) as workers:
+        tasks = [(late.node_id, number) for number in range(60)]
+        assert dict(workers.map(ScriptedWorker.refused_on, tasks)) == {number: number for number in range(60)}
+    assert caplog.text.count(f"node {late.node_id} gets no work for a while: s3://x: the clock of here") == 1
+
+
 def test_no_worker_is_placed_on_a_node_that_is_left_out(cluster: Any) -> None:
     import ray
 
