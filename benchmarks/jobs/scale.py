@@ -36,7 +36,7 @@ STORAGE = Storage(latency_s=0.15, gets_per_s=5500, puts_per_s=3500, request_byte
 BYTES_PER_S = 100e9 / 8 / 8  # of 100 Gb/s, a GPU's share
 PREEMPTIONS_PER_HOUR, REPLACED_S = 0.01, 300.0
 # Longer jobs are simulated up to the greater of these, and continue at the steady rate.
-MOST_IMAGES, IMAGES_OF_A_WORKER = 1_300_000, 3_840
+MOST_IMAGES, WAVES = 1_300_000, 4  # of all shards that are in progress at the same time
 LATENCIES_S, SHARDS_AT_ONCE = (0.02, 0.05, 0.1, 0.15, 0.2), (2, 4, 8, 16)
 
 
@@ -141,7 +141,7 @@ def fitted(cost: Cost, images: int, cluster: Cluster, images_per_s: float) -> Co
 
 def run(images: int, cost: Cost, storage: Storage, cluster: Cluster, start_s: float) -> dict[str, Any]:
     """A job: simulated to its end, or up to a number of shards and continued at the steady rate."""
-    most = max(MOST_IMAGES, IMAGES_OF_A_WORKER * cluster.workers)
+    most = max(MOST_IMAGES, WAVES * cluster.shards_at_once * cost.shard_rows * cluster.workers)
     outcome = simulate(min(images, most), cost, storage, cluster)
     seconds = start_s + outcome.seconds + (images - outcome.images) / outcome.steady_images_per_s
     limit, by = floor(cost, storage, cluster)
