@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,7 @@ from densefeat.storage.objects import Objects
 from densefeat.storage.parquet import parquet_bytes
 from pipeline.run.make_shards import make_shards
 from pipeline.run.queue import TaskQueue
+from pipeline.run.ray.tables import stream_of, table_of
 from pipeline.store.layout import finish
 from schemas.index import OK, REFERENCES, pending_index
 from schemas.ledger import LedgerRecord, RowOutcome, outcomes_table
@@ -142,11 +144,13 @@ class InstantWorkers:
             handed = queue.hand_out(begun)
             self.queue_s += time.monotonic() - begun
             for _worker, task in handed:
-                self.sent += len(pickle.dumps(tasks[task], protocol=5))
+                arguments = [stream_of(one) if isinstance(one, pa.Table) else one for one in tasks[task]]
+                self.sent += len(pickle.dumps(arguments, protocol=5))
                 begun = time.monotonic()
                 result = received(task, self._shard_rows)
                 self.their_s += time.monotonic() - begun
-                record = pickle.loads(result)
+                record, outcomes = pickle.loads(result)
+                record = replace(record, outcomes=table_of(outcomes))
                 begun = time.monotonic()
                 queue.done(task, begun)
                 self.queue_s += time.monotonic() - begun
@@ -170,7 +174,7 @@ def received(shard: int, shard_rows: int) -> bytes:
         shard, shard_rows, 0, 50_929_792, "0" * 64, "1" * 64, 12, dict.fromkeys(stages, 1.5), made_by,
         outcomes_table(outcomes),
     )  # fmt: skip
-    return pickle.dumps(record, protocol=5)
+    return pickle.dumps((replace(record, outcomes=None), stream_of(record.outcomes)), protocol=5)
 
 
 def memory() -> int:

@@ -141,7 +141,7 @@ class _Idle:
     def __init__(self, spec: Any) -> None:
         self.spec = spec
 
-    def record(self, shard: int) -> Any:
+    def record(self, shard: int, references: Any) -> Any:
         from schemas.ledger import LedgerRecord, RowOutcome, outcomes_table
 
         outcomes = [RowOutcome(64 * shard + row, "ok", None, 480, 640, (1.0,) * 6, (0, 0, 224, 224), 0, 1)
@@ -153,6 +153,7 @@ class _Idle:
 
 def _driver(shards: int) -> dict[str, Any]:
     """CPU milliseconds of the driver's process per shard: tasks, results, progress, blocks of the ledger."""
+    from benchmarks.jobs.driver import references_of
     from benchmarks.jobs.stand_in import SPEC
     from densefeat.storage.objects import Objects
     from pipeline.reporting.progress import Progress
@@ -161,13 +162,15 @@ def _driver(shards: int) -> dict[str, Any]:
     from pipeline.run.resources import Slot
     from pipeline.store.blocks import BlockWriter
 
+    references = references_of(64)
+    tasks = [(shard, references) for shard in range(shards)]
     slots = [Slot(1, 0), Slot(1, 0)]
     with tempfile.TemporaryDirectory() as folder, connected(), RayWorkers(SPEC, slots, make=_Idle) as workers:
         _cpu_seconds(workers)
         blocks = BlockWriter(Objects(folder), shards, [])
         begun, busy = time.monotonic(), time.process_time()
         with Progress(shards, 64 * shards, []) as progress:
-            for _, record in workers.map(_Idle.record, [(shard,) for shard in range(shards)], progress.advance):
+            for _, record in workers.map(_Idle.record, tasks, progress.advance):
                 blocks.add(record)
                 progress.shard_done(record)
         busy, seconds = time.process_time() - busy, time.monotonic() - begun

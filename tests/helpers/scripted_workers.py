@@ -44,6 +44,9 @@ class ScriptedWorker:
         self.images_done += 1
         return 2 * number
 
+    def same(self, value: Any) -> Any:
+        return value
+
     def where(self) -> tuple[int, int, int]:
         """Process, threads of the worker, and torch's inside of operations."""
         return os.getpid(), self.spec.threads, torch.get_num_threads()

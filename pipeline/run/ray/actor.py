@@ -90,8 +90,10 @@ def _build(
 
     from pipeline.run.ray.cluster import living_nodes
     from pipeline.run.ray.metrics import WorkerMetrics
+    from pipeline.run.ray.tables import send_tables_as_streams
     from pipeline.run.resources import available_cores, threads_in_operations, worker_threads
 
+    send_tables_as_streams()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO)
     here = ray.get_runtime_context().get_node_id()

@@ -22,6 +22,7 @@ from ray.exceptions import (
 )
 
 from pipeline.errors import JobError
+from pipeline.run.ray.tables import send_tables_as_streams
 from pipeline.run.ray.token import ensure_token
 from pipeline.run.resources import Node, available_cores
 
@@ -69,6 +70,7 @@ def connected(*, dashboard: bool = False) -> Iterator[None]:
         problem = f"the Ray cluster at RAY_ADDRESS={address} does not answer" if address else "Ray does not start"
         to_do = "Fix or unset RAY_ADDRESS" if address else "Fix that"
         raise JobError(f"{problem}: {error}. {to_do}, or use --workers 0 to run without Ray") from error
+    send_tables_as_streams()
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray installs a handler of its own, which prints a stack trace
     try:
         yield
