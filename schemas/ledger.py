@@ -6,7 +6,7 @@ whole shard in the file's metadata. All records together form the manifest.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -138,7 +138,7 @@ class RowOutcome:
 
 def outcomes_table(outcomes: Sequence[RowOutcome]) -> pa.Table:
     """Convert outcomes to a table of ``schemas.index.OUTCOMES``."""
-    return pa.Table.from_pylist([asdict(outcome) for outcome in outcomes], schema=OUTCOMES)
+    return pa.Table.from_pylist([outcome.__dict__ for outcome in outcomes], schema=OUTCOMES)
 
 
 def manifest(records: Sequence[LedgerRecord]) -> pa.Table:

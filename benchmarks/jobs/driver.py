@@ -6,7 +6,8 @@
 The driver's own code runs as in a job: references of the images, the queue with 1,000 workers of 16 shards each,
 arguments of every task as they are sent, results as they are received, blocks of the ledger, then index and manifest.
 What workers do is left out: each task is done at once, with the record of a real shard. So are Ray's calls:
-`benchmarks.jobs.scale_measured` has them. Memory is that of the process, so it includes freed memory that it kept.
+`benchmarks.jobs.scale_measured` has them. Times are CPU seconds of the driver's thread. Memory is that of the process:
+it includes freed memory that it kept.
 """
 
 import argparse
@@ -73,9 +74,9 @@ def measured(shards: int, shard_rows: int) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as folder:
         objects, workers = Objects(folder), InstantWorkers(shard_rows)
-        begun = time.monotonic()
+        begun = time.thread_time()
         made, given_up = make_shards(plan, objects, workers, None, list(plan.shards), [])
-        making_s, with_records = time.monotonic() - begun, memory()
+        making_s, with_records = time.thread_time() - begun, memory()
         assert len(made) == shards
         assert not given_up
         objects.put("index.parquet", parquet_bytes(pending_index(references)))
@@ -111,8 +112,8 @@ class InstantWorkers:
     """A thousand workers that are done with every task at once.
 
     Attributes:
-        queue_s: seconds spent in the queue.
-        their_s: seconds spent on what workers do: making the records that the driver receives.
+        queue_s: CPU seconds spent in the queue.
+        their_s: CPU seconds spent on what workers do: making the records that the driver receives.
         sent: bytes of the arguments of all tasks.
     """
 
@@ -134,26 +135,26 @@ class InstantWorkers:
         **_: Any,
     ) -> Iterator[tuple[int, Any]]:
         """As `pipeline.run.ray.workers.RayWorkers.map`, without Ray."""
-        begun = time.monotonic()
+        begun = time.thread_time()
         queue = TaskQueue[int](len(tasks), attempts=3)
         for worker in range(WORKERS):
             queue.join(worker, f"node {worker // 8}", AT_ONCE, begun)
-        self.queue_s += time.monotonic() - begun
+        self.queue_s += time.thread_time() - begun
         while queue.left:
-            begun = time.monotonic()
+            begun = time.thread_time()
             handed = queue.hand_out(begun)
-            self.queue_s += time.monotonic() - begun
+            self.queue_s += time.thread_time() - begun
             for _worker, task in handed:
                 arguments = [stream_of(one) if isinstance(one, pa.Table) else one for one in tasks[task]]
                 self.sent += len(pickle.dumps(arguments, protocol=5))
-                begun = time.monotonic()
+                begun = time.thread_time()
                 result = received(task, self._shard_rows)
-                self.their_s += time.monotonic() - begun
+                self.their_s += time.thread_time() - begun
                 record, outcomes = pickle.loads(result)
                 record = replace(record, outcomes=table_of(outcomes))
-                begun = time.monotonic()
+                begun = time.thread_time()
                 queue.done(task, begun)
-                self.queue_s += time.monotonic() - begun
+                self.queue_s += time.thread_time() - begun
                 yield task, record
             on_progress(len(handed) * self._shard_rows)
 
