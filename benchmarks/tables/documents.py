@@ -30,7 +30,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "start": performance.start,
     "scale": scale.scale,
     "scale_limits": scale.scale_limits,
-    "driver": scale.driver,
     "ray_data": scale.ray_data,
     "reader": performance.reader,
     "reading": reading.reading,

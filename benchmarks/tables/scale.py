@@ -75,29 +75,6 @@ def scale_limits() -> str:
     )
 
 
-def driver() -> str:
-    """Time and memory of the driver for each shard."""
-    latest = {(row["shards"], row["shard_rows"]): row for row in rows.read("driver")}
-    row = next(iter(latest.values()))
-    table = [
-        "| shards | images | the driver's thread, per shard | of it, the queue | sent to a worker, per shard "
-        "| memory: per image listed / per shard done | index and manifest | most memory |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (shards, shard_rows), one in latest.items():
-        table.append(
-            f"| {shards:,} | {shards * shard_rows:,} | {one['driver_us_per_shard']:,.0f} µs "
-            f"| {one['queue_us_per_shard']:.1f} µs | {one['sent_bytes_per_shard'] / 1e3:.1f} kB "
-            f"| {one['references_bytes_per_image']:.0f} B / {one['records_bytes_per_shard'] / 1e3:.1f} kB "
-            f"| {formats.seconds(one['finish_s'])} | {one['peak_bytes'] / 1e9:.1f} GB |"
-        )
-    return (
-        f"The driver without Ray's calls and without storage, for {row['workers']:,} workers with "
-        f"{row['shards_at_once']} shards in progress each, which are done at once; one core of "
-        f"{formats.machine(row)} (`python -m benchmarks.jobs.driver`).\n\n"
-    ) + "\n".join(table)
-
-
 def ray_data() -> str:
     """The same shards with densefeat's scheduling and with Ray Data's."""
     row = rows.read("ray_data")[-1]
