@@ -85,6 +85,8 @@ class Lease:
         self._shards = None if shards is None else (shards.start, shards.stop)
         self._name, self._since = uuid.uuid4().hex, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         self._beats, self._making = 0, False
+        self._replaced: set[str] = set()  # leases of jobs that this one took for dead
+        self._apart: set[str] = set()  # leases on other shards
         self._over, self._lost = threading.Event(), threading.Event()
         self._writing = threading.Lock()
         self._thread = threading.Thread(target=self._beat_on, name="lease", daemon=True)
@@ -152,8 +154,25 @@ class Lease:
                     self._lost.set()
                     return
                 self._write(self._impatient)
+                if self._making and self._is_replaced():
+                    self._lost.set()
+                    return
             except Exception as error:  # each client has its own exception types
                 logger.warning("the lease of this job could not be renewed now: %s: %s", type(error).__name__, error)
+
+    def _is_replaced(self) -> bool:
+        """Whether another job makes the same shards now, because it took this one for dead.
+
+        A count that reaches the storage late brings a lease back that the other job has deleted. The job that took the
+        other's place goes on, and deletes that lease again.
+        """
+        replaced = False
+        for other in self._others(self._impatient):
+            if other.name in self._replaced:
+                self._impatient.delete(layout.job_key(other.name))
+            elif other.making and other.process is not None and not other.process.has_ended():
+                replaced = True
+        return replaced
 
     def _end(self) -> None:
         self._over.set()
@@ -182,12 +201,15 @@ class Lease:
             now = time.monotonic()
             for rival in rivals:
                 data, since = seen.setdefault(rival.name, (rival.data, now))
-                if rival.data != data:
+                if rival.name in self._replaced:  # a late count brought it back
+                    self._objects.delete(layout.job_key(rival.name))
+                elif rival.data != data:
                     self._refuse(rival)
                 elif since == now:
                     logger.info("waiting to see if another job is alive: %s", rival)
                 elif now - since > self._dead_s:
                     logger.warning("a job is dead, and this one takes its place: %s", rival)
+                    self._replaced.add(rival.name)
                     self._objects.delete(layout.job_key(rival.name))
             time.sleep(min(_POLL_S, self._beat_s))
         self.check()
@@ -207,16 +229,19 @@ class Lease:
             "own --shards"
         )
 
-    def _others(self) -> Iterator[_Held]:
+    def _others(self, objects: Objects | None = None) -> Iterator[_Held]:
         """Other leases on the same shards."""
-        for key in self._objects.list(layout.JOBS):
+        objects = objects or self._objects
+        for key in objects.list(layout.JOBS):
             name = key.removeprefix(f"{layout.JOBS}/").removesuffix(".json")
-            if name == self._name:
+            if name == self._name or name in self._apart:
                 continue
             with suppress(FileNotFoundError):  # its job has just ended
-                other = _read(name, self._objects.get(key))
+                other = _read(name, objects.get(key))
                 if other.meets(self._shards):
                     yield other
+                else:
+                    self._apart.add(name)
 
 
 def _read(name: str, data: bytes) -> _Held:

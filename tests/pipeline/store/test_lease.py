@@ -193,6 +193,50 @@ def test_a_process_is_known_to_have_ended_only_on_its_machine() -> None:
 
 
 @pytest.mark.s3
+def test_a_count_that_is_delivered_late_brings_no_job_back(s3_bucket: str, s3_proxy: S3Proxy) -> None:
+    """Storage delivers a PUT of the first job when the second one has deleted its lease."""
+    objects = Objects(f"{s3_bucket}/store")
+    with lease(objects, range(4)) as first:
+        (key,) = objects.list(layout.JOBS)
+        delivered = list[str]()
+        s3_proxy.fault = lambda method, path: "stall-3" if method == "PUT" and path.endswith(key) else ""
+        s3_proxy.passed = lambda method, path, body, status: delivered.append(path) if method == "PUT" else None
+        time.sleep(5 * BEAT_S)
+        with lease(objects, range(2)) as second:
+            wait_for(lambda: any(path.endswith(key) for path in delivered))
+            wait_for(first._lost.is_set)
+            with pytest.raises(JobError, match=r"the lease of this job on .* is gone"):
+                first.check()
+            wait_for(lambda: key not in objects.list(layout.JOBS))
+            time.sleep(10 * BEAT_S)
+            second.check()
+            assert len(objects.list(layout.JOBS)) == 1
+    assert objects.list() == {}
+
+
+@pytest.mark.parametrize("making", [True, False])
+def test_a_lease_that_its_job_lost_comes_back(tmp_path: Path, making: bool) -> None:
+    """The job that took its place deletes it, and goes on; the lease of another job that makes the shards ends it."""
+    objects = Objects(tmp_path / "store")
+    elsewhere = {"machine": "another boot", "host": "another"}
+    with lease(objects, range(4)):
+        (key,) = objects.list(layout.JOBS)
+        late = json.dumps(json.loads(objects.get(key)) | elsewhere | {"making": making}).encode()
+    objects.put(key, late)
+    with lease(objects, range(2)) as held:
+        for _ in range(3):
+            objects.put(key, late)
+            wait_for(lambda: key not in objects.list(layout.JOBS))
+        held.check()
+        objects.put(layout.job_key("0" * 32), late)
+        if making:
+            wait_for(held._lost.is_set)
+        else:
+            time.sleep(10 * BEAT_S)
+            held.check()
+
+
+@pytest.mark.s3
 def test_storage_that_fails_for_a_while_costs_no_lease(
     s3_bucket: str, s3_proxy: S3Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
