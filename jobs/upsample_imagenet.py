@@ -29,14 +29,16 @@ def upsample(config: UpsampleConfig) -> int:
     from pipeline.run.planning.describe import describe
     from pipeline.run.planning.measure import measure
     from pipeline.run.planning.plan import make_plan
+    from pipeline.run.ray.early import EarlyWorkers
 
-    plan = make_plan(config)
-    logger.info("%s", describe(plan))
-    if config.measure:
-        logger.info("%s", measure(plan).describe(on_ray=plan.stages is None))
-    if config.dry_run:
-        return DONE
-    report = carry_out(plan, started)
+    with EarlyWorkers(config) as early:
+        plan = early.beside(lambda listed: make_plan(config, listed))
+        logger.info("%s", describe(plan))
+        if config.measure:
+            logger.info("%s", measure(plan).describe(on_ray=plan.stages is None))
+        if config.dry_run:
+            return DONE
+        report = carry_out(plan, started, early)
     logger.info("%s", report.describe())
     return FAILED if report.given_up or report.too_many_failed else DONE
 

@@ -18,6 +18,7 @@ from pipeline.run.make_shards import make_shards
 from pipeline.run.planning.plan import Plan
 from pipeline.run.preparation.prepare import prepare
 from pipeline.run.queue import OUTAGE_S
+from pipeline.run.ray.early import EarlyWorkers
 from pipeline.run.recipe import Stages
 from pipeline.run.shard_worker import make_worker
 from pipeline.run.workers import InlineWorkers, Workers
@@ -31,12 +32,13 @@ from schemas.options import FeatureConfig
 logger = logging.getLogger(__name__)
 
 
-def carry_out(plan: Plan, started: float) -> Report:
+def carry_out(plan: Plan, started: float, early: EarlyWorkers | None = None) -> Report:
     """Make the missing shards of the store, and finish the store when none is missing.
 
     Args:
         plan: the job's plan.
         started: ``time.monotonic()`` when the job began, for the report.
+        early: workers that were started while the job was planned.
 
     Raises:
         JobError: another job is making the same shards; or as in `prepare` and `make_shards`.
@@ -46,7 +48,7 @@ def carry_out(plan: Plan, started: float) -> Report:
     state = _JobState()
     try:
         with _leased(plan, objects) as lease:
-            _make_missing(plan, objects, lease, state)
+            _make_missing(plan, objects, lease, state, early)
             report = _report(plan, objects, state, started)
             if report.complete:
                 finish(objects, report.records)
@@ -78,7 +80,7 @@ class _JobState:
     seconds: float = 0.0  # spent on making shards
 
 
-def _make_missing(plan: Plan, objects: Objects, lease: Lease, state: _JobState) -> None:
+def _make_missing(plan: Plan, objects: Objects, lease: Lease, state: _JobState, early: EarlyWorkers | None) -> None:
     config, stored = plan.config, plan.stored
     if config.resume and stored:
         state.done = finished_shards(objects, stored.hash)
@@ -91,6 +93,7 @@ def _make_missing(plan: Plan, objects: Objects, lease: Lease, state: _JobState) 
         attempts=config.attempts,
         stall_timeout_s=config.stall_timeout_s,
         outage_s=config.outage_patience_s,
+        early=early,
     ) as workers:
         encoding = prepare(plan, objects, workers, lease.check)
         state.set_up, begun = True, time.monotonic()
@@ -156,6 +159,7 @@ def open_workers(
     attempts: int,
     stall_timeout_s: float,
     outage_s: float = OUTAGE_S,
+    early: EarlyWorkers | None = None,
 ) -> Iterator[Workers]:
     """Open workers on the Ray cluster, or one in this process; they end with the context.
 
@@ -166,6 +170,7 @@ def open_workers(
         attempts: number of times that a task may fail.
         stall_timeout_s: a worker without progress for this long is replaced.
         outage_s: how long to wait for a storage that answers nobody.
+        early: workers on the cluster that were requested with the same options; they end with their own context.
     """
     if stages is not None:
         with InlineWorkers(
@@ -173,20 +178,12 @@ def open_workers(
         ) as inline:
             yield inline
         return
+    if early is not None and early.chosen is not None:
+        yield early.chosen.build(spec)
+        return
     from pipeline.run.ray import choose  # deferred: importing ray takes a second
 
-    options = ("images", "store", "weights", "upsampler_weights")
-    places = {f"--{name.replace('_', '-')}": getattr(config, name, None) or "" for name in options}
-    with (
-        choose.connected(),
-        choose.ray_workers(
-            spec,
-            config.worker_range,
-            gpu_share=config.gpu_share,
-            attempts=attempts,
-            stall_timeout_s=stall_timeout_s,
-            outage_s=outage_s,
-            places=places,
-        ) as workers,
-    ):
-        yield workers
+    with choose.requested_workers(
+        config, attempts=attempts, stall_timeout_s=stall_timeout_s, outage_s=outage_s
+    ) as chosen:
+        yield chosen.build(spec)

@@ -1,14 +1,25 @@
-"""Child processes that are killed, or stopped, before one of the operations on their storage."""
+"""Child processes that are killed, or stopped, before one of the operations on their storage; waiting for others."""
 
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
 from densefeat.storage.objects import Objects
 
 FORK = multiprocessing.get_context("fork")  # nothing that children here do needs more than a file system
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> Any:
+    """What ``condition`` returns, once that is true."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise TimeoutError
 
 
 def before_operation(number: int, what: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,3 +54,11 @@ def png_header(width: int, height: int) -> bytes:
 def random_images(count: int, size: tuple[int, int], seed: int = 0) -> torch.Tensor:
     """Noise as uint8 [count, 3, height, width]."""
     return torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def write_random_images(folder: Path, count: int) -> Path:
+    """A new folder of PNG files of noise, "00.png" and so on, of 70 x 80 pixels."""
+    folder.mkdir()
+    for i, pixels in enumerate(random_images(count, (70, 80))):
+        (folder / f"{i:02}.png").write_bytes(encode(Image.fromarray(pixels.permute(1, 2, 0).numpy()), "PNG"))
+    return folder

@@ -3,8 +3,6 @@
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +90,6 @@ def start(config_options: dict[str, Any]) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "jobs.train_upsampler", *arguments(config_options), "--resume"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError
-        time.sleep(0.01)
 
 
 def newest_step(output: Path) -> int:

@@ -14,6 +14,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from tests.helpers.killing import wait_for
+
 ROOT = Path(__file__).parents[2]
 IMAGES, SHARD_IMAGES = 48, 4
 
@@ -45,15 +47,6 @@ def run(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
 
 def start(arguments: list[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 300) -> Any:
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise TimeoutError
 
 
 def shards_done(store: Path) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from densefeat.errors import StoreError
-from densefeat.layout import FeatureLayout
+from densefeat.layout import MANIFEST, FeatureLayout
 from densefeat.rows.index import stored_index
 from densefeat.storage.objects import Objects
 from densefeat.storage.places import absolute_place, split_place
@@ -104,8 +104,12 @@ class Plan:
         return self.references.slice(first, len(rows)).take(pa.array(range(len(rows))))
 
 
-def make_plan(config: UpsampleConfig) -> Plan:
+def make_plan(config: UpsampleConfig, listed: Callable[[int], None] = lambda images: None) -> Plan:
     """Inspect source, store, backbone and upsampler, and check that they fit together.
+
+    Args:
+        config: options of the job.
+        listed: called with the number of images as soon as it is known, unless the store is finished already.
 
     Raises:
         JobError: they do not fit; the message says why and what to do.
@@ -116,6 +120,8 @@ def make_plan(config: UpsampleConfig) -> Plan:
     if resumed:
         config = with_stored_defaults(config, resumed.configuration)
     source, references, class_names, findings = _source(config, resumed)  # a mistyped path is said before downloads
+    if not (resumed and Objects(config.store).exists(MANIFEST)):
+        listed(references.num_rows)
     backbone = _checked_backbone(config)
     upsampler = build_upsampler(config.upsampler, config.upsampler_weights, backbone, config.upsampler_options)
     _check_upsampler(upsampler, backbone, config)

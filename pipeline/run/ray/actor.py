@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
@@ -35,13 +36,18 @@ class WorkerActor:
     """A worker in an actor: its tasks run in threads, while the actor answers progress requests.
 
     Building the stages is a separate call, so that the caller gets its exception as it was raised.
+
+    Args:
+        ahead: whether to import the stages' libraries at once: the driver is still planning the job.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ahead: bool) -> None:
         self._worker: FeatureWorker | None = None
         self._metrics: WorkerMetrics | None = None
         self._threads = ThreadPoolExecutor(1, "task")
         self._running = 0
+        if ahead:
+            self._threads.submit(_import_stages)
 
     async def node(self) -> str:
         """ID of the node that this actor is on; answers as soon as the actor is alive."""
@@ -49,17 +55,21 @@ class WorkerActor:
         return node
 
     async def set_up(
-        self, what: "tuple[WorkerSpec, Callable[[WorkerSpec], FeatureWorker]]", cpus: float, gpus: float
+        self,
+        what: "list[ray.ObjectRef[tuple[WorkerSpec, Callable[[WorkerSpec], FeatureWorker]]]]",
+        cpus: float,
+        gpus: float,
     ) -> int:
         """Build the stages; returns how many tasks the worker can run at once.
 
         Args:
             what: the spec, whose number of threads is determined here, and the function that builds a worker from it.
+                A reference within a list, so that it is read, with the imports that it needs, in a thread.
             cpus: CPUs that were requested for this actor.
             gpus: share of a GPU that was requested for it.
         """
         loop = asyncio.get_running_loop()
-        worker, self._metrics = await loop.run_in_executor(self._threads, _build, *what, cpus, gpus)
+        worker, self._metrics = await loop.run_in_executor(self._threads, _build, what[0], cpus, gpus)
         self._worker, self._threads = worker, ThreadPoolExecutor(worker.tasks_at_once, "task")
         return worker.tasks_at_once
 
@@ -83,8 +93,15 @@ class WorkerActor:
             self._running -= 1
 
 
+def _import_stages() -> None:
+    with suppress(Exception):  # `_build` imports them again, and its error is reported
+        import timm  # noqa: F401
+
+        from pipeline.run import shard_worker  # noqa: F401
+
+
 def _build(
-    spec: "WorkerSpec", make: "Callable[[WorkerSpec], FeatureWorker]", cpus: float, gpu_share: float
+    what: "ray.ObjectRef[tuple[WorkerSpec, Callable[[WorkerSpec], FeatureWorker]]]", cpus: float, gpu_share: float
 ) -> "tuple[FeatureWorker, WorkerMetrics]":
     import torch
 
@@ -93,6 +110,7 @@ def _build(
     from pipeline.run.ray.tables import send_tables_as_streams
     from pipeline.run.resources import available_cores, threads_in_operations, worker_threads
 
+    spec, make = ray.get(what)
     send_tables_as_streams()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO)

@@ -2,9 +2,11 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
@@ -16,14 +18,66 @@ from pipeline.run.ray.cluster import connected, living_nodes
 from pipeline.run.ray.workers import RayWorkers
 from pipeline.run.resources import Slot, places_for_workers, places_on_joined
 from pipeline.run.shard_worker import make_worker
+from schemas.options import FeatureConfig
 
-__all__ = ["connected", "ray_workers"]
+__all__ = ["ChosenWorkers", "connected", "ray_workers", "requested_workers"]
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class ChosenWorkers:
+    """Workers that can be requested from the cluster before the job is planned.
+
+    Attributes:
+        workers: the workers.
+        device: of each.
+    """
+
+    workers: RayWorkers
+    device: Literal["cpu", "cuda"]
+
+    def build(self, spec: WorkerSpec) -> RayWorkers:
+        """The workers, which now know their spec; its number of threads is determined by each."""
+        # Ray brings the files to each node once; the workers of a node would fetch them one by one.
+        files = ray.put(remote_files(spec.recipe.checkpoints))
+        self.workers.build(spec.on(self.device, spec.threads), partial(_make_with, files))
+        return self.workers
+
+
+@contextmanager
+def requested_workers(
+    config: FeatureConfig, *, attempts: int, stall_timeout_s: float, outage_s: float
+) -> Iterator[ChosenWorkers]:
+    """Connect to the cluster and request the workers of a job; they end with the context.
+
+    Args:
+        config: the job's options.
+        attempts: as for `RayWorkers`.
+        stall_timeout_s: as for `RayWorkers`.
+        outage_s: as for `RayWorkers`.
+
+    Raises:
+        JobError: as in `connected` and `ray_workers`.
+    """
+    options = ("images", "store", "weights", "upsampler_weights")
+    places = {f"--{name.replace('_', '-')}": getattr(config, name, None) or "" for name in options}
+    with connected():
+        chosen = ray_workers(
+            config.device,
+            config.worker_range,
+            gpu_share=config.gpu_share,
+            attempts=attempts,
+            stall_timeout_s=stall_timeout_s,
+            outage_s=outage_s,
+            places=places,
+        )
+        with chosen.workers:
+            yield chosen
+
+
 def ray_workers(
-    spec: WorkerSpec,
+    device: Literal["auto", "cpu", "cuda"],
     count: tuple[int, int] | None,
     *,
     gpu_share: float,
@@ -31,11 +85,11 @@ def ray_workers(
     stall_timeout_s: float,
     outage_s: float = OUTAGE_S,
     places: Mapping[str, str],
-) -> RayWorkers:
+) -> ChosenWorkers:
     """Workers on the connected cluster: ``count`` of them, or one per GPU, or one per CPU node if there is no GPU.
 
     Args:
-        spec: spec of the workers; the device is resolved here, the number of threads by each worker.
+        device: of the workers; "auto" is resolved here.
         count: smallest and largest number of workers; None to use the whole cluster, and nodes that join it.
         gpu_share: share of a GPU that each worker takes.
         attempts: as for ``RayWorkers``.
@@ -48,7 +102,6 @@ def ray_workers(
     """
     nodes, may_grow = living_nodes(), bool(os.environ.get("RAY_ADDRESS"))
     gpus = sum(node.gpus for node in nodes)
-    device = spec.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"
         if not gpus and may_grow:
@@ -72,17 +125,16 @@ def ray_workers(
             return ()
         return places_on_joined(device, living_nodes(), slots, gpu_share)
 
-    return RayWorkers(
-        spec.on(device, spec.threads),
+    workers = RayWorkers(
+        None,
         slots,
         least=None if count is None else count[0],
         joined=joined,
         attempts=attempts,
         stall_timeout_s=stall_timeout_s,
         outage_s=outage_s,
-        # Ray brings them to each node once; the workers of a node would fetch them one by one.
-        make=partial(_make_with, ray.put(remote_files(spec.recipe.checkpoints))),
     )
+    return ChosenWorkers(workers, device)
 
 
 def _make_with(files: Any, spec: WorkerSpec) -> FeatureWorker:

@@ -41,12 +41,18 @@ _DEATHS = (
 def connected(*, dashboard: bool = False) -> Iterator[None]:
     """Connect to the cluster at RAY_ADDRESS (``ray job submit`` sets it), or start Ray on this machine.
 
+    Within another such context, its connection is used. Otherwise it must be entered in the main thread, because Ray
+    sets signal handlers.
+
     Args:
         dashboard: whether to start a dashboard with Ray; Ray Train queries it, and warns every second without it.
 
     Raises:
         JobError: the cluster does not answer, or Ray does not start.
     """
+    if ray.is_initialized():
+        yield
+        return
     # Otherwise Ray logs a change of a default that does not affect us, and how it secures its own ports.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not sys.stderr.isatty():

@@ -52,8 +52,8 @@ class Crew:
     def __len__(self) -> int:
         return len(self._actors)
 
-    def start_due(self, tasks: int) -> None:
-        """Start the workers that are due; ``tasks`` wait for one."""
+    def start_due(self, tasks: int, *, ahead: bool = False) -> None:
+        """Start the workers that are due; ``tasks`` wait for one. ``ahead``: as for `WorkerActor`."""
         now = time.monotonic()
         if now - self._joined_at > _JOINED_S:
             self._joined_at = now
@@ -64,7 +64,7 @@ class Crew:
         left_out = self._left_out(now) if due else []
         for slot in due:
             self._requests += 1
-            self._actors[slot] = RemoteWorker(slot, self._slots[slot], self._requests, left_out)
+            self._actors[slot] = RemoteWorker(slot, self._slots[slot], self._requests, left_out, ahead)
         self._warn_if_none_is_placed(now)
 
     def placed(self, actor: RemoteWorker) -> None:

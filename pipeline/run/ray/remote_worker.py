@@ -27,6 +27,7 @@ class RemoteWorker:
         wanted: resources that it requests from the cluster.
         number: number of the request, unique in the job; it is in the actor's name, which Ray's dashboard shows.
         left_out: nodes on which it is not to be placed.
+        ahead: as for `WorkerActor`.
         node: its node; None: not placed yet.
         room: number of tasks that it can run at once; 0: not ready.
         images: images done in total at its last answer; None: not known yet in the current map.
@@ -42,6 +43,7 @@ class RemoteWorker:
     wanted: Slot
     number: int
     left_out: InitVar[Sequence[str]] = ()
+    ahead: InitVar[bool] = False
     node: str | None = None
     room: int = 0
     images: int | None = None
@@ -51,7 +53,7 @@ class RemoteWorker:
     unreachable_since: float | None = None
     in_doubt: list[int] = field(default_factory=list)
 
-    def __post_init__(self, left_out: Sequence[str]) -> None:
+    def __post_init__(self, left_out: Sequence[str], ahead: bool) -> None:
         """Request the actor from the cluster."""
         strategy: Any = "SPREAD"
         if self.wanted.node is not None and self.wanted.node not in left_out:
@@ -65,12 +67,12 @@ class RemoteWorker:
         if left_out:
             options["label_selector"] = {_NODE_ID: f"!in({','.join(left_out)})"}
         actor: Any = ray.remote(WorkerActor)
-        self._handle = actor.options(**options).remote()
+        self._handle = actor.options(**options).remote(ahead)
         self.start: Any = self._handle.node.remote()
 
     def set_up(self, spec: Any) -> None:
         """Make the actor, which is on a node now, build its stages."""
-        self.start = self._handle.set_up.remote(spec, self.wanted.cpus, self.wanted.gpus)
+        self.start = self._handle.set_up.remote([spec], self.wanted.cpus, self.wanted.gpus)
 
     def call(self, method: Callable[..., Any], arguments: tuple[Any, ...], task: int) -> None:
         """Start a task on the worker."""

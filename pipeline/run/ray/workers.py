@@ -45,7 +45,8 @@ class RayWorkers:
     """Workers as Ray actors, each pinned to its device.
 
     Args:
-        spec: spec of every worker, with a resolved device.
+        spec: spec of every worker, with a resolved device; None: `build` says it before the first map, and the workers
+            import their libraries meanwhile.
         slots: resources that each worker requests.
         least: workers to keep; the others are requested while tasks wait for a worker, and released when none has
             waited for a while. None: all.
@@ -61,7 +62,7 @@ class RayWorkers:
 
     def __init__(
         self,
-        spec: WorkerSpec,
+        spec: WorkerSpec | None,
         slots: Sequence[Slot],
         *,
         least: int | None = None,
@@ -74,21 +75,16 @@ class RayWorkers:
         idle_s: float = IDLE_S,
         make: Callable[[WorkerSpec], FeatureWorker] = make_worker,
     ) -> None:
-        self._spec = ray.put((spec, make))
+        self._spec = None if spec is None else ray.put((spec, make))
         self._attempts, self._first_wait_s, self._stall_timeout_s = attempts, first_wait_s, stall_timeout_s
         self._starts = WorkerStarts(
-            len(slots),
-            attempts=attempts,
-            timeout_s=set_up_timeout_s,
-            first_wait_s=first_wait_s,
-            least=least,
+            len(slots), attempts=attempts, timeout_s=set_up_timeout_s, first_wait_s=first_wait_s, least=least,
             idle_s=idle_s,
-        )
+        )  # fmt: skip
         self._crew = Crew(slots, self._starts, joined)
         self._outage_s, self._outages = outage_s, OutageLog(outage_s)
-        self._dead: list[Dead] = []
+        self._dead, self._failures = list[Dead](), FailureLog()
         self._queue = TaskQueue[RemoteWorker](0, attempts=attempts)
-        self._failures = FailureLog()
 
     @property
     def count(self) -> int:
@@ -96,13 +92,17 @@ class RayWorkers:
         return self._starts.count
 
     def __enter__(self) -> "RayWorkers":
-        self._crew.start_due(0)
+        self._crew.start_due(0, ahead=self._spec is None)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._crew.kill()
+
+    def build(self, spec: WorkerSpec, make: Callable[[WorkerSpec], FeatureWorker] = make_worker) -> None:
+        """Say what the workers are, if the constructor was not told. Arguments as for the constructor."""
+        self._spec = ray.put((spec, make))
 
     def share(self, value: Any) -> Any:
         """Put ``value`` into Ray's object store; returns the reference."""

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from densefeat import FeatureStore, MissingFeatures
 from densefeat.storage.objects import Objects
@@ -15,7 +14,7 @@ from pipeline.run.preparation.prepare import prepare
 from pipeline.run.shard_worker import make_worker
 from pipeline.run.workers import InlineWorkers, Workers
 from pipeline.store.layout import finish
-from tests.helpers.photographs import encode, random_images
+from tests.helpers.photographs import write_random_images
 from tests.helpers.scripted_workers import KILLS, RAISES, make_poisoned, make_struck
 from tests.helpers.upsample_jobs import config
 
@@ -23,10 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pyte
 
 
 def write_images(folder: Path, count: int, poison: dict[int, bytes]) -> Path:
-    folder.mkdir()
-    for i, pixels in enumerate(random_images(count, (70, 80))):
-        data = encode(Image.fromarray(pixels.permute(1, 2, 0).numpy()), "PNG")
-        (folder / f"{i:02}.png").write_bytes(data + poison.get(i, b""))  # decoders ignore what follows an image
+    for path in sorted(write_random_images(folder, count).iterdir()):
+        path.write_bytes(path.read_bytes() + poison.get(int(path.stem), b""))  # decoders ignore what follows an image
     return folder
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
 from typing_extensions import override
 
 from densefeat import FeatureStore
@@ -25,17 +24,13 @@ from pipeline.run.shard_worker import ShardWorker
 from pipeline.run.workers import InlineWorkers
 from pipeline.store.layout import finish
 from schemas.index import REFERENCES
-from tests.helpers.photographs import encode, random_images
+from tests.helpers.photographs import write_random_images
 from tests.helpers.upsample_jobs import config
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for i, pixels in enumerate(random_images(11, (70, 80))):
-        (folder / f"{i:02}.png").write_bytes(encode(Image.fromarray(pixels.permute(1, 2, 0).numpy()), "PNG"))
-    return folder
+    return write_random_images(tmp_path / "images", 11)
 
 
 def test_a_task_has_the_references_of_its_shard_and_no_others(images: Path, tmp_path: Path) -> None:

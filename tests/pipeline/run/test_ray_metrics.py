@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
-from tests.helpers.photographs import encode, random_images
+from tests.helpers.photographs import write_random_images
 
 ROOT = Path(__file__).parents[3]
 
@@ -51,12 +50,6 @@ if __name__ == "__main__":
 """
 
 
-def write_images(folder: Path, count: int) -> None:
-    folder.mkdir()
-    for i, pixels in enumerate(random_images(count, (70, 80))):
-        (folder / f"{i:02}.png").write_bytes(encode(Image.fromarray(pixels.permute(1, 2, 0).numpy()), "PNG"))
-
-
 def samples(text: str) -> list[tuple[str, dict[str, str], float]]:
     """Name, labels and value of each of our samples."""
     from prometheus_client.parser import text_string_to_metric_families
@@ -82,7 +75,7 @@ def test_prometheus_has_the_numbers_of_the_ledger(tmp_path: Path, monkeypatch: p
     from pipeline.store.shard import finished_shards
 
     images, store = tmp_path / "images", tmp_path / "store"
-    write_images(images, 14)
+    write_random_images(images, 14)
     (images / "broken.jpg").write_bytes(b"no image")
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -112,7 +105,7 @@ def test_prometheus_has_the_numbers_of_the_ledger(tmp_path: Path, monkeypatch: p
 
 
 def test_a_job_in_its_own_process_does_not_import_ray(tmp_path: Path) -> None:
-    write_images(tmp_path / "images", 5)
+    write_random_images(tmp_path / "images", 5)
     code = (
         "import sys, time\n"
         "from pipeline.run.job import carry_out\n"

@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 import s3fs
 import timm
-from PIL import Image
 from safetensors.torch import save
 
 from pipeline.features.checkpoints import at_hand, read_state_dict, remote_files
 from pipeline.run.feature_worker import FeatureWorker
 from pipeline.run.planning.plan import make_plan
 from pipeline.run.ray import choose
-from tests.helpers.photographs import encode, random_images
+from tests.helpers.photographs import write_random_images
 from tests.helpers.s3_proxy import S3Proxy
 from tests.helpers.upsample_jobs import config
 
@@ -44,16 +43,15 @@ def test_a_file_at_hand_is_not_fetched(weights: str, s3_proxy: S3Proxy, tmp_path
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_workers_do_not_fetch_them(weights: str, s3_proxy: S3Proxy, tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    for i, pixels in enumerate(random_images(4, (70, 80))):
-        data = encode(Image.fromarray(pixels.permute(1, 2, 0).numpy()), "PNG")
-        (tmp_path / "images" / f"{i}.png").write_bytes(data)
-    plan = make_plan(config(tmp_path / "images", tmp_path / "store", weights=weights, workers=2))
+    images = write_random_images(tmp_path / "images", 4)
+    plan = make_plan(config(images, tmp_path / "store", weights=weights, workers=2))
     s3_proxy.seen.clear()
     places = {"--weights": weights}
     with (
         choose.connected(),
-        choose.ray_workers(plan.spec, (2, 2), gpu_share=1.0, attempts=1, stall_timeout_s=600, places=places) as workers,
+        choose.ray_workers("cpu", (2, 2), gpu_share=1.0, attempts=1, stall_timeout_s=600, places=places).build(
+            plan.spec
+        ) as workers,
     ):
         gets = [path for method, path in s3_proxy.seen if method == "GET" and NAME in path]
         assert len(gets) == 1  # the driver's

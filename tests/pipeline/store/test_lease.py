@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from pipeline.io.process import Process, this_process
 from pipeline.run import job
 from pipeline.store.layout import delete_store, foreign_keys, remains
 from pipeline.store.lease import Lease
-from tests.helpers.killing import FORK
-from tests.helpers.photographs import encode, random_images
+from tests.helpers.killing import FORK, wait_for
+from tests.helpers.photographs import write_random_images
 from tests.helpers.s3_proxy import S3Proxy
 from tests.helpers.upsample_jobs import config
 
@@ -31,13 +31,6 @@ BEAT_S, DEAD_S = 0.02, 0.6
 
 def lease(objects: Objects, shards: range | None) -> Lease:
     return Lease(objects, shards, beat_s=BEAT_S, dead_s=DEAD_S)
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def hold(objects: Objects, entered: Any, leave: Any) -> None:
@@ -263,14 +256,7 @@ def test_leases_are_no_parts_of_a_store(tmp_path: Path) -> None:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for i, pixels in enumerate(random_images(12, (70, 80))):
-        from PIL import Image
-
-        data = encode(Image.fromarray(pixels.permute(1, 2, 0).numpy()), "PNG")
-        (folder / f"{i:02}.png").write_bytes(data)
-    return folder
+    return write_random_images(tmp_path / "images", 12)
 
 
 def test_jobs_on_one_store(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

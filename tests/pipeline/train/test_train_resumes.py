@@ -12,7 +12,8 @@ import torch
 from jobs.train_upsampler import train_upsampler
 from pipeline.errors import JobError
 from pipeline.upsamplers.build import build_upsampler
-from tests.helpers.trainings import newest_step, options, record, resnet18, same_tensors, start, train_config, wait_for
+from tests.helpers.killing import wait_for
+from tests.helpers.trainings import newest_step, options, record, resnet18, same_tensors, start, train_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

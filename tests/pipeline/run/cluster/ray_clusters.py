@@ -6,8 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +14,10 @@ from typing import Any
 
 import psutil
 
+from tests.helpers.killing import wait_for
+
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 SHARING_A_MACHINE = ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> Any:
-    """What ``condition`` returns, once that is true."""
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.1)
-    raise TimeoutError
 
 
 def free_port() -> int:

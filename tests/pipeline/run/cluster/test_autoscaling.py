@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from densefeat import FeatureStore
+from tests.helpers.killing import wait_for
 from tests.pipeline.run.cluster import ray_clusters
-from tests.pipeline.run.cluster.ray_clusters import LocalCluster, job_options, wait_for
+from tests.pipeline.run.cluster.ray_clusters import LocalCluster, job_options
 
 ROOT = Path(__file__).parents[4]
 CLUSTER = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())

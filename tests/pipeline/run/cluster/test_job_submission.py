@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from densefeat import FeatureStore
+from tests.helpers.killing import wait_for
 from tests.helpers.upsample_jobs import shard_bytes
-from tests.pipeline.run.cluster.ray_clusters import LocalCluster, head, job_options, link_many, wait_for
+from tests.pipeline.run.cluster.ray_clusters import LocalCluster, head, job_options, link_many
 
 ROOT = Path(__file__).parents[4]
 SUBMIT = ["job", "submit", "--working-dir", "."]

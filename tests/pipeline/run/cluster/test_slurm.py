@@ -16,7 +16,8 @@ import tyro
 
 from densefeat import FeatureStore
 from schemas.options import UpsampleConfig
-from tests.pipeline.run.cluster.ray_clusters import ended_with_children, job_options, link_many, wait_for
+from tests.helpers.killing import wait_for
+from tests.pipeline.run.cluster.ray_clusters import ended_with_children, job_options, link_many
 
 ROOT = Path(__file__).parents[4]
 SCRIPT = ROOT / "docs" / "cluster" / "slurm.sh"

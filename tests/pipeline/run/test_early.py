@@ -1,0 +1,143 @@
+"""Ray and the workers start while the job is planned, if it needs them."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.util import list_named_actors
+
+from densefeat import layout
+from jobs.upsample_imagenet import upsample
+from pipeline.errors import JobError
+from pipeline.run.planning.plan import make_plan
+from pipeline.run.ray.cluster import connected
+from pipeline.run.ray.early import EarlyWorkers
+from tests.helpers.killing import wait_for
+from tests.helpers.photographs import write_random_images
+from tests.helpers.upsample_jobs import config
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # Ray's own
+
+Listed = Callable[[int], None]
+MANY = 10**6
+
+
+def job(**options: Any) -> EarlyWorkers:
+    return EarlyWorkers(config("images", "store", **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "images"),
+    [
+        ({"workers": 0}, MANY),
+        ({"workers": 1, "dry_run": True}, MANY),
+        ({"workers": None}, 1000),
+        ({"workers": None, "shards": "0:1"}, MANY),
+    ],
+)
+def test_nothing_starts_for_a_job_without_ray(options: dict[str, Any], images: int) -> None:
+    def plan(listed: Listed) -> str:
+        listed(images)
+        return "planned"
+
+    with job(**options) as early:
+        assert early.beside(plan) == "planned"
+        assert early.chosen is None
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_the_plan_arrive(workers: int) -> None:
+    def plan(listed: Listed) -> str:
+        raise JobError("no such folder")
+
+    with job(workers=workers) as early, pytest.raises(JobError, match="no such folder"):
+        early.beside(plan)
+    assert not ray.is_initialized()
+
+
+def test_an_interrupt_does_not_wait_for_the_plan() -> None:
+    over = threading.Event()
+
+    def plan(listed: Listed) -> bool:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return over.wait(60)
+
+    with job(workers=1) as early, pytest.raises(KeyboardInterrupt):
+        early.beside(plan)
+    assert not over.is_set()
+    over.set()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with connected():
+        yield
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.timeout(300)
+def test_workers_are_placed_while_the_plan_is_made() -> None:
+    def plan(listed: Listed) -> str:
+        assert list_named_actors() == []
+        listed(MANY)
+        wait_for(list_named_actors)
+        return "planned"
+
+    with job(workers=1) as early:
+        assert early.beside(plan) == "planned"
+        assert early.chosen is not None
+        assert early.chosen.device == "cpu"
+        assert list_named_actors() == ["densefeat worker 1"]
+    wait_for(lambda: not list_named_actors())
+    assert ray.is_initialized()  # the connection is not its own
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.timeout(300)
+def test_a_plan_that_fails_later_ends_the_workers() -> None:
+    def plan(listed: Listed) -> str:
+        listed(MANY)
+        wait_for(list_named_actors)
+        raise JobError("no such backbone")
+
+    with pytest.raises(JobError, match="no such backbone"), job(workers=1) as early:
+        early.beside(plan)
+    wait_for(lambda: not list_named_actors())
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_that_the_cluster_lacks_are_refused_after_the_plan() -> None:
+    ended = threading.Event()
+
+    def plan(listed: Listed) -> str:
+        listed(MANY)
+        time.sleep(0.5)
+        ended.set()
+        return "planned"
+
+    with job(workers=1, device="cuda") as early, pytest.raises(JobError, match="there is no GPU"):
+        early.beside(plan)
+    assert ended.is_set()
+
+
+def test_the_images_of_a_finished_store_are_not_announced(tmp_path: Path) -> None:
+    asked = config(write_random_images(tmp_path / "images", 6), tmp_path / "store")
+    announced = list[int]()
+    plan = make_plan(asked, announced.append)
+    assert announced == [plan.references.num_rows]
+    assert upsample(asked) == 0
+    make_plan(replace(asked, resume=True), announced.append)
+    assert len(announced) == 1
+    (tmp_path / "store" / layout.MANIFEST).unlink()
+    make_plan(replace(asked, resume=True), announced.append)
+    assert len(announced) == 2
