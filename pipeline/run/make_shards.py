@@ -88,7 +88,7 @@ def make_shards(
                 else:
                     failed.pop(shards[task], None)
                     made[shards[task]] = result
-                    blocks.add(result)
+                    made.update((record.shard, record) for record in blocks.add(result) if record.shard in made)
                     progress.shard_done(result)
 
         make(to_do, {})

@@ -159,3 +159,17 @@ def test_they_belong_to_the_store(known: KnownStore) -> None:
     assert foreign_keys(objects) == []
     delete_store(objects)
     assert objects.list() == {}
+
+
+def test_records_of_a_written_block_are_equal_and_share_a_table(known: KnownStore) -> None:
+    for key in blocks(known):
+        Objects(known.uri).delete(key)
+    writer = BlockWriter(Objects(known.uri), SHARDS, [])
+    returned = [writer.add(record) for record in reversed(known.records)]
+    assert [len(records) for records in returned] == [1, 0, 2]  # the second block has one shard
+    for record in (record for records in returned for record in records):
+        assert record == known.records[record.shard]
+        assert record.outcomes.equals(known.records[record.shard].outcomes)
+        assert record.to_bytes() == known.records[record.shard].to_bytes()
+    first, second = (record.outcomes["row"].chunk(0).buffers()[1].address for record in returned[2])
+    assert first == second
