@@ -18,7 +18,7 @@ from pipeline.run.queue import OUTAGE_S, TaskFailed, TaskQueue
 from pipeline.run.resources import threads_in_operations, torch_threads
 from pipeline.run.shard_worker import make_worker
 
-__all__ = ["InlineWorkers", "Result", "TaskFailed", "Workers"]
+__all__ = ["InlineWorkers", "Result", "TaskFailed", "Workers", "if_given_up"]
 
 Result = TypeVar("Result")
 
@@ -165,5 +165,10 @@ class InlineWorkers:
         reason, now = self._failures.told(error, "a task failed"), time.monotonic()
         suspect = is_suspect(error)
         given_up = queue.failed(task, reason, now, suspect=True) if suspect else queue.unavailable(task, reason, now)
-        if given_up is not None:
-            yield task, given_up
+        yield from if_given_up(task, given_up)
+
+
+def if_given_up(task: int, given_up: TaskFailed | None) -> Iterator[tuple[int, TaskFailed]]:
+    """Yield a task that is not tried again."""
+    if given_up is not None:
+        yield task, given_up

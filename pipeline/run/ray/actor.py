@@ -6,7 +6,8 @@ be slow or hang (torch, the stages, a file system that does not answer) happens 
 
 import asyncio
 import logging
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ray
 
 if TYPE_CHECKING:
-    from pipeline.run.feature_worker import FeatureWorker, WorkerSpec
+    from pipeline.run.feature_worker import FeatureWorker
     from pipeline.run.ray.metrics import WorkerMetrics
 
 __all__ = ["WorkerActor", "WorkerProgress"]
@@ -54,22 +55,18 @@ class WorkerActor:
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
-    async def set_up(
-        self,
-        what: "list[ray.ObjectRef[tuple[WorkerSpec, Callable[[WorkerSpec], FeatureWorker]]]]",
-        cpus: float,
-        gpus: float,
-    ) -> int:
+    async def set_up(self, what: bytes, files: Mapping[str, bytes], cpus: float, gpus: float) -> int:
         """Build the stages; returns how many tasks the worker can run at once.
 
         Args:
-            what: the spec, whose number of threads is determined here, and the function that builds a worker from it.
-                A reference within a list, so that it is read, with the imports that it needs, in a thread.
+            what: the spec, whose number of threads is determined here, and the function that builds a worker from it;
+                pickled, so that the imports that they need happen in a thread.
+            files: checkpoint files in object storage that the driver has fetched, by URI.
             cpus: CPUs that were requested for this actor.
             gpus: share of a GPU that was requested for it.
         """
         loop = asyncio.get_running_loop()
-        worker, self._metrics = await loop.run_in_executor(self._threads, _build, what[0], cpus, gpus)
+        worker, self._metrics = await loop.run_in_executor(self._threads, _build, what, files, cpus, gpus)
         self._worker, self._threads = worker, ThreadPoolExecutor(worker.tasks_at_once, "task")
         return worker.tasks_at_once
 
@@ -101,16 +98,17 @@ def _import_stages() -> None:
 
 
 def _build(
-    what: "ray.ObjectRef[tuple[WorkerSpec, Callable[[WorkerSpec], FeatureWorker]]]", cpus: float, gpu_share: float
+    what: bytes, files: Mapping[str, bytes], cpus: float, gpu_share: float
 ) -> "tuple[FeatureWorker, WorkerMetrics]":
     import torch
 
+    from pipeline.features.checkpoints import at_hand
     from pipeline.run.ray.cluster import living_nodes
     from pipeline.run.ray.metrics import WorkerMetrics
     from pipeline.run.ray.tables import send_tables_as_streams
     from pipeline.run.resources import available_cores, threads_in_operations, worker_threads
 
-    spec, make = ray.get(what)
+    spec, make = pickle.loads(what)
     send_tables_as_streams()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO)
@@ -120,4 +118,5 @@ def _build(
     assert device != "auto"  # resolved by the driver
     threads = worker_threads(device, available_cores(), gpus=gpus, granted=cpus, gpu_share=gpu_share or 1.0)
     torch.set_num_threads(threads_in_operations(device, threads))  # for the whole process, which the worker owns
-    return make(spec.on(device, threads)), WorkerMetrics()
+    with at_hand(files):
+        return make(spec.on(device, threads)), WorkerMetrics()

@@ -5,19 +5,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
-
-import ray
+from typing import Literal
 
 from pipeline.errors import JobError
-from pipeline.features.checkpoints import at_hand, remote_files
-from pipeline.run.feature_worker import FeatureWorker, WorkerSpec
+from pipeline.features.checkpoints import remote_files
+from pipeline.run.feature_worker import WorkerSpec
 from pipeline.run.queue import OUTAGE_S
 from pipeline.run.ray.cluster import connected, living_nodes
 from pipeline.run.ray.workers import RayWorkers
 from pipeline.run.resources import Slot, places_for_workers, places_on_joined
-from pipeline.run.shard_worker import make_worker
 from schemas.options import FeatureConfig
 
 __all__ = ["ChosenWorkers", "connected", "ray_workers", "requested_workers"]
@@ -40,8 +36,7 @@ class ChosenWorkers:
     def build(self, spec: WorkerSpec) -> RayWorkers:
         """The workers, which now know their spec; its number of threads is determined by each."""
         # Ray brings the files to each node once; the workers of a node would fetch them one by one.
-        files = ray.put(remote_files(spec.recipe.checkpoints))
-        self.workers.build(spec.on(self.device, spec.threads), partial(_make_with, files))
+        self.workers.build(spec.on(self.device, spec.threads), files=remote_files(spec.recipe.checkpoints))
         return self.workers
 
 
@@ -135,12 +130,6 @@ def ray_workers(
         outage_s=outage_s,
     )
     return ChosenWorkers(workers, device)
-
-
-def _make_with(files: Any, spec: WorkerSpec) -> FeatureWorker:
-    """Build a worker with checkpoint files from Ray's object store."""
-    with at_hand(ray.get(files)):
-        return make_worker(spec)
 
 
 def _warn_of_local_folders(places: Mapping[str, str], nodes: int) -> None:

@@ -70,9 +70,9 @@ class RemoteWorker:
         self._handle = actor.options(**options).remote(ahead)
         self.start: Any = self._handle.node.remote()
 
-    def set_up(self, spec: Any) -> None:
-        """Make the actor, which is on a node now, build its stages."""
-        self.start = self._handle.set_up.remote([spec], self.wanted.cpus, self.wanted.gpus)
+    def set_up(self, *what: Any) -> None:
+        """Make the actor, which is on a node now, build its stages; ``what`` as for `WorkerActor`."""
+        self.start = self._handle.set_up.remote(*what, self.wanted.cpus, self.wanted.gpus)
 
     def call(self, method: Callable[..., Any], arguments: tuple[Any, ...], task: int) -> None:
         """Start a task on the worker."""

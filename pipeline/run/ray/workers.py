@@ -9,7 +9,7 @@ Nothing here waits for an actor without a timeout: an actor may hang at any mome
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -28,11 +28,12 @@ from pipeline.run.ray.remote_worker import Dead, RemoteWorker, result_of
 from pipeline.run.ray.starts import IDLE_S, WorkerStarts
 from pipeline.run.resources import Slot
 from pipeline.run.shard_worker import make_worker
-from pipeline.run.workers import Result
+from pipeline.run.workers import Result, if_given_up
 
 __all__ = ["RayWorkers"]
 
 logger = logging.getLogger(__name__)
+Make = Callable[[WorkerSpec], FeatureWorker]
 
 _POLL_S = 0.5
 _PROGRESS_CALLS_PER_S, _RAREST_PROGRESS_S = 100, 8.0  # Ray forgets a worker's gauges after 20 s
@@ -73,9 +74,11 @@ class RayWorkers:
         first_wait_s: float = 5.0,
         outage_s: float = OUTAGE_S,
         idle_s: float = IDLE_S,
-        make: Callable[[WorkerSpec], FeatureWorker] = make_worker,
+        make: Make = make_worker,
     ) -> None:
-        self._spec = None if spec is None else ray.put((spec, make))
+        self._what: tuple[Any, ...] = ()
+        if spec is not None:
+            self.build(spec, make)
         self._attempts, self._first_wait_s, self._stall_timeout_s = attempts, first_wait_s, stall_timeout_s
         self._starts = WorkerStarts(
             len(slots), attempts=attempts, timeout_s=set_up_timeout_s, first_wait_s=first_wait_s, least=least,
@@ -92,7 +95,7 @@ class RayWorkers:
         return self._starts.count
 
     def __enter__(self) -> "RayWorkers":
-        self._crew.start_due(0, ahead=self._spec is None)
+        self._crew.start_due(0, ahead=not self._what)
         return self
 
     def __exit__(
@@ -100,9 +103,9 @@ class RayWorkers:
     ) -> None:
         self._crew.kill()
 
-    def build(self, spec: WorkerSpec, make: Callable[[WorkerSpec], FeatureWorker] = make_worker) -> None:
-        """Say what the workers are, if the constructor was not told. Arguments as for the constructor."""
-        self._spec = ray.put((spec, make))
+    def build(self, spec: WorkerSpec, make: Make = make_worker, files: Mapping[str, bytes] | None = None) -> None:
+        """Say what the workers are. Arguments as for the constructor; ``files``: as for `WorkerActor.set_up`."""
+        self._what = ray.put(ray.cloudpickle.dumps((spec, make))), ray.put(files or {})
 
     def share(self, value: Any) -> Any:
         """Put ``value`` into Ray's object store; returns the reference."""
@@ -151,7 +154,7 @@ class RayWorkers:
         """Advance an actor whose ``start`` call succeeded: set it up, or give it to the queue."""
         if actor.node is None:
             actor.node = result
-            actor.set_up(self._spec)
+            actor.set_up(*self._what)
             self._crew.placed(actor)
         else:
             actor.start, actor.room, actor.images = None, result, 0
@@ -203,10 +206,10 @@ class RayWorkers:
             if is_suspect(cause):
                 yield from self._failed(task, reason)
             else:
-                yield from _if_given_up(task, self._queue.unavailable(task, reason, time.monotonic()))
+                yield from if_given_up(task, self._queue.unavailable(task, reason, time.monotonic()))
 
     def _failed(self, task: int, reason: str) -> Iterator[tuple[int, TaskFailed]]:
-        yield from _if_given_up(task, self._queue.failed(task, reason, time.monotonic(), suspect=True))
+        yield from if_given_up(task, self._queue.failed(task, reason, time.monotonic(), suspect=True))
 
     def _set_up_failed(self, actor: RemoteWorker, error: RayError) -> None:
         self._remove(actor)
@@ -253,7 +256,7 @@ class RayWorkers:
                     yield from self._failed(task, reason)
 
     def _lost(self, task: int, reason: str) -> Iterator[tuple[int, TaskFailed]]:
-        yield from _if_given_up(task, self._queue.lost(task, reason, time.monotonic()))
+        yield from if_given_up(task, self._queue.lost(task, reason, time.monotonic()))
 
     def _leave_node(self, actor: RemoteWorker, error: WrongClock, tasks: list[int]) -> None:
         """End a worker whose node has a wrong clock; its tasks, and those that were refused, run elsewhere."""
@@ -343,8 +346,3 @@ class RayWorkers:
                 continue
             for task in tasks:
                 yield from self._lost(task, "its worker could not be reached")
-
-
-def _if_given_up(task: int, given_up: TaskFailed | None) -> Iterator[tuple[int, TaskFailed]]:
-    if given_up is not None:
-        yield task, given_up
