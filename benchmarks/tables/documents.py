@@ -30,6 +30,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "start": performance.start,
     "scale": scale.scale,
     "scale_limits": scale.scale_limits,
+    "driver": scale.driver,
+    "overhead": scale.overhead,
     "ray_data": scale.ray_data,
     "reader": performance.reader,
     "reading": reading.reading,

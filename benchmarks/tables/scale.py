@@ -75,6 +75,43 @@ def scale_limits() -> str:
     )
 
 
+def driver() -> str:
+    """Time and memory of the driver, by the number of shards."""
+    latest = {(row["shards"], row["shard_rows"]): row for row in rows.read("driver")}
+    table = [
+        "| shards | images | the driver's CPU per shard, of it the queue | sent per shard "
+        "| memory: an image listed / a shard done | to finish the store | most memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (shards, shard_rows), row in sorted(latest.items()):
+        table.append(
+            f"| {shards:,} | {shards * shard_rows:,} | {row['driver_us_per_shard']:.0f} µs, "
+            f"{row['queue_us_per_shard']:.0f} µs | {row['sent_bytes_per_shard'] / 1e3:.1f} kB "
+            f"| {row['references_bytes_per_image']:.0f} B / {row['records_bytes_per_shard'] / 1e3:.1f} kB "
+            f"| {row['finish_s']:.0f} s | {row['peak_bytes'] / 1e9:.1f} GB |"
+        )
+    row = next(iter(latest.values()))
+    return (
+        f"The driver's own code, for {row['workers']:,} workers with {row['shards_at_once']} shards each, without Ray's "
+        f"calls, storage, and the work itself, on {formats.machine(row)} (`python -m benchmarks.jobs.driver`).\n\n"
+    ) + "\n".join(table)
+
+
+def overhead() -> str:
+    """The job compared with a bare loop over the same stages."""
+    row = rows.read("overhead")[-1]
+    rates = row["images_per_s"]
+    bare = rates["bare loop"]
+    table = ["| | images/s | share of the bare loop |", "|---|---|---|"]
+    table += [f"| {side} | {rate:.1f} | {100 * rate / bare:.0f}% |" for side, rate in rates.items()]
+    return (
+        f"`{row['backbone']}`, k = {row['k']}, {row['size']} px, {row['images']:,} photographs, without start and PCA, on "
+        f"{formats.machine(row)}, medians of {row['turns']} runs (`python -m benchmarks.jobs.overhead`). The bare loop "
+        "is a process per core that reads, decodes, computes, quantizes and encodes one batch after the other, and "
+        "keeps nothing.\n\n"
+    ) + "\n".join(table)
+
+
 def ray_data() -> str:
     """The same shards with densefeat's scheduling and with Ray Data's."""
     row = rows.read("ray_data")[-1]
