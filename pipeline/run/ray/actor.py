@@ -89,6 +89,7 @@ def _build(
     import torch
 
     from pipeline.run.ray.cluster import living_nodes
+    from pipeline.run.ray.decode_elsewhere import decode_elsewhere
     from pipeline.run.ray.metrics import WorkerMetrics
     from pipeline.run.ray.tables import send_tables_as_streams
     from pipeline.run.resources import available_cores, threads_in_operations, worker_threads
@@ -102,4 +103,7 @@ def _build(
     assert device != "auto"  # resolved by the driver
     threads = worker_threads(device, available_cores(), gpus=gpus, granted=cpus, gpu_share=gpu_share or 1.0)
     torch.set_num_threads(threads_in_operations(device, threads))  # for the whole process, which the worker owns
-    return make(spec.on(device, threads)), WorkerMetrics()
+    worker, metrics = make(spec.on(device, threads)), WorkerMetrics()
+    if spec.decode_elsewhere and device == "cuda":  # a worker on a CPU uses the other nodes itself, where they are free
+        decode_elsewhere(worker, decoded=metrics.decoded_elsewhere)
+    return worker, metrics
