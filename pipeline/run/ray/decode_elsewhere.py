@@ -64,9 +64,9 @@ def decode_elsewhere(
 
 
 class Room:
-    """How many tasks a worker may have elsewhere at once: as many as found a place, and one more from time to time.
+    """How many tasks a worker may have elsewhere at once: as many as found a place, and one that waits for the next.
 
-    Time is passed in, as seconds of a monotonic clock.
+    If that one waits in vain, there is none for a while. Time is passed in, as seconds of a monotonic clock.
     """
 
     def __init__(self) -> None:
@@ -76,18 +76,15 @@ class Room:
 
     def take(self, now: float) -> bool:
         """Whether there may be one more, which is then counted."""
-        if self._used >= self._most:
-            if now < self._quiet_until:
-                return False
-            self._quiet_until = now + _REST_S
+        if self._used > self._most or (self._used == self._most and now < self._quiet_until):
+            return False
         self._used += 1
         return True
 
     def placed(self) -> None:
         """A task has a place."""
         self._placed += 1
-        if self._placed > self._most:  # one more than was known: perhaps there are others
-            self._most, self._quiet_until = self._placed, 0.0
+        self._most = max(self._most, self._placed)
 
     def ended(self, placed: bool) -> None:
         """A task has ended, or was cancelled."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pyarrow as pa
@@ -173,11 +174,15 @@ def test_without_a_free_cpu_it_is_decoded_here(cluster: Any, images: Path, caplo
 
 
 def test_it_stops(cluster: Any, images: Path) -> None:
-    elsewhere = Elsewhere(2, partial(slow_loader, 3600.0))
-    batches = elsewhere.loader.batches(references(images), StageSeconds())
-    elsewhere.loader.stop.set()
+    elsewhere, table = Elsewhere(4, partial(slow_loader, 3600.0)), references(images)
+    timer = Timer(1.0, elsewhere.loader.stop.set)
+    timer.start()
     with pytest.raises(WorkStopped):
-        next(batches)
+        next(elsewhere.loader.batches(table, StageSeconds()))
+    timer.join()
+    again = Elsewhere(4)  # its CPU is free again
+    all_of(again.loader, table)
+    assert again.images == 16
 
 
 def test_it_goes_elsewhere_only_while_the_device_starves(cluster: Any, images: Path) -> None:
@@ -244,13 +249,23 @@ def test_room_is_for_as_many_as_found_a_place() -> None:
     assert room.take(7.0)  # in its place
     room.placed()
     assert not room.take(14.0)
-    assert room.take(15.0)  # one more, to see whether there is more room now
+    assert room.take(15.0)  # one more, which waits
     assert not room.take(15.1)
-    room.placed()
-    assert room.take(15.2)  # there was
+    room.ended(True)
+    room.placed()  # it took the place of another
+    assert room.take(15.2)
+    room.placed()  # and this one found a third
+    assert room.take(15.3)
+    assert not room.take(15.4)
     room.ended(False)
-    room.shrink(20.2)
+    room.shrink(20.3)
     assert not room.take(21.0)
+    for _ in range(3):  # all of their processes are killed
+        room.ended(True)
+        room.shrink(22.0)
+    assert not room.take(23.0)
+    assert room.take(32.0)
+    assert not room.take(32.1)
 
 
 @pytest.mark.slow

@@ -1,0 +1,144 @@
+"""Claim: a node without a GPU decodes for a worker whose own cores cannot.
+
+    python -m benchmarks.jobs.decode_elsewhere --images PHOTOS
+
+A worker with one core and a stand-in for a GPU, which takes no core and `DEVICE_IMAGES_PER_S`, reads and decodes
+photographs for a network of 224 px: by itself, and with a further node of one core. Both nodes are Ray's on this
+machine; each has a core to itself, so twice the rate is the most there can be. Nothing is encoded or written.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from benchmarks import rows
+from pipeline.images.decoding.decode import Geometry
+from pipeline.images.listing.source import list_images
+from pipeline.reporting.seconds import StageSeconds
+from pipeline.run.feature_worker import Turns, WorkerSpec
+from pipeline.run.recipe import FeatureRecipe, ImageRecipe
+from pipeline.run.resources import GPU_SHARDS, Slot
+
+TURNS, SHARDS, SHARD_IMAGES, BATCH, DEVICE_IMAGES_PER_S = 3, 32, 64, 32, 1000
+_IMAGES = ImageRecipe("folder", None, Geometry((224, 224), "crop", (224, 224)), 100_000_000, 8)
+SPEC = WorkerSpec(FeatureRecipe(_IMAGES, "none", (0,), "random", "layer", "token", {}), "cpu", BATCH, 1)
+
+
+class Worker:
+    """Reads and decodes as a worker on a GPU does; the GPU sleeps."""
+
+    tasks_at_once = GPU_SHARDS
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec, self.batch_size = spec, BATCH
+        self.images_done = self.elsewhere = 0
+        self.computing = Turns(1)
+        self.loader: Any = spec.recipe.images.loader(BATCH, spec.threads)
+
+    def shard(self, references: pa.Table) -> int:
+        """Make nothing of a shard; returns its number of images."""
+        for batch in self.loader.batches(references, StageSeconds()):
+            with self.computing:
+                time.sleep(len(batch.decoded) / DEVICE_IMAGES_PER_S)
+            self.images_done += len(batch.decoded)
+        return references.num_rows
+
+    def decoded(self, images: int) -> None:
+        """Count images that the other node decoded."""
+        self.elsewhere += images
+
+    def count_elsewhere(self) -> int:
+        """Number of them so far."""
+        return self.elsewhere
+
+
+def make_worker(elsewhere: bool, spec: WorkerSpec) -> Any:
+    """Build the worker, with or without the other node."""
+    from pipeline.run.ray.decode_elsewhere import decode_elsewhere
+
+    worker: Any = Worker(spec)
+    if elsewhere:
+        decode_elsewhere(worker, decoded=worker.decoded)
+    return worker
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, help="folder with about 200 photographs")
+    row = {**measure(parser.parse_args().images), **rows.measured_on()}
+    rows.append("decode_elsewhere", row)
+    print(json.dumps(row))
+
+
+def measure(images: Path) -> dict[str, Any]:
+    """Rates of the worker by itself and with the node, in turns."""
+    found = list_images(str(images)).references
+    shards = [found.take([i % found.num_rows for i in range(first, first + SHARD_IMAGES)])
+              for first in range(0, SHARDS * SHARD_IMAGES, SHARD_IMAGES)]  # fmt: skip
+    runs: dict[str, list[dict[str, Any]]] = {"alone": [], "with a node": []}
+    with two_nodes() as worker_node:
+        for _ in range(TURNS):
+            for name, results in runs.items():
+                results.append(run(shards, worker_node, elsewhere=name != "alone"))
+                print(name, results[-1], file=sys.stderr)
+    return {
+        "shard_images": SHARD_IMAGES,
+        "images": SHARDS * SHARD_IMAGES,
+        "device_images_per_s": DEVICE_IMAGES_PER_S,
+        "turns": TURNS,
+        # The fastest: whatever else the machine does only slows a run.
+        "runs": {name: max(results, key=lambda run: run["images_per_s"]) for name, results in runs.items()},
+        "spread": {name: [run["images_per_s"] for run in results] for name, results in runs.items()},
+    }
+
+
+@contextmanager
+def two_nodes() -> Iterator[str]:
+    """A cluster of two nodes that have a core each; yields the name of the one that is said to have a GPU."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        sys.exit(f"a benchmark of two nodes with a core each: got {len(cores)} core, expected 2 or more")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        os.sched_setaffinity(0, {cores[0]})  # which processes inherit
+        with_gpu = cluster.add_node(num_cpus=1, num_gpus=1)
+        os.sched_setaffinity(0, {cores[1]})
+        cluster.add_node(num_cpus=1)
+        os.sched_setaffinity(0, cores)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, logging_level="ERROR")
+        yield with_gpu.node_id
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def run(shards: list[pa.Table], node: str, *, elsewhere: bool) -> dict[str, Any]:
+    """Rate of a worker on the node, once its process, and that of the other node, have imported everything."""
+    from pipeline.run.ray.workers import RayWorkers
+
+    with RayWorkers(SPEC, [Slot(1, 0, node)], make=partial(make_worker, elsewhere)) as workers:
+        warm = [(shard,) for shard in shards[:4]]
+        assert sum(images for _, images in workers.map(Worker.shard, warm)) == 4 * SHARD_IMAGES
+        ((_, before),) = workers.map(Worker.count_elsewhere, [()])
+        begun = time.monotonic()
+        images = sum(images for _, images in workers.map(Worker.shard, [(shard,) for shard in shards]))
+        seconds = time.monotonic() - begun
+        ((_, after),) = workers.map(Worker.count_elsewhere, [()])
+    return {"images_per_s": round(images / seconds, 1), "elsewhere": round((after - before) / images, 3)}
+
+
+if __name__ == "__main__":
+    main()
