@@ -28,7 +28,7 @@ from pipeline.run.feature_worker import Turns, WorkerSpec
 from pipeline.run.recipe import FeatureRecipe, ImageRecipe
 from pipeline.run.resources import GPU_SHARDS, Slot
 
-TURNS, SHARDS, SHARD_IMAGES, BATCH, DEVICE_IMAGES_PER_S = 3, 32, 64, 32, 1000
+TURNS, SHARDS, SHARD_IMAGES, BATCH, DEVICE_IMAGES_PER_S = 5, 48, 64, 32, 1000
 _IMAGES = ImageRecipe("folder", None, Geometry((224, 224), "crop", (224, 224)), 100_000_000, 8)
 SPEC = WorkerSpec(FeatureRecipe(_IMAGES, "none", (0,), "random", "layer", "token", {}), "cpu", BATCH, 1)
 
@@ -85,10 +85,12 @@ def measure(images: Path) -> dict[str, Any]:
     shards = [found.take([i % found.num_rows for i in range(first, first + SHARD_IMAGES)])
               for first in range(0, SHARDS * SHARD_IMAGES, SHARD_IMAGES)]  # fmt: skip
     runs: dict[str, list[dict[str, Any]]] = {"alone": [], "with a node": []}
-    with two_nodes() as worker_node:
+    with two_nodes() as node, worker(node, elsewhere=False) as alone, worker(node, elsewhere=True) as helped:
+        for workers in (alone, helped):  # their processes import everything
+            run(workers, shards[: GPU_SHARDS + 4])
         for _ in range(TURNS):
-            for name, results in runs.items():
-                results.append(run(shards, worker_node, elsewhere=name != "alone"))
+            for workers, (name, results) in zip((alone, helped), runs.items(), strict=True):
+                results.append(run(workers, shards))
                 print(name, results[-1], file=sys.stderr)
     return {
         "shard_images": SHARD_IMAGES,
@@ -125,18 +127,20 @@ def two_nodes() -> Iterator[str]:
         cluster.shutdown()
 
 
-def run(shards: list[pa.Table], node: str, *, elsewhere: bool) -> dict[str, Any]:
-    """Rate of a worker on the node, once its process, and that of the other node, have imported everything."""
+def worker(node: str, *, elsewhere: bool) -> Any:
+    """One worker on the node. It requests no CPU, so that two have a place, of which one works at a time."""
     from pipeline.run.ray.workers import RayWorkers
 
-    with RayWorkers(SPEC, [Slot(1, 0, node)], make=partial(make_worker, elsewhere)) as workers:
-        warm = [(shard,) for shard in shards[:4]]
-        assert sum(images for _, images in workers.map(Worker.shard, warm)) == 4 * SHARD_IMAGES
-        ((_, before),) = workers.map(Worker.count_elsewhere, [()])
-        begun = time.monotonic()
-        images = sum(images for _, images in workers.map(Worker.shard, [(shard,) for shard in shards]))
-        seconds = time.monotonic() - begun
-        ((_, after),) = workers.map(Worker.count_elsewhere, [()])
+    return RayWorkers(SPEC, [Slot(0, 0, node)], make=partial(make_worker, elsewhere))
+
+
+def run(workers: Any, shards: list[pa.Table]) -> dict[str, Any]:
+    """Rate of a worker, and the share of the images that were decoded elsewhere."""
+    ((_, before),) = workers.map(Worker.count_elsewhere, [()])
+    begun = time.monotonic()
+    images = sum(images for _, images in workers.map(Worker.shard, [(shard,) for shard in shards]))
+    seconds = time.monotonic() - begun
+    ((_, after),) = workers.map(Worker.count_elsewhere, [()])
     return {"images_per_s": round(images / seconds, 1), "elsewhere": round((after - before) / images, 3)}
 
 

@@ -30,6 +30,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "start": performance.start,
     "scale": scale.scale,
     "scale_limits": scale.scale_limits,
+    "decode_elsewhere": scale.decode_elsewhere,
     "ray_data": scale.ray_data,
     "reader": performance.reader,
     "reading": reading.reading,

@@ -75,6 +75,21 @@ def scale_limits() -> str:
     )
 
 
+def decode_elsewhere() -> str:
+    """Rate of a worker with one core, alone and with a node that decodes for it."""
+    row = rows.read("decode_elsewhere")[-1]
+    alone, helped = row["runs"]["alone"], row["runs"]["with a node"]
+    spread = "; ".join(f"{name}: {', '.join(f'{rate:.1f}' for rate in rates)}" for name, rates in row["spread"].items())
+    return (
+        "Decoding on a node without a GPU: a worker with one core and a stand-in for a GPU of "
+        f"{row['device_images_per_s']:,} images/s reads and decodes {alone['images_per_s']:.0f} photographs/s "
+        f"for 224 px by itself, and {helped['images_per_s']:.0f}, {helped['images_per_s'] / alone['images_per_s']:.2f} times as "
+        f"many, with a node of one core, which decodes {100 * helped['elsewhere']:.0f}% of them. Nothing is encoded. "
+        f"{row['images']:,} images, the fastest of {row['turns']} runs, on {formats.machine(row)}, of which each node "
+        f"has one core. All runs, images/s: {spread} (`python -m benchmarks.jobs.decode_elsewhere`)."
+    )
+
+
 def ray_data() -> str:
     """The same shards with densefeat's scheduling and with Ray Data's."""
     row = rows.read("ray_data")[-1]

@@ -6,6 +6,7 @@ be slow or hang (torch, the stages, a file system that does not answer) happens 
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -95,6 +96,7 @@ def _build(
     from pipeline.run.resources import available_cores, threads_in_operations, worker_threads
 
     send_tables_as_streams()
+    os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"  # threads call it, which block no event loop
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO)
     here = ray.get_runtime_context().get_node_id()
