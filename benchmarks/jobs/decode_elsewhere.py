@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,41 +33,35 @@ SPEC = WorkerSpec(FeatureRecipe(_IMAGES, "none", (0,), "random", "layer", "token
 
 
 class Worker:
-    """Reads and decodes as a worker on a GPU does; the GPU sleeps."""
+    """Reads and decodes as a worker on a GPU does, with the other node or without; the GPU sleeps."""
 
     tasks_at_once = GPU_SHARDS
 
     def __init__(self, spec: WorkerSpec) -> None:
+        from pipeline.run.ray.decode_elsewhere import decode_elsewhere
+
         self.spec, self.batch_size = spec, BATCH
         self.images_done = self.elsewhere = 0
         self.computing = Turns(1)
         self.loader: Any = spec.recipe.images.loader(BATCH, spec.threads)
+        self._own = self.loader
+        decode_elsewhere(self, decoded=self._decoded)  # type: ignore[arg-type]
 
-    def shard(self, references: pa.Table) -> int:
+    def shard(self, references: pa.Table, with_node: bool) -> int:
         """Make nothing of a shard; returns its number of images."""
-        for batch in self.loader.batches(references, StageSeconds()):
+        loader = self.loader if with_node else self._own
+        for batch in loader.batches(references, StageSeconds()):
             with self.computing:
                 time.sleep(len(batch.decoded) / DEVICE_IMAGES_PER_S)
             self.images_done += len(batch.decoded)
         return references.num_rows
 
-    def decoded(self, images: int) -> None:
-        """Count images that the other node decoded."""
+    def _decoded(self, images: int) -> None:
         self.elsewhere += images
 
     def count_elsewhere(self) -> int:
-        """Number of them so far."""
+        """Number of images that the other node has decoded."""
         return self.elsewhere
-
-
-def make_worker(elsewhere: bool, spec: WorkerSpec) -> Any:
-    """Build the worker, with or without the other node."""
-    from pipeline.run.ray.decode_elsewhere import decode_elsewhere
-
-    worker: Any = Worker(spec)
-    if elsewhere:
-        decode_elsewhere(worker, decoded=worker.decoded)
-    return worker
 
 
 def main() -> None:
@@ -81,16 +74,17 @@ def main() -> None:
 
 def measure(images: Path) -> dict[str, Any]:
     """Rates of the worker by itself and with the node, in turns."""
+    from pipeline.run.ray.workers import RayWorkers
+
     found = list_images(str(images)).references
     shards = [found.take([i % found.num_rows for i in range(first, first + SHARD_IMAGES)])
               for first in range(0, SHARDS * SHARD_IMAGES, SHARD_IMAGES)]  # fmt: skip
     runs: dict[str, list[dict[str, Any]]] = {"alone": [], "with a node": []}
-    with two_nodes() as node, worker(node, elsewhere=False) as alone, worker(node, elsewhere=True) as helped:
-        for workers in (alone, helped):  # their processes import everything
-            run(workers, shards[: GPU_SHARDS + 4])
+    with two_nodes() as node, RayWorkers(SPEC, [Slot(1, 0, node)], make=Worker) as workers:  # type: ignore[arg-type]
+        run(workers, shards[: GPU_SHARDS + 4], with_node=True)  # their processes import everything
         for _ in range(TURNS):
-            for workers, (name, results) in zip((alone, helped), runs.items(), strict=True):
-                results.append(run(workers, shards))
+            for name, results in runs.items():
+                results.append(run(workers, shards, with_node=name != "alone"))
                 print(name, results[-1], file=sys.stderr)
     return {
         "shard_images": SHARD_IMAGES,
@@ -127,18 +121,11 @@ def two_nodes() -> Iterator[str]:
         cluster.shutdown()
 
 
-def worker(node: str, *, elsewhere: bool) -> Any:
-    """One worker on the node. It requests no CPU, so that two have a place, of which one works at a time."""
-    from pipeline.run.ray.workers import RayWorkers
-
-    return RayWorkers(SPEC, [Slot(0, 0, node)], make=partial(make_worker, elsewhere))
-
-
-def run(workers: Any, shards: list[pa.Table]) -> dict[str, Any]:
+def run(workers: Any, shards: list[pa.Table], *, with_node: bool) -> dict[str, Any]:
     """Rate of a worker, and the share of the images that were decoded elsewhere."""
     ((_, before),) = workers.map(Worker.count_elsewhere, [()])
     begun = time.monotonic()
-    images = sum(images for _, images in workers.map(Worker.shard, [(shard,) for shard in shards]))
+    images = sum(images for _, images in workers.map(Worker.shard, [(shard, with_node) for shard in shards]))
     seconds = time.monotonic() - begun
     ((_, after),) = workers.map(Worker.count_elsewhere, [()])
     return {"images_per_s": round(images / seconds, 1), "elsewhere": round((after - before) / images, 3)}

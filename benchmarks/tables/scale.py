@@ -83,8 +83,8 @@ def decode_elsewhere() -> str:
     return (
         "Decoding on a node without a GPU: a worker with one core and a stand-in for a GPU of "
         f"{row['device_images_per_s']:,} images/s reads and decodes {alone['images_per_s']:.0f} photographs/s "
-        f"for 224 px by itself, and {helped['images_per_s']:.0f}, {helped['images_per_s'] / alone['images_per_s']:.2f} times as "
-        f"many, with a node of one core, which decodes {100 * helped['elsewhere']:.0f}% of them. Nothing is encoded. "
+        f"for 224 px by itself, and {helped['images_per_s']:.0f}, "
+        f"{helped['images_per_s'] / alone['images_per_s']:.2f} times as many, with a node of one core, which decodes {100 * helped['elsewhere']:.0f}% of them. Nothing is encoded. "
         f"{row['images']:,} images, the fastest of {row['turns']} runs, on {formats.machine(row)}, of which each node "
         f"has one core. All runs, images/s: {spread} (`python -m benchmarks.jobs.decode_elsewhere`)."
     )
