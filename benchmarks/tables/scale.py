@@ -80,13 +80,14 @@ def decode_elsewhere() -> str:
     row = rows.read("decode_elsewhere")[-1]
     alone, helped = row["runs"]["alone"], row["runs"]["with a node"]
     spread = "; ".join(f"{name}: {', '.join(f'{rate:.1f}' for rate in rates)}" for name, rates in row["spread"].items())
+    ratio, share = helped["images_per_s"] / alone["images_per_s"], 100 * helped["elsewhere"]
     return (
         "Decoding on a node without a GPU: a worker with one core and a stand-in for a GPU of "
-        f"{row['device_images_per_s']:,} images/s reads and decodes {alone['images_per_s']:.0f} photographs/s "
-        f"for 224 px by itself, and {helped['images_per_s']:.0f}, "
-        f"{helped['images_per_s'] / alone['images_per_s']:.2f} times as many, with a node of one core, which decodes {100 * helped['elsewhere']:.0f}% of them. Nothing is encoded. "
-        f"{row['images']:,} images, the fastest of {row['turns']} runs, on {formats.machine(row)}, of which each node "
-        f"has one core. All runs, images/s: {spread} (`python -m benchmarks.jobs.decode_elsewhere`)."
+        f"{row['device_images_per_s']:,} images/s reads and decodes {alone['images_per_s']:.0f} photographs/s for 224 "
+        f"px by itself, and {helped['images_per_s']:.0f}, {ratio:.2f} times as many, with a node of one core, which "
+        f"decodes {share:.0f}% of them. Nothing is encoded. {row['images']:,} images per run, the fastest of "
+        f"{row['turns']} on {formats.machine(row)}, of which each node has one. All runs, images/s: {spread} "
+        "(`python -m benchmarks.jobs.decode_elsewhere`)."
     )
 
 
