@@ -85,8 +85,9 @@ def decode_elsewhere() -> str:
         "Decoding on a node without a GPU: a worker with one core and a stand-in for a GPU of "
         f"{row['device_images_per_s']:,} images/s reads and decodes {alone['images_per_s']:.0f} photographs/s for 224 "
         f"px by itself, and {helped['images_per_s']:.0f}, {ratio:.2f} times as many, with a node of one core, which "
-        f"decodes {share:.0f}% of them. Nothing is encoded. {row['images']:,} images per run, the fastest of "
-        f"{row['turns']} on {formats.machine(row)}, of which each node has one. All runs, images/s: {spread} "
+        f"decodes {share:.0f}% of all. Nothing is encoded. Rates until no shard of {row['shards']} is left to begin, "
+        f"the fastest of {row['turns']} on {formats.machine(row)}, of which each node has one, while others used it "
+        f"too. All, images/s: {spread} "
         "(`python -m benchmarks.jobs.decode_elsewhere`)."
     )
 
