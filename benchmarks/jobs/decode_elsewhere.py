@@ -79,6 +79,7 @@ def measure(images: Path) -> dict[str, Any]:
     found = list_images(str(images)).references
     shards = [found.take([i % found.num_rows for i in range(first, first + SHARD_IMAGES)])
               for first in range(0, SHARDS * SHARD_IMAGES, SHARD_IMAGES)]  # fmt: skip
+    load = os.getloadavg()[0]
     runs: dict[str, list[dict[str, Any]]] = {"alone": [], "with a node": []}
     with two_nodes() as node, RayWorkers(SPEC, [Slot(1, 0, node)], make=Worker) as workers:  # type: ignore[arg-type]
         run(workers, shards[: GPU_SHARDS + 4], with_node=True)  # their processes import everything
@@ -91,6 +92,7 @@ def measure(images: Path) -> dict[str, Any]:
         "shards": SHARDS,
         "device_images_per_s": DEVICE_IMAGES_PER_S,
         "turns": TURNS,
+        "load_before": round(load, 1),
         # The fastest: whatever else the machine does only slows a run.
         "runs": {name: max(results, key=lambda run: run["images_per_s"]) for name, results in runs.items()},
         "spread": {name: [run["images_per_s"] for run in results] for name, results in runs.items()},
@@ -124,15 +126,15 @@ def two_nodes() -> Iterator[str]:
 def run(workers: Any, shards: list[pa.Table], *, with_node: bool) -> dict[str, Any]:
     """Rate of a worker while there is a shard for it to begin, and the share of all images that the node decoded."""
     ((_, before),) = workers.map(Worker.count_elsewhere, [()])
-    begun, seconds, images, done, ended = time.monotonic(), 0.0, 0, 0, 0
+    begun, seconds, images, done = time.monotonic(), 0.0, 0, 0
 
     def count(more: int) -> None:
         nonlocal done
         done += more
 
-    for _, rows_of in workers.map(Worker.shard, [(shard, with_node) for shard in shards], count):
+    tasks = [(shard, with_node) for shard in shards]
+    for ended, (_, rows_of) in enumerate(workers.map(Worker.shard, tasks, count), 1):
         assert rows_of == SHARD_IMAGES
-        ended += 1
         if ended == len(shards) - GPU_SHARDS:
             seconds, images = time.monotonic() - begun, done
     ((_, after),) = workers.map(Worker.count_elsewhere, [()])

@@ -86,8 +86,8 @@ def decode_elsewhere() -> str:
         f"{row['device_images_per_s']:,} images/s reads and decodes {alone['images_per_s']:.0f} photographs/s for 224 "
         f"px by itself, and {helped['images_per_s']:.0f}, {ratio:.2f} times as many, with a node of one core, which "
         f"decodes {share:.0f}% of all. Nothing is encoded. Rates until no shard of {row['shards']} is left to begin, "
-        f"the fastest of {row['turns']} on {formats.machine(row)}, of which each node has one, while others used it "
-        f"too. All, images/s: {spread} "
+        f"the fastest of {row['turns']} on {formats.machine(row)}, of which each node has one, and on which a "
+        f"load of {row['load_before']:g} ran already. All, images/s: {spread} "
         "(`python -m benchmarks.jobs.decode_elsewhere`)."
     )
 
