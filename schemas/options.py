@@ -58,6 +58,8 @@ class FeatureConfig:
     workers: int | str | None = None
     # Share of a GPU that each worker takes: 0.5 places two workers on a GPU, for small backbones that do not fill one.
     gpu_share: float = 1.0
+    # On a Ray cluster: while a GPU waits for the cores of its own node, also decode images on nodes without a GPU.
+    decode_elsewhere: bool = True
     # Reject images with more pixels than this without decoding them (decompression bombs).
     max_pixels: int = MAX_PIXELS
     # Reject images whose shorter side has fewer pixels than this.

@@ -32,6 +32,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale_limits": scale.scale_limits,
     "driver": scale.driver,
     "overhead": scale.overhead,
+    "decode_elsewhere": scale.decode_elsewhere,
     "ray_data": scale.ray_data,
     "reader": performance.reader,
     "reading": reading.reading,

@@ -112,6 +112,23 @@ def overhead() -> str:
     ) + "\n".join(table)
 
 
+def decode_elsewhere() -> str:
+    """Rate of a worker with one core, alone and with a node that decodes for it."""
+    row = rows.read("decode_elsewhere")[-1]
+    alone, helped = row["runs"]["alone"], row["runs"]["with a node"]
+    spread = "; ".join(f"{name}: {', '.join(f'{rate:.1f}' for rate in rates)}" for name, rates in row["spread"].items())
+    ratio, share = helped["images_per_s"] / alone["images_per_s"], 100 * helped["elsewhere"]
+    return (
+        "Decoding on a node without a GPU: a worker with one core and a stand-in for a GPU of "
+        f"{row['device_images_per_s']:,} images/s reads and decodes {alone['images_per_s']:.0f} photographs/s for 224 "
+        f"px by itself, and {helped['images_per_s']:.0f}, {ratio:.2f} times as many, with a node of one core, which "
+        f"decodes {share:.0f}% of all. Nothing is encoded. Rates until no shard of {row['shards']} is left to begin, "
+        f"the fastest of {row['turns']} on {formats.machine(row)}, of which each node has one, and on which a "
+        f"load of {row['load_before']:g} ran already. All, images/s: {spread} "
+        "(`python -m benchmarks.jobs.decode_elsewhere`)."
+    )
+
+
 def ray_data() -> str:
     """The same shards with densefeat's scheduling and with Ray Data's."""
     row = rows.read("ray_data")[-1]

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from types import MappingProxyType
+from typing import Protocol
 
 import pyarrow as pa
 import torch
@@ -63,6 +64,19 @@ class Batch:
 
 class WorkStopped(Exception):  # noqa: N818 - says what happened
     """The work was asked to stop; this is not a failure."""
+
+
+class Loader(Protocol):
+    """Turns references into batches."""
+
+    @property
+    def stop(self) -> threading.Event:
+        """As in `BatchLoader`."""
+
+    def batches(
+        self, references: pa.Table, seconds: StageSeconds, crashed: Mapping[int, str] = MappingProxyType({})
+    ) -> Iterator[Batch]:
+        """As in `BatchLoader`."""
 
 
 class BatchLoader:

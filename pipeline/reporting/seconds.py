@@ -21,8 +21,12 @@ class StageSeconds:
         try:
             yield
         finally:
-            with self._lock:
-                self._seconds[name] += time.perf_counter() - start
+            self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add seconds to the stage, which may have been spent in another process."""
+        with self._lock:
+            self._seconds[name] += seconds
 
     def total(self) -> dict[str, float]:
         """Seconds by stage, rounded to milliseconds."""

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.errors import JobError
 from pipeline.features.pca import Moments
-from pipeline.images.batches import Batch
+from pipeline.images.batches import Batch, Loader
 from pipeline.images.decoding.decode import Decoded
 from pipeline.images.sample import Part
 from pipeline.reporting.seconds import StageSeconds
@@ -34,16 +34,54 @@ class WorkerSpec:
         device: "auto" is resolved by the code that opens the workers.
         batch_size: images in a batch; None: the default for the device.
         threads: CPU threads of this worker.
+        decode_elsewhere: whether a worker on a GPU that waits for images may use nodes without a GPU.
     """
 
     recipe: FeatureRecipe
     device: Literal["auto", "cpu", "cuda"]
     batch_size: int | None
     threads: int
+    decode_elsewhere: bool = True
 
     def on(self, device: Literal["cpu", "cuda"], threads: int) -> "WorkerSpec":
         """The same spec, for a worker on ``device`` with ``threads`` CPU threads."""
         return replace(self, device=device, threads=threads)
+
+
+class Turns:
+    """A semaphore that knows how many wait for it: to hold while the device computes.
+
+    Args:
+        count: of tasks that can hold it at the same time.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._turns, self._lock, self._waiting = threading.BoundedSemaphore(count), threading.Lock(), 0
+
+    @property
+    def waiting(self) -> int:
+        """Number of tasks that wait."""
+        return self._waiting
+
+    def acquire(self) -> None:
+        """Wait for a turn."""
+        with self._lock:
+            self._waiting += 1
+        try:
+            self._turns.acquire()
+        finally:
+            with self._lock:
+                self._waiting -= 1
+
+    def release(self) -> None:
+        """End a turn."""
+        self._turns.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
 
 class FeatureWorker:
@@ -54,7 +92,8 @@ class FeatureWorker:
         stages: the recipe's stages, if they are built already; they are moved to the device.
 
     Attributes:
-        computing: semaphore to hold while the device computes.
+        loader: of batches; whoever runs the worker may replace it before its first task.
+        computing: turns to hold while the device computes.
         computing_at_once: number of tasks that can hold it at the same time.
         tasks_at_once: number of tasks to run at the same time, each in its own thread.
         images_done: rows processed since the worker was built; progress is derived from it.
@@ -68,14 +107,14 @@ class FeatureWorker:
         self.device = torch.device(pick_device(spec.device))
         self.batch_size = spec.batch_size or _DEFAULT_BATCH_SIZE[self.device.type]
         self.geometry = spec.recipe.images.geometry
-        self.loader = spec.recipe.images.loader(self.batch_size, spec.threads)
+        self.loader: Loader = spec.recipe.images.loader(self.batch_size, spec.threads)
         self.stages = (spec.recipe.build() if stages is None else stages).to(self.device)
         self.backbone = self.stages.backbone
         self.images_done = 0
         self._fitting_rows = self.batch_size  # largest batch known to fit in the device's memory
         kind, memory = self.device.type, available_memory() * spec.threads / max(available_cores(), spec.threads)
         self.computing_at_once = shards_computing(kind, spec.threads, memory=memory, task_nbytes=self._task_nbytes())
-        self.computing = threading.BoundedSemaphore(self.computing_at_once)
+        self.computing = Turns(self.computing_at_once)
         self.tasks_at_once = shards_at_once(
             kind, self.computing_at_once, memory=memory, waiting_nbytes=self._waiting_nbytes()
         )

@@ -5,8 +5,9 @@ are detected only once, and every stage that is built elsewhere must have the id
 """
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,12 @@ class ImageRecipe:
 
     def loader(self, batch_size: int, threads: int) -> BatchLoader:
         """Build the loader that reads and decodes images in batches."""
-        return BatchLoader(
+        return self.loader_maker(batch_size, threads)()
+
+    def loader_maker(self, batch_size: int, threads: int) -> Callable[[], BatchLoader]:
+        """A function that builds it, which other processes can unpickle without importing timm."""
+        return partial(
+            BatchLoader,
             self.geometry,
             batch_size,
             source_kind=self.source_kind,

@@ -15,7 +15,7 @@ import torch
 
 from densefeat.errors import StorageUnavailable, WrongClock
 from pipeline.errors import JobError
-from pipeline.images.batches import WorkStopped
+from pipeline.images.batches import BatchLoader, WorkStopped
 from pipeline.images.decoding.decode import Geometry
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.run.feature_worker import WorkerSpec
@@ -122,6 +122,7 @@ KILLS, RAISES = b"this image kills", b"this image raises"
 def make_struck(log: Path, times: int, spec: WorkerSpec, stages: Stages | None = None) -> ShardWorker:
     """The real worker, but images with `RAISES` fail a number of times, and then no more."""
     worker = ShardWorker(spec, stages)
+    assert isinstance(worker.loader, BatchLoader)
     decode = worker.loader._decode
 
     def struck(data: Any, seconds: StageSeconds) -> Any:
@@ -136,7 +137,14 @@ def make_struck(log: Path, times: int, spec: WorkerSpec, stages: Stages | None =
 def make_poisoned(spec: WorkerSpec, stages: Stages | None = None) -> ShardWorker:
     """The real worker, but a decoder with two bugs: one takes the process with it, as a crash in a library does."""
     worker = ShardWorker(spec, stages)
-    decode = worker.loader._decode
+    assert isinstance(worker.loader, BatchLoader)
+    poison(worker.loader)
+    return worker
+
+
+def poison(loader: BatchLoader) -> BatchLoader:
+    """Give a loader the decoder with two bugs."""
+    decode = loader._decode
 
     def poisoned(data: Any, seconds: StageSeconds) -> Any:
         if isinstance(data, bytes) and KILLS in data:
@@ -145,5 +153,5 @@ def make_poisoned(spec: WorkerSpec, stages: Stages | None = None) -> ShardWorker
             raise RuntimeError("a bug in the decoder")
         return decode(data, seconds)
 
-    worker.loader._decode = poisoned  # type: ignore[method-assign]
-    return worker
+    loader._decode = poisoned  # type: ignore[method-assign]
+    return loader

@@ -209,7 +209,7 @@ def _layout(config: UpsampleConfig, rows: int, k: int, size: tuple[int, int]) ->
 
 
 def _spec(config: FeatureConfig, recipe: FeatureRecipe) -> WorkerSpec:
-    return WorkerSpec(recipe, config.device, config.batch_size, available_cores())
+    return WorkerSpec(recipe, config.device, config.batch_size, available_cores(), config.decode_elsewhere)
 
 
 def read_basis(uri: str, backbone: Backbone) -> Basis:

@@ -6,6 +6,7 @@ be slow or hang (torch, the stages, a file system that does not answer) happens 
 
 import asyncio
 import logging
+import os
 import pickle
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -104,12 +105,14 @@ def _build(
 
     from pipeline.features.checkpoints import at_hand
     from pipeline.run.ray.cluster import living_nodes
+    from pipeline.run.ray.decode_elsewhere import decode_elsewhere
     from pipeline.run.ray.metrics import WorkerMetrics
     from pipeline.run.ray.tables import send_tables_as_streams
     from pipeline.run.resources import available_cores, threads_in_operations, worker_threads
 
     spec, make = pickle.loads(what)
     send_tables_as_streams()
+    os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"  # threads call it, which block no event loop
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO)
     here = ray.get_runtime_context().get_node_id()
@@ -119,4 +122,7 @@ def _build(
     threads = worker_threads(device, available_cores(), gpus=gpus, granted=cpus, gpu_share=gpu_share or 1.0)
     torch.set_num_threads(threads_in_operations(device, threads))  # for the whole process, which the worker owns
     with at_hand(files):
-        return make(spec.on(device, threads)), WorkerMetrics()
+        worker, metrics = make(spec.on(device, threads)), WorkerMetrics()
+    if spec.decode_elsewhere and device == "cuda":  # a worker on a CPU uses the other nodes itself, where they are free
+        decode_elsewhere(worker, decoded=metrics.decoded_elsewhere)
+    return worker, metrics

@@ -47,6 +47,9 @@ _IMAGES = Metric("densefeat_images", "counter", "Images in committed shards, by 
 _COMPUTED = Metric(
     "densefeat_images_computed", "counter", "Images computed, before they are written; again if a shard is retried"
 )
+_ELSEWHERE = Metric(
+    "densefeat_images_decoded_elsewhere", "counter", "Images decoded for a worker on a node without a GPU"
+)
 _BYTES = Metric("densefeat_bytes_written", "counter", "Bytes of committed shards")
 _SECONDS = Metric(
     "densefeat_stage_seconds", "counter", "Busy seconds of committed shards by stage, over all threads", ("stage",)
@@ -57,7 +60,7 @@ _READY = Metric("densefeat_workers_ready", "gauge", "1 for each worker that is s
 _WANTED = Metric("densefeat_workers_wanted", "gauge", "Workers that the job asked for")
 _SHARDS = Metric("densefeat_shards", "gauge", "Shards of the job by state: done, left, given up", ("state",))
 
-METRICS = (_IMAGES, _COMPUTED, _BYTES, _SECONDS, _SHARDS_MADE, _RUNNING, _READY, _WANTED, _SHARDS)
+METRICS = (_IMAGES, _COMPUTED, _ELSEWHERE, _BYTES, _SECONDS, _SHARDS_MADE, _RUNNING, _READY, _WANTED, _SHARDS)
 
 
 class WorkerMetrics:
@@ -67,6 +70,7 @@ class WorkerMetrics:
         self._images, self._computed, self._bytes = _IMAGES.make(), _COMPUTED.make(), _BYTES.make()
         self._seconds, self._shards = _SECONDS.make(), _SHARDS_MADE.make()
         self._running, self._ready = _RUNNING.make(), _READY.make()
+        self._elsewhere = _ELSEWHERE.make()
         self._counted: set[int] = set()
         self._images_before = 0
 
@@ -85,6 +89,10 @@ class WorkerMetrics:
         if result.total_nbytes:
             self._bytes.inc(result.total_nbytes)
         self._shards.inc()
+
+    def decoded_elsewhere(self, images: int) -> None:
+        """Count images that another node decoded."""
+        self._elsewhere.inc(images)
 
     def progress(self, images: int, running: int) -> None:
         """Show the live state of a worker that is set up.

@@ -12,9 +12,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.run.ray.actor import WorkerActor
 from pipeline.run.resources import Slot
 
-__all__ = ["Dead", "RemoteWorker", "result_of"]
+__all__ = ["NODE_ID", "Dead", "RemoteWorker", "result_of"]
 
-_NODE_ID = "ray.io/node-id"  # a label that Ray gives to every node
+NODE_ID = "ray.io/node-id"  # a label that Ray gives to every node
 _GET_S = 60.0  # to fetch a finished result from another node
 
 
@@ -65,7 +65,7 @@ class RemoteWorker:
             "scheduling_strategy": strategy,
         }
         if left_out:
-            options["label_selector"] = {_NODE_ID: f"!in({','.join(left_out)})"}
+            options["label_selector"] = {NODE_ID: f"!in({','.join(left_out)})"}
         actor: Any = ray.remote(WorkerActor)
         self._handle = actor.options(**options).remote(ahead)
         self.start: Any = self._handle.node.remote()

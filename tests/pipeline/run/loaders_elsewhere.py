@@ -1,0 +1,69 @@
+"""Loaders and workers for other processes of the tests of decoding elsewhere, which find them by their names."""
+
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from pipeline.images.batches import BatchLoader
+from pipeline.images.decoding.decode import Geometry
+from pipeline.reporting.seconds import StageSeconds
+from pipeline.run.feature_worker import FeatureWorker, Turns, WorkerSpec
+from pipeline.run.recipe import ImageRecipe
+from pipeline.run.shard_worker import ShardWorker
+from tests.helpers.scripted_workers import SPEC, poison
+
+RECIPE = ImageRecipe("folder", None, Geometry((128, 128), "crop", (64, 64)), 1_000_000, 8)
+
+
+def slow_loader(seconds_per_image: float) -> BatchLoader:
+    loader = RECIPE.loader(3 if seconds_per_image < 1 else 4, 1)
+    decode = loader._decode
+
+    def slow(data: Any, seconds: StageSeconds) -> Any:
+        with seconds.stage("decode"):
+            time.sleep(seconds_per_image)
+        return decode(data, seconds)
+
+    loader._decode = slow  # type: ignore[method-assign]
+    return loader
+
+
+def poisoned_loader(batch_size: int) -> BatchLoader:
+    return poison(RECIPE.loader(batch_size, 1))
+
+
+def failing_loader(batch_size: int, error: type[Exception]) -> BatchLoader:
+    """It reads a part, then nobody answers."""
+    loader = RECIPE.loader(batch_size, 1)
+    reads = loader._reads
+
+    def failing(*arguments: Any) -> Iterator[Any]:
+        for number, data in enumerate(reads(*arguments)):
+            if number == 9:  # when a batch was sent; and again, if it goes on from there
+                raise error("nobody answers")
+            yield data
+
+    loader._reads = failing  # type: ignore[method-assign]
+    return loader
+
+
+def built_loader(device: Any, allowed: bool) -> str:
+    """Which loader a worker on a device has, without the device."""
+    from pipeline.run.ray.actor import _build
+
+    def make(spec: WorkerSpec) -> Any:
+        loader = spec.recipe.images.loader(4, 1)
+        return SimpleNamespace(spec=spec, batch_size=4, computing=Turns(1), loader=loader)
+
+    spec = WorkerSpec(SPEC.recipe, device, None, 1, allowed)
+    return type(_build(spec, make, 1, 1)[0].loader).__name__
+
+
+def make_worker_that_starves(spec: WorkerSpec) -> FeatureWorker:
+    """On a CPU, but as if on a GPU."""
+    from pipeline.run.ray.decode_elsewhere import decode_elsewhere
+
+    worker = ShardWorker(spec)
+    decode_elsewhere(worker, starving=lambda: True)
+    return worker
