@@ -2,8 +2,12 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import pyarrow as pa
 
 from pipeline.images.batches import BatchLoader
 from pipeline.images.decoding.decode import Geometry
@@ -46,6 +50,29 @@ def failing_loader(batch_size: int, error: type[Exception]) -> BatchLoader:
 
     loader._reads = failing  # type: ignore[method-assign]
     return loader
+
+
+def hanging_loader(begun: Path) -> BatchLoader:
+    """It says in a file that it decodes, and never ends."""
+    loader = RECIPE.loader(4, 1)
+
+    def hanging(data: Any, seconds: StageSeconds) -> Any:
+        begun.touch()
+        time.sleep(3600)
+
+    loader._decode = hanging  # type: ignore[method-assign]
+    return loader
+
+
+class WaitsForever:
+    """A worker whose images are decoded elsewhere."""
+
+    def begin(self, references: pa.Table, begun: Path) -> None:
+        from pipeline.run.ray.decode_elsewhere import ElsewhereLoader
+
+        make = partial(hanging_loader, begun)
+        loader = ElsewhereLoader(make(), make, starving=lambda: True, least_here=0, place_s=600.0)
+        next(loader.batches(references, StageSeconds()))
 
 
 def built_loader(device: Any, allowed: bool) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import tyro
 from PIL import Image
 
 from densefeat.errors import StorageUnavailable, WrongClock
@@ -20,12 +21,17 @@ from pipeline.images.batches import Batch, BatchLoader, Loader, WorkStopped
 from pipeline.images.decoding.decode import Decoded
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.run.feature_worker import Turns
+from pipeline.run.planning.plan import make_plan
 from pipeline.run.resources import Slot
 from schemas.index import REFERENCES
+from schemas.options import UpsampleConfig
 from tests.helpers.photographs import encode, random_images
 from tests.helpers.scripted_workers import KILLS, RAISES
+from tests.helpers.upsample_jobs import config, shard_bytes
+from tests.pipeline.run.cluster.ray_clusters import wait_for
 from tests.pipeline.run.loaders_elsewhere import (
     RECIPE,
+    WaitsForever,
     built_loader,
     failing_loader,
     make_worker_that_starves,
@@ -101,6 +107,7 @@ def all_of(loader: Loader, table: pa.Table, crashed: Mapping[int, str] | None = 
     return [plain(batch) for batch in loader.batches(table, StageSeconds(), crashed or {})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "batch_size"), [(0, 3), (1, 3), (9, 3), (20, 3), (20, 7), (20, 64)])
 def test_the_batches_are_the_same(cluster: Any, images: Path, rows: int, batch_size: int) -> None:
     table, crashed = references(images, rows), {3: "it crashes", 4: "so does this"} if rows > 4 else {}
@@ -110,6 +117,7 @@ def test_the_batches_are_the_same(cluster: Any, images: Path, rows: int, batch_s
     assert elsewhere.images == rows - read_again
 
 
+@pytest.mark.slow
 def test_batches_are_as_writable_as_those_from_here(cluster: Any, images: Path) -> None:
     batch = next(Elsewhere(3).loader.batches(references(images, 3), StageSeconds()))
     batch.pixels[0] = 7
@@ -117,6 +125,7 @@ def test_batches_are_as_writable_as_those_from_here(cluster: Any, images: Path) 
     assert (batch.decoded[0].pixels == 7).all()  # a view: they are not in memory twice
 
 
+@pytest.mark.slow
 def test_seconds_of_the_stages_are_counted_here(cluster: Any, images: Path) -> None:
     elsewhere, seconds, table = Elsewhere(3, partial(slow_loader, 0.05)), StageSeconds(), references(images, 12)
     assert len(list(elsewhere.loader.batches(table, seconds))) == 4
@@ -125,6 +134,7 @@ def test_seconds_of_the_stages_are_counted_here(cluster: Any, images: Path) -> N
     assert seconds.total().keys() == {"read", "decode"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("poisoned", "said"), [(KILLS, "died|crash"), (RAISES, "a bug in the decoder")])
 def test_a_process_that_fails_in_the_middle_costs_nothing(
     cluster: Any, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, poisoned: bytes, said: str
@@ -141,6 +151,7 @@ def test_a_process_that_fails_in_the_middle_costs_nothing(
     assert any(word in warnings[0] for word in said.split("|"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [StorageUnavailable, JobError, WrongClock, OSError])
 def test_errors_are_those_of_this_node(cluster: Any, images: Path, error: type[Exception]) -> None:
     """A node that cannot read says nothing about the shard; a storage that answers neither is told as it is."""
@@ -150,6 +161,7 @@ def test_errors_are_those_of_this_node(cluster: Any, images: Path, error: type[E
         all_of(Elsewhere(4, make, here=make()).loader, table)
 
 
+@pytest.mark.slow
 def test_a_task_that_hangs_is_ended(cluster: Any, images: Path, caplog: pytest.LogCaptureFixture) -> None:
     elsewhere, table = Elsewhere(4, partial(slow_loader, 3600.0), silence_s=3.0), references(images)
     assert all_of(elsewhere.loader, table) == all_of(RECIPE.loader(4, 2), table)
@@ -159,6 +171,7 @@ def test_a_task_that_hangs_is_ended(cluster: Any, images: Path, caplog: pytest.L
     assert again.images == 16
 
 
+@pytest.mark.slow
 def test_without_a_free_cpu_it_is_decoded_here(cluster: Any, images: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     occupied = Elsewhere(2).loader.batches(references(images), StageSeconds())
@@ -173,6 +186,7 @@ def test_without_a_free_cpu_it_is_decoded_here(cluster: Any, images: Path, caplo
     occupied.close()
 
 
+@pytest.mark.slow
 def test_it_stops(cluster: Any, images: Path) -> None:
     elsewhere, table = Elsewhere(4, partial(slow_loader, 3600.0)), references(images)
     timer = Timer(1.0, elsewhere.loader.stop.set)
@@ -185,6 +199,20 @@ def test_it_stops(cluster: Any, images: Path) -> None:
     assert again.images == 16
 
 
+@pytest.mark.slow
+def test_a_worker_that_is_killed_leaves_nothing_behind(cluster: Any, images: Path, tmp_path: Path) -> None:
+    import ray
+
+    worker: Any = ray.remote(WaitsForever).remote()
+    worker.begin.remote(references(images), tmp_path / "decoding")
+    wait_for((tmp_path / "decoding").exists)
+    ray.kill(worker)
+    again = Elsewhere(4)  # its CPU is free again
+    all_of(again.loader, references(images))
+    assert again.images == 16
+
+
+@pytest.mark.slow
 def test_it_goes_elsewhere_only_while_the_device_starves(cluster: Any, images: Path) -> None:
     starving, table = False, references(images, 8)
     elsewhere = Elsewhere(4, starving=lambda: starving, least_here=1)
@@ -201,6 +229,7 @@ def test_it_goes_elsewhere_only_while_the_device_starves(cluster: Any, images: P
     assert elsewhere.images == 8
 
 
+@pytest.mark.slow
 def test_only_nodes_with_cpus_and_without_gpus_are_used(cluster: Any) -> None:
     from pipeline.run.ray.cluster import living_nodes
     from pipeline.run.ray.decode_elsewhere import _NodesWithoutGpu
@@ -209,6 +238,7 @@ def test_only_nodes_with_cpus_and_without_gpus_are_used(cluster: Any) -> None:
     assert _NodesWithoutGpu()() == [node.name for node in living_nodes() if (node.cpus, node.gpus) == (1, 0)]
 
 
+@pytest.mark.slow
 def test_only_workers_on_gpus_do_it(cluster: Any) -> None:
     import ray
 
@@ -293,12 +323,10 @@ def test_a_job_writes_the_same_bytes(
     from densefeat import FeatureStore
     from densefeat.storage.objects import Objects
     from pipeline.run.make_shards import make_shards
-    from pipeline.run.planning.plan import make_plan
     from pipeline.run.preparation.prepare import prepare
     from pipeline.run.ray.cluster import living_nodes
     from pipeline.run.ray.workers import RayWorkers
     from pipeline.run.shard_worker import make_worker
-    from tests.helpers.upsample_jobs import config, shard_bytes
 
     (with_gpu,) = (node.name for node in living_nodes() if node.gpus)
     for name, make in (("here", make_worker), ("elsewhere", make_worker_that_starves)):
@@ -314,3 +342,13 @@ def test_a_job_writes_the_same_bytes(
         assert ("decoding on nodes without a GPU too" in said.out + said.err) == (name == "elsewhere")
     assert shard_bytes(tmp_path / "here") == shard_bytes(tmp_path / "elsewhere")
     assert FeatureStore(tmp_path / "here").index.equals(FeatureStore(tmp_path / "elsewhere").index)
+
+
+def test_the_option_reaches_workers_and_not_the_store(images: Path, tmp_path: Path) -> None:
+    plans = [make_plan(config(images, tmp_path / "store", decode_elsewhere=allowed)) for allowed in (True, False)]
+    assert [plan.spec.decode_elsewhere for plan in plans] == [True, False]
+    assert [plan.spec.on("cuda", 4).decode_elsewhere for plan in plans] == [True, False]
+    assert plans[0].configuration == plans[1].configuration
+    on, off = (tyro.cli(UpsampleConfig, args=["--images", "x", "--store", "y", *more]).decode_elsewhere
+               for more in ([], ["--no-decode-elsewhere"]))  # fmt: skip
+    assert (on, off) == (True, False)
