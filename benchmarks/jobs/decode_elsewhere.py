@@ -38,7 +38,7 @@ class Worker:
     tasks_at_once = GPU_SHARDS
 
     def __init__(self, spec: WorkerSpec) -> None:
-        from pipeline.run.ray.decode_elsewhere import decode_elsewhere
+        from pipeline.run.ray.decoding.elsewhere import decode_elsewhere
 
         self.spec, self.batch_size = spec, BATCH
         self.images_done = self.elsewhere = 0

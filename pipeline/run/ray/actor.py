@@ -105,7 +105,7 @@ def _build(
 
     from pipeline.features.checkpoints import at_hand
     from pipeline.run.ray.cluster import living_nodes
-    from pipeline.run.ray.decode_elsewhere import decode_elsewhere
+    from pipeline.run.ray.decoding.elsewhere import decode_elsewhere
     from pipeline.run.ray.metrics import WorkerMetrics
     from pipeline.run.ray.tables import send_tables_as_streams
     from pipeline.run.resources import available_cores, threads_in_operations, worker_threads

@@ -24,7 +24,7 @@ from pipeline.images.batches import Batch, BatchLoader, Loader, WorkStopped
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.run.feature_worker import FeatureWorker
 from pipeline.run.ray.cluster import last_line, living_nodes
-from pipeline.run.ray.decode_task import SentBatch, decode_rows
+from pipeline.run.ray.decoding.task import SentBatch, decode_rows
 from pipeline.run.ray.remote_worker import NODE_ID
 
 __all__ = ["ElsewhereLoader", "Room", "decode_elsewhere"]

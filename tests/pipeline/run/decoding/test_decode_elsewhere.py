@@ -29,7 +29,7 @@ from tests.helpers.photographs import encode, random_images
 from tests.helpers.scripted_workers import KILLS, RAISES
 from tests.helpers.upsample_jobs import config, shard_bytes
 from tests.pipeline.run.cluster.ray_clusters import wait_for
-from tests.pipeline.run.loaders_elsewhere import (
+from tests.pipeline.run.decoding.loaders_elsewhere import (
     RECIPE,
     WaitsForever,
     built_loader,
@@ -83,7 +83,7 @@ class Elsewhere:
     """A loader that sends what it can elsewhere, and what it said of that."""
 
     def __init__(self, batch_size: int, make: Callable[[], BatchLoader] | None = None, **options: Any) -> None:
-        from pipeline.run.ray.decode_elsewhere import ElsewhereLoader
+        from pipeline.run.ray.decoding.elsewhere import ElsewhereLoader
 
         self.images = 0
         settings: dict[str, Any] = {"starving": lambda: True, "least_here": 0, "place_s": PLACE_S, **options}
@@ -232,7 +232,7 @@ def test_it_goes_elsewhere_only_while_the_device_starves(cluster: Any, images: P
 @pytest.mark.slow
 def test_only_nodes_with_cpus_and_without_gpus_are_used(cluster: Any) -> None:
     from pipeline.run.ray.cluster import living_nodes
-    from pipeline.run.ray.decode_elsewhere import _NodesWithoutGpu
+    from pipeline.run.ray.decoding.elsewhere import _NodesWithoutGpu
 
     assert sorted((node.cpus, node.gpus) for node in living_nodes()) == [(0, 0), (1, 0), (1, 1)]
     assert _NodesWithoutGpu()() == [node.name for node in living_nodes() if (node.cpus, node.gpus) == (1, 0)]
@@ -265,7 +265,7 @@ def test_turns_count_those_who_wait() -> None:
 
 
 def test_room_is_for_as_many_as_found_a_place() -> None:
-    from pipeline.run.ray.decode_elsewhere import Room
+    from pipeline.run.ray.decoding.elsewhere import Room
 
     room = Room()
     assert all(room.take(0.0) for _ in range(5))

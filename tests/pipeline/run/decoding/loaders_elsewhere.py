@@ -68,7 +68,7 @@ class WaitsForever:
     """A worker whose images are decoded elsewhere."""
 
     def begin(self, references: pa.Table, begun: Path) -> None:
-        from pipeline.run.ray.decode_elsewhere import ElsewhereLoader
+        from pipeline.run.ray.decoding.elsewhere import ElsewhereLoader
 
         make = partial(hanging_loader, begun)
         loader = ElsewhereLoader(make(), make, starving=lambda: True, least_here=0, place_s=600.0)
@@ -89,7 +89,7 @@ def built_loader(device: Any, allowed: bool) -> str:
 
 def make_worker_that_starves(spec: WorkerSpec) -> FeatureWorker:
     """On a CPU, but as if on a GPU."""
-    from pipeline.run.ray.decode_elsewhere import decode_elsewhere
+    from pipeline.run.ray.decoding.elsewhere import decode_elsewhere
 
     worker = ShardWorker(spec)
     decode_elsewhere(worker, starving=lambda: True)
