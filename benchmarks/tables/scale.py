@@ -93,7 +93,8 @@ def driver() -> str:
     row = next(iter(latest.values()))
     return (
         f"The driver's own code, for {row['workers']:,} workers with {row['shards_at_once']} shards each, without "
-        f"Ray's calls, storage, and the work itself, on {formats.machine(row)} (`python -m benchmarks.jobs.driver`).\n\n"
+        f"Ray's calls, storage, and the work itself, on {formats.machine(row)} "
+        "(`python -m benchmarks.jobs.driver`).\n\n"
     ) + "\n".join(table)
 
 
@@ -106,9 +107,9 @@ def overhead() -> str:
     table += [f"| {side} | {rate:.1f} | {100 * rate / bare:.0f}% |" for side, rate in rates.items()]
     return (
         f"`{row['backbone']}`, k = {row['k']}, {row['size']} px, {row['images']:,} photographs, without start and PCA, "
-        f"on {formats.machine(row)}, medians of {row['turns']} runs (`python -m benchmarks.jobs.overhead`). The bare loop "
-        "is a process per core that reads, decodes, computes, quantizes and encodes one batch after the other, and "
-        "keeps nothing.\n\n"
+        f"on {formats.machine(row)}, medians of {row['turns']} runs (`python -m benchmarks.jobs.overhead`). The bare "
+        "loop is a process per core that reads, decodes, computes, quantizes and encodes one batch after the other, "
+        "and keeps nothing.\n\n"
     ) + "\n".join(table)
 
 

@@ -56,9 +56,9 @@ def random_images(count: int, size: tuple[int, int], seed: int = 0) -> torch.Ten
     return torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def write_random_images(folder: Path, count: int) -> Path:
-    """A new folder of PNG files of noise, "00.png" and so on, of 70 x 80 pixels."""
+def write_random_images(folder: Path, count: int, size: tuple[int, int] = (70, 80)) -> Path:
+    """A new folder of PNG files of noise, "00.png" and so on, of (height, width) pixels."""
     folder.mkdir()
-    for i, pixels in enumerate(random_images(count, (70, 80))):
+    for i, pixels in enumerate(random_images(count, size)):
         (folder / f"{i:02}.png").write_bytes(encode(Image.fromarray(pixels.permute(1, 2, 0).numpy()), "PNG"))
     return folder

@@ -4,7 +4,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from threading import Timer
@@ -13,22 +12,20 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import tyro
-from PIL import Image
 
 from densefeat.errors import StorageUnavailable, WrongClock
 from pipeline.errors import ImageError, JobError
 from pipeline.images.batches import Batch, BatchLoader, Loader, WorkStopped
 from pipeline.images.decoding.decode import Decoded
 from pipeline.reporting.seconds import StageSeconds
-from pipeline.run.feature_worker import Turns
 from pipeline.run.planning.plan import make_plan
 from pipeline.run.resources import Slot
 from schemas.index import REFERENCES
 from schemas.options import UpsampleConfig
-from tests.helpers.photographs import encode, random_images
+from tests.helpers.killing import wait_for
+from tests.helpers.photographs import write_random_images
 from tests.helpers.scripted_workers import KILLS, RAISES
 from tests.helpers.upsample_jobs import config, shard_bytes
-from tests.pipeline.run.cluster.ray_clusters import wait_for
 from tests.pipeline.run.decoding.loaders_elsewhere import (
     RECIPE,
     WaitsForever,
@@ -51,7 +48,7 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[3]), prepend=os.pathsep)  # for tests.helpers
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[4]), prepend=os.pathsep)  # for tests.helpers
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
         cluster.add_node(num_cpus=1, num_gpus=1)
         cluster.add_node(num_cpus=1)
@@ -65,9 +62,7 @@ def cluster() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty pictures, of which one is damaged and one is gone."""
-    folder = tmp_path_factory.mktemp("images")
-    for i, pixels in enumerate(random_images(ROWS, (150, 170))):
-        (folder / f"{i:02}.png").write_bytes(encode(Image.fromarray(pixels.permute(1, 2, 0).numpy()), "PNG"))
+    folder = write_random_images(tmp_path_factory.mktemp("elsewhere") / "images", ROWS, (150, 170))
     (folder / "05.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     (folder / "16.png").unlink()
     return folder
@@ -245,57 +240,6 @@ def test_only_workers_on_gpus_do_it(cluster: Any) -> None:
     cases = [("cpu", True), ("cuda", True), ("cuda", False)]
     names = ray.get([ray.remote(built_loader).remote(device, allowed) for device, allowed in cases])
     assert names == ["BatchLoader", "ElsewhereLoader", "BatchLoader"]
-
-
-def test_turns_count_those_who_wait() -> None:
-    turns = Turns(1)
-    with ThreadPoolExecutor(2) as pool:
-        with turns:
-            assert turns.waiting == 0
-            waiting = [pool.submit(turns.acquire) for _ in range(2)]
-            deadline = time.monotonic() + 30
-            while turns.waiting < 2 and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert turns.waiting == 2
-        wait(waiting, timeout=30, return_when=FIRST_COMPLETED)
-        turns.release()
-        for future in waiting:
-            future.result(30)
-    assert turns.waiting == 0
-
-
-def test_room_is_for_as_many_as_found_a_place() -> None:
-    from pipeline.run.ray.decoding.elsewhere import Room
-
-    room = Room()
-    assert all(room.take(0.0) for _ in range(5))
-    for _ in range(2):
-        room.placed()
-    for _ in range(3):
-        room.ended(False)
-        room.shrink(5.0)
-    assert not room.take(6.0)
-    room.ended(True)
-    assert room.take(7.0)  # in its place
-    room.placed()
-    assert not room.take(14.0)
-    assert room.take(15.0)  # one more, which waits
-    assert not room.take(15.1)
-    room.ended(True)
-    room.placed()  # it took the place of another
-    assert room.take(15.2)
-    room.placed()  # and this one found a third
-    assert room.take(15.3)
-    assert not room.take(15.4)
-    room.ended(False)
-    room.shrink(20.3)
-    assert not room.take(21.0)
-    for _ in range(3):  # all of their processes are killed
-        room.ended(True)
-        room.shrink(22.0)
-    assert not room.take(23.0)
-    assert room.take(32.0)
-    assert not room.take(32.1)
 
 
 @pytest.mark.slow
