@@ -27,7 +27,7 @@ from pipeline.run.feature_worker import Turns, WorkerSpec
 from pipeline.run.recipe import FeatureRecipe, ImageRecipe
 from pipeline.run.resources import GPU_SHARDS, Slot
 
-TURNS, SHARDS, SHARD_IMAGES, BATCH, DEVICE_IMAGES_PER_S = 5, 48, 64, 32, 1000
+TURNS, SHARDS, SHARD_IMAGES, BATCH, DEVICE_IMAGES_PER_S = 4, 48, 64, 32, 1000
 _IMAGES = ImageRecipe("folder", None, Geometry((224, 224), "crop", (224, 224)), 100_000_000, 8)
 SPEC = WorkerSpec(FeatureRecipe(_IMAGES, "none", (0,), "random", "layer", "token", {}), "cpu", BATCH, 1)
 
