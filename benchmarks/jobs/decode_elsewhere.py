@@ -108,7 +108,7 @@ def two_nodes() -> Iterator[str]:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         sys.exit(f"a benchmark of two nodes with a core each: got {len(cores)} core, expected 2 or more")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         os.sched_setaffinity(0, {cores[0]})  # which processes inherit
         with_gpu = cluster.add_node(num_cpus=1, num_gpus=1)
