@@ -27,7 +27,7 @@ from pipeline.run.feature_worker import Turns, WorkerSpec
 from pipeline.run.recipe import FeatureRecipe, ImageRecipe
 from pipeline.run.resources import GPU_SHARDS, Slot
 
-TURNS, SHARDS, SHARD_IMAGES, BATCH, DEVICE_IMAGES_PER_S = 5, 48, 64, 32, 1000
+TURNS, SHARDS, SHARD_IMAGES, BATCH, DEVICE_IMAGES_PER_S = 4, 48, 64, 32, 1000
 _IMAGES = ImageRecipe("folder", None, Geometry((224, 224), "crop", (224, 224)), 100_000_000, 8)
 SPEC = WorkerSpec(FeatureRecipe(_IMAGES, "none", (0,), "random", "layer", "token", {}), "cpu", BATCH, 1)
 
@@ -108,7 +108,7 @@ def two_nodes() -> Iterator[str]:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         sys.exit(f"a benchmark of two nodes with a core each: got {len(cores)} core, expected 2 or more")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         os.sched_setaffinity(0, {cores[0]})  # which processes inherit
         with_gpu = cluster.add_node(num_cpus=1, num_gpus=1)
