@@ -46,14 +46,8 @@ def run(
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)  # clusters send it; the job ends as on Ctrl-C, and says how to continue
     try:
-        config = tyro.cli(config_class, description=description.replace("::\n\n", ":\n"))  # reST's literal blocks
-    except ValueError as error:  # from the configuration's checks
-        _refuse(error)
-    except BrokenPipeError:  # the reader of --help has ended: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    warn_of_name_collisions()
-    try:
+        config = _parsed(config_class, description)
+        warn_of_name_collisions()
         code = job(config)
     except DensefeatError as error:
         _refuse(error)
@@ -64,6 +58,16 @@ def run(
         logger.exception("internal error; please report it with the traceback below")
         code = FAULT
     sys.exit(code)
+
+
+def _parsed(config_class: type[Config], description: str) -> Config:
+    try:
+        return tyro.cli(config_class, description=description.replace("::\n\n", ":\n"))  # reST's literal blocks
+    except ValueError as error:  # from the configuration's checks
+        _refuse(error)
+    except BrokenPipeError:  # the reader of --help has ended: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def warn_of_name_collisions() -> None:

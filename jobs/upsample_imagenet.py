@@ -25,6 +25,7 @@ def upsample(config: UpsampleConfig) -> int:
         JobError: the job cannot be done as requested.
     """
     started = time.monotonic()
+    logger.info("planning: images, backbone, upsampler and store are looked at first")
     from pipeline.run.job import carry_out
     from pipeline.run.planning.describe import describe
     from pipeline.run.planning.measure import measure

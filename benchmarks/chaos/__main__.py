@@ -23,6 +23,7 @@ from benchmarks.chaos.run import Quiet, run
 from benchmarks.chaos.schedule import SCENARIOS, shortened
 
 IMAGES, SHORT_IMAGES = 512, 160
+MOST_SAID = 20
 
 
 def main() -> None:
@@ -46,8 +47,10 @@ def main() -> None:
         print(f"{name}: {images} images, seed {arguments.seed}; logs in {folder}", file=sys.stderr)
         outcome = run(name, scenario, images, arguments.seed, folder, quiet)
         print(json.dumps(outcome.row))
-        for wrong in outcome.wrong:
+        for wrong in outcome.wrong[:MOST_SAID]:
             print(f"{name}: {wrong}", file=sys.stderr)
+        if len(outcome.wrong) > MOST_SAID:
+            print(f"{name}: and {len(outcome.wrong) - MOST_SAID:,} more", file=sys.stderr)
         failed |= bool(outcome.wrong)
         if not outcome.wrong and not arguments.short:
             rows.append("chaos", {**outcome.row, **rows.measured_on()})

@@ -206,7 +206,7 @@ class Lease:
                 elif rival.data != data:
                     self._refuse(rival)
                 elif since == now:
-                    logger.info("waiting to see if another job is alive: %s", rival)
+                    logger.info("waiting up to %.0f s to see if another job is alive: %s", self._dead_s, rival)
                 elif now - since > self._dead_s:
                     logger.warning("a job is dead, and this one takes its place: %s", rival)
                     self._replaced.add(rival.name)

@@ -24,9 +24,18 @@ from ray.exceptions import (
 from pipeline.errors import JobError
 from pipeline.run.ray.tables import send_tables_as_streams
 from pipeline.run.ray.token import ensure_token
-from pipeline.run.resources import Node, available_cores
+from pipeline.run.resources import Node, Slot, available_cores
 
-__all__ = ["connected", "free_resources", "is_death", "is_lost_node", "last_line", "living_nodes", "map_on_cluster"]
+__all__ = [
+    "connected",
+    "free_resources",
+    "is_death",
+    "is_lost_node",
+    "last_line",
+    "living_nodes",
+    "map_on_cluster",
+    "room_for",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +81,18 @@ def connected(*, dashboard: bool = False) -> Iterator[None]:
                 include_dashboard=dashboard,
                 logging_level=logging.ERROR,
             )
+    except SystemExit as error:  # Ray handles signals by itself until it has started
+        if error.code == signal.SIGTERM:
+            raise KeyboardInterrupt from None
+        raise
     except Exception as error:  # RuntimeError, ConnectionError or an RPC error, depending on how far Ray got
         problem = f"the Ray cluster at RAY_ADDRESS={address} does not answer" if address else "Ray does not start"
-        to_do = "Fix or unset RAY_ADDRESS" if address else "Fix that"
+        to_do = "Fix that"
+        if address:  # the error is the same for a token that is refused, but Ray has logged that
+            to_do = (
+                "If lines above say InvalidAuthToken, set RAY_AUTH_MODE and RAY_AUTH_TOKEN as the cluster has them. "
+                "Else fix or unset RAY_ADDRESS"
+            )
         raise JobError(f"{problem}: {error}. {to_do}, or use --workers 0 to run without Ray") from error
     send_tables_as_streams()
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray installs a handler of its own, which prints a stack trace
@@ -133,6 +151,13 @@ def free_resources() -> str:
     """CPUs and GPUs of the cluster that nobody uses."""
     free = ray.available_resources()
     return f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs"
+
+
+def room_for(slot: Slot) -> int:
+    """Number of workers for which the cluster has the resources free now."""
+    free = ray.available_resources()
+    parts = [(free.get("CPU", 0), slot.cpus), (free.get("GPU", 0), slot.gpus)]
+    return min(int(there / wanted + 1e-9) for there, wanted in parts if wanted)
 
 
 def is_death(error: RayError) -> bool:

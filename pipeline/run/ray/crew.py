@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from densefeat.errors import WrongClock
 from pipeline.errors import JobError
-from pipeline.run.ray.cluster import free_resources, living_nodes
+from pipeline.run.ray.cluster import free_resources, living_nodes, room_for
 from pipeline.run.ray.nodes import NodeFailures
 from pipeline.run.ray.remote_worker import RemoteWorker
 from pipeline.run.ray.starts import WorkerStarts
@@ -40,7 +40,7 @@ class Crew:
         self._actors: dict[int, RemoteWorker] = {}  # by slot
         self._nodes = NodeFailures()
         self._requests = 0
-        self._warn_at: float | None = time.monotonic() + _FIRST_WARNING_S  # None: a worker was placed
+        self._warn_at: float | None = None  # None: nobody waits yet; infinity: a worker was placed
         self._warn_again_s = _FIRST_WARNING_S
 
     def __iter__(self) -> Iterator[RemoteWorker]:
@@ -53,24 +53,34 @@ class Crew:
         return len(self._actors)
 
     def start_due(self, tasks: int, *, ahead: bool = False) -> None:
-        """Start the workers that are due; ``tasks`` wait for one. ``ahead``: as for `WorkerActor`."""
+        """Start the workers that are due.
+
+        Args:
+            tasks: number of tasks that wait for a worker.
+            ahead: as for `WorkerActor`. Only workers that fit on the cluster now are started: nothing is certain yet
+                that would be worth another node.
+        """
         now = time.monotonic()
         if now - self._joined_at > _JOINED_S:
             self._joined_at = now
             for more in self._joined(self._slots):
                 self.starts.add()
                 self._slots.append(more)
-        due = self.starts.due(now, tasks)
+        due = self.starts.due(now, tasks, room_for(self._slots[0]) if ahead else None)
         left_out = self._left_out(now) if due else []
         for slot in due:
             self._requests += 1
             self._actors[slot] = RemoteWorker(slot, self._slots[slot], self._requests, left_out, ahead)
+        if ahead:
+            return
+        if self._warn_at is None:
+            self._warn_at = now + _FIRST_WARNING_S
         self._warn_if_none_is_placed(now)
 
     def placed(self, actor: RemoteWorker) -> None:
         """Record that an actor is on its node."""
         self.starts.on_a_node(actor.slot, time.monotonic())
-        self._warn_at = None
+        self._warn_at = float("inf")
 
     def remove(self, actor: RemoteWorker) -> None:
         """Kill an actor. Its slot is to be filled again or not, as ``starts`` is told."""
@@ -131,7 +141,8 @@ class Crew:
         return self._nodes.left_out((node.name for node in living_nodes() if node.cpus or node.gpus), now)
 
     def _warn_if_none_is_placed(self, now: float) -> None:
-        if self._warn_at is None or now < self._warn_at:
+        assert self._warn_at is not None
+        if now < self._warn_at:
             return
         self._warn_again_s = min(2 * self._warn_again_s, _LAST_WARNING_S)
         self._warn_at = now + self._warn_again_s

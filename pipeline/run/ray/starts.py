@@ -80,13 +80,14 @@ class WorkerStarts:
         self._slots.append(_Slot())
         return len(self._slots) - 1
 
-    def due(self, now: float, tasks: int | None = None) -> list[int]:
+    def due(self, now: float, tasks: int | None = None, most: int | None = None) -> list[int]:
         """Slots to fill now; from here on, they count as requested.
 
         Args:
             now: the time.
             tasks: tasks that wait for a worker; None: as many as there are slots. Without any, only ``least`` workers
                 are kept.
+            most: largest number of slots to fill now; None: no limit.
         """
         if tasks is None or tasks:
             self._waited_at = now
@@ -94,7 +95,7 @@ class WorkerStarts:
         up = len(self._slots) - len(down)
         coming = sum(slot.state in (_State.PLACING, _State.SETTING_UP) for slot in self._slots)
         wanted = max(self._kept - up, (len(self._slots) if tasks is None else tasks) - coming, 0)
-        due = [i for i in down if self._slots[i].not_before <= now][:wanted]
+        due = [i for i in down if self._slots[i].not_before <= now][:wanted][:most]
         for i in due:
             self._slots[i].state, self._slots[i].since = _State.PLACING, now
         return due

@@ -235,7 +235,9 @@ class RayWorkers:
         now = time.monotonic()
         lost = is_lost_node(error, actor.node)
         logger.warning(
-            "replacing a worker that died: %s", f"its node {actor.node} is gone" if lost else last_line(error)
+            "replacing worker %d, which died: %s",
+            actor.number,
+            f"its node {actor.node} is gone" if lost else f"{last_line(error)} (node {actor.node})",
         )
         if not lost:
             self._blame_node(actor, tasks)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +19,12 @@ from densefeat import layout
 from jobs.upsample_imagenet import upsample
 from pipeline.errors import JobError
 from pipeline.run.planning.plan import make_plan
+from pipeline.run.ray import crew
 from pipeline.run.ray.cluster import connected
 from pipeline.run.ray.early import EarlyWorkers
 from tests.helpers.killing import wait_for
 from tests.helpers.photographs import write_random_images
+from tests.helpers.scripted_workers import SPEC, ScriptedWorker, make
 from tests.helpers.upsample_jobs import config
 
 pytestmark = pytest.mark.filterwarnings(
@@ -80,11 +84,19 @@ def test_an_interrupt_does_not_wait_for_the_plan() -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with connected():
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[3]), prepend=os.pathsep)  # for tests.helpers
+        with connected():
+            yield
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.fixture
+def idle(cluster: None) -> None:
+    """All of the cluster is free: the workers of another test are gone."""
+    wait_for(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
+
+
+@pytest.mark.usefixtures("idle")
 @pytest.mark.timeout(300)
 def test_workers_are_placed_while_the_plan_is_made() -> None:
     def plan(listed: Listed) -> str:
@@ -102,7 +114,68 @@ def test_workers_are_placed_while_the_plan_is_made() -> None:
     assert ray.is_initialized()  # the connection is not its own
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("idle")
+@pytest.mark.timeout(300)
+def test_only_workers_that_fit_are_placed_early() -> None:
+    """On a cluster that grows, a job that may still be refused asks for no further nodes."""
+    room = int(ray.available_resources()["CPU"])
+    with job(workers=room + 3) as early:
+        early.beside(lambda listed: listed(MANY))
+        assert len(list_named_actors()) == room
+        assert early.chosen is not None
+        assert early.chosen.workers.count == room + 3
+    wait_for(lambda: not list_named_actors())
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.timeout(300)
+def test_a_long_plan_is_no_lack_of_nodes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(crew, "_FIRST_WARNING_S", 2.0)
+    with job(workers=1) as early:
+        early.beside(lambda listed: listed(MANY))
+        assert early.chosen is not None
+        wait_for(list_named_actors)
+        time.sleep(3)
+        early.chosen.workers.build(SPEC.on("cpu", 1), make)
+        assert [result for _, result in early.chosen.workers.map(ScriptedWorker.double, [(4,)])] == [8]
+    assert "no worker has started" not in caplog.text
+
+
+STRIKE = """
+import os, signal, sys, threading, time
+
+def on_stack(frame):
+    while frame is not None:
+        if frame.f_code.co_name == "init" and "ray" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+
+def strike(main=threading.get_ident()):
+    while not on_stack(sys._current_frames()[main]):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=strike, daemon=True).start()
+from jobs.command_line import run
+from jobs.upsample_imagenet import upsample
+from schemas.options import UpsampleConfig
+run(UpsampleConfig, upsample, "", interrupted="nothing was stored")
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_signal_while_ray_starts_interrupts_the_job(tmp_path: Path) -> None:
+    """Ray handles SIGTERM by itself until it has started."""
+    images = write_random_images(tmp_path / "images", 4)
+    options = [f"--images={images}", f"--store={tmp_path / 'store'}", "--backbone=resnet18", "--weights=random"]
+    command = [sys.executable, "-c", STRIKE, *options, "--device=cpu", "--workers=1"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    assert ended.returncode == 130, ended.stderr
+    assert "interrupted: nothing was stored" in ended.stderr
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.usefixtures("idle")
 @pytest.mark.timeout(300)
 def test_a_plan_that_fails_later_ends_the_workers() -> None:
     def plan(listed: Listed) -> str:
@@ -115,7 +188,7 @@ def test_a_plan_that_fails_later_ends_the_workers() -> None:
     wait_for(lambda: not list_named_actors())
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("idle")
 def test_workers_that_the_cluster_lacks_are_refused_after_the_plan() -> None:
     ended = threading.Event()
 
