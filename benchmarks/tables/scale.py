@@ -116,16 +116,16 @@ def overhead() -> str:
 def decode_elsewhere() -> str:
     """Rate of a worker with one core, alone and with a node that decodes for it."""
     row = rows.read("decode_elsewhere")[-1]
-    alone, helped = row["runs"]["alone"], row["runs"]["with a node"]
+    alone, helped = row["runs"]["alone"]["images_per_s"], row["runs"]["with a node"]["images_per_s"]
     spread = "; ".join(f"{name}: {', '.join(f'{rate:.1f}' for rate in rates)}" for name, rates in row["spread"].items())
-    ratio, share = helped["images_per_s"] / alone["images_per_s"], 100 * helped["elsewhere"]
+    ratios = [b / a for a, b in zip(row["spread"]["alone"], row["spread"]["with a node"], strict=True)]
     return (
         "Decoding on a node without a GPU: a worker with one core and a stand-in for a GPU of "
-        f"{row['device_images_per_s']:,} images/s reads and decodes {alone['images_per_s']:.0f} photographs/s for 224 "
-        f"px by itself, and {helped['images_per_s']:.0f}, {ratio:.2f} times as many, with a node of one core, which "
-        f"decodes {share:.0f}% of all. Nothing is encoded. Rates until no shard of {row['shards']} is left to begin, "
-        f"the fastest of {row['turns']} on {formats.machine(row)}, of which each node has one, and on which a "
-        f"load of {row['load_before']:g} ran already. All, images/s: {spread} "
+        f"{row['device_images_per_s']:,} images/s reads and decodes photographs for 224 px, by itself and with a node "
+        f"of one core. Images/s, in turns: {spread}. The fastest with it is {helped / alone:.2f} times the fastest "
+        f"without; by turns, the ratio is {min(ratios):.2f} to {max(ratios):.2f}, with other work on the machine (a "
+        f"load of {row['load_before']:g} before). Nothing is encoded. Rates until no shard of {row['shards']} is left "
+        f"to begin, on {formats.machine(row)}, of which each node has one "
         "(`python -m benchmarks.jobs.decode_elsewhere`)."
     )
 

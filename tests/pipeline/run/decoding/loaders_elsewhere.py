@@ -1,7 +1,7 @@
 """Loaders and workers for other processes of the tests of decoding elsewhere, which find them by their names."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,15 +9,52 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.images.batches import BatchLoader
+from pipeline.errors import ImageError
+from pipeline.images.batches import Batch, BatchLoader, Loader
 from pipeline.images.decoding.decode import Geometry
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.run.feature_worker import FeatureWorker, Turns, WorkerSpec
 from pipeline.run.recipe import ImageRecipe
 from pipeline.run.shard_worker import ShardWorker
+from schemas.index import REFERENCES
 from tests.helpers.scripted_workers import SPEC, poison
 
 RECIPE = ImageRecipe("folder", None, Geometry((128, 128), "crop", (64, 64)), 1_000_000, 8)
+ROWS, PLACE_S = 20, 60.0  # a new process takes seconds, and more when others use the machine
+
+
+def references(folder: Path, rows: int = ROWS) -> pa.Table:
+    names = [f"{i:02}.png" for i in range(rows)]
+    nothing = [None] * rows
+    return pa.table([names, [str(folder / name) for name in names], nothing, nothing, nothing], schema=REFERENCES)
+
+
+class Elsewhere:
+    """A loader that sends what it can elsewhere, and what it said of that."""
+
+    def __init__(self, batch_size: int, make: Callable[[], BatchLoader] | None = None, **options: Any) -> None:
+        from pipeline.run.ray.decoding.elsewhere import ElsewhereLoader
+
+        self.images = 0
+        settings: dict[str, Any] = {"starving": lambda: True, "least_here": 0, "place_s": PLACE_S, **options}
+        here = settings.pop("here", None) or RECIPE.loader(batch_size, 2)
+        make = make or RECIPE.loader_maker(batch_size, 1)
+        self.loader = ElsewhereLoader(here, make, decoded=self._decoded, **settings)
+
+    def _decoded(self, images: int) -> None:
+        self.images += images
+
+
+def plain(batch: Batch) -> tuple[bytes, list[Any]]:
+    """All that a batch has, to be compared."""
+    rows = [(image.status, str(image)) if isinstance(image, ImageError)
+            else (image.pixels.tobytes(), image.height, image.width, image.affine, image.valid_box)
+            for image in batch.decoded]  # fmt: skip
+    return batch.pixels.numpy().tobytes(), rows
+
+
+def all_of(loader: Loader, table: pa.Table, crashed: Mapping[int, str] | None = None) -> list[tuple[bytes, list[Any]]]:
+    return [plain(batch) for batch in loader.batches(table, StageSeconds(), crashed or {})]
 
 
 def slow_loader(seconds_per_image: float) -> BatchLoader:
