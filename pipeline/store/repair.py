@@ -62,7 +62,7 @@ def rebuild_tables(objects: Objects, damaged: Sequence[int]) -> bool:
 def _references(objects: Objects, rows: int, source: SourceConfiguration) -> pa.Table:
     """The images of the store, one per row (``schemas.index.REFERENCES``)."""
     try:
-        index = stored_index(objects, rows)
+        index = stored_index(objects, features)
         if keys_digest(index) == source.keys_sha256:
             return index.select(REFERENCES.names).cast(REFERENCES)
     except (StoreError, ValueError, KeyError):  # the index is damaged, perhaps in columns that only this code reads
