@@ -11,8 +11,8 @@ the shard: that is how a job knows what is to be done. It is done in this order:
 3. The record is replaced: the commit. Then the decision is deleted.
 
 Steps 2 and 3 write the same bytes whoever does them, and are done only while the record has fewer rows. After a kill,
-the next job finds the decision and does them again, without any image. A decision that is found, or created too late,
-after the commit is deleted. A worker that stands still between its look at the record and its write until the store has
+the next job finds the decision and does them again, without any image. A decision that is created too late, after the
+commit, is not carried out; it is deleted, at the latest when the store is finished. A worker that stands still between its look at the record and its write until the store has
 grown again can bring an older object back; ``jobs/verify_store.py`` finds that.
 """
 
