@@ -12,8 +12,9 @@ the shard: that is how a job knows what is to be done. It is done in this order:
 
 Steps 2 and 3 write the same bytes whoever does them, and are done only while the record has fewer rows. After a kill,
 the next job finds the decision and does them again, without any image. A decision that is created too late, after the
-commit, is not carried out; it is deleted, at the latest when the store is finished. A worker that stands still between its look at the record and its write until the store has
-grown again can bring an older object back; ``jobs/verify_store.py`` finds that.
+commit, is not carried out; it is deleted, at the latest when the store is finished. A worker that stands still between
+its look at the record and its write until the store has grown again can bring an older object back;
+``jobs/verify_store.py`` finds that.
 """
 
 import io
