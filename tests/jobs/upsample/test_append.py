@@ -78,7 +78,7 @@ def check_clean(store: Path, rows: int) -> FeatureStore:
     opened = FeatureStore(store)
     assert problems(opened) == []
     assert opened.index["status"].to_pylist() == ["ok"] * rows
-    assert not (store / layout.GROWTH).exists()
+    assert Objects(store).list(layout.GROWTH) == {}
     return opened
 
 
@@ -318,6 +318,22 @@ def test_a_state_of_before_is_refused_and_fits_with_the_old_rows(photographs: Pa
     assert batches(dataset) == expected[2:]
 
 
+@pytest.mark.s3
+def test_on_s3(photographs: Path, store: Path, s3_bucket: str) -> None:
+    import s3fs
+
+    s3fs.S3FileSystem(skip_instance_cache=True).put(str(store), f"{s3_bucket}/store", recursive=True)
+    remote = f"{s3_bucket}/store"
+    before = FeatureStore(remote)
+    read = before.read(range(FIRST))
+    assert upsample(replace(appending(photographs, store), store=remote)) == 0
+    assert upsample(appending(photographs, store)) == 0
+    assert verify(VerifyConfig(store=remote)) == 0
+    assert np.array_equal(FeatureStore(remote).read(range(14)), FeatureStore(store).read(range(14)))
+    assert np.array_equal(before.read(range(FIRST)), read)
+    assert not any(layout.GROWTH in key for key in Objects(remote).list())
+
+
 def killed_before(number: int, job: UpsampleConfig) -> None:
     """Run a job in this process, which is killed before an operation of that number."""
     torch.set_num_threads(1)
@@ -349,9 +365,8 @@ def test_killed_anywhere_the_same_command_completes_it(
         reached_the_end = child.exitcode == 0
         opened = FeatureStore(store)
         assert [opened.read_chunks([row])[0].features for row in range(FIRST)] == old
-        if again == "resume" and len(opened) == FIRST and not (store / layout.GROWTH).exists():
-            job = replace(job, append=True)  # nothing to resume yet
-        elif again == "resume":
+        begun = len(opened) > FIRST or Objects(store).list(layout.GROWTH)
+        if again == "resume" and begun:
             job = replace(job, append=False, resume=True)
         assert upsample(job) == 0
         check_clean(store, 14)
