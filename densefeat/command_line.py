@@ -126,6 +126,8 @@ def _info(options: argparse.Namespace) -> None:
         f"size      {facts['nbytes'] / 1e6:,.1f} MB compressed, {facts['uncompressed_nbytes'] / 1e6:,.1f} MB before"
     )
     print(f"classes   {len(facts['class_names']):,}")  # noqa: T201
+    for source in facts["appended"]:
+        print(f"appended  {_on_one_line(source)}")  # noqa: T201
     for part, settings in facts["configuration"].items():
         print(f"{part:<9} {_on_one_line(settings)}")  # noqa: T201
 
@@ -177,6 +179,7 @@ def _facts(store: "FeatureStore") -> dict[str, Any]:
         "uncompressed_nbytes": counts["ok"] * store.uncompressed_nbytes,
         "explained_variance": store.attributes.get("explained_variance"),
         "class_names": store.class_names,
+        "appended": store.attributes.get("appended", []),
         "configuration": store.attributes["configuration"],
         "configuration_hash": store.attributes["configuration_hash"],
         "versions": store.attributes.get("versions"),

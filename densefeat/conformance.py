@@ -71,9 +71,24 @@ def _attributes(store: FeatureStore) -> Iterator[str]:
     if len(own["configuration_hash"]) != 64 or set(own["configuration_hash"]) - set("0123456789abcdef"):
         yield "the attribute configuration_hash is no SHA-256 in hex"
     _ = store.class_names, store.has_embedding  # reading them checks them
+    yield from _appended(store)
     share = own.get("explained_variance")
     if share is not None and not 0 <= share <= 1 + 1e-6:
         yield f"the attribute explained_variance is {share}, expected 0 … 1"
+
+
+def _appended(store: FeatureStore) -> Iterator[str]:
+    """Whether the sources that were appended have the rows that the first one does not have."""
+    appended, first = store.attributes.get("appended", []), store.attributes["configuration"].get("source", {})
+    try:
+        total = first["rows"] + sum(source["rows"] for source in appended)
+        sound = all(isinstance(source[name], str) for source in appended for name in ("images", "keys_sha256"))
+    except (LookupError, TypeError):
+        sound = False
+    if appended and not sound:
+        yield f"the attribute appended is damaged: {appended}"
+    elif appended and total != len(store):
+        yield f"the attribute appended says that the store has {total:,} rows: it has {len(store):,}"
 
 
 def _basis(store: FeatureStore) -> Iterator[str]:

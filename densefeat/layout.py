@@ -16,6 +16,7 @@ A store is a Zarr v3 group with core codecs only, which any Zarr library can ope
     _intents/                  while shards are written: the record of each, before it is valid
     _reports/                  one JSON file per run of a job, for people; nothing depends on them
     _jobs/                     one JSON file per job that is writing: the shards that it makes
+    _growth/                   while rows are appended: the new index, and the last shard with its new rows
 
 Chunks are encoded here rather than by zarr-python, because a shard is built in memory and written with one request; the
 bytes are the same (tests/densefeat/test_store_names.py compares them).
@@ -50,6 +51,7 @@ LEDGER_BLOCKS = "_ledger/blocks"
 INTENTS = "_intents"
 REPORTS = "_reports"
 JOBS = "_jobs"
+GROWTH = "_growth"
 JOB_KEY = rf"{JOBS}/[0-9a-f]{{32}}\.json"  # pattern of what `job_key` makes
 REPORT_KEY = rf"{REPORTS}/\d{{8}}T\d{{6}}Z-[0-9a-f]{{8}}\.json"  # pattern of what `report_key` makes
 
@@ -169,6 +171,16 @@ def report_key(moment: str, name: str) -> str:
 def job_key(name: str) -> str:
     """Key of the lease of a job; ``name`` is 32 hex digits."""
     return f"{JOBS}/{name}.json"
+
+
+def growth_key(rows: int) -> str:
+    """Key of the claim to append rows to a store of ``rows`` rows."""
+    return f"{GROWTH}/rows-{rows:09d}.parquet"
+
+
+def grown_shard_key(shard: int, rows: int) -> str:
+    """Key of the objects with which a shard will have ``rows`` rows, after rows were appended to it."""
+    return f"{GROWTH}/shard-{shard:06d}-{rows}.npz"
 
 
 def encode_chunk(features: npt.NDArray[Any]) -> bytes:

@@ -41,6 +41,8 @@ def upsample(config: UpsampleConfig) -> int:
             return DONE
         report = carry_out(plan, started, early)
     logger.info("%s", report.describe())
+    if plan.waiting and report.complete:
+        return max(upsample(config), FAILED if report.too_many_failed else DONE)
     return FAILED if report.given_up or report.too_many_failed else DONE
 
 

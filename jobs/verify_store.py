@@ -59,7 +59,7 @@ def verify(config: VerifyConfig) -> int:
     general = [*attributes, *check.arrays(), *tables, *check.reports()]
     for problem in general:
         logger.error("store: %s", problem)
-    missing = check.layout.shards - len(check.recorded)
+    missing = check.layout.shards - len(check.recorded) + len(check.partial)
     logger.info(
         "%s: %d of %d shards recorded, %d damaged, %d not done; %.1f MB %s",
         config.store, len(check.recorded), check.layout.shards, len(damaged), missing, check.nbytes / 1e6,
@@ -72,7 +72,9 @@ def verify(config: VerifyConfig) -> int:
                 "identified: copy zarr.json from a copy of the store first"
             )
         _repair(config.store, list(damaged), tables=bool(tables))
-    return FAILED if damaged or general or missing else DONE
+    if check.growing or check.partial:
+        logger.info("images are being appended, or a job that did this was stopped: --resume completes it")
+    return FAILED if damaged or general or missing or check.growing else DONE
 
 
 def _repair(store: str, damaged: list[int], *, tables: bool) -> None:

@@ -1,11 +1,26 @@
 """The attributes of a store: its configuration and origin in readable form, and a hash to compare."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from densefeat.layout import ATTRIBUTES_KEY, COMPACT_FORMAT_VERSION, FORMAT_VERSION
 from schemas.configuration import StoreConfiguration
+
+
+@dataclass(frozen=True)
+class AppendedSource:
+    """Images that were appended to a store. They are not in its configuration, whose hash all records carry.
+
+    Attributes:
+        images: absolute path or URI of the dataset, as given.
+        rows: number of images that were new.
+        keys_sha256: SHA-256 (hex) of their keys, in order.
+    """
+
+    images: str
+    rows: int
+    keys_sha256: str
 
 
 @dataclass(frozen=True)
@@ -20,6 +35,7 @@ class StoreAttributes:
         step_sha256: SHA-256 (hex) of the quantization steps; None for float16.
         compact: of a compact store: ``size`` [H, W] of the features, ``last_step`` to get them
             (`densefeat.torch.LastStep`), and ``guidance`` [H, W] of the guidance images, if it needs them.
+        appended: sources that were appended to the first one, in order.
         setup_complete: False from the claim of the store until arrays and index are written.
         format_version: version of the layout.
     """
@@ -30,6 +46,7 @@ class StoreAttributes:
     explained_variance: float | None = None
     step_sha256: str | None = None
     compact: Mapping[str, Any] | None = None
+    appended: tuple[AppendedSource, ...] = ()
     setup_complete: bool = False
     format_version: int = FORMAT_VERSION
 
@@ -43,6 +60,16 @@ class StoreAttributes:
         """The configuration hash."""
         return self.configuration.hash
 
+    @property
+    def rows(self) -> int:
+        """Number of images of all sources."""
+        return self.configuration.source.rows + sum(source.rows for source in self.appended)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Locations of all sources."""
+        return (self.configuration.source.images, *(source.images for source in self.appended))
+
     def completed(self) -> "StoreAttributes":
         """Return a copy with ``setup_complete`` set."""
         return replace(self, setup_complete=True)
@@ -52,6 +79,9 @@ class StoreAttributes:
         own = dict(self.__dict__)
         if self.compact is None:
             del own["compact"]
+        own["appended"] = [asdict(source) for source in self.appended]
+        if not self.appended:
+            del own["appended"]
         own |= {"configuration": self.configuration.to_dict(), "class_names": list(self.class_names)}
         return {ATTRIBUTES_KEY: {**own, "configuration_hash": self.hash}}
 
@@ -66,6 +96,7 @@ class StoreAttributes:
         try:
             fields["configuration"] = StoreConfiguration.from_dict(fields["configuration"])
             fields["class_names"] = tuple(fields["class_names"])
+            fields["appended"] = tuple(AppendedSource(**source) for source in fields.get("appended", ()))
             return cls(**fields)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error

@@ -66,6 +66,11 @@ class LedgerRecord:
     companions: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.rows_ok + self.rows_failed
+
+    @property
     def objects(self) -> dict[str, dict[str, Any]]:
         """Size and digest of all objects of the shard: array -> ``nbytes`` and ``sha256``; the features come last."""
         return {**self.companions, FEATURES: {"nbytes": self.nbytes, "sha256": self.sha256}}

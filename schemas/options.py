@@ -148,6 +148,8 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
     shards: str | None = None
     # Resume an existing store.
     resume: bool = False
+    # Append images to an existing store: those whose keys it does not have become new rows at its end.
+    append: bool = False
     # Replace an existing store.
     overwrite: bool = False
     # Print the plan and exit.
@@ -180,11 +182,20 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
             raise ValueError(f"--max-failed-share is a share: got {self.max_failed_share}, expected 0 … 1")
         if self.measure and not self.dry_run:
             raise ValueError("--measure computes a few images for a plan: pass --dry-run too, or omit it")
-        if self.resume and self.overwrite:
-            raise ValueError("--resume continues the store, --overwrite replaces it: pass only one")
+        if self.resume + self.append + self.overwrite > 1:
+            raise ValueError(
+                "--resume continues the store, --append adds images to it, --overwrite replaces it: pass only one"
+            )
+        if self.append and self.shards is not None:
+            raise ValueError(f"--append makes all new shards: got --shards {self.shards}, omit it")
         if self.output_size is not None:
             parse_size("--output-size", self.output_size)
         self.shard_range(1)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the job works on the store that is there: with ``resume`` or ``append``."""
+        return self.resume or self.append
 
     @property
     def output_size_px(self) -> tuple[int, int]:

@@ -59,7 +59,7 @@ class Ledger:
         self._damaged: dict[int, str] = {}
         self.sums = ShardSums()
         self.unread = 0
-        self.index = pending(stored_index(objects, features.rows))
+        self.index = pending(stored_index(objects, features))
 
     def read_on(self, budget_s: float) -> "Ledger":
         """The ledger as it is now: this one, or a new one if shards were finished, or dropped by a repair.
@@ -96,10 +96,12 @@ class Ledger:
         found.unread = unread
         if not records:  # the rest is damaged
             return found
-        found._shards = self._shards | records.keys()
+        # A shard to which rows are being appended is read again.
+        done = {s for s, (_, outcomes) in records.items() if len(outcomes) == len(self._features.rows_of(s))}
+        found._shards = self._shards | done
         found.sums = copy.deepcopy(self.sums)
-        for facts, _ in records.values():
-            found.sums.add(facts)
+        for shard in done:
+            found.sums.add(records[shard][0])
         found.index = with_outcomes(self.index, [outcomes for _, outcomes in records.values()])
         return found
 

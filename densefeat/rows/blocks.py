@@ -68,7 +68,7 @@ def read_blocks(
         index: schema of its index, with which columns of the same name agree.
 
     Returns:
-        The records of such shards, in order. Other shards are not in a block.
+        The records of such shards, in order. Other shards are not in a block, nor is one to which rows were appended.
 
     Raises:
         OSError: the storage failed.
@@ -87,7 +87,7 @@ def read_blocks(
         except (ValueError, KeyError, TypeError) as error:
             logger.warning("%s: %s is damaged: %s; its records are read one by one", objects.uri, key, error)
             return None
-        return _restricted(block, wanted)
+        return _restricted(block, features, wanted)
 
     return [block for block in in_order(read, [key for key in keys if key in there]) if block is not None]
 
@@ -96,19 +96,27 @@ def _checked(table: pa.Table, features: FeatureLayout, configuration_hash: str, 
     facts = json.loads((table.schema.metadata or {})[_METADATA_KEY])
     check_columns(table, OUTCOME)
     check_columns(table, {field.name: field.type for field in index if field.name in table.column_names})
-    rows = [features.rows_of(one["shard"]) for one in facts]
-    counts = [one["rows_ok"] + one["rows_failed"] for one in facts]
-    if counts != list(map(len, rows)) or not np.array_equal(table["row"].to_numpy(), np.concatenate(rows)):
+    starts, counts = np.array([(one["shard"] * features.shard_rows, _rows(one)) for one in facts]).T
+    rows = [np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
+    if counts.max() > features.shard_rows or not np.array_equal(table["row"].to_numpy(), np.concatenate(rows)):
         raise ValueError("it is about other rows")
     if any(one["configuration_hash"] != configuration_hash for one in facts):
         raise ValueError("it is of another configuration")
     return LedgerBlock(facts, table.replace_schema_metadata(None))
 
 
-def _restricted(block: LedgerBlock, wanted: Any) -> LedgerBlock:
-    if all(wanted[facts["shard"]] for facts in block.facts):
+def _rows(facts: dict[str, Any]) -> int:
+    return int(facts["rows_ok"] + facts["rows_failed"])
+
+
+def _restricted(block: LedgerBlock, features: FeatureLayout, wanted: Any) -> LedgerBlock:
+    def is_kept(facts: dict[str, Any]) -> bool:
+        shard = facts["shard"]
+        return shard < len(wanted) and bool(wanted[shard]) and _rows(facts) == len(features.rows_of(shard))
+
+    if all(map(is_kept, block.facts)):
         return block
-    kept = [(facts, table) for facts, table in block.records() if wanted[facts["shard"]]]
+    kept = [(facts, table) for facts, table in block.records() if is_kept(facts)]
     return LedgerBlock(
         [facts for facts, _ in kept],
         pa.concat_tables([table for _, table in kept]) if kept else block.outcomes.slice(0, 0),

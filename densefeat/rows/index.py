@@ -17,6 +17,7 @@ from densefeat.errors import MissingFeatures, StoreError
 from densefeat.layout import FeatureLayout
 from densefeat.rows.blocks import read_blocks
 from densefeat.rows.ledger import OUTCOME, check_columns, pending, read_record, recorded_shards, with_outcomes
+from densefeat.storage.metadata import read_layout, read_root
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
 from densefeat.storage.parquet import read_parquet
@@ -45,7 +46,7 @@ def read_index(objects: Objects, features: FeatureLayout, configuration_hash: st
     try:
         # The order matters: a job that finishes in between merges the index before it writes the manifest.
         finished = objects.exists(layout.MANIFEST)
-        index = stored_index(objects, features.rows)
+        index = stored_index(objects, features)
         return index if finished else _with_finished_shards(index, objects, features, configuration_hash)
     except PermissionError as error:
         if objects.can_list:
@@ -56,12 +57,12 @@ def read_index(objects: Objects, features: FeatureLayout, configuration_hash: st
         ) from error
 
 
-def stored_index(objects: Objects, rows: int | None = None) -> pa.Table:
+def stored_index(objects: Objects, features: FeatureLayout | None = None) -> pa.Table:
     """Read the index as stored, without the ledger.
 
     Args:
         objects: the store.
-        rows: expected number of rows, if known.
+        features: its layout, if the index is to have as many rows. Rows that were appended since are left out.
 
     Raises:
         StoreError: the index is missing or damaged.
@@ -69,8 +70,10 @@ def stored_index(objects: Objects, rows: int | None = None) -> pa.Table:
     try:
         index = read_parquet(objects.get(layout.INDEX))
         check_columns(index, _COLUMNS)
-        if rows is not None and index.num_rows != rows:
-            raise ValueError(f"it has {index.num_rows} rows, the features have {rows}")
+        if features is not None and index.num_rows != features.rows:
+            if index.num_rows < features.rows or not _has_grown(objects, features):
+                raise ValueError(f"it has {index.num_rows} rows, the features have {features.rows}")
+            index = index.slice(0, features.rows)
         if not np.array_equal(index["row"].to_numpy(), np.arange(index.num_rows)):
             raise ValueError("its rows are not numbered from 0")
     except FileNotFoundError:
@@ -78,6 +81,12 @@ def stored_index(objects: Objects, rows: int | None = None) -> pa.Table:
     except ValueError as error:
         raise StoreError(f"{objects.uri}: {layout.INDEX} is damaged: {error}; {_REBUILD}") from error
     return index
+
+
+def _has_grown(objects: Objects, features: FeatureLayout) -> bool:
+    """Whether rows were appended to a store since its layout was read, or are being appended now."""
+    growing = objects.exists(layout.growth_key(features.rows))
+    return growing or read_layout(objects, read_root(objects)).rows > features.rows
 
 
 def _with_finished_shards(

@@ -1,5 +1,6 @@
 """The ledger of a store: which shards are done, and what became of each of their rows."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 
@@ -43,6 +44,9 @@ def recorded_shards(objects: Objects, features: FeatureLayout) -> list[int]:
 def read_record(objects: Objects, features: FeatureLayout, index: pa.Schema, shard: int) -> pa.Table:
     """The outcomes of a shard's rows in its ledger record; facts about the shard are in the table's metadata.
 
+    After rows were appended to a store, the record of its last shard has only the rows before, until the shard is done
+    again; and for a reader from before, it has more rows than the shard, which are left out.
+
     Args:
         objects: the store.
         features: its layout.
@@ -58,9 +62,22 @@ def read_record(objects: Objects, features: FeatureLayout, index: pa.Schema, sha
     record = read_parquet(objects.get(layout.ledger_key(shard)))
     check_columns(record, OUTCOME)
     check_columns(record, {field.name: field.type for field in index if field.name in record.column_names})
-    if record["row"].to_pylist() != list(features.rows_of(shard)):
+    rows, first = features.rows_of(shard), shard * features.shard_rows
+    if record["row"].to_pylist() == list(rows):
+        return record
+    recorded = _rows_described(record)
+    if recorded > features.shard_rows or record["row"].to_pylist() != list(range(first, first + recorded)):
         raise ValueError("it is about other rows")
-    return record
+    return record.slice(0, len(rows))
+
+
+def _rows_described(record: pa.Table) -> int:
+    """Number of the rows that the facts about a shard describe."""
+    try:
+        facts = json.loads((record.schema.metadata or {})[layout.ATTRIBUTES_KEY.encode()])
+        return int(facts["rows_ok"] + facts["rows_failed"])
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"it has no facts about its shard: {type(error).__name__}: {error}") from error
 
 
 def pending(index: pa.Table) -> pa.Table:

@@ -1,6 +1,7 @@
 """Read the JSON documents and small arrays of a store, and check what the reader relies on."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,8 @@ def read_layout(objects: Objects, root: dict[str, Any]) -> FeatureLayout:
     Args:
         objects: the store.
         root: its root document. The copy of the array's metadata in it (absent in stores of early versions) must
-            agree: with different sharding, rows would be read from the wrong places.
+            agree: with different sharding, rows would be read from the wrong places. Only while rows are appended, and
+            after, it may have fewer rows, which then count: it is written after the array's own document.
 
     Raises:
         StoreError: the array's metadata is missing, damaged, or not supported by this package.
@@ -115,9 +117,10 @@ def read_layout(objects: Objects, root: dict[str, Any]) -> FeatureLayout:
     try:
         features = FeatureLayout.from_metadata(_json_object(objects.get(key)))
         if root.get("consolidated_metadata") is not None:
-            copy = root["consolidated_metadata"]["metadata"][layout.FEATURES]
-            if FeatureLayout.from_metadata(copy) != features:
+            copy = FeatureLayout.from_metadata(root["consolidated_metadata"]["metadata"][layout.FEATURES])
+            if replace(copy, rows=features.rows) != features or copy.rows > features.rows:
                 raise ValueError(f"its copy in {layout.ATTRIBUTES} differs")
+            features = copy
     except _ABSENT:
         raise StoreError(f"{objects.uri}: {key} is missing; {_RESTORE}") from None
     except (ValueError, LookupError, TypeError) as error:
@@ -126,7 +129,7 @@ def read_layout(objects: Objects, root: dict[str, Any]) -> FeatureLayout:
 
 
 def embedding_channels(objects: Objects, features: FeatureLayout) -> int | None:
-    """D of the array ``embedding`` [rows, D]; None if the store has none.
+    """D of the array ``embedding`` [rows, D]; None if the store has none. It has more rows if some were appended since.
 
     Raises:
         StoreError: its metadata is damaged.
@@ -136,7 +139,7 @@ def embedding_channels(objects: Objects, features: FeatureLayout) -> int | None:
         metadata = _json_object(objects.get(key))
         (rows, channels), dtype = metadata["shape"], metadata["data_type"]
         chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-        if (rows, dtype, chunk) != (features.rows, "float16", [features.shard_rows, channels]):
+        if rows < features.rows or (dtype, chunk) != ("float16", [features.shard_rows, channels]):
             raise ValueError(f"got {dtype} [{rows}, {channels}] in chunks of {chunk}")
         if type(channels) is not int or channels < 1:
             raise ValueError(f"got {channels!r} channels")

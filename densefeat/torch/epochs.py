@@ -165,9 +165,11 @@ class Epochs(IterableDataset[Batch]):
             f"{name} {state.get(name)!r}, now {value!r}" for name, value in own.items() if state.get(name) != value
         ]
         if other:
+            grown = len(self.rows) > state.get("rows", len(self.rows))
             raise ValueError(
                 f"the state does not fit: {'; '.join(other)}. Resume with the same rows, options, ranks and "
                 "workers, or begin the epoch anew"
+                + (". If images were appended to the store, pass rows= with the rows of before" if grown else "")
             )
 
     def _reader(self) -> Reader:

@@ -9,8 +9,10 @@ from functools import partial
 
 from densefeat.errors import DensefeatError
 from densefeat.rows.ledger import recorded_shards
+from densefeat.storage.metadata import read_layout, read_root
 from densefeat.storage.objects import Objects
 from densefeat.store import FeatureStore
+from pipeline.errors import JobError
 from pipeline.io.storage import storage_explained
 from pipeline.reporting.report import Report
 from pipeline.run.feature_worker import WorkerSpec
@@ -22,6 +24,7 @@ from pipeline.run.ray.early import EarlyWorkers
 from pipeline.run.recipe import Stages
 from pipeline.run.shard_worker import make_worker
 from pipeline.run.workers import InlineWorkers, Workers
+from pipeline.store.growth import begun_growth, grow
 from pipeline.store.layout import existing_store, finish, reopen
 from pipeline.store.lease import Lease
 from pipeline.store.reports import keep_report
@@ -48,6 +51,7 @@ def carry_out(plan: Plan, started: float, early: EarlyWorkers | None = None) -> 
     state = _JobState()
     try:
         with _leased(plan, objects) as lease:
+            _append(plan, objects, lease)
             _make_missing(plan, objects, lease, state, early)
             report = _report(plan, objects, state, started)
             if report.complete:
@@ -64,9 +68,26 @@ def carry_out(plan: Plan, started: float, early: EarlyWorkers | None = None) -> 
 def _leased(plan: Plan, objects: Objects) -> Iterator[Lease]:
     """Hold a lease on the shards of a job; on all, if it deletes a store."""
     with ExitStack() as stack:
+        everything = plan.config.overwrite or plan.growth is not None
         with storage_explained(objects.uri):
-            lease = stack.enter_context(Lease(objects, None if plan.config.overwrite else plan.shards))
+            lease = stack.enter_context(Lease(objects, None if everything else plan.shards))
         yield lease
+
+
+def _append(plan: Plan, objects: Objects, lease: Lease) -> None:
+    """Append the rows of a plan; the store must have those that the plan is about.
+
+    Raises:
+        JobError: another job appended rows, or began to, since the job was planned.
+    """
+    if not (plan.config.continues and plan.stored and plan.stored.setup_complete):
+        return
+    with storage_explained(objects.uri):
+        if plan.growth is not None:
+            grow(objects, plan.growth, lease.check)
+            logger.info("%s images appended: %s rows", f"{plan.growth.rows_added:,}", f"{plan.features.rows:,}")
+        elif begun_growth(objects) or read_layout(objects, read_root(objects)).rows != plan.features.rows:
+            raise JobError(f"{objects.uri}: another job appended images in the meantime: run the same command again")
 
 
 @dataclass
@@ -82,7 +103,7 @@ class _JobState:
 
 def _make_missing(plan: Plan, objects: Objects, lease: Lease, state: _JobState, early: EarlyWorkers | None) -> None:
     config, stored = plan.config, plan.stored
-    if config.resume and stored:
+    if config.continues and stored:
         state.done = finished_shards(objects, stored.hash)
     if state.done.keys() >= {*plan.shards}:
         return
@@ -97,7 +118,7 @@ def _make_missing(plan: Plan, objects: Objects, lease: Lease, state: _JobState, 
     ) as workers:
         encoding = prepare(plan, objects, workers, lease.check)
         state.set_up, begun = True, time.monotonic()
-        if config.resume and not (stored and stored.setup_complete):  # another job may have made shards meanwhile
+        if config.continues and not (stored and stored.setup_complete):  # another job may have made shards meanwhile
             state.done = finished_shards(objects, encoding.configuration_hash)
         to_do = [shard for shard in plan.shards if shard not in state.done]
         if to_do:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from densefeat import layout
-from densefeat.rows.embeddings import encode_embeddings
 from densefeat.storage.guidance import encode_guidance
 from densefeat.storage.objects import Objects
 from kernels.quantization import Encoding
@@ -35,7 +34,7 @@ from pipeline.reporting.seconds import StageSeconds
 from pipeline.run.feature_worker import FeatureWorker, WorkerSpec
 from pipeline.run.recipe import Stages, UpsampleRecipe
 from pipeline.store.calibration import Calibration
-from pipeline.store.shard import committed, write_shard
+from pipeline.store.grown_shard import done_or_kept
 from pipeline.upsamplers.fitting import Fitting, UpsamplerFit
 from pipeline.upsamplers.interface import Projected, Stored, with_nonfinite
 from schemas.index import OK
@@ -159,7 +158,7 @@ class ShardWorker(FeatureWorker):
         encoding: StoreEncoding,
         crashed: Mapping[int, str] = MappingProxyType({}),
     ) -> LedgerRecord:
-        """Compute, write and commit a shard.
+        """Compute, write and commit a shard; of one to which rows were appended, only these.
 
         Args:
             store: the store.
@@ -174,21 +173,24 @@ class ShardWorker(FeatureWorker):
         Raises:
             JobError: the storage refuses permanently, so a retry cannot help; or as in ``write_shard``.
         """
-        if (record := committed(store, shard, encoding.configuration_hash)) is not None:  # by another job meanwhile
+        seconds, shard_rows = StageSeconds(), self.recipe.shard_rows
+        kept = done_or_kept(store, shard, encoding.configuration_hash, references.num_rows, shard_rows)
+        if isinstance(kept, LedgerRecord):  # by another job meanwhile
             self.images_done += references.num_rows
-            return record
-        seconds = StageSeconds()
-        shard_rows = self.recipe.shard_rows
+            return kept
+        first = len(kept)
+        self.images_done += first
+        crashed = {position - first: reason for position, reason in crashed.items() if position >= first}
         outcomes: list[RowOutcome] = []
         chunks: list[Future[bytes] | None] = []
         guidance: list[Future[bytes] | None] = []
         clipped = 0
         embeddings: list[npt.NDArray[np.float16]] = []
-        for batch in self.loader.batches(references, seconds, crashed):
+        for batch in self.loader.batches(references.slice(first), seconds, crashed):
             codes, failures, batch_clipped = self._codes(batch, encoding, seconds, embeddings)
             clipped += batch_clipped
             for i, decoded in enumerate(batch.decoded):
-                outcome = _outcome(shard * shard_rows + len(outcomes), decoded, failures.get(i))
+                outcome = _outcome(shard * shard_rows + first + len(outcomes), decoded, failures.get(i))
                 outcomes.append(outcome)
                 chunks.append(self._encoders.submit(_encode, codes[i], seconds) if outcome.ok else None)
                 if self.recipe.guided:  # of all that decode: a failure on another machine must leave no gap
@@ -197,13 +199,13 @@ class ShardWorker(FeatureWorker):
                     guidance.append(encode(_encode_guidance, batch.pixels[i], seconds) if known else None)
         companions = {}
         if self.recipe.guided:
-            companions[layout.GUIDANCE] = layout.pack_shard(_results(guidance), shard_rows, index_first=True)[0]
+            companions[layout.GUIDANCE] = kept.guidance_object(_results(guidance), shard_rows)
         if self.recipe.embedding is not None:
-            companions[layout.EMBEDDING] = encode_embeddings(np.concatenate(embeddings), shard_rows)
+            companions[layout.EMBEDDING] = kept.embedding_object(embeddings, shard_rows)
         encoded = _results(chunks)
         facts = {"configuration_hash": encoding.configuration_hash, "clipped": clipped, "made_by": self.made_by()}
         with storage_explained(store.uri):
-            return write_shard(store, shard, shard_rows, encoded, outcomes, seconds, facts, companions)
+            return kept.write(store, shard, shard_rows, encoded, outcomes, seconds, facts, companions)
 
     def _codes(
         self,

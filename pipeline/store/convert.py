@@ -113,6 +113,7 @@ def _attributes(source: FeatureStore, storage: DenseStorage, step: npt.NDArray[n
         configuration=replace(own.configuration, storage=new),
         versions=software_versions(),
         class_names=own.class_names,
+        appended=own.appended,
         explained_variance=own.explained_variance,
         step_sha256=step_sha256(step),
     )

@@ -33,6 +33,7 @@ from pipeline.errors import JobError
 from pipeline.features.pca import Basis
 from pipeline.io.storage import CHECK
 from pipeline.store.documents import zarr_documents
+from pipeline.store.growth import delete_growth
 from schemas.attributes import StoreAttributes
 from schemas.index import REFERENCES, pending_index, with_outcomes
 from schemas.ledger import LedgerRecord, manifest
@@ -56,6 +57,7 @@ _OWN_KEY = re.compile(
             rf"{re.escape(layout.PCA)}/\w+/c/0(/0)?",
             rf"{re.escape(layout.UPSAMPLER)}/(\w+/)?zarr\.json",
             rf"{re.escape(layout.UPSAMPLER)}/\w+/c/0(/0)*",
+            rf"{re.escape(layout.GROWTH)}/(rows-\d{{9,}}\.parquet|shard-\d{{6,}}-\d+\.npz)",
             layout.REPORT_KEY,
             _TEMPORARY,
         )
@@ -240,4 +242,5 @@ def finish(objects: Objects, records: Sequence[LedgerRecord]) -> None:
     objects.put(layout.MANIFEST, parquet_bytes(manifest(ordered)))
     _delete_all(objects, objects.list(layout.INTENTS))  # left by killed workers; no longer needed
     objects.delete_folder(layout.INTENTS)
+    delete_growth(objects)
     objects.sweep()

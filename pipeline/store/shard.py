@@ -12,14 +12,15 @@ with the intent that its writer left. Two jobs with the same configuration can s
 because they run on different hardware: the first object is kept. An object without an intent of this configuration
 does not belong to the store, and is an error. Resuming deletes no record. A committed object that is missing or
 truncated is written again if the shard has the same bytes as before; otherwise ``jobs/verify_store.py --repair``, the
-only job that deletes shards (`withdraw`), has to remove it.
+only job that deletes shards, has to remove it.
 
 A shard may have more objects than that of its features: its *companions*, such as guidance images. They are created
 before the features, so that whoever finds the features finds them too. The bytes of a companion do not decide which
 rows have features. So a writer that is refused there adopts the existing object, if an intent of this configuration
 names it, and the record describes the objects that exist.
 
-This relies only on exclusive creation and read-after-write consistency.
+This relies only on exclusive creation and read-after-write consistency. Only the last shard of a store to which rows
+are appended is replaced: see `pipeline.store.grown_shard`. Until then, its record has fewer rows than the shard.
 """
 
 import hashlib
@@ -39,16 +40,24 @@ from densefeat.storage.parallel import in_order
 from densefeat.store import read_attributes
 from pipeline.errors import JobError
 from pipeline.reporting.seconds import StageSeconds
-from pipeline.store.blocks import delete_block
 from schemas.index import INDEX
 from schemas.ledger import LedgerRecord, RowOutcome, outcomes_table
 
-__all__ = ["committed", "finished_shards", "read_record", "withdraw", "write_shard"]
+__all__ = [
+    "REPAIR",
+    "check_same_store",
+    "committed",
+    "finished_shards",
+    "packed",
+    "read_record",
+    "recorded",
+    "write_shard",
+]
 
 logger = logging.getLogger(__name__)
 
 _LEDGER_KEY = re.compile(re.escape(layout.LEDGER) + r"/(\d{6,})\.parquet")
-_REPAIR = "run jobs/verify_store.py --repair, then this job with --resume"
+REPAIR = "run jobs/verify_store.py --repair, then this job with --resume"
 
 
 def write_shard(
@@ -80,23 +89,10 @@ def write_shard(
         JobError: the store was replaced, or the existing shard has another configuration.
         OSError: the storage failed.
     """
-    data, places = layout.pack_shard(chunks, shard_rows)
-    for outcome, place in zip(outcomes, places, strict=True):
-        outcome.chunk_offset, outcome.chunk_nbytes = place or (None, None)
-    ok = sum(outcome.ok for outcome in outcomes)
-    record = LedgerRecord(
-        shard=shard,
-        rows_ok=ok,
-        rows_failed=len(outcomes) - ok,
-        seconds=seconds.total(),
-        outcomes=outcomes_table(outcomes),
-        companions={array: _described(companion) for array, companion in companions.items()},
-        **_described(data),
-        **facts,
-    )
-    _check_same_store(objects, record.configuration_hash)
-    if (recorded := _recorded(objects, shard, record.configuration_hash)) is not None:
-        return _with_recorded(objects, recorded, record, {**companions, layout.FEATURES: data})
+    record, data = packed(shard, shard_rows, chunks, outcomes, seconds, facts, companions)
+    check_same_store(objects, record.configuration_hash)
+    if (found := recorded(objects, shard, record.configuration_hash)) is not None:
+        return _with_recorded(objects, found, record, {**companions, layout.FEATURES: data})
     with seconds.stage("write"):
         objects.put(layout.intent_key(shard, record.sha256), record.to_bytes())
         there = {array: _create_companion(objects, record, array, of) for array, of in companions.items()}
@@ -114,14 +110,41 @@ def write_shard(
     return committed_record
 
 
-def committed(objects: Objects, shard: int, configuration_hash: str) -> LedgerRecord | None:
-    """Record of a shard whose objects exist and have the recorded sizes; None if the shard is not done.
+def packed(
+    shard: int,
+    shard_rows: int,
+    chunks: Sequence[bytes | None],
+    outcomes: Sequence[RowOutcome],
+    seconds: StageSeconds,
+    facts: dict[str, Any],
+    companions: Mapping[str, bytes],
+) -> tuple[LedgerRecord, bytes]:
+    """The record of a shard, and the object of its features; arguments as for `write_shard`."""
+    data, places = layout.pack_shard(chunks, shard_rows)
+    for outcome, place in zip(outcomes, places, strict=True):
+        outcome.chunk_offset, outcome.chunk_nbytes = place or (None, None)
+    ok = sum(outcome.ok for outcome in outcomes)
+    record = LedgerRecord(
+        shard=shard,
+        rows_ok=ok,
+        rows_failed=len(outcomes) - ok,
+        seconds=seconds.total(),
+        outcomes=outcomes_table(outcomes),
+        companions={array: _described(companion) for array, companion in companions.items()},
+        **_described(data),
+        **facts,
+    )
+    return record, data
+
+
+def committed(objects: Objects, shard: int, configuration_hash: str, rows: int) -> LedgerRecord | None:
+    """Record of a shard of ``rows`` rows whose objects exist and have the recorded sizes; None if it is not done.
 
     Raises:
         JobError: the record is damaged, or has another configuration.
     """
-    record = _recorded(objects, shard, configuration_hash)
-    return record if record is not None and not _lost(objects, record) else None
+    record = recorded(objects, shard, configuration_hash)
+    return record if record is not None and record.rows >= rows and not _lost(objects, record) else None
 
 
 def finished_shards(objects: Objects, configuration_hash: str) -> dict[int, LedgerRecord]:
@@ -134,12 +157,12 @@ def finished_shards(objects: Objects, configuration_hash: str) -> dict[int, Ledg
     if not shards:  # the store may be claimed and not set up yet
         return {}
     features = read_layout(objects, read_root(objects))
-    recorded = [shard for shard in shards if shard < features.shards]
-    blocks = read_blocks(objects, features, recorded, configuration_hash, INDEX)
+    in_store = [shard for shard in shards if shard < features.shards]
+    blocks = read_blocks(objects, features, in_store, configuration_hash, INDEX)
     records = [record for block in blocks for record in LedgerRecord.of_block(block)]
     in_blocks = {record.shard for record in records}
-    single = [shard for shard in shards if shard not in in_blocks]
-    read = in_order(lambda shard: _recorded(objects, shard, configuration_hash), single)
+    single = [shard for shard in in_store if shard not in in_blocks]
+    read = in_order(lambda shard: recorded(objects, shard, configuration_hash), single)
     records += [record for record in read if record is not None]
     sizes: dict[str, int] = {}
     for array in {array for record in records for array in record.objects}:
@@ -147,7 +170,8 @@ def finished_shards(objects: Objects, configuration_hash: str) -> dict[int, Ledg
     return {
         record.shard: record
         for record in records
-        if all(
+        if record.rows == len(features.rows_of(record.shard))
+        and all(
             sizes.get(layout.shard_key(record.shard, array)) == facts["nbytes"]
             for array, facts in record.objects.items()
         )
@@ -164,17 +188,6 @@ def read_record(objects: Objects, key: str) -> LedgerRecord:
     return LedgerRecord.from_bytes(objects.get(key))
 
 
-def withdraw(objects: Objects, shard: int) -> None:
-    """Delete a damaged shard, so that a resumed job makes it again. Not safe while jobs write to the store.
-
-    The objects are deleted first: a record without them does not count as done, and is still reported as damaged.
-    """
-    delete_block(objects, shard)
-    for array in (layout.FEATURES, *layout.COMPANIONS):
-        objects.delete(layout.shard_key(shard, array))
-    objects.delete(layout.ledger_key(shard))
-
-
 def _commit(objects: Objects, record: LedgerRecord) -> LedgerRecord:
     """Create the ledger record; returns the committed one, which another job may have written.
 
@@ -185,15 +198,15 @@ def _commit(objects: Objects, record: LedgerRecord) -> LedgerRecord:
         objects.create(layout.ledger_key(record.shard), record.to_bytes())
         return record
     except FileExistsError:
-        recorded = _recorded(objects, record.shard, record.configuration_hash)
-    if recorded is None or recorded.sha256 != record.sha256:
+        found = recorded(objects, record.shard, record.configuration_hash)
+    if found is None or found.sha256 != record.sha256:
         raise JobError(
-            f"{objects.uri}: shard {record.shard} was deleted or replaced while it was being committed: {_REPAIR}"
+            f"{objects.uri}: shard {record.shard} was deleted or replaced while it was being committed: {REPAIR}"
         )
-    return recorded
+    return found
 
 
-def _check_same_store(objects: Objects, configuration_hash: str) -> None:
+def check_same_store(objects: Objects, configuration_hash: str) -> None:
     """Write nothing if another job has replaced the store (--overwrite) or deleted it.
 
     Raises:
@@ -207,7 +220,7 @@ def _check_same_store(objects: Objects, configuration_hash: str) -> None:
         raise JobError(f"{objects.uri} is now another store: another job replaced it (--overwrite)")
 
 
-def _recorded(objects: Objects, shard: int, configuration_hash: str) -> LedgerRecord | None:
+def recorded(objects: Objects, shard: int, configuration_hash: str) -> LedgerRecord | None:
     """Ledger record of a shard, whether or not its object exists; None if there is no record.
 
     Raises:
@@ -218,34 +231,35 @@ def _recorded(objects: Objects, shard: int, configuration_hash: str) -> LedgerRe
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise JobError(f"{objects.uri}: the ledger record of shard {shard} is damaged ({error}): {_REPAIR}") from error
+        raise JobError(f"{objects.uri}: the ledger record of shard {shard} is damaged ({error}): {REPAIR}") from error
     if record.configuration_hash != configuration_hash:
         raise JobError(
             f"{objects.uri}: shard {shard} is in the ledger, made with another configuration by {record.made_by}: stop "
-            f"that job, {_REPAIR}"
+            f"that job, {REPAIR}"
         )
     return record
 
 
-def _with_recorded(
-    objects: Objects, recorded: LedgerRecord, own: LedgerRecord, data: Mapping[str, bytes]
-) -> LedgerRecord:
+def _with_recorded(objects: Objects, found: LedgerRecord, own: LedgerRecord, data: Mapping[str, bytes]) -> LedgerRecord:
     """Keep the recorded shard if another job has committed it already; write its objects again if they are lost.
 
     Raises:
-        JobError: an object is missing or truncated, and this machine's bytes differ from the recorded ones.
+        JobError: an object is missing or truncated, and this machine's bytes differ from the recorded ones; or rows
+            were appended to the shard, which another job writes.
     """
-    for array in _lost(objects, recorded):
+    for array in _lost(objects, found):
         key = layout.shard_key(own.shard, array)
-        if own.objects.get(array) != recorded.objects[array]:
+        if own.objects.get(array) != found.objects[array]:
             raise JobError(
                 f"{objects.uri}: the object {key} was lost or truncated after it was committed, and this machine "
-                f"produces other bytes than the machine that wrote it ({recorded.made_by}): {_REPAIR}"
+                f"produces other bytes than the machine that wrote it ({found.made_by}): {REPAIR}"
             )
+        if own.rows != len(read_layout(objects, read_root(objects)).rows_of(own.shard)):
+            raise JobError(f"{objects.uri}: rows were appended to shard {own.shard} since this job began: stop it")
         objects.put(key, data[array])
-    if recorded.sha256 != own.sha256:
-        _log_adopted(recorded)
-    return recorded
+    if found.sha256 != own.sha256:
+        _log_adopted(found)
+    return found
 
 
 def _lost(objects: Objects, record: LedgerRecord) -> list[str]:
@@ -276,14 +290,14 @@ def _create_companion(objects: Objects, record: LedgerRecord, array: str, data: 
         existing = _described(objects.get(key))
     if existing in (named.objects.get(array) for named in _intents(objects, record)):
         return existing
-    recorded = _recorded(objects, record.shard, record.configuration_hash)  # that job may be done in the meantime
-    if recorded is None or recorded.companions.get(array) != existing:
+    found = recorded(objects, record.shard, record.configuration_hash)  # that job may be done in the meantime
+    if found is None or found.companions.get(array) != existing:
         raise _unknown_object(objects, key)
     return existing
 
 
 def _intents(objects: Objects, record: LedgerRecord) -> list[LedgerRecord]:
-    """Intents of the same shard and configuration."""
+    """Intents of the same shard, rows and configuration."""
     found = []
     for key in objects.list(layout.INTENTS):
         if key.startswith(layout.intent_prefix(record.shard)):
@@ -291,7 +305,7 @@ def _intents(objects: Objects, record: LedgerRecord) -> list[LedgerRecord]:
                 intent = read_record(objects, key)
             except (FileNotFoundError, ValueError):  # deleted or half-written by a job that died
                 continue
-            if intent.configuration_hash == record.configuration_hash:
+            if (intent.configuration_hash, intent.rows) == (record.configuration_hash, record.rows):
                 found.append(intent)
     return found
 
@@ -309,10 +323,10 @@ def _record_of_object(objects: Objects, own: LedgerRecord) -> LedgerRecord:
     try:
         intent = read_record(objects, layout.intent_key(own.shard, sha256))
     except (FileNotFoundError, ValueError):  # the intent is deleted if the shard was committed in the meantime
-        recorded = _recorded(objects, own.shard, own.configuration_hash)
-        if recorded is None:
+        found = recorded(objects, own.shard, own.configuration_hash)
+        if found is None:
             raise _unknown_object(objects, key) from None
-        return recorded
+        return found
     if intent.configuration_hash != own.configuration_hash:
         raise JobError(
             f"{objects.uri}: {key} was made with another configuration by {intent.made_by}: stop that job, delete the "

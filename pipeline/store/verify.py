@@ -2,7 +2,9 @@
 
 import hashlib
 import threading
+from contextlib import suppress
 from functools import cached_property
+from typing import Any
 
 import pyarrow as pa
 
@@ -17,8 +19,9 @@ from densefeat.storage.parquet import read_parquet
 from densefeat.store import FeatureStore
 from pipeline.errors import JobError
 from pipeline.features.pca import Basis
-from pipeline.images.listing.source import keys_digest
 from pipeline.store.fitted import stored_fit
+from pipeline.store.grown_shard import decision
+from pipeline.store.growth import has_keys_of
 from pipeline.store.layout import step_sha256
 from pipeline.store.shard import read_record
 from schemas.attributes import StoreAttributes
@@ -36,6 +39,8 @@ class StoreCheck:
     Attributes:
         layout: shape and sharding of the feature array.
         recorded: shards that have a ledger record, in order.
+        growing: whether a job began to append rows, and did not complete it.
+        partial: recorded shards, checked so far, that do not have the rows yet that were appended to them.
         nbytes: bytes of the shards checked so far.
 
     Raises:
@@ -48,11 +53,16 @@ class StoreCheck:
         self._objects = Objects(uri)
         self.layout = self._store.layout
         self.recorded = recorded_shards(self._objects, self.layout)
+        self.growing = self._objects.exists(layout.growth_key(self.layout.rows))
+        self.partial: set[int] = set()
         self.nbytes = 0
         self._lock = threading.Lock()
 
     def shard(self, shard: int) -> list[str]:
-        """Problems of a shard's record or object; none if the object is bit-identical to what was written."""
+        """Problems of a shard's record or object; none if the object is bit-identical to what was written.
+
+        That a shard is `partial` is no problem; nor is an object that has the rows already which its record lacks.
+        """
         try:
             record = read_record(self._objects, layout.ledger_key(shard))
         except ValueError as error:
@@ -64,8 +74,13 @@ class StoreCheck:
             problems.append(f"its record is that of shard {record.shard}")
         if record.configuration_hash != self._store.attributes["configuration_hash"]:
             problems.append(f"made with another configuration, {record.configuration_hash[:12]}…")
-        if record.outcomes["row"].to_pylist() != list(self.layout.rows_of(shard)):
+        rows = self.layout.rows_of(shard)
+        if record.outcomes["row"].to_pylist() != list(rows[: record.rows]):
             problems.append("its record is that of other rows")
+        decided = None
+        if record.rows < len(rows):
+            self.partial.add(shard)
+            decided = self._decided(shard)
         for array, facts in record.objects.items():
             key = layout.shard_key(shard, array)
             try:
@@ -79,11 +94,20 @@ class StoreCheck:
             with self._lock:
                 self.nbytes += size
             name = "its object" if array == layout.FEATURES else f"its object of the array {array}"
+            if decided is not None and _is_described(size, data, decided.objects[array]):
+                continue
             if size != facts["nbytes"]:
                 problems.append(f"{name} has {size:,} bytes, {facts['nbytes']:,} were written")
             elif data is not None:
                 problems += self._content_problems(record, array, name, data)
         return problems
+
+    def _decided(self, shard: int) -> LedgerRecord | None:
+        """The record that a shard will have, as a worker decided that then was killed; None if none did."""
+        with suppress(ValueError):  # damaged, and computed again
+            if (decided := decision(self._objects, shard, len(self.layout.rows_of(shard)))) is not None:
+                return decided[0]
+        return None
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
@@ -97,7 +121,7 @@ class StoreCheck:
 
     def _content_problems(self, record: LedgerRecord, array: str, name: str, data: bytes) -> list[str]:
         facts = record.objects[array]
-        if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+        if not _is_described(len(data), data, facts):
             damaged = f"; damaged rows {self._damaged_rows(record, data)}" if array == layout.FEATURES else ""
             return [f"{name}'s bytes changed after they were written{damaged}"]
         return self._place_problems(record, data) if array == layout.FEATURES else []
@@ -189,7 +213,7 @@ class StoreCheck:
 
     def _index_problems(self, index: pa.Table) -> list[str]:
         named = None if isinstance(self._attributes, ValueError) else self._attributes
-        if named and keys_digest(index) != named.configuration.source.keys_sha256:
+        if named and not has_keys_of(named, index):
             return ["the keys in the index do not match the attributes"]
         if not self._objects.exists(layout.MANIFEST):
             return []  # the reader merges the outcomes of the ledger into the index
@@ -224,3 +248,8 @@ class StoreCheck:
 
         records = zip(self.recorded, in_order(read, self.recorded), strict=True)
         return {shard: record for shard, record in records if record is not None}
+
+
+def _is_described(size: int, data: bytes | None, facts: dict[str, Any]) -> bool:
+    """Whether an object is the one that facts describe; without its bytes, whether it has the size."""
+    return bool(size == facts["nbytes"] and (data is None or hashlib.sha256(data).hexdigest() == facts["sha256"]))

@@ -23,7 +23,7 @@ from pipeline.io.outputs import check_output_file
 from pipeline.io.storage import check_writable, storage_explained
 from pipeline.reporting.software import software_versions
 from pipeline.run.planning.places import check_apart
-from pipeline.run.planning.plan import cluster_scan_map
+from pipeline.run.planning.sources import cluster_scan_map
 from pipeline.train.checkpoints import has_checkpoints
 from pipeline.train.data import ImageTable, key_hash
 from pipeline.train.objectives.lift import lift_scales

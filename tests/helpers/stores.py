@@ -13,9 +13,11 @@ from densefeat.storage.objects import Objects
 from pipeline.features.pca import Basis
 from pipeline.images.listing.source import keys_digest
 from pipeline.reporting.seconds import StageSeconds
+from pipeline.store.grown_shard import done_or_kept
+from pipeline.store.growth import Growth
 from pipeline.store.layout import finish, set_up, step_sha256
-from pipeline.store.shard import write_shard
-from schemas.attributes import StoreAttributes
+from pipeline.store.shard import finished_shards, write_shard
+from schemas.attributes import AppendedSource, StoreAttributes
 from schemas.configuration import (
     GeometryConfiguration,
     PcaConfiguration,
@@ -28,6 +30,9 @@ from schemas.ledger import LedgerRecord, RowOutcome
 
 ROWS, K, C, H, W, SHARD_ROWS = 11, 5, 9, 12, 10, 4
 FAILED_ROWS = (2, 8)  # one amid a shard, one at the start of the last
+NEW = 4  # rows to append, so that the last shard is filled, and one more begun
+LAST = ROWS // SHARD_ROWS  # the shard that is not full
+D = 6  # of the embeddings of shards that `make_new_rows` makes
 
 SHARED = Path(__file__).parents[3] / "shared"
 
@@ -123,3 +128,46 @@ def make_store(uri: str, dtype: str = "int8", source: dict[str, Any] | None = No
     store.records = [write_known_shard(store, shard) for shard in range(-(-ROWS // SHARD_ROWS))]
     finish(Objects(uri), store.records)
     return store
+
+
+def growth(rows: int = ROWS, new: int = NEW, images: str = "/more") -> Growth:
+    """Rows for a store of ``rows`` rows that were appended to one of `ROWS`."""
+    keys = references(rows + new)
+    appended = [("/more", ROWS, rows)] * (rows > ROWS) + [(images, rows, rows + new)]
+    sources = [
+        AppendedSource(images, end - start, keys_digest(keys.slice(start, end - start)))
+        for images, start, end in appended
+    ]
+    return Growth(rows, keys, ("a", "b", "c", "d"), tuple(sources))
+
+
+def make_new_rows(known: KnownStore, shard: int, rows: int, seed: int = 5, embedded: bool = False) -> LedgerRecord:
+    """What a worker does for a shard of ``rows`` rows, with random codes and companions."""
+    objects = Objects(known.uri)
+    kept = done_or_kept(objects, shard, known.configuration_hash, rows, SHARD_ROWS)
+    if isinstance(kept, LedgerRecord):
+        return kept
+    first = shard * SHARD_ROWS
+    codes = known_codes(rows=64, seed=seed)
+    outcomes = [
+        RowOutcome(row, OK, None, 2 * H, 2 * W, (0.5, 0, -2, 0, 0.5, -1), (0, 0, H, W))
+        for row in range(first + len(kept), first + rows)
+    ]
+    chunks: list[bytes | None] = [layout.encode_chunk(codes[outcome.row]) for outcome in outcomes]
+    companions = {}
+    if embedded:
+        images = [layout.with_crc(bytes([seed, outcome.row])) for outcome in outcomes]
+        companions[layout.GUIDANCE] = kept.guidance_object(images, SHARD_ROWS)
+        vectors = np.arange(D * len(outcomes)).reshape(-1, D) + 100 * seed
+        companions[layout.EMBEDDING] = kept.embedding_object([vectors.astype(np.float16)], SHARD_ROWS)
+    facts = {"configuration_hash": known.configuration_hash, "clipped": 1, "made_by": {"host": "later"}}
+    return kept.write(objects, shard, SHARD_ROWS, chunks, outcomes, StageSeconds(), facts, companions)
+
+
+def finished(known: KnownStore, rows: int, seed: int = 5) -> None:
+    """Make what is missing of a store of ``rows`` rows, and finish it."""
+    objects, shards = Objects(known.uri), -(-rows // SHARD_ROWS)
+    done = finished_shards(objects, known.configuration_hash)
+    for shard in set(range(shards)) - done.keys():
+        done[shard] = make_new_rows(known, shard, min(SHARD_ROWS, rows - shard * SHARD_ROWS), seed)
+    finish(objects, list(done.values()))

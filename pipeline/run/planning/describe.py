@@ -22,11 +22,11 @@ def describe(plan: Plan) -> str:
     nbytes = layout.rows * layout.image_nbytes
     labelled = layout.rows - plan.references["label"].null_count
     lines = [
-        f"images      {layout.rows:,} from {config.images}"
+        f"images      {layout.rows:,} {_from(plan)}"
         + (f", {len(plan.class_names):,} classes" if plan.class_names else "")
         + (f", {labelled:,} with a label" if labelled else ", no labels"),
         *describe_findings(plan.findings),
-        f"store       {config.store}" + (" (resumed)" if config.resume and plan.stored else ""),
+        f"store       {config.store}" + (" (resumed)" if config.continues and plan.stored else ""),
         f"features    {_components(plan)}, {height}×{width}{compact}, {layout.dtype}",
         f"shards      {layout.shards:,} of {layout.shard_rows} images"
         + (f", {len(plan.shards):,} of them by this job ({config.shards})" if config.shards else ""),
@@ -39,6 +39,16 @@ def describe(plan: Plan) -> str:
         )
         lines.append(f"{stage:11} " + " ".join(filter(None, [settings.get("name"), text and f"({text})"])))
     return "\n".join(lines)
+
+
+def _from(plan: Plan) -> str:
+    """Where the images come from; how many of them are new, or will be new to a finished store."""
+    if not plan.config.append:
+        return f"from {plan.config.images}"
+    if plan.waiting:
+        return f"of the store, which is finished first; then {plan.waiting:,} new ones from {plan.config.images}"
+    new = 0 if plan.growth is None else plan.growth.rows_added
+    return f"in the store, {new:,} of them new" if new else "in the store, none of them new"
 
 
 def _components(plan: Plan) -> str:

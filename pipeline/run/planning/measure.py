@@ -193,7 +193,9 @@ def _shards(
 
 def _to_do(plan: Plan) -> tuple[int, bool]:
     """Images that the job has to make, and whether basis and steps are there already."""
-    resumed = plan.stored if plan.config.resume else None
+    if plan.growth is not None:
+        return plan.growth.rows_added, True
+    resumed = plan.stored if plan.config.continues else None
     done = finished_shards(Objects(plan.config.store), resumed.hash).keys() if resumed else set()
     images = sum(len(plan.features.rows_of(shard)) for shard in plan.shards if shard not in done)
     return images, resumed is not None

@@ -33,12 +33,17 @@ def stored_attributes_at(config: UpsampleConfig) -> StoreAttributes | None:
                     f"--store {config.store} holds parts of a store ({_few(parts)}), but no zarr.json: a deletion or a "
                     "copy was interrupted; pass --overwrite to delete them and start over"
                 )
-        if stored and not (config.resume or config.overwrite):
-            raise JobError(f"--store {config.store} exists: pass --resume to continue it or --overwrite to replace it")
+        if stored and not (config.continues or config.overwrite):
+            raise JobError(
+                f"--store {config.store} exists: pass --resume to continue it, --append to add images to it, or "
+                "--overwrite to replace it"
+            )
+        if stored is None and config.append:
+            raise JobError(f"--append: there is no store at {config.store}: make it first, without --append")
     return stored
 
 
-def check_same(stored: StoreAttributes, configuration: StoreConfiguration, store: str) -> None:
+def check_same(stored: StoreAttributes, configuration: StoreConfiguration, config: UpsampleConfig) -> None:
     """Refuse to mix two configurations in one store.
 
     Raises:
@@ -46,7 +51,8 @@ def check_same(stored: StoreAttributes, configuration: StoreConfiguration, store
     """
     if different := incompatibilities(stored.configuration, configuration):
         raise JobError(
-            f"--resume: the store {store} was made with a different configuration:\n  "
+            f"--{'append' if config.append else 'resume'}: the store {config.store} was made with a different "
+            "configuration:\n  "
             + "\n  ".join(different)
             + "\nUse the original options, choose another --store, or pass --overwrite to start over"
         )

@@ -1,8 +1,7 @@
 """Plan a job: resolve and check everything before the job does any work."""
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,17 +9,14 @@ import pyarrow as pa
 
 from densefeat.errors import StoreError
 from densefeat.layout import MANIFEST, FeatureLayout
-from densefeat.rows.index import stored_index
 from densefeat.storage.objects import Objects
-from densefeat.storage.places import absolute_place, split_place
+from densefeat.storage.places import split_place
 from densefeat.store import FeatureStore
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone, build_backbone
 from pipeline.features.pca import Basis
 from pipeline.images.decoding.decode import Geometry
-from pipeline.images.listing.files import Scan, ScanMap
-from pipeline.images.listing.findings import Finding, describe_findings, refuse_losses
-from pipeline.images.listing.source import Source, keys_digest, list_images
+from pipeline.images.listing.findings import Finding, describe_findings
 from pipeline.io.storage import check_writable
 from pipeline.run.feature_worker import WorkerSpec
 from pipeline.run.planning.configuration import (
@@ -30,8 +26,11 @@ from pipeline.run.planning.configuration import (
     with_stored_defaults,
 )
 from pipeline.run.planning.places import check_apart, check_same, stored_attributes_at
+from pipeline.run.planning.sources import images_of
+from pipeline.run.planning.sources import listed as list_source
 from pipeline.run.recipe import FeatureRecipe, ImageRecipe, Stages, UpsampleRecipe, backbone_fields
 from pipeline.run.resources import available_cores, fits_this_process
+from pipeline.store.growth import Growth
 from pipeline.upsamplers.build import build_upsampler
 from pipeline.upsamplers.fitting import Fitting
 from pipeline.upsamplers.interface import Upsampler
@@ -42,7 +41,6 @@ from schemas.configuration import (
     StoreConfiguration,
     differences,
 )
-from schemas.index import REFERENCES
 from schemas.options import DEFAULT_COMPONENTS, FeatureConfig, PcaConfig, UpsampleConfig
 
 logger = logging.getLogger(__name__)
@@ -60,12 +58,14 @@ class Plan:
         features: shape and sharding of the feature array, with the most components if a share is to decide on them.
         configuration: everything that the features depend on, except for a basis that is not fitted yet.
         basis: basis from ``--pca``; None: to be fitted.
-        stored: attributes of the store that is to be resumed or overwritten; None if there is no store.
+        stored: attributes of the store that is to be continued or overwritten; None if there is no store.
         compact: attribute of that name of the store; None for a dense store.
         fitting: how the upsampler is fitted to the images; None if it needs no fit.
         spec: spec of the workers.
         stages: stages of the spec's recipe, built here for a worker in this process; None with workers elsewhere.
         findings: parts of the source that are not used; empty if the store is resumed, as its source is not listed.
+        growth: rows that are to be appended before shards are made; None: there are none.
+        waiting: number of new images that can be appended only when the store is finished.
     """
 
     config: UpsampleConfig
@@ -81,6 +81,8 @@ class Plan:
     spec: WorkerSpec
     stages: Stages | None
     findings: tuple[Finding, ...]
+    growth: Growth | None = None
+    waiting: int = 0
 
     @property
     def shards(self) -> range:
@@ -116,12 +118,13 @@ def make_plan(config: UpsampleConfig, listed: Callable[[int], None] = lambda ima
     """
     check_apart(config.images, "--store", config.store)
     stored = stored_attributes_at(config)
-    resumed = stored if config.resume else None
+    resumed = stored if config.continues else None
     if resumed:
         config = with_stored_defaults(config, resumed.configuration)
-    source, references, class_names, findings = _source(config, resumed)  # a mistyped path is said before downloads
-    if not (resumed and Objects(config.store).exists(MANIFEST)):
-        listed(references.num_rows)
+    images = images_of(config, resumed)  # first: a mistyped path is said before downloads
+    references, source = images.references, images.source
+    if images.growth or not (resumed and Objects(config.store).exists(MANIFEST)):
+        listed(images.growth.rows_added if images.growth else references.num_rows)
     backbone = _checked_backbone(config)
     upsampler = build_upsampler(config.upsampler, config.upsampler_weights, backbone, config.upsampler_options)
     _check_upsampler(upsampler, backbone, config)
@@ -133,11 +136,12 @@ def make_plan(config: UpsampleConfig, listed: Callable[[int], None] = lambda ima
     own = config.shard_range(features.shards)
     if not own:
         raise JobError(f"--shards {config.shards} selects none of the {features.shards} shards of this dataset")
-    inline = fits_this_process(config.worker_range, config.device, len(own) * features.shard_rows)
+    to_make = images.growth.rows_added if images.growth else len(own) * features.shard_rows
+    inline = fits_this_process(config.worker_range, config.device, to_make)
     plan = Plan(
         config=config,
         references=references,
-        class_names=class_names,
+        class_names=images.class_names,
         channels=backbone.num_chs,
         features=features,
         configuration=store_configuration(config, source, recipe, basis, resumed=resumed is not None),
@@ -147,10 +151,12 @@ def make_plan(config: UpsampleConfig, listed: Callable[[int], None] = lambda ima
         fitting=upsampler.fitting(),
         spec=_spec(config, recipe),
         stages=Stages(backbone, upsampler) if inline else None,
-        findings=findings,
+        findings=images.findings,
+        growth=images.growth,
+        waiting=images.waiting,
     )
     if resumed:
-        check_same(resumed, plan.configuration, config.store)
+        check_same(resumed, plan.configuration, config)
     if not config.dry_run:
         check_writable(Objects(config.store), f"--store {config.store}")  # last, because it writes
     return plan
@@ -162,7 +168,7 @@ def feature_spec(config: FeatureConfig) -> tuple[WorkerSpec, pa.Table, Stages]:
     Raises:
         JobError: as in ``make_plan``.
     """
-    source = _listed(config)
+    source = list_source(config)
     backbone = _checked_backbone(config)
     for line in describe_findings(source.findings):
         logger.info("%s", line)
@@ -280,48 +286,3 @@ def _components(
     if config.components is not None:
         return config.components
     return min(DEFAULT_COMPONENTS, backbone.num_chs if basis is None else len(basis.components))
-
-
-def _source(
-    config: UpsampleConfig, resumed: StoreAttributes | None
-) -> tuple[SourceConfiguration, pa.Table, tuple[str, ...], tuple[Finding, ...]]:
-    """Source configuration, image references, class names, and findings about the source.
-
-    When a store is resumed, its images are read from its index and not listed again, so that rows keep their numbers.
-    """
-    images = absolute_place(config.images)
-    if resumed and resumed.setup_complete:
-        references = stored_index(Objects(config.store)).select(REFERENCES.names)
-        stored = resumed.configuration.source
-        column = stored.image_column if config.image_column is None else config.image_column
-        requested = replace(stored, images=images, limit=config.limit, image_column=column)
-        return requested, references, resumed.class_names, ()
-    source = _listed(config)
-    refuse_losses(config.images, source.findings, source.candidates, config.max_failed_share)
-    configuration = SourceConfiguration(
-        images=images,
-        limit=config.limit,
-        kind=source.kind,
-        image_column=source.image_column,
-        rows=source.references.num_rows,
-        keys_sha256=keys_digest(source.references),
-    )
-    return configuration, source.references, source.class_names, source.findings
-
-
-def _listed(config: FeatureConfig) -> Source:
-    scan_map = cluster_scan_map() if config.worker_range != (0, 0) else None
-    return list_images(config.images, limit=config.limit, image_column=config.image_column, scan_map=scan_map)
-
-
-def cluster_scan_map() -> ScanMap | None:
-    """Map that scans the files of a large dataset on the Ray cluster at RAY_ADDRESS; None if that is not set."""
-    if not os.environ.get("RAY_ADDRESS"):
-        return None
-
-    def scan(function: Callable[[str], Scan], paths: Sequence[str]) -> Iterator[Scan]:
-        from pipeline.run.ray import cluster  # deferred: importing ray takes a second
-
-        return cluster.map_on_cluster(function, paths)
-
-    return scan

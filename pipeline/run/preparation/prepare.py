@@ -48,7 +48,7 @@ def prepare(plan: Plan, objects: Objects, workers: Workers, check: Callable[[], 
             another job set up or deleted the store in the meantime.
     """
     with storage_explained(objects.uri):
-        if plan.config.resume and (joined := _join(plan, objects)):
+        if plan.config.continues and (joined := _join(plan, objects)):
             return joined
     basis = plan.basis or fit_basis(plan.references, plan.components, plan.config.pca_images, workers)
     explained = float(basis.explained_variance_ratio.sum())
@@ -72,7 +72,7 @@ def prepare(plan: Plan, objects: Objects, workers: Workers, check: Callable[[], 
         try:
             claim(objects, attributes, basis, step, {} if fit is None else fit.arrays)
         except FileExistsError:
-            if not plan.config.resume:
+            if not plan.config.continues:
                 raise JobError(
                     f"another job set up {objects.uri} in the meantime: use --resume to continue it"
                 ) from None

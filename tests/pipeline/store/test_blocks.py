@@ -12,7 +12,8 @@ from densefeat.page.library import Ledger
 from densefeat.storage.objects import Objects
 from pipeline.store.blocks import BlockWriter
 from pipeline.store.layout import delete_store, foreign_keys
-from pipeline.store.shard import finished_shards, withdraw
+from pipeline.store.repair import withdraw
+from pipeline.store.shard import finished_shards
 from pipeline.store.verify import StoreCheck
 from schemas.ledger import LedgerRecord
 from tests.helpers.stores import KnownStore, set_up_store, write_known_shard

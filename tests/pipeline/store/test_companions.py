@@ -12,7 +12,8 @@ from densefeat import layout
 from densefeat.storage.objects import Objects
 from pipeline.errors import JobError
 from pipeline.reporting.seconds import StageSeconds
-from pipeline.store.shard import committed, finished_shards, read_record, withdraw, write_shard
+from pipeline.store.repair import withdraw
+from pipeline.store.shard import committed, finished_shards, read_record, write_shard
 from pipeline.store.verify import StoreCheck
 from schemas.ledger import LedgerRecord
 from tests.helpers.killing import FORK, run_killed
@@ -65,7 +66,7 @@ def test_killed_before_any_operation(known: KnownStore, killed_before: int, surv
     for array, created_by in ((layout.GUIDANCE, 1), (layout.EMBEDDING, 2)):
         expected = of("dead") if killed_before > created_by else own
         assert Objects(known.uri).get(layout.shard_key(0, array)) == expected[array]
-    assert committed(Objects(known.uri), 0, known.configuration_hash) == record
+    assert committed(Objects(known.uri), 0, known.configuration_hash, SHARD_ROWS) == record
 
 
 @pytest.mark.s3
@@ -131,7 +132,7 @@ def test_a_lost_object_is_written_again_by_whoever_has_the_same_bytes(
     data = objects.get(key)
     objects.delete(key) if damage == "lost" else objects.put(key, data[:-1])
     assert finished_shards(objects, known.configuration_hash) == {}
-    assert committed(objects, 0, known.configuration_hash) is None
+    assert committed(objects, 0, known.configuration_hash, SHARD_ROWS) is None
     with pytest.raises(JobError, match=f"the object {key} was lost or truncated"):
         write(replace(known, codes=known_codes(seed=7)), of("other"))
     assert write(known, of("living")) == record == check(known)

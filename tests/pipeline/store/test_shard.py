@@ -167,8 +167,8 @@ def test_what_another_job_committed_is_adopted(known: KnownStore, caplog: pytest
     assert write_known_shard(known, 0) == first
     assert "another job" in caplog.text
     assert (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) == before
-    assert committed(objects, 0, known.configuration_hash) == first
-    assert committed(objects, 1, known.configuration_hash) is None
+    assert committed(objects, 0, known.configuration_hash, SHARD_ROWS) == first
+    assert committed(objects, 1, known.configuration_hash, SHARD_ROWS) is None
 
 
 def test_a_lost_object_is_put_again_if_its_bytes_come_out(known: KnownStore) -> None:

@@ -10,7 +10,8 @@ import pytest
 from pipeline.errors import JobError
 from pipeline.images.listing.source import list_images
 from pipeline.run.planning.describe import describe
-from pipeline.run.planning.plan import Plan, cluster_scan_map, feature_spec, make_plan
+from pipeline.run.planning.plan import Plan, feature_spec, make_plan
+from pipeline.run.planning.sources import cluster_scan_map
 from schemas.options import FitPcaConfig, UpsampleConfig
 from tests.helpers.datasets import column, tar_info, write_tar
 from tests.helpers.photographs import photo

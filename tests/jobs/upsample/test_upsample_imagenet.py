@@ -36,7 +36,7 @@ VIT = SHARED / "weights" / "vit_small_patch14_dinov2.focus.safetensors"
 
 needs_shared = pytest.mark.skipif(not COCO.exists(), reason=f"needs the photographs and weights in {SHARED}")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # tests/densefeat/torch/test_training_document.py runs the snippets of docs/training.md.
 DOCUMENTS = [ROOT / "README.md", *(one for one in sorted((ROOT / "docs").glob("*.md")) if one.name != "training.md")]
 
