@@ -120,6 +120,11 @@ def grow(objects: Objects, growth: Growth, check: Callable[[], None] = lambda: N
     key = layout.growth_key(growth.rows_before)
     if features.rows != growth.rows_before or not (objects.exists(key) or objects.exists(layout.MANIFEST)):
         raise JobError(f"{objects.uri}: another job appended images in the meantime: run the same command again")
+    if "consolidated_metadata" not in root:  # which shows the new rows to readers
+        raise JobError(
+            f"{objects.uri}: a store that an early version of densefeat made cannot grow: make a new one of all "
+            f"images, with --pca {objects.uri}"
+        )
     check()
     try:
         objects.create(key, growth.to_bytes())

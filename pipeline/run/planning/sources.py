@@ -141,15 +141,15 @@ def _say(images: str, source: Source, there: pa.Table, new: pa.Table) -> None:
     """Say how many images the store has already, and how many of these it read from another place."""
     known = len(source.references) - len(new)
     logger.info("%s: %s images, %s of them new", images, f"{len(source.references):,}", f"{len(new):,}")
-    joined = source.references.select(["key", "uri"]).join(
-        there.select(["key", "uri"]), "key", right_suffix="_there", join_type="inner"
-    )
-    moved = joined.filter(pc.not_equal(joined["uri"], joined["uri_there"]))
+    places = pc.index_in(source.references["key"], value_set=there["key"].combine_chunks())
+    uris = there["uri"].combine_chunks().take(places.combine_chunks())  # null where the image is new
+    moved = source.references.select(["key", "uri"]).append_column("there", uris)
+    moved = moved.filter(pc.fill_null(pc.not_equal(moved["uri"], moved["there"]), False))
     if len(moved):
         logger.warning(
             "%s of the %s images that are not new have a key of the store, but lie elsewhere, e.g. %s: %s, in the "
             "store %s. A row keeps the image that it was made of; if they are other images, give them other names",
-            f"{len(moved):,}", f"{known:,}", *(moved[name][0].as_py() for name in ("key", "uri", "uri_there")),
+            f"{len(moved):,}", f"{known:,}", *(moved[name][0].as_py() for name in ("key", "uri", "there")),
         )  # fmt: skip
 
 

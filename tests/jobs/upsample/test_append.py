@@ -15,6 +15,7 @@ from densefeat.storage.objects import Objects
 from jobs.upsample_imagenet import upsample
 from jobs.verify_store import VerifyConfig, verify
 from pipeline.errors import JobError
+from pipeline.store.convert import DenseStorage, convert
 from tests.helpers.datasets import tar_info, write_tar
 from tests.helpers.upsample_jobs import FIRST, appending, check_clean, chunks, config, names_of, shard_bytes, some
 
@@ -215,3 +216,12 @@ def test_what_is_refused(photographs: Path, tmp_path: Path, store: Path) -> None
         with pytest.raises(ValueError, match="--append"):
             appending(photographs, store, **other)
     assert {key: (store / key).read_bytes() for key in Objects(store).list()} == before
+
+
+def test_a_store_that_grew_is_converted(photographs: Path, tmp_path: Path, store: Path) -> None:
+    assert upsample(appending(photographs, store)) == 0
+    source, target = FeatureStore(store), tmp_path / "converted"
+    convert(source, Objects(target), DenseStorage("float16", 0.1, 5), resume=False, threads=2)
+    converted = check_clean(target, 14)
+    assert converted.attributes["appended"] == source.attributes["appended"]
+    assert np.allclose(converted.read(range(14)), source.read(range(14)), rtol=1e-3)

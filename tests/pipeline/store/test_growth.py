@@ -17,8 +17,11 @@ from densefeat.rows.embeddings import encode_embeddings
 from densefeat.storage.objects import Objects
 from pipeline.errors import JobError
 from pipeline.images.listing.source import keys_digest
+from pipeline.store.blocks import BlockWriter
 from pipeline.store.growth import Growth, begun_growth, complete_growth, grow
+from pipeline.store.layout import finish
 from pipeline.store.repair import rebuild_tables
+from pipeline.store.shard import finished_shards
 from pipeline.store.verify import StoreCheck
 from schemas.attributes import AppendedSource
 from tests.helpers.killing import run_killed
@@ -229,3 +232,40 @@ def test_growths_are_what_they_were(tmp_path: Path) -> None:
     assert encode_embeddings(np.zeros((1, K), np.float16), 2)
     with pytest.raises(ValueError, match="not rows to append"):
         Growth.from_bytes(b"")
+
+
+def test_blocks_of_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A block with the last shard is written anew, and nobody uses one from before."""
+    monkeypatch.setattr(layout, "BLOCK_SHARDS", 2)
+    known = make_store(str(tmp_path / "store"))
+    objects = Objects(known.uri)
+    BlockWriter(objects, 3, known.records)
+    assert len(objects.list(layout.LEDGER_BLOCKS)) == 2
+    old = objects.get(layout.ledger_block_key(1))
+    before = FeatureStore(known.uri)
+    grow(objects, growth())
+    assert objects.list(layout.LEDGER_BLOCKS).keys() == {layout.ledger_block_key(0)}
+    check_old_rows(known, FeatureStore(known.uri))
+    objects.put(layout.ledger_block_key(1), old)  # by a job that was stopped
+    check_old_rows(known, FeatureStore(known.uri))
+    objects.delete(layout.ledger_block_key(1))
+    for shard, rows in ((2, 4), (3, 3)):
+        make_new_rows(known, shard, rows)
+    records = finished_shards(objects, known.configuration_hash)
+    BlockWriter(objects, 4, records.values())
+    assert len(objects.list(layout.LEDGER_BLOCKS)) == 2
+    check_old_rows(known, before)
+    assert finished_shards(objects, known.configuration_hash) == records
+    finish(objects, list(records.values()))
+    check_clean(known, ROWS + NEW)
+    assert not caplog.records
+
+
+def test_a_store_of_an_early_version_does_not_grow(tmp_path: Path) -> None:
+    known = make_store(str(tmp_path / "store"))
+    changed_root(known, lambda document: document.pop("consolidated_metadata"))
+    with pytest.raises(JobError, match="an early version of densefeat made cannot grow"):
+        grow(Objects(known.uri), growth())
+    assert begun_growth(Objects(known.uri)) is None
