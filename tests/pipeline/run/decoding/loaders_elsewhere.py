@@ -114,6 +114,8 @@ class WaitsForever:
 
 def built_loader(device: Any, allowed: bool) -> str:
     """Which loader a worker on a device has, without the device."""
+    import ray
+
     from pipeline.run.ray.actor import _build
 
     def make(spec: WorkerSpec) -> Any:
@@ -121,7 +123,7 @@ def built_loader(device: Any, allowed: bool) -> str:
         return SimpleNamespace(spec=spec, batch_size=4, computing=Turns(1), loader=loader)
 
     spec = WorkerSpec(SPEC.recipe, device, None, 1, allowed)
-    return type(_build(spec, make, 1, 1)[0].loader).__name__
+    return type(_build(ray.cloudpickle.dumps((spec, make)), {}, 1, 1)[0].loader).__name__
 
 
 def make_worker_that_starves(spec: WorkerSpec) -> FeatureWorker:
