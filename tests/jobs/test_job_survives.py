@@ -159,7 +159,7 @@ def test_a_second_job_at_the_same_time_is_refused(photographs: Path, tmp_path: P
         job.send_signal(signal.SIGSTOP)  # until the second one is there
         second = start(command(photographs, store, "--workers", "0", "--resume"))
         assert second.stderr is not None
-        said = next(line for line in second.stderr if "waiting to see if another job is alive" in line)
+        said = next(line for line in second.stderr if "to see if another job is alive" in line)
         job.send_signal(signal.SIGCONT)
         said += second.communicate(timeout=60)[1]
         assert second.returncode == 2, said

@@ -71,6 +71,7 @@ def test_errors_of_the_plan_arrive(workers: int) -> None:
 
 def test_an_interrupt_does_not_wait_for_the_plan() -> None:
     over = threading.Event()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored in the background
 
     def plan(listed: Listed) -> bool:
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -78,6 +79,7 @@ def test_an_interrupt_does_not_wait_for_the_plan() -> None:
 
     with job(workers=1) as early, pytest.raises(KeyboardInterrupt):
         early.beside(plan)
+    signal.signal(signal.SIGINT, before)
     assert not over.is_set()
     over.set()
 
