@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from densefeat import layout
 from densefeat.layout import FeatureLayout
-from densefeat.rows.ledger import OUTCOME, check_columns
+from densefeat.rows.ledger import OUTCOME, check_columns, rows_described
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
 from densefeat.storage.parquet import parquet_bytes, read_parquet
@@ -96,7 +96,7 @@ def _checked(table: pa.Table, features: FeatureLayout, configuration_hash: str, 
     facts = json.loads((table.schema.metadata or {})[_METADATA_KEY])
     check_columns(table, OUTCOME)
     check_columns(table, {field.name: field.type for field in index if field.name in table.column_names})
-    starts, counts = np.array([(one["shard"] * features.shard_rows, _rows(one)) for one in facts]).T
+    starts, counts = np.array([(one["shard"] * features.shard_rows, rows_described(one)) for one in facts]).T
     rows = [np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
     if counts.max() > features.shard_rows or not np.array_equal(table["row"].to_numpy(), np.concatenate(rows)):
         raise ValueError("it is about other rows")
@@ -105,14 +105,10 @@ def _checked(table: pa.Table, features: FeatureLayout, configuration_hash: str, 
     return LedgerBlock(facts, table.replace_schema_metadata(None))
 
 
-def _rows(facts: dict[str, Any]) -> int:
-    return int(facts["rows_ok"] + facts["rows_failed"])
-
-
 def _restricted(block: LedgerBlock, features: FeatureLayout, wanted: Any) -> LedgerBlock:
     def is_kept(facts: dict[str, Any]) -> bool:
         shard = facts["shard"]
-        return shard < len(wanted) and bool(wanted[shard]) and _rows(facts) == len(features.rows_of(shard))
+        return shard < len(wanted) and bool(wanted[shard]) and rows_described(facts) == len(features.rows_of(shard))
 
     if all(map(is_kept, block.facts)):
         return block

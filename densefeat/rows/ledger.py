@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
 from densefeat.storage.parquet import read_parquet
 
-__all__ = ["OUTCOME", "check_columns", "pending", "read_record", "recorded_shards", "with_outcomes"]
+__all__ = ["OUTCOME", "check_columns", "pending", "read_record", "recorded_shards", "rows_described", "with_outcomes"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,19 +66,18 @@ def read_record(objects: Objects, features: FeatureLayout, index: pa.Schema, sha
     rows, first = features.rows_of(shard), shard * features.shard_rows
     if record["row"].to_pylist() == list(rows):
         return record
-    recorded = _rows_described(record)
+    try:
+        recorded = rows_described(json.loads((record.schema.metadata or {})[layout.ATTRIBUTES_KEY.encode()]))
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"it has no facts about its shard: {type(error).__name__}: {error}") from error
     if recorded > features.shard_rows or record["row"].to_pylist() != list(range(first, first + recorded)):
         raise ValueError("it is about other rows")
     return record.slice(0, len(rows))
 
 
-def _rows_described(record: pa.Table) -> int:
+def rows_described(facts: Mapping[str, Any]) -> int:
     """Number of the rows that the facts about a shard describe."""
-    try:
-        facts = json.loads((record.schema.metadata or {})[layout.ATTRIBUTES_KEY.encode()])
-        return int(facts["rows_ok"] + facts["rows_failed"])
-    except (LookupError, TypeError) as error:
-        raise ValueError(f"it has no facts about its shard: {type(error).__name__}: {error}") from error
+    return int(facts["rows_ok"] + facts["rows_failed"])
 
 
 def pending(index: pa.Table) -> pa.Table:

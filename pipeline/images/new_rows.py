@@ -41,15 +41,19 @@ def new_rows(there: pa.Table, class_names: tuple[str, ...], source: Source) -> N
     names = class_names
     if class_names or there["label"].null_count == len(there):
         names = tuple(dict.fromkeys((*class_names, *source.class_names)))
-    listed = without_keys(source.references, there)
-    references = without_keys(with_labels_of(source, names), there)
-    left_out = references["label"].null_count - listed["label"].null_count
+    new = _is_new(source.references, there)
+    references = with_labels_of(source, names).filter(new)
+    left_out = references["label"].null_count - source.references["label"].filter(new).null_count
     return NewRows(references, names if len(references) else class_names, left_out)
 
 
 def without_keys(references: pa.Table, there: pa.Table) -> pa.Table:
     """The images whose keys are not ``there``."""
-    return references.filter(pc.invert(pc.is_in(references["key"], value_set=there["key"].combine_chunks())))
+    return references.filter(_is_new(references, there))
+
+
+def _is_new(references: pa.Table, there: pa.Table) -> pa.ChunkedArray:
+    return pc.invert(pc.is_in(references["key"], value_set=there["key"].combine_chunks()))
 
 
 def with_labels_of(source: Source, names: tuple[str, ...]) -> pa.Table:

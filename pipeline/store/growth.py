@@ -30,7 +30,7 @@ from pipeline.store.blocks import delete_block
 from schemas.attributes import AppendedSource, StoreAttributes
 from schemas.index import REFERENCES, pending_index
 
-__all__ = ["Growth", "begun_growth", "complete_growth", "delete_growth", "grow", "has_keys_of"]
+__all__ = ["Growth", "begun_growth", "complete_growth", "grow", "has_keys_of"]
 
 _METADATA_KEY = layout.ATTRIBUTES_KEY.encode()
 
@@ -164,13 +164,6 @@ def has_keys_of(attributes: StoreAttributes, references: pa.Table) -> bool:
             return False
         start += rows
     return True
-
-
-def delete_growth(objects: Objects) -> None:
-    """Delete what is left of growths by jobs that were killed, once the store is finished."""
-    for key in objects.list(layout.GROWTH):
-        objects.delete(key)
-    objects.delete_folder(layout.GROWTH)
 
 
 def _grown_root(root: dict[str, Any], growth: Growth) -> dict[str, Any]:

@@ -33,7 +33,6 @@ from pipeline.errors import JobError
 from pipeline.features.pca import Basis
 from pipeline.io.storage import CHECK
 from pipeline.store.documents import zarr_documents
-from pipeline.store.growth import delete_growth
 from schemas.attributes import StoreAttributes
 from schemas.index import REFERENCES, pending_index, with_outcomes
 from schemas.ledger import LedgerRecord, manifest
@@ -240,7 +239,7 @@ def finish(objects: Objects, records: Sequence[LedgerRecord]) -> None:
     merged = with_outcomes(stored_index(objects), pa.concat_tables(record.outcomes for record in ordered))
     objects.put(layout.INDEX, parquet_bytes(merged))
     objects.put(layout.MANIFEST, parquet_bytes(manifest(ordered)))
-    _delete_all(objects, objects.list(layout.INTENTS))  # left by killed workers; no longer needed
-    objects.delete_folder(layout.INTENTS)
-    delete_growth(objects)
+    for folder in (layout.INTENTS, layout.GROWTH):  # left by killed jobs; no longer needed
+        _delete_all(objects, objects.list(folder))
+        objects.delete_folder(folder)
     objects.sweep()
