@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["box_of", "points_of", "vectors_of", "whole_number"]
+__all__ = ["box_of", "points_of", "row_numbers", "vectors_of", "whole_number"]
 
 _SHOWN = 5
 
@@ -25,6 +25,36 @@ def whole_number(value: Any, what: str) -> int:
     except TypeError:
         pass
     raise TypeError(f"{what} must be an integer: got {value!r} ({type(value).__name__})")
+
+
+def row_numbers(texts: Iterable[str], rows: int) -> list[int]:
+    """Row numbers 0 … rows − 1 that a command line names, in its order.
+
+    Args:
+        texts: each a number, negative to count from the end, or a range ``a:b`` as of Python.
+        rows: of the store.
+
+    Raises:
+        ValueError: a text is something else, there is no such row, or a range is empty.
+    """
+    numbers: list[int] = []
+    for text in texts:
+        start, colon, end = text.partition(":")
+        try:
+            if colon:
+                found: Sequence[int] = range(rows)[slice(int(start) if start else None, int(end) if end else None)]
+            else:
+                found = [range(rows)[int(text)]]
+        except ValueError:
+            raise ValueError(
+                f"--rows takes numbers and ranges such as 0:100: got {text!r}; --keys takes keys"
+            ) from None
+        except IndexError:
+            raise ValueError(f"row {text} of a store with {rows} rows") from None
+        if not found:
+            raise ValueError(f"--rows {text} is empty: the store has rows 0 … {rows - 1}")
+        numbers += found
+    return numbers
 
 
 def box_of(box: Iterable[int], height: int, width: int) -> tuple[slice, slice]:

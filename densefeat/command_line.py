@@ -188,6 +188,7 @@ def _facts(store: "FeatureStore") -> dict[str, Any]:
 
 def _export(options: argparse.Namespace) -> None:
     from densefeat import export
+    from densefeat.arguments import row_numbers
     from densefeat.store import FeatureStore
 
     write = {".npz": export.write_npz, ".parquet": export.write_pixels}.get(options.output.suffix.lower())
@@ -201,8 +202,8 @@ def _export(options: argparse.Namespace) -> None:
         raise _Refused("nothing to export: pass --rows or --keys")
     store = FeatureStore(options.store)
     try:
-        rows = store.checked_rows([*_numbers(options.rows, len(store)), *options.keys])
-    except (KeyError, IndexError) as error:
+        rows = store.checked_rows([*row_numbers(options.rows, len(store)), *options.keys])
+    except (KeyError, ValueError) as error:
         raise _Refused(str(error.args[0])) from error
     partial = options.output.with_name(f".{options.output.name}.{os.getpid()}.tmp")
     try:
@@ -211,24 +212,6 @@ def _export(options: argparse.Namespace) -> None:
     finally:
         partial.unlink(missing_ok=True)
     print(f"{options.output}: {len(rows):,} row{'s' if len(rows) != 1 else ''}")  # noqa: T201
-
-
-def _numbers(texts: Sequence[str], rows: int) -> list[int]:
-    """Row numbers of ``--rows``: each text is a number, negative to count from the end, or a range ``a:b``."""
-    numbers: list[int] = []
-    for text in texts:
-        start, colon, end = text.partition(":")
-        try:
-            if colon:
-                part = range(rows)[slice(int(start) if start else None, int(end) if end else None)]
-                if not part:
-                    raise _Refused(f"--rows {text} is empty: the store has rows 0 … {rows - 1}")
-                numbers.extend(part)
-            else:
-                numbers.append(int(text))
-        except ValueError:
-            raise _Refused(f"--rows takes numbers and ranges such as 0:100: got {text!r}; --keys takes keys") from None
-    return numbers
 
 
 def _browse(options: argparse.Namespace) -> None:

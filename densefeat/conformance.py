@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from densefeat import layout
 from densefeat.errors import StoreError
+from densefeat.rows.retired import RETIRED, Retired, read_retired
 from densefeat.storage.objects import Objects
 from densefeat.store import FeatureStore
 
@@ -25,7 +26,7 @@ _COLUMNS = {
 _FAILED = (
     "unreadable", "corrupt", "unsupported", "too_large", "too_small", "nonfinite", "constant", "diverged", "crashed",
 )  # fmt: skip
-_STATUSES = frozenset({"ok", "pending", *_FAILED})
+_STATUSES = frozenset({"ok", "pending", RETIRED, *_FAILED})
 _PARTS = ("source", "backbone", "geometry", "pca", "upsampler", "storage")
 _REPORT = (
     "rows", "shards", "nbytes", "seconds", "images_per_second", "stage_seconds", "made_on", "options", "versions",
@@ -39,7 +40,7 @@ def problems(store: FeatureStore) -> list[str]:
     Opening the store has checked the layout of the features, and the types of the attributes that readers need.
     """
     found = []
-    for check in (_attributes, _basis, _step, _index):
+    for check in (_attributes, _retired, _basis, _step, _index):
         try:
             found += list(check(store))
         except StoreError as error:
@@ -89,6 +90,13 @@ def _appended(store: FeatureStore) -> Iterator[str]:
         yield f"the attribute appended is damaged: {appended}"
     elif appended and total != len(store):
         yield f"the attribute appended says that the store has {total:,} rows: it has {len(store):,}"
+
+
+def _retired(store: FeatureStore) -> Iterator[str]:
+    """Whether the list of retired rows names each row of the store at most once, in order."""
+    rows = read_retired(store._objects, Retired.of(store.uri, store.attributes))["row"].to_numpy()
+    if len(rows) and not (rows[0] >= 0 and rows[-1] < len(store) and (np.diff(rows) > 0).all()):
+        yield f"the list of retired rows is not ascending, or has other rows than 0 … {len(store) - 1}"
 
 
 def _basis(store: FeatureStore) -> Iterator[str]:

@@ -34,11 +34,11 @@ class MissingPackage(DensefeatError, ImportError):  # noqa: N818 - says what is 
 
 
 class MissingFeatures(DensefeatError, LookupError):  # noqa: N818 - says what is missing, like KeyError
-    """A row has no features: its image failed when the store was written, or its shard is not done yet.
+    """A row has no features: its image failed when the store was written, it is retired, or its shard is not done yet.
 
     Attributes:
         row: the requested row, or the first of several requested rows that have no features.
-        status: the recorded status of ``row``, e.g. ``"corrupt"`` or ``"pending"``.
+        status: the recorded status of ``row``, e.g. ``"corrupt"``, ``"retired"`` or ``"pending"``.
         rows: all requested rows that have no features, in the order requested.
     """
 

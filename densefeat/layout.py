@@ -17,6 +17,7 @@ A store is a Zarr v3 group with core codecs only, which any Zarr library can ope
     _reports/                  one JSON file per run of a job, for people; nothing depends on them
     _jobs/                     one JSON file per job that is writing: the shards that it makes
     _growth/                   while rows are appended: the new index, and the last shard with its new rows
+    _retired/                  the list of rows that are out of use, named after its digest
 
 Chunks are encoded here rather than by zarr-python, because a shard is built in memory and written with one request; the
 bytes are the same (tests/densefeat/test_store_names.py compares them).
@@ -52,6 +53,7 @@ INTENTS = "_intents"
 REPORTS = "_reports"
 JOBS = "_jobs"
 GROWTH = "_growth"
+RETIRED = "_retired"
 JOB_KEY = rf"{JOBS}/[0-9a-f]{{32}}\.json"  # pattern of what `job_key` makes
 REPORT_KEY = rf"{REPORTS}/\d{{8}}T\d{{6}}Z-[0-9a-f]{{8}}\.json"  # pattern of what `report_key` makes
 
@@ -181,6 +183,11 @@ def growth_key(rows: int) -> str:
 def grown_shard_key(shard: int, rows: int) -> str:
     """Key of the objects with which a shard will have ``rows`` rows, after rows were appended to it."""
     return f"{GROWTH}/shard-{shard:06d}-{rows}.npz"
+
+
+def retired_key(sha256: str) -> str:
+    """Key of the list of retired rows with this digest."""
+    return f"{RETIRED}/{sha256}.parquet"
 
 
 def encode_chunk(features: npt.NDArray[Any]) -> bytes:

@@ -56,7 +56,7 @@ def verify(config: VerifyConfig) -> int:
                 damaged[shard] = problems
                 logger.error("shard %d: %s", shard, "; ".join(problems))
     attributes, tables = check.attributes(), check.tables()
-    general = [*attributes, *check.arrays(), *tables, *check.reports()]
+    general = [*attributes, *check.arrays(), *tables, *check.retired(), *check.reports()]
     for problem in general:
         logger.error("store: %s", problem)
     missing = check.layout.shards - len(check.recorded) + len(check.partial)

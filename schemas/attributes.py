@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from densefeat.layout import ATTRIBUTES_KEY, COMPACT_FORMAT_VERSION, FORMAT_VERSION
+from densefeat.rows.retired import Retired
 from schemas.configuration import StoreConfiguration
 
 
@@ -36,6 +37,7 @@ class StoreAttributes:
         compact: of a compact store: ``size`` [H, W] of the features, ``last_step`` to get them
             (`densefeat.torch.LastStep`), and ``guidance`` [H, W] of the guidance images, if it needs them.
         appended: sources that were appended to the first one, in order.
+        retired: where the list of rows is that are out of use; None if there are none.
         setup_complete: False from the claim of the store until arrays and index are written.
         format_version: version of the layout.
     """
@@ -47,6 +49,7 @@ class StoreAttributes:
     step_sha256: str | None = None
     compact: Mapping[str, Any] | None = None
     appended: tuple[AppendedSource, ...] = ()
+    retired: Retired | None = None
     setup_complete: bool = False
     format_version: int = FORMAT_VERSION
 
@@ -82,6 +85,10 @@ class StoreAttributes:
         own["appended"] = [asdict(source) for source in self.appended]
         if not self.appended:
             del own["appended"]
+        if self.retired is None:
+            del own["retired"]
+        else:
+            own["retired"] = asdict(self.retired)
         own |= {"configuration": self.configuration.to_dict(), "class_names": list(self.class_names)}
         return {ATTRIBUTES_KEY: {**own, "configuration_hash": self.hash}}
 
@@ -97,6 +104,7 @@ class StoreAttributes:
             fields["configuration"] = StoreConfiguration.from_dict(fields["configuration"])
             fields["class_names"] = tuple(fields["class_names"])
             fields["appended"] = tuple(AppendedSource(**source) for source in fields.get("appended", ()))
+            fields["retired"] = Retired(**fields["retired"]) if "retired" in fields else None
             return cls(**fields)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error

@@ -24,7 +24,8 @@ REFERENCES = pa.schema(REFERENCE_FIELDS)
 
 # Fields set when the shard is computed.
 OUTCOME_FIELDS: tuple[pa.Field, ...] = (
-    pa.field("status", pa.string(), nullable=False),  # OK, PENDING or one of FAILED
+    # OK, PENDING, one of FAILED; or retired, which a reader says of rows that are out of use (densefeat.rows.retired).
+    pa.field("status", pa.string(), nullable=False),
     pa.field("error", pa.string()),
     pa.field("height", pa.int32()),  # of the original, as displayed (after EXIF rotation)
     pa.field("width", pa.int32()),

@@ -226,7 +226,7 @@ class Library:
                 return before
         else:
             ledger = Ledger(self._objects, store.layout, store.attributes["configuration_hash"]).read_on(_FIRST_S)
-        store.index = ledger.index
+        store.index = store.in_use(ledger.index)
         return Shown(store, self._objects, ledger, before)
 
 

@@ -17,6 +17,7 @@ from densefeat.errors import MissingFeatures, StoreError
 from densefeat.layout import FeatureLayout
 from densefeat.rows.blocks import read_blocks
 from densefeat.rows.ledger import OUTCOME, check_columns, pending, read_record, recorded_shards, with_outcomes
+from densefeat.rows.retired import RETIRED, Retired, read_retired, with_retired
 from densefeat.storage.metadata import read_layout, read_root
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
@@ -142,12 +143,20 @@ class IndexedRows:
         """One record per row: key, uri, label, status, error, original size, affine map, valid box (schemas/index.py).
 
         In an unfinished store, rows of unfinished shards are pending. A damaged record is logged, and its rows are
-        pending.
+        pending. Rows that were out of use when the store was opened have the status retired.
 
         Raises:
-            StoreError: the index is missing or damaged.
+            StoreError: the index, or the list of retired rows, is missing or damaged.
         """
-        return read_index(self._objects, self.layout, self.attributes["configuration_hash"])
+        return self.in_use(read_index(self._objects, self.layout, self.attributes["configuration_hash"]))
+
+    def in_use(self, index: pa.Table) -> pa.Table:
+        """The index with the status of rows that are retired.
+
+        Raises:
+            StoreError: the list of retired rows is missing or damaged.
+        """
+        return with_retired(index, read_retired(self._objects, Retired.of(self.uri, self.attributes)))
 
     @property
     def keys(self) -> list[str]:
@@ -171,7 +180,7 @@ class IndexedRows:
 
     @cached_property
     def rows_with_features(self) -> npt.NDArray[np.int64]:
-        """[n] int64, ascending: the rows that did not fail and are not pending. Read-only."""
+        """[n] int64, ascending: the rows that did not fail, and are neither pending nor retired. Read-only."""
         return _read_only(np.flatnonzero(self.index["chunk_offset"].is_valid().to_numpy()))
 
     @cached_property
@@ -241,7 +250,7 @@ class IndexedRows:
 
         Raises:
             KeyError, IndexError, TypeError: as `row_of`.
-            MissingFeatures: the row failed, or its shard is not done.
+            MissingFeatures: the row failed or is retired, or its shard is not done.
             StoreError: the index is damaged.
         """
         row = self.row_of(row_or_key)
@@ -254,7 +263,7 @@ class IndexedRows:
             raise StoreError(f"{self.uri}: {layout.INDEX} is damaged: row {row}: {error}; {REPAIR}") from error
 
     def _without_features(self, rows: list[int]) -> list[int]:
-        """Those of ``rows`` that failed or are pending.
+        """Those of ``rows`` that failed, are retired or pending.
 
         Raises:
             StoreError: a row has no chunk, and the index does not say why.
@@ -274,6 +283,8 @@ class IndexedRows:
         reason = f"row {row} ({key}) has no features: {status}: {error}"
         if status == "pending":
             reason = f"row {row} ({key}): its shard is not done yet; resume the job to compute it"
+        elif status == RETIRED:
+            reason = f"row {row} ({key}) is retired: {error}"
         if not others:
             return MissingFeatures(row, status, reason)
         rows = (row, *others)

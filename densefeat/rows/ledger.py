@@ -14,11 +14,20 @@ from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
 from densefeat.storage.parquet import read_parquet
 
-__all__ = ["OUTCOME", "check_columns", "pending", "read_record", "recorded_shards", "rows_described", "with_outcomes"]
+__all__ = [
+    "OUTCOME",
+    "PENDING",
+    "check_columns",
+    "pending",
+    "read_record",
+    "recorded_shards",
+    "rows_described",
+    "with_outcomes",
+]
 
 logger = logging.getLogger(__name__)
 
-_PENDING = "pending"
+PENDING = "pending"
 # Columns of a record that this package reads. schemas/index.py has the whole schema.
 OUTCOME = {
     "row": pa.int64(),
@@ -84,7 +93,7 @@ def pending(index: pa.Table) -> pa.Table:
     """The index with no row done: only the ledger says what is; outcomes that an earlier merge left are ignored."""
     for name, kind in OUTCOME.items():
         if name != "row":
-            value = pa.scalar(_PENDING if name == "status" else None, kind)
+            value = pa.scalar(PENDING if name == "status" else None, kind)
             field = index.schema.get_field_index(name)
             index = index.set_column(field, index.schema.field(field), pa.repeat(value, index.num_rows))
     return index

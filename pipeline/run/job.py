@@ -24,7 +24,7 @@ from pipeline.run.ray.early import EarlyWorkers
 from pipeline.run.recipe import Stages
 from pipeline.run.shard_worker import make_worker
 from pipeline.run.workers import InlineWorkers, Workers
-from pipeline.store.growth import begun_growth, grow
+from pipeline.store.appending.growth import begun_growth, grow
 from pipeline.store.layout import existing_store, finish, reopen
 from pipeline.store.lease import Lease
 from pipeline.store.reports import keep_report

@@ -33,8 +33,8 @@ from pipeline.io.storage import storage_explained
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.run.feature_worker import FeatureWorker, WorkerSpec
 from pipeline.run.recipe import Stages, UpsampleRecipe
+from pipeline.store.appending.grown_shard import done_or_kept
 from pipeline.store.calibration import Calibration
-from pipeline.store.grown_shard import done_or_kept
 from pipeline.upsamplers.fitting import Fitting, UpsamplerFit
 from pipeline.upsamplers.interface import Projected, Stored, with_nonfinite
 from schemas.index import OK

@@ -57,6 +57,7 @@ _OWN_KEY = re.compile(
             rf"{re.escape(layout.UPSAMPLER)}/(\w+/)?zarr\.json",
             rf"{re.escape(layout.UPSAMPLER)}/\w+/c/0(/0)*",
             rf"{re.escape(layout.GROWTH)}/(rows-\d{{9,}}\.parquet|shard-\d{{6,}}-\d+\.npz)",
+            rf"{re.escape(layout.RETIRED)}/[0-9a-f]{{64}}\.parquet",
             layout.REPORT_KEY,
             _TEMPORARY,
         )

@@ -14,8 +14,8 @@ from densefeat.store import FeatureStore
 from pipeline.errors import JobError
 from pipeline.images.listing.source import list_images
 from pipeline.images.new_rows import with_labels_of, without_keys
+from pipeline.store.appending.growth import complete_growth, has_keys_of
 from pipeline.store.blocks import delete_block
-from pipeline.store.growth import complete_growth, has_keys_of
 from pipeline.store.layout import finish, reopen, stored_attributes
 from pipeline.store.shard import finished_shards
 from schemas.attributes import StoreAttributes

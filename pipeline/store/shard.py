@@ -20,7 +20,7 @@ rows have features. So a writer that is refused there adopts the existing object
 names it, and the record describes the objects that exist.
 
 This relies only on exclusive creation and read-after-write consistency. Only the last shard of a store to which rows
-are appended is replaced: see `pipeline.store.grown_shard`. Until then, its record has fewer rows than the shard.
+are appended is replaced: see `pipeline.store.appending.grown_shard`. Until then, its record has fewer rows than it.
 """
 
 import hashlib

@@ -12,16 +12,18 @@ from densefeat import layout
 from densefeat.conformance import report_problems
 from densefeat.errors import StoreError
 from densefeat.rows.blocks import read_blocks
+from densefeat.rows.index import read_index
 from densefeat.rows.ledger import recorded_shards
+from densefeat.rows.retired import Retired, read_retired
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
 from densefeat.storage.parquet import read_parquet
 from densefeat.store import FeatureStore
 from pipeline.errors import JobError
 from pipeline.features.pca import Basis
+from pipeline.store.appending.grown_shard import decision
+from pipeline.store.appending.growth import has_keys_of
 from pipeline.store.fitted import stored_fit
-from pipeline.store.grown_shard import decision
-from pipeline.store.growth import has_keys_of
 from pipeline.store.layout import step_sha256
 from pipeline.store.shard import read_record
 from schemas.attributes import StoreAttributes
@@ -148,7 +150,7 @@ class StoreCheck:
 
     def store(self) -> list[str]:
         """Problems of the store as a whole."""
-        return self.attributes() + self.arrays() + self.tables() + self.reports()
+        return self.attributes() + self.arrays() + self.tables() + self.retired() + self.reports()
 
     def attributes(self) -> list[str]:
         """Problems of the attributes: whether they can be read, and match their hash."""
@@ -183,6 +185,14 @@ class StoreCheck:
             problems.append(str(error))
         return problems
 
+    def retired(self) -> list[str]:
+        """Whether the list of rows that are out of use can be read."""
+        try:
+            read_retired(self._objects, Retired.of(self._store.uri, self._store.attributes))
+        except StoreError as error:
+            return [str(error)]
+        return []
+
     def reports(self) -> list[str]:
         """Problems of the reports of runs, on which nothing depends."""
         return report_problems(self._objects)
@@ -190,7 +200,7 @@ class StoreCheck:
     def tables(self) -> list[str]:
         """Problems of index and manifest; `pipeline.store.repair.rebuild_tables` rebuilds both."""
         try:
-            index = self._store.index
+            index = read_index(self._objects, self.layout, self._store.attributes["configuration_hash"])
         except StoreError as error:
             problems = [str(error)]
         else:

@@ -13,8 +13,8 @@ from densefeat.storage.objects import Objects
 from pipeline.features.pca import Basis
 from pipeline.images.listing.source import keys_digest
 from pipeline.reporting.seconds import StageSeconds
-from pipeline.store.grown_shard import done_or_kept
-from pipeline.store.growth import Growth
+from pipeline.store.appending.grown_shard import done_or_kept
+from pipeline.store.appending.growth import Growth
 from pipeline.store.layout import finish, set_up, step_sha256
 from pipeline.store.shard import finished_shards, write_shard
 from schemas.attributes import AppendedSource, StoreAttributes

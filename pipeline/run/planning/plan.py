@@ -30,7 +30,7 @@ from pipeline.run.planning.sources import images_of
 from pipeline.run.planning.sources import listed as list_source
 from pipeline.run.recipe import FeatureRecipe, ImageRecipe, Stages, UpsampleRecipe, backbone_fields
 from pipeline.run.resources import available_cores, fits_this_process
-from pipeline.store.growth import Growth
+from pipeline.store.appending.growth import Growth
 from pipeline.upsamplers.build import build_upsampler
 from pipeline.upsamplers.fitting import Fitting
 from pipeline.upsamplers.interface import Upsampler

@@ -17,7 +17,7 @@ from pipeline.images.listing.files import Scan, ScanMap
 from pipeline.images.listing.findings import Finding, refuse_losses
 from pipeline.images.listing.source import Source, keys_digest, list_images
 from pipeline.images.new_rows import new_rows
-from pipeline.store.growth import Growth, begun_growth
+from pipeline.store.appending.growth import Growth, begun_growth
 from schemas.attributes import AppendedSource, StoreAttributes
 from schemas.configuration import SourceConfiguration
 from schemas.index import REFERENCES

@@ -11,8 +11,8 @@ from densefeat import FeatureStore, layout
 from densefeat.storage.objects import Objects
 from pipeline.errors import JobError
 from pipeline.reporting.seconds import StageSeconds
-from pipeline.store.grown_shard import KeptRows, decision, done_or_kept
-from pipeline.store.growth import grow
+from pipeline.store.appending.grown_shard import KeptRows, decision, done_or_kept
+from pipeline.store.appending.growth import grow
 from pipeline.store.layout import delete_store, finish, foreign_keys
 from pipeline.store.repair import withdraw
 from pipeline.store.shard import finished_shards, read_record, write_shard

@@ -17,8 +17,8 @@ from densefeat.rows.embeddings import encode_embeddings
 from densefeat.storage.objects import Objects
 from pipeline.errors import JobError
 from pipeline.images.listing.source import keys_digest
+from pipeline.store.appending.growth import Growth, begun_growth, complete_growth, grow
 from pipeline.store.blocks import BlockWriter
-from pipeline.store.growth import Growth, begun_growth, complete_growth, grow
 from pipeline.store.layout import finish
 from pipeline.store.repair import rebuild_tables
 from pipeline.store.shard import finished_shards

@@ -1,4 +1,4 @@
-"""Add rows to a shard that is committed: the last one of a store to which rows were appended (`pipeline.store.growth`).
+"""Add rows to a shard that is committed: the last one of a store to which rows were appended.
 
 Its rows are not computed again, because their images may be gone. The new object has their chunks, byte for byte and at
 the same places, and then those of the new rows. So whoever has read the old record or the old index of the object still

@@ -1,0 +1,1 @@
+"""Append rows to a finished store: claim them, then grow the last shard."""
