@@ -23,8 +23,9 @@ Chunks are encoded here rather than by zarr-python, because a shard is built in 
 bytes are the same (tests/densefeat/test_store_names.py compares them).
 """
 
+import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,12 +243,13 @@ def decode_values(
 
 
 def pack_shard(
-    chunks: Sequence[bytes | None], shard_rows: int, *, index_first: bool = False
+    chunks: Iterable[bytes | None], shard_rows: int, *, index_first: bool = False
 ) -> tuple[bytes, list[tuple[int, int] | None]]:
     """Join encoded chunks (None: no data) into a shard object.
 
     Args:
-        chunks: of the rows.
+        chunks: of the rows, in order. Each is copied when it comes: an iterator that lets go of its chunks saves the
+            memory of a second shard.
         shard_rows: rows of a full shard.
         index_first: whether the index is at the start of the object (Zarr's ``index_location``), or at its end.
 
@@ -256,17 +258,21 @@ def pack_shard(
     """
     index = np.full((shard_rows, 2), _ABSENT, dtype="<u8")
     places: list[tuple[int, int] | None] = []
-    end = shard_index_nbytes(shard_rows) if index_first else 0
+    packed = io.BytesIO()
+    if index_first:
+        packed.write(bytes(shard_index_nbytes(shard_rows)))
     for i, chunk in enumerate(chunks):
         if chunk is None:
             places.append(None)
             continue
-        index[i] = end, len(chunk)
-        places.append((end, len(chunk)))
-        end += len(chunk)
-    body = [chunk for chunk in chunks if chunk is not None]
-    encoded = with_crc(index.tobytes())
-    return b"".join([encoded, *body] if index_first else [*body, encoded]), places
+        place = packed.tell(), len(chunk)
+        index[i] = place
+        places.append(place)
+        packed.write(chunk)
+    if index_first:
+        packed.seek(0)
+    packed.write(with_crc(index.tobytes()))
+    return packed.getvalue(), places  # not a copy
 
 
 def shard_index_nbytes(shard_rows: int) -> int:

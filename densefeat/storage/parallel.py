@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-__all__ = ["PARALLEL_REQUESTS", "Threads", "in_order"]
+__all__ = ["PARALLEL_REQUESTS", "Threads", "in_order", "results_of"]
 
 # Small objects at once: enough to hide the latency of an object store, few enough for its limits and for file handles.
 PARALLEL_REQUESTS = 32
@@ -40,6 +40,18 @@ def in_order(
         finally:
             for future in ahead:
                 future.cancel()
+
+
+def results_of(futures: list[Future[Result] | None]) -> Iterator[Result | None]:
+    """Yield the results in order, None for None. The list is emptied, so that whoever takes the results alone has them.
+
+    Raises:
+        Exception: that of the first task that failed.
+    """
+    futures.reverse()
+    while futures:
+        future = futures.pop()
+        yield None if future is None else future.result()
 
 
 class Threads:

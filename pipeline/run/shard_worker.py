@@ -23,6 +23,7 @@ from torch import Tensor
 from densefeat import layout
 from densefeat.storage.guidance import encode_guidance
 from densefeat.storage.objects import Objects
+from densefeat.storage.parallel import results_of
 from kernels.quantization import Encoding
 from pipeline.errors import ImageError
 from pipeline.features.pca import Basis
@@ -199,13 +200,12 @@ class ShardWorker(FeatureWorker):
                     guidance.append(encode(_encode_guidance, batch.pixels[i], seconds) if known else None)
         companions = {}
         if self.recipe.guided:
-            companions[layout.GUIDANCE] = kept.guidance_object(_results(guidance), shard_rows)
+            companions[layout.GUIDANCE] = kept.guidance_object(results_of(guidance), shard_rows)
         if self.recipe.embedding is not None:
             companions[layout.EMBEDDING] = kept.embedding_object(embeddings, shard_rows)
-        encoded = _results(chunks)
         facts = {"configuration_hash": encoding.configuration_hash, "clipped": clipped, "made_by": self.made_by()}
         with storage_explained(store.uri):
-            return kept.write(store, shard, shard_rows, encoded, outcomes, seconds, facts, companions)
+            return kept.write(store, shard, shard_rows, results_of(chunks), outcomes, seconds, facts, companions)
 
     def _codes(
         self,
@@ -333,10 +333,6 @@ def _outcome(row: int, decoded: Decoded | ImageError, failure: ImageError | None
     if failure is not None:
         outcome.status, outcome.error = failure.status, str(failure)
     return outcome
-
-
-def _results(futures: list[Future[bytes] | None]) -> list[bytes | None]:
-    return [None if future is None else future.result() for future in futures]
 
 
 def _encode_guidance(pixels: Tensor, seconds: StageSeconds) -> bytes:

@@ -26,7 +26,7 @@ are appended is replaced: see `pipeline.store.appending.grown_shard`. Until then
 import hashlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -64,7 +64,7 @@ def write_shard(
     objects: Objects,
     shard: int,
     shard_rows: int,
-    chunks: Sequence[bytes | None],
+    chunks: Iterable[bytes | None],
     outcomes: Sequence[RowOutcome],
     seconds: StageSeconds,
     facts: dict[str, Any],
@@ -76,7 +76,7 @@ def write_shard(
         objects: the store.
         shard: shard number.
         shard_rows: rows of a full shard (the last shard may have fewer).
-        chunks: encoded features of the rows; None for a row that failed.
+        chunks: encoded features of the rows; None for a row that failed. See `densefeat.layout.pack_shard`.
         outcomes: of the rows; ``chunk_offset`` and ``chunk_nbytes`` are set here.
         seconds: time spent on the shard so far; the time of writing is added.
         facts: the other fields of the record: configuration_hash, clipped, made_by.
@@ -113,7 +113,7 @@ def write_shard(
 def packed(
     shard: int,
     shard_rows: int,
-    chunks: Sequence[bytes | None],
+    chunks: Iterable[bytes | None],
     outcomes: Sequence[RowOutcome],
     seconds: StageSeconds,
     facts: dict[str, Any],

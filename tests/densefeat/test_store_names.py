@@ -1,3 +1,5 @@
+import tracemalloc
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from zarr.storage import MemoryStore
 
 from densefeat import layout
 from densefeat.layout import FeatureLayout
+from densefeat.storage.parallel import results_of
 
 
 def zarr_shard(codes: np.ndarray, shard_rows: int, fill_value: float) -> bytes:
@@ -45,6 +48,30 @@ def test_a_shard_gives_back_its_chunks(chunks: list[bytes | None], unused: int) 
     data, places = layout.pack_shard(chunks, shard_rows)
     assert layout.unpack_shard_index(data, shard_rows) == [*places, *[None] * unused]
     assert [None if place is None else data[place[0] : sum(place)] for place in places] == chunks
+
+
+@pytest.mark.parametrize("index_first", [False, True])
+def test_a_shard_takes_its_memory_once(index_first: bool) -> None:
+    """The chunks that a shard is packed of are let go one by one: 1.2 times its bytes are enough for both."""
+    rows, nbytes = 64, 1 << 18
+
+    def encoded(row: int) -> "Future[bytes]":
+        future: Future[bytes] = Future()
+        future.set_result(bytes([row]) * nbytes)
+        return future
+
+    tracemalloc.start()
+    try:
+        chunks = [encoded(row) if row % 9 else None for row in range(rows)]
+        waiting, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        data, places = layout.pack_shard(results_of(chunks), rows, index_first=index_first)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert waiting > 0.99 * len(data)
+    assert peak < 1.2 * len(data)
+    assert [place and data[place[0]] for place in places] == [row if row % 9 else None for row in range(rows)]
 
 
 @given(st.data())

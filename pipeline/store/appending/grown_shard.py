@@ -18,8 +18,9 @@ its look at the record and its write until the store has grown again can bring a
 """
 
 import io
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,9 +63,9 @@ class KeptRows:
     def __len__(self) -> int:
         return len(self.outcomes)
 
-    def guidance_object(self, chunks: Sequence[bytes | None], shard_rows: int) -> bytes:
+    def guidance_object(self, chunks: Iterable[bytes | None], shard_rows: int) -> bytes:
         """The object of the shard's guidance images, with those of new rows."""
-        return layout.pack_shard([*self.guidance, *chunks], shard_rows, index_first=True)[0]
+        return layout.pack_shard(itertools.chain(self.guidance, chunks), shard_rows, index_first=True)[0]
 
     def embedding_object(self, embeddings: Sequence[npt.NDArray[np.float16]], shard_rows: int) -> bytes:
         """The object of the shard's embeddings, with those of new rows, in parts [n, D]."""
@@ -76,7 +77,7 @@ class KeptRows:
         objects: Objects,
         shard: int,
         shard_rows: int,
-        chunks: Sequence[bytes | None],
+        chunks: Iterable[bytes | None],
         outcomes: Sequence[RowOutcome],
         seconds: StageSeconds,
         facts: dict[str, Any],
