@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 DONE, NOT_CONFORMING, REFUSED, FAULT, INTERRUPTED = 0, 1, 2, 70, 130
-_DIGEST = 64  # characters of a SHA-256 in hex
 
 
 class _Refused(DensefeatError):  # noqa: N818 - says what happened
@@ -68,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         "--strict", action="store_true", help="check the store against docs/format.md, without reading features"
     )
 
+    _command(commands, "card", _card, "print a card of the store, in Markdown, for whoever gets a copy of it")
+
     export = _command(commands, "export", _export, "write rows to an .npz file, or their pixels to a .parquet file")
     export.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="row numbers, or ranges such as 0:100")
     export.add_argument("--keys", nargs="+", default=[], metavar="KEY", help="keys of rows")
@@ -100,13 +100,14 @@ def _command(commands: Any, name: str, function: Any, purpose: str) -> argparse.
 
 
 def _info(options: argparse.Namespace) -> None:
+    from densefeat.console.describe import facts_of, on_one_line
     from densefeat.store import FeatureStore
 
     store = FeatureStore(options.store)
     if options.strict:
         _check(store, as_json=options.json)
         return
-    facts = _facts(store)
+    facts = facts_of(store)
     if options.json:
         print(json.dumps(facts, indent=2))  # noqa: T201
         return
@@ -127,9 +128,16 @@ def _info(options: argparse.Namespace) -> None:
     )
     print(f"classes   {len(facts['class_names']):,}")  # noqa: T201
     for source in facts["appended"]:
-        print(f"appended  {_on_one_line(source)}")  # noqa: T201
+        print(f"appended  {on_one_line(source)}")  # noqa: T201
     for part, settings in facts["configuration"].items():
-        print(f"{part:<9} {_on_one_line(settings)}")  # noqa: T201
+        print(f"{part:<9} {on_one_line(settings)}")  # noqa: T201
+
+
+def _card(options: argparse.Namespace) -> None:
+    from densefeat.console.describe import card
+    from densefeat.store import FeatureStore
+
+    print(card(FeatureStore(options.store)), end="")  # noqa: T201
 
 
 def _check(store: "FeatureStore", *, as_json: bool) -> None:
@@ -144,51 +152,9 @@ def _check(store: "FeatureStore", *, as_json: bool) -> None:
         sys.exit(NOT_CONFORMING)
 
 
-def _on_one_line(settings: Any) -> str:
-    """Settings as ``name value`` pairs; digests are shortened."""
-    if not isinstance(settings, dict):
-        return str(settings)
-    values = {name: str(value) for name, value in settings.items() if value is not None}
-    shown = {
-        name: f"{text[:12]}…" if len(text) == _DIGEST and text.isalnum() else text for name, text in values.items()
-    }
-    return ", ".join(f"{name} {text}" for name, text in shown.items())
-
-
-def _facts(store: "FeatureStore") -> dict[str, Any]:
-    """What `info --json` prints; sizes are in bytes."""
-    from densefeat.page.listing import without_features
-
-    counts: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    for group in sorted(without_features(store.index), key=lambda group: group["first"]):
-        key, error = store.index["key"][group["first"]].as_py(), group["error"]
-        examples.setdefault(group["status"], f"{key}: {error}" if error else key)
-        counts[group["status"]] += group["rows"]
-    counts["ok"] = len(store) - counts.total()
-    return {
-        "uri": store.uri,
-        "rows": len(store),
-        "statuses": dict(counts.most_common()),
-        "examples": examples,
-        "shape": store.shape,
-        "dtype": store.layout.dtype,
-        "representation": "dense" if store.compact is None else "compact",
-        "stored_shape": store.layout.image_shape,
-        "nbytes": store.nbytes,
-        "uncompressed_nbytes": counts["ok"] * store.uncompressed_nbytes,
-        "explained_variance": store.attributes.get("explained_variance"),
-        "class_names": store.class_names,
-        "appended": store.attributes.get("appended", []),
-        "configuration": store.attributes["configuration"],
-        "configuration_hash": store.attributes["configuration_hash"],
-        "versions": store.attributes.get("versions"),
-    }
-
-
 def _export(options: argparse.Namespace) -> None:
-    from densefeat import export
     from densefeat.arguments import row_numbers
+    from densefeat.console import export
     from densefeat.store import FeatureStore
 
     write = {".npz": export.write_npz, ".parquet": export.write_pixels}.get(options.output.suffix.lower())

@@ -17,6 +17,7 @@ A store is a Zarr v3 group with core codecs only, which any Zarr library can ope
     _reports/                  one JSON file per run of a job, for people; nothing depends on them
     _jobs/                     one JSON file per job that is writing: the shards that it makes
     _growth/                   while rows are appended: the new index, and the last shard with its new rows
+    README.md                  a card, for people
     _retired/                  the list of rows that are out of use, named after its digest
 
 Chunks are encoded here rather than by zarr-python, because a shard is built in memory and written with one request; the
@@ -47,6 +48,7 @@ GUIDANCE = "guidance"
 EMBEDDING = "embedding"
 COMPANIONS = (GUIDANCE, EMBEDDING)  # arrays that are written along with the features, if the store has them
 INDEX = "index.parquet"
+CARD = "README.md"
 MANIFEST = "manifest.parquet"
 LEDGER = "_ledger"
 LEDGER_BLOCKS = "_ledger/blocks"

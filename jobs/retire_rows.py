@@ -69,6 +69,7 @@ def retire_rows(config: RetireConfig) -> int:
     from densefeat.store import FeatureStore
     from pipeline.io.storage import check_writable, storage_explained
     from pipeline.store.lease import Lease
+    from pipeline.store.reports import keep_card
     from pipeline.store.retirement import restore, restore_all, retire
 
     store, objects = FeatureStore(config.store), Objects(config.store)
@@ -86,6 +87,7 @@ def retire_rows(config: RetireConfig) -> int:
         else:
             changed = retire(objects, rows, config.reason or "", lease.check)
             logger.info("%s: %s retired, %s were before", config.store, _counted(changed), len(rows) - changed)
+        keep_card(objects)
     return DONE
 
 

@@ -8,6 +8,8 @@ from densefeat.layout import ATTRIBUTES_KEY, COMPACT_FORMAT_VERSION, FORMAT_VERS
 from densefeat.rows.retired import Retired
 from schemas.configuration import StoreConfiguration
 
+_ABSENT_IF_NONE = ("compact", "backbone_license", "retired")
+
 
 @dataclass(frozen=True)
 class AppendedSource:
@@ -37,6 +39,7 @@ class StoreAttributes:
         compact: of a compact store: ``size`` [H, W] of the features, ``last_step`` to get them
             (`densefeat.torch.LastStep`), and ``guidance`` [H, W] of the guidance images, if it needs them.
         appended: sources that were appended to the first one, in order.
+        backbone_license: of the backbone's published weights, as timm names it; None if unknown.
         retired: where the list of rows is that are out of use; None if there are none.
         setup_complete: False from the claim of the store until arrays and index are written.
         format_version: version of the layout.
@@ -49,6 +52,7 @@ class StoreAttributes:
     step_sha256: str | None = None
     compact: Mapping[str, Any] | None = None
     appended: tuple[AppendedSource, ...] = ()
+    backbone_license: str | None = None
     retired: Retired | None = None
     setup_complete: bool = False
     format_version: int = FORMAT_VERSION
@@ -80,15 +84,11 @@ class StoreAttributes:
     def to_dict(self) -> dict[str, Any]:
         """Convert to the ``attributes`` of the root group."""
         own = dict(self.__dict__)
-        if self.compact is None:
-            del own["compact"]
         own["appended"] = [asdict(source) for source in self.appended]
         if not self.appended:
             del own["appended"]
-        if self.retired is None:
-            del own["retired"]
-        else:
-            own["retired"] = asdict(self.retired)
+        own["retired"] = None if self.retired is None else asdict(self.retired)
+        own = {name: value for name, value in own.items() if value is not None or name not in _ABSENT_IF_NONE}
         own |= {"configuration": self.configuration.to_dict(), "class_names": list(self.class_names)}
         return {ATTRIBUTES_KEY: {**own, "configuration_hash": self.hash}}
 

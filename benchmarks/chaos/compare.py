@@ -10,8 +10,9 @@ from benchmarks.chaos.storage import BUCKET, Storage
 
 __all__ = ["differences", "problems"]
 
-# They say when and where shards were made, or are left by writers that were killed.
-_OF_THE_RUN = ("_ledger/", "_reports/", "_intents/", "_jobs/")
+# They say when and where shards were made, or are left by writers that were killed; the card counts rows by status, of
+# which the index has each.
+_OF_THE_RUN = ("_ledger/", "_reports/", "_intents/", "_jobs/", "README.md")
 _MANIFEST, _INDEX = "manifest.parquet", "index.parquet"
 
 

@@ -172,7 +172,7 @@ def start() -> str:
     return (
         f"Each in a new process, on {formats.machine(row)}: medians of {row['runs']} interleaved runs "
         f"(`python -m benchmarks.jobs.start`). The job: {row['images']} photographs, EfficientNet-Lite0, k = 64, 224 "
-        "px, without Ray.\n\n"
+        "px; without Ray, and with one worker of Ray.\n\n"
     ) + "\n".join(table)
 
 

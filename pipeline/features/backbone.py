@@ -42,6 +42,7 @@ class Backbone(nn.Module):
         grid: (h, w) of the features. A ConvNet rounds up: h = ceil(H / reduction).
         norm: whether the model's final norm was requested (see above for where one exists); a head has its own.
         output: how the features are taken from the last layer; None: as above.
+        published: whether the weights are those that timm publishes.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Backbone(nn.Module):
         """
         super().__init__()
         self.name, self.layers, self.size, self.norm, self.output = name, layers, size, norm, output
+        self.published = False
         # NHWC convolutions: lite0 takes 0.7 of the time on a CPU, and tensor cores prefer them on a GPU.
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         cfg: dict[str, Any] = vars(model)["pretrained_cfg"]
@@ -87,6 +89,12 @@ class Backbone(nn.Module):
     def layer(self) -> int | list[int]:
         """The layer, or the list of several: as in the identity."""
         return self.layers[0] if len(self.layers) == 1 else list(self.layers)
+
+    @property
+    def license(self) -> str | None:
+        """License of the published weights, as timm names it; None if it does not say, or the weights are others."""
+        license_name: str | None = vars(self.model)["pretrained_cfg"].get("license") if self.published else None
+        return license_name
 
     @property
     def label(self) -> str:
@@ -275,6 +283,7 @@ def build_backbone(
         state = converted(model, read_state_dict(weights), size, weights)
     unused = () if space == "head" else classifiers(model)
     load_strict(model, state, what=f"weights {weights!r} into {name}", ignore_unexpected=unused)
+    backbone.published = weights == "pretrained"
     return backbone
 
 

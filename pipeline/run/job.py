@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,12 +27,15 @@ from pipeline.run.workers import InlineWorkers, Workers
 from pipeline.store.appending.growth import begun_growth, grow
 from pipeline.store.layout import existing_store, finish, reopen
 from pipeline.store.lease import Lease
-from pipeline.store.reports import keep_report
+from pipeline.store.reports import keep_card, keep_report
 from pipeline.store.shard import finished_shards
+from pipeline.store.space import check_space
 from schemas.ledger import LedgerRecord
 from schemas.options import FeatureConfig
 
 logger = logging.getLogger(__name__)
+
+_FREE_SOME = "free some, and run the same command again"
 
 
 def carry_out(plan: Plan, started: float, early: EarlyWorkers | None = None) -> Report:
@@ -57,6 +60,7 @@ def carry_out(plan: Plan, started: float, early: EarlyWorkers | None = None) -> 
             if report.complete:
                 finish(objects, report.records)
                 lease.clear()
+                keep_card(objects)
             if report.made or report.given_up:
                 keep_report(objects, report.to_dict())
     except KeyboardInterrupt:
@@ -84,6 +88,9 @@ def _append(plan: Plan, objects: Objects, lease: Lease) -> None:
         return
     with storage_explained(objects.uri):
         if plan.growth is not None:
+            store = FeatureStore(objects.uri)
+            row_nbytes = store.nbytes / max(1, len(store.rows_with_features))
+            check_space(objects, row_nbytes * plan.growth.rows_added, _FREE_SOME)
             grow(objects, plan.growth, lease.check)
             logger.info("%s images appended: %s rows", f"{plan.growth.rows_added:,}", f"{plan.features.rows:,}")
         elif begun_growth(objects) or read_layout(objects, read_root(objects)).rows != plan.features.rows:
@@ -107,6 +114,7 @@ def _make_missing(plan: Plan, objects: Objects, lease: Lease, state: _JobState, 
         state.done = finished_shards(objects, stored.hash)
     if state.done.keys() >= {*plan.shards}:
         return
+    _check_space(plan, objects, state.done)
     with open_workers(
         plan.spec,
         plan.stages,
@@ -126,6 +134,18 @@ def _make_missing(plan: Plan, objects: Objects, lease: Lease, state: _JobState, 
         known = state.done.values()
         state.made, state.given_up = make_shards(plan, objects, workers, encoding, to_do, known, lease.check)
         state.seconds = time.monotonic() - begun
+
+
+def _check_space(plan: Plan, objects: Objects, done: Mapping[int, LedgerRecord]) -> None:
+    """Check that the missing shards of a begun store fit on a local disk, if they are as large as those that are done.
+
+    Raises:
+        JobError: the free space is too small.
+    """
+    if done:
+        row_nbytes = sum(record.total_nbytes for record in done.values()) / sum(record.rows for record in done.values())
+        rows = sum(len(plan.features.rows_of(shard)) for shard in plan.shards if shard not in done)
+        check_space(objects, row_nbytes * rows, _FREE_SOME)
 
 
 def _report(plan: Plan, objects: Objects, state: _JobState, started: float) -> Report:

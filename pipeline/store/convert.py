@@ -27,6 +27,7 @@ from pipeline.store.blocks import BlockWriter
 from pipeline.store.calibration import Calibration, choose_steps
 from pipeline.store.fitted import stored_fit
 from pipeline.store.layout import claim, complete_setup, existing_store, finish, step_sha256, stored_attributes
+from pipeline.store.reports import keep_card
 from pipeline.store.shard import finished_shards, write_shard
 from schemas.attributes import StoreAttributes
 from schemas.configuration import StorageConfiguration, differences
@@ -114,6 +115,7 @@ def _attributes(source: FeatureStore, storage: DenseStorage, step: npt.NDArray[n
         versions=software_versions(),
         class_names=own.class_names,
         appended=own.appended,
+        backbone_license=own.backbone_license,
         explained_variance=own.explained_variance,
         step_sha256=step_sha256(step),
     )
@@ -146,6 +148,7 @@ def _write(source: FeatureStore, target: Objects, features: FeatureLayout, diges
                 progress.advance(len(features.rows_of(shard)))
                 progress.shard_done(record)
     finish(target, list(done.values()))
+    keep_card(target)
 
 
 def _shard(

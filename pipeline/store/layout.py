@@ -33,6 +33,7 @@ from pipeline.errors import JobError
 from pipeline.features.pca import Basis
 from pipeline.io.storage import CHECK
 from pipeline.store.documents import zarr_documents
+from pipeline.store.reports import card_is_made
 from schemas.attributes import StoreAttributes
 from schemas.index import REFERENCES, pending_index, with_outcomes
 from schemas.ledger import LedgerRecord, manifest
@@ -89,8 +90,8 @@ def stored_attributes(uri: str, attributes: Mapping[str, Any]) -> StoreAttribute
 
 
 def foreign_keys(objects: Objects) -> list[str]:
-    """Keys at the store's location that no store can have."""
-    return [key for key in objects.list() if not _OWN_KEY.fullmatch(key)]
+    """Keys at the store's location that no store can have; a text about it may lie there."""
+    return [key for key in objects.list() if not _OWN_KEY.fullmatch(key) and key != layout.CARD]
 
 
 def remains(objects: Objects) -> list[str]:
@@ -107,6 +108,8 @@ def delete_store(objects: Objects) -> None:
     kept = re.compile(rf"{re.escape(layout.ATTRIBUTES)}|{layout.JOB_KEY}")
     own = [key for key in objects.list() if _OWN_KEY.fullmatch(key) and not kept.fullmatch(key)]
     objects.delete(layout.MANIFEST)
+    if card_is_made(objects):
+        objects.delete(layout.CARD)
     data = tuple(f"{name}/" for name in (layout.FEATURES, *layout.COMPANIONS))
     _delete_all(objects, [key for key in own if key.startswith(data)])
     _delete_all(objects, own)

@@ -1,4 +1,4 @@
-"""Keep the report of a job's run in the store, for people and their tools; nothing depends on it."""
+"""Keep texts for people and their tools in the store: the report of a run, and a card. Nothing depends on them."""
 
 import json
 import logging
@@ -8,10 +8,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from densefeat import layout
+from densefeat.console.describe import MADE, card
 from densefeat.errors import DensefeatError
 from densefeat.storage.objects import Objects
+from densefeat.store import FeatureStore
 
-__all__ = ["keep_report"]
+__all__ = ["card_is_made", "keep_card", "keep_report"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,3 +35,30 @@ def keep_report(objects: Objects, report: Mapping[str, Any]) -> str | None:
         logger.warning("the report of this run could not be kept in the store: %s", error)
         return None
     return key
+
+
+def keep_card(objects: Objects) -> bool:
+    """Write the card of a finished store, unless there is a text that somebody wrote.
+
+    Returns:
+        Whether the store has a card, of what it has now. If the storage failed, that is a warning, not an error.
+    """
+    try:
+        if not objects.exists(layout.MANIFEST):
+            return False
+        if objects.exists(layout.CARD) and not card_is_made(objects):
+            return False
+        objects.put(layout.CARD, card(FeatureStore(objects.uri, objects.storage_options)).encode())
+    except (DensefeatError, OSError) as error:
+        logger.warning("the card of the store could not be written: %s", error)
+        return False
+    return True
+
+
+def card_is_made(objects: Objects) -> bool:
+    """Whether the store has a card that densefeat wrote, and nobody claimed by deleting its first line."""
+    try:
+        lines = objects.get(layout.CARD).decode("utf-8", "replace").splitlines()
+    except FileNotFoundError:
+        return False
+    return len(lines) > 1 and lines[1].startswith(MADE)

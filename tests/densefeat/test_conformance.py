@@ -107,9 +107,10 @@ def test_damage_is_named(known: KnownStore, name: str, capsys: pytest.CaptureFix
 
 def test_every_column_of_the_index_is_in_the_document() -> None:
     from densefeat.conformance import _COLUMNS, _STATUSES
+    from densefeat.rows.retired import RETIRED
     from schemas.index import FAILED, INDEX, OK, PENDING
 
     assert pa.schema(list(_COLUMNS.items())).equals(pa.schema([(field.name, field.type) for field in INDEX]))
-    assert {OK, PENDING, *FAILED} == _STATUSES
+    assert {OK, PENDING, RETIRED, *FAILED} == _STATUSES
     text = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
     assert all(f"`{name}`" in text for name in [*INDEX.names, *_STATUSES])

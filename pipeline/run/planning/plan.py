@@ -55,6 +55,7 @@ class Plan:
         references: the images, one per row (``schemas.index.REFERENCES``).
         class_names: class names of the labels.
         channels: of the backbone, before PCA.
+        backbone_license: of its weights; None if unknown.
         features: shape and sharding of the feature array, with the most components if a share is to decide on them.
         configuration: everything that the features depend on, except for a basis that is not fitted yet.
         basis: basis from ``--pca``; None: to be fitted.
@@ -72,6 +73,7 @@ class Plan:
     references: pa.Table
     class_names: tuple[str, ...]
     channels: int
+    backbone_license: str | None
     features: FeatureLayout
     configuration: StoreConfiguration
     basis: Basis | None
@@ -143,6 +145,7 @@ def make_plan(config: UpsampleConfig, listed: Callable[[int], None] = lambda ima
         references=references,
         class_names=images.class_names,
         channels=backbone.num_chs,
+        backbone_license=backbone.license,
         features=features,
         configuration=store_configuration(config, source, recipe, basis, resumed=resumed is not None),
         basis=None if basis is None else basis.truncated(k),

@@ -1,7 +1,6 @@
 """Prepare the store of a plan for shards: fit basis and upsampler, choose the quantization steps, set up the store."""
 
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -26,6 +25,7 @@ from pipeline.run.workers import Workers
 from pipeline.store.calibration import choose_steps
 from pipeline.store.fitted import stored_fit
 from pipeline.store.layout import claim, complete_setup, delete_store, existing_store, step_sha256, stored_attributes
+from pipeline.store.space import check_space
 from pipeline.upsamplers.fitting import UpsamplerFit
 from schemas.attributes import StoreAttributes
 from schemas.configuration import incompatibilities
@@ -64,6 +64,7 @@ def prepare(plan: Plan, objects: Objects, workers: Workers, check: Callable[[], 
         explained_variance=explained,
         step_sha256=step_sha256(step),
         compact=plan.compact,
+        backbone_license=plan.backbone_license,
     )
     check()
     with storage_explained(objects.uri):
@@ -171,17 +172,11 @@ def _check_space(plan: Plan, objects: Objects, image_nbytes: float) -> None:
     images = sum(len(plan.features.rows_of(shard)) for shard in plan.shards)
     needed = image_nbytes * images
     logger.info("store: about %s an image, %s in all", readable_size(image_nbytes), readable_size(needed))
-    folder = objects.local_path
-    if folder is None:
-        return
-    free = shutil.disk_usage(next(path for path in [folder, *folder.parents] if path.exists())).free
-    if plan.config.overwrite and plan.stored:
-        free += sum(objects.list(FEATURES).values())
-    if needed > free:
-        raise JobError(
-            f"no space for {objects.uri}: about {readable_size(needed)} needed, {readable_size(free)} free; free some, "
-            "or choose another --store, fewer --components, a smaller --output-size or a larger --error-floor"
-        )
+    freed = sum(objects.list(FEATURES).values()) if plan.config.overwrite and plan.stored else 0
+    advice = (
+        "free some, or choose another --store, fewer --components, a smaller --output-size or a larger --error-floor"
+    )
+    check_space(objects, needed, advice, freed=freed)
 
 
 def _stored_encoding(features: FeatureLayout, objects: Objects) -> StoreEncoding:

@@ -99,6 +99,22 @@ def test_no_space_is_said_before_work(photographs: Path, tmp_path: Path, monkeyp
     assert not (tmp_path / "store" / "zarr.json").exists()
 
 
+@pytest.mark.parametrize("option", ["resume", "append"])
+def test_no_space_for_the_rest_of_a_store(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    store = tmp_path / "store"
+    upsample(config(photographs, store, limit=8 if option == "append" else None, shards="0:2"))
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    with pytest.raises(
+        JobError, match=r"no space for .* needed, 10 kB free; free some, and run the same command again"
+    ):
+        upsample(config(photographs, store, **{option: True}))
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.s3
 def test_missing_credentials_and_buckets(photographs: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(JobError, match="s3://no-such-bucket-here"):

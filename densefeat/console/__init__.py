@@ -1,0 +1,1 @@
+"""What the command ``densefeat`` prints and writes: figures of a store, its card, rows in a file."""
