@@ -89,7 +89,7 @@ KINDS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(KINDS),
     sizes=st.lists(st.tuples(st.integers(1, 11), st.integers(1, 5)), min_size=1, max_size=3),
@@ -147,7 +147,8 @@ def contents(store: Path) -> dict[str, Any]:
     return found
 
 
-def test_killed_before_any_operation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_before_any_operation(tmp_path: Path, every: int) -> None:
     """Continued, it makes the same bytes as at once; and until then readers see rows as they are, or pending."""
     stores, whole = two(tmp_path), tmp_path / "whole"
     shards = merged(stores, whole, shard_rows=5)
@@ -163,7 +164,7 @@ def test_killed_before_any_operation(tmp_path: Path) -> None:
         merged(stores, output, shard_rows=5, resume=True)
         assert contents(output) == expected
         shutil.rmtree(output)
-        number += 1
+        number += every
     assert number > 6 * shards
     check_merged(stores, whole, FULL)
 
