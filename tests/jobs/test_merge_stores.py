@@ -219,7 +219,7 @@ def test_the_command(photographs: Path, tmp_path: Path) -> None:
 
     done = command("--stores", "a", "b", "--output", "whole", "--shard-images", "6")
     assert done.returncode == 0
-    assert "whole: 11 rows in 2 shards, of 2 stores" in done.stderr
+    assert "whole: 12 rows in 2 shards, of 2 stores" in done.stderr
     again = command("--stores", "a", "b", "--output", "whole")
     assert again.returncode == 2
     assert "choose another --output, or continue it with --resume" in again.stderr
