@@ -157,7 +157,7 @@ def _shard(
 ) -> LedgerRecord:
     seconds, clipped = StageSeconds(), list[int]()
     rows, encoding = features.rows_of(shard), Encoding.of_steps(step, torch.device("cpu"))
-    outcomes = outcomes_of(source, rows)
+    outcomes = outcomes_of(source.index, rows)
 
     def encoded(outcome: RowOutcome) -> bytes | None:
         if not outcome.ok:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from densefeat import layout
 from densefeat.errors import StoreError
@@ -42,18 +43,19 @@ class CopiedRows:
         self.embeddings.extend(other.embeddings)
 
 
-def copied_rows(store: FeatureStore, objects: Objects, rows: range) -> CopiedRows:
+def copied_rows(store: FeatureStore, objects: Objects, index: pa.Table, rows: range) -> CopiedRows:
     """Read rows of one shard: one request, and in stores that have them two for guidance and one for embeddings.
 
     Args:
         store: a finished store.
         objects: of the store.
+        index: of the store, as stored.
         rows: their numbers, all in one shard.
 
     Raises:
         StoreError: a chunk is missing or damaged; the message names the store and the row.
     """
-    outcomes = outcomes_of(store, rows)
+    outcomes = outcomes_of(index, rows)
     places = [(one.chunk_offset or 0, one.chunk_nbytes or 0) if one.ok else None for one in outcomes]
     shard = rows.start // store.layout.shard_rows
     copied = CopiedRows(outcomes, _chunks(objects, layout.shard_key(shard), rows, places))
@@ -64,10 +66,10 @@ def copied_rows(store: FeatureStore, objects: Objects, rows: range) -> CopiedRow
     return copied
 
 
-def outcomes_of(store: FeatureStore, rows: range) -> list[RowOutcome]:
-    """The outcomes of rows, with the places of their chunks in this store."""
-    names = [name for name in RowOutcome.__dataclass_fields__ if name in store.index.column_names]
-    return [RowOutcome(**record) for record in store.index.select(names).slice(rows.start, len(rows)).to_pylist()]
+def outcomes_of(index: pa.Table, rows: range) -> list[RowOutcome]:
+    """The outcomes of rows in the index of a finished store, with the places of their chunks there."""
+    names = list(RowOutcome.__dataclass_fields__)
+    return [RowOutcome(**record) for record in index.select(names).slice(rows.start, len(rows)).to_pylist()]
 
 
 def _guidance(

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from densefeat import layout
 from densefeat.errors import StoreError
 from densefeat.layout import FeatureLayout
+from densefeat.rows.index import stored_index
 from densefeat.storage.objects import Objects
 from densefeat.storage.parquet import read_parquet
 from densefeat.storage.places import encloses
@@ -38,6 +39,7 @@ class Part:
     Attributes:
         store: the store.
         objects: its objects.
+        index: its index as stored, with the outcomes of all rows.
         attributes: its attributes.
         fitted: what was fitted to its images.
         clipped: number of clipped values of each of its shards.
@@ -45,6 +47,7 @@ class Part:
 
     store: FeatureStore
     objects: Objects
+    index: pa.Table
     attributes: StoreAttributes
     fitted: Fitted
     clipped: tuple[int, ...]
@@ -52,7 +55,7 @@ class Part:
     @property
     def references(self) -> pa.Table:
         """``schemas.index.REFERENCES`` of its rows."""
-        return self.store.index.select(REFERENCES.names).cast(REFERENCES)
+        return self.index.select(REFERENCES.names).cast(REFERENCES)
 
     @property
     def sources(self) -> tuple[AppendedSource, ...]:
@@ -125,10 +128,12 @@ def joined(
 def _part(uri: str) -> Part:
     with storage_explained(uri, "read"):
         store, objects = FeatureStore(uri), Objects(uri)
-        if not objects.exists(layout.MANIFEST) or PENDING in store.index["status"].unique().to_pylist():
+        finished, index = objects.exists(layout.MANIFEST), stored_index(objects, store.layout)
+        if not finished or PENDING in index["status"].unique().to_pylist():
             raise JobError(f"{uri} is not finished: finish it first, with --resume of the job that made it")
         attributes = stored_attributes(uri, store.attributes)
-        return Part(store, objects, attributes, stored_fitted(store, attributes), _clipped(store, objects))
+        fitted = stored_fitted(store, attributes)
+        return Part(store, objects, index, attributes, fitted, _clipped(store, objects))
 
 
 def _clipped(store: FeatureStore, objects: Objects) -> tuple[int, ...]:
@@ -165,7 +170,7 @@ def _check_alike(parts: Sequence[Part]) -> None:
 
 
 def _check_keys(parts: Sequence[Part], allow_duplicates: bool) -> None:
-    keys = pa.chunked_array([pc.unique(part.store.index["key"]) for part in parts], pa.string())
+    keys = pa.chunked_array([pc.unique(part.index["key"]) for part in parts], pa.string())
     counts = keys.value_counts()
     several = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
     if not len(several):

@@ -82,7 +82,7 @@ def _shard(whole: Joined, target: Objects, shard: int, digest: str, threads: int
     def read(piece: tuple[Part, range, int]) -> CopiedRows:
         part, own, first = piece
         with seconds.stage("read"):
-            copied = copied_rows(part.store, part.objects, own)
+            copied = copied_rows(part.store, part.objects, part.index, own)
         for outcome in copied.outcomes:
             outcome.row += first
         return copied
