@@ -53,7 +53,7 @@ def convert(config: ConvertConfig) -> int:
     from densefeat.storage.objects import Objects
     from densefeat.store import FeatureStore
     from pipeline.io.storage import check_writable, storage_explained
-    from pipeline.store.convert import DenseStorage, convert
+    from pipeline.store.converting.convert import DenseStorage, convert
     from pipeline.store.lease import Lease
 
     source, target = FeatureStore(config.store), Objects(config.output)

@@ -6,7 +6,7 @@ from typing import Any
 
 from densefeat.layout import ATTRIBUTES_KEY, COMPACT_FORMAT_VERSION, FORMAT_VERSION
 from densefeat.rows.retired import Retired
-from schemas.configuration import StoreConfiguration
+from schemas.configuration import StoreConfiguration, differences
 
 _ABSENT_IF_NONE = ("compact", "backbone_license", "retired")
 
@@ -108,3 +108,21 @@ class StoreAttributes:
             return cls(**fields)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def unlikenesses(
+    one: StoreAttributes, other: StoreAttributes, sides: tuple[str, str] = ("stored", "asked")
+) -> list[str]:
+    """Reasons why the rows of two stores cannot be in one, one line each; empty if they can.
+
+    Args:
+        one: attributes of one of them.
+        other: attributes of the other, whose basis is fitted and whose steps are known.
+        sides: what the two are called.
+    """
+    return differences(_of_rows(one), _of_rows(other), sides=sides)
+
+
+def _of_rows(attributes: StoreAttributes) -> dict[str, Any]:
+    compact = {} if attributes.compact is None else {"compact": attributes.compact}
+    return {**attributes.configuration.of_rows(), "step_sha256": attributes.step_sha256, **compact}

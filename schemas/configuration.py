@@ -143,6 +143,8 @@ class StorageConfiguration(_Part):
             of images.
         embedding: number of channels of the images' embeddings; None: there are none.
         guidance_quality: compact: JPEG quality of the guidance images; None: the last step needs none.
+        steps: SHA-256 (hex) of quantization steps that were given; None: they were measured on the images, or there are
+            none.
     """
 
     dtype: str
@@ -153,6 +155,7 @@ class StorageConfiguration(_Part):
     guidance_quality: int | None = None
     embedding: int | None = None
     converted_from: str | None = None
+    steps: str | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,16 @@ class StoreConfiguration:
             name: value.to_dict() if isinstance(value, _Part) else dict(value) for name, value in self.__dict__.items()
         }
 
+    def of_rows(self) -> dict[str, dict[str, Any]]:
+        """What rows of one store have in common, as JSON types: without the images themselves and the size of shards.
+
+        How basis and steps came about is left out, too: fitted and measured, or given.
+        """
+        parts = self.to_dict()
+        for part, names in _PROVENANCE.items():
+            parts[part] = {name: value for name, value in parts[part].items() if name not in names}
+        return parts
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "StoreConfiguration":
         """Invert `to_dict`.
@@ -222,6 +235,14 @@ _PARTS: dict[str, type[_Part]] = {
 }
 
 
+# Fields in which the rows of one store may differ.
+_PROVENANCE = {
+    "source": ("images", "limit", "rows", "keys_sha256"),
+    "pca": ("fitted_on_images", "explained_share"),
+    "storage": ("shard_images", "steps"),
+}
+
+
 def incompatibilities(stored: StoreConfiguration, asked: StoreConfiguration) -> list[str]:
     """Reasons why a job must not work on a store, one line each; empty if it may. All jobs use this rule.
 
@@ -246,15 +267,24 @@ def incompatibilities(stored: StoreConfiguration, asked: StoreConfiguration) -> 
     return differences(stored.to_dict(), asked.to_dict())
 
 
-def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Differences between two JSON objects, one line each: ``backbone.layer: stored 11, asked 9``."""
+def differences(
+    stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "", sides: tuple[str, str] = ("stored", "asked")
+) -> list[str]:
+    """Differences between two JSON objects, one line each: ``backbone.layer: stored 11, asked 9``.
+
+    Args:
+        stored: one of them.
+        asked: the other.
+        prefix: of all names.
+        sides: what the two are called.
+    """
     lines = []
     for name in sorted({*stored, *asked}):
         old, new = stored.get(name), asked.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += differences(old, new, f"{prefix}{name}.")
+            lines += differences(old, new, f"{prefix}{name}.", sides)
         elif old != new:
-            lines.append(f"{prefix}{name}: stored {json.dumps(old)}, asked {json.dumps(new)}")
+            lines.append(f"{prefix}{name}: {sides[0]} {json.dumps(old)}, {sides[1]} {json.dumps(new)}")
     return lines
 
 

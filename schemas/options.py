@@ -125,6 +125,10 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
     output_size: str | None = None
     # PCA basis: a .npz file from jobs/fit_pca.py or the URI of another store; if omitted, fitted on these images.
     pca: str | None = None
+    # Another store, to merge with this one later (jobs/merge_stores.py): its PCA basis, its quantization steps and its
+    # upsampler's fit are taken, and not fitted on these images. Options that are omitted are those of that store, and
+    # others must be equal to them. Replaces --pca.
+    like: str | None = None
     # Quality of the stored features: "high", within .9995 of cosine similarity; "balanced", stored at half the
     # resolution: .9994, at 0.4 of the bytes; "small": .995, at 0.2. It chooses --represent and --error-floor.
     quality: Quality = "high"
@@ -180,6 +184,10 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
         at_least("--outage-patience-s", self.outage_patience_s, 0)
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"--max-failed-share is a share: got {self.max_failed_share}, expected 0 … 1")
+        if self.like is not None and self.pca is not None:
+            raise ValueError(
+                f"--like takes the basis of a store too: got --like {self.like} and --pca {self.pca}, omit --pca"
+            )
         if self.measure and not self.dry_run:
             raise ValueError("--measure computes a few images for a plan: pass --dry-run too, or omit it")
         if self.resume + self.append + self.overwrite > 1:

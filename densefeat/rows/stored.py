@@ -218,13 +218,13 @@ class StoredRows(StoredChunks):
         """Bytes of one row's features, were they stored densely and not compressed."""
         return math.prod(self.shape) * np.dtype(self.layout.dtype).itemsize
 
-    def array(self, name: str) -> Floats:
-        """Read a small array of the store as float32, e.g. ``"pca/explained_variance"``.
+    def array(self, name: str, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+        """Read a small array of the store as ``dtype``, e.g. ``"pca/explained_variance"``.
 
         Raises:
             StoreError: the array, or a part of it, is missing or damaged.
         """
-        return read_small_array(self._objects, name)
+        return read_small_array(self._objects, name, dtype)
 
     def _array_of_k(self, name: str) -> Floats:
         """Read an array whose first axis has one entry per component."""

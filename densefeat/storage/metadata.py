@@ -150,8 +150,8 @@ def embedding_channels(objects: Objects, features: FeatureLayout) -> int | None:
         raise StoreError(f"{objects.uri}: {key} is damaged: {error}; {_RESTORE}") from error
 
 
-def read_small_array(objects: Objects, name: str) -> npt.NDArray[np.float32]:
-    """Read an array of one chunk as float32, without listing, which some storages do not support.
+def read_small_array(objects: Objects, name: str, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+    """Read an array of one chunk as ``dtype``, without listing, which some storages do not support.
 
     Raises:
         StoreError: the array is missing, damaged, or has several chunks.
@@ -173,7 +173,7 @@ def read_small_array(objects: Objects, name: str) -> npt.NDArray[np.float32]:
     buffer = default_buffer_prototype().buffer
     store = MemoryStore({key: buffer.from_bytes(data) for key, data in zip(keys, documents, strict=True)})
     try:
-        array = np.asarray(zarr.open_array(store, path=name, mode="r", zarr_format=3)[...], dtype=np.float32)
+        array = np.asarray(zarr.open_array(store, path=name, mode="r", zarr_format=3)[...], dtype=dtype)
     except Exception as error:  # from zarr's parser, in memory: a damaged document can raise anything
         raise StoreError(f"{objects.uri}: the array {name} is damaged: {error}; {_RESTORE}") from error
     if not np.isfinite(array).all():

@@ -78,7 +78,7 @@ class Basis:
     def of_store(cls, store: FeatureStore) -> "Basis":
         """The basis of a store's features."""
         variance, ratio = (
-            store.array(f"{layout.PCA}/{name}").astype(np.float64)
+            store.array(f"{layout.PCA}/{name}", np.float64)
             for name in ("explained_variance", "explained_variance_ratio")
         )
         return cls(store.mean, store.components, variance, ratio)

@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from densefeat.errors import StorageUnavailable, WrongClock
 from densefeat.storage.objects import Objects
@@ -95,12 +96,12 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 
 
 @contextmanager
-def storage_explained(uri: str) -> Iterator[None]:
+def storage_explained(uri: str, access: Literal["read", "write"] = "write") -> Iterator[None]:
     """Turn storage errors in the block that retrying does not fix into a ``JobError`` about ``uri``."""
     try:
         yield
     except Exception as error:
-        explained = explain_storage_error(error, uri)
+        explained = explain_storage_error(error, uri, access)
         if explained is None:
             raise
         raise explained from error

@@ -9,6 +9,8 @@ from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.pca import Basis
 from pipeline.run.recipe import UpsampleRecipe
+from pipeline.store.fitted import Fitted
+from pipeline.store.layout import step_sha256
 from pipeline.upsamplers.interface import Upsampler
 from schemas.configuration import (
     GeometryConfiguration,
@@ -27,13 +29,23 @@ def store_configuration(
     source: SourceConfiguration,
     recipe: UpsampleRecipe,
     basis: Basis | None,
+    fitted: Fitted | None,
     *,
     resumed: bool,
 ) -> StoreConfiguration:
-    """Everything that the features of the store depend on."""
+    """Everything that the features of the store depend on.
+
+    Args:
+        config: options of the job.
+        source: the images.
+        recipe: of the features.
+        basis: that was given; None: it is to be fitted.
+        fitted: what was fitted to the images of another store, and is given; None: nothing but ``basis`` is.
+        resumed: whether the store exists.
+    """
     geometry = recipe.images.geometry
     floor = recipe.error_floor if recipe.dtype == "int8" else None
-    return StoreConfiguration(
+    configuration = StoreConfiguration(
         source=source,
         backbone=recipe.backbone_identity,
         geometry=GeometryConfiguration(
@@ -49,8 +61,11 @@ def store_configuration(
             represent=None if recipe.represent == "dense" else recipe.represent,
             embedding=recipe.embedding,
             guidance_quality=QUALITY if recipe.guided else None,
+            steps=None if fitted is None else step_sha256(fitted.step),
         ),
     )
+    fit = None if fitted is None else fitted.upsampler
+    return configuration if fit is None else configuration.with_fit(fit.identity())
 
 
 def _pca_configuration(

@@ -31,6 +31,7 @@ def describe(plan: Plan) -> str:
         f"shards      {layout.shards:,} of {layout.shard_rows} images"
         + (f", {len(plan.shards):,} of them by this job ({config.shards})" if config.shards else ""),
         f"bytes       at most {readable_size(nbytes)} (before compression){_guidance(plan)}{_source_size(plan)}",
+        *([] if plan.like is None else [f"like        {config.like}: {_taken(plan)}"]),
         "workers     " + ("on Ray" if plan.stages is None else "this process, without Ray (--workers 1 uses Ray)"),
     ]
     for stage, settings in plan.configuration.to_dict().items():
@@ -58,6 +59,15 @@ def _components(plan: Plan) -> str:
     if k == plan.channels:
         return f"{k} components (all channels: --components N keeps fewer)"
     return f"{k} components of {plan.channels} channels"
+
+
+def _taken(plan: Plan) -> str:
+    """What a plan takes from another store."""
+    assert plan.like is not None
+    fitted = plan.like.fitted
+    steps = [] if fitted.step is None else ["quantization steps"]
+    fit = [] if fitted.upsampler is None else [f"the fit of {plan.config.upsampler}"]
+    return "its " + ", ".join(["basis", *steps, *fit])
 
 
 def _guidance(plan: Plan) -> str:

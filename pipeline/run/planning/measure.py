@@ -101,7 +101,8 @@ def measure(plan: Plan) -> Measurement:
             images, image_s = 1, calibration_s / worker.computing_at_once
             nbytes = calibration.nbytes
         else:
-            step = choose_steps(recipe.dtype, calibration.mean_square, recipe.error_floor)
+            measured = choose_steps(recipe.dtype, calibration.mean_square, recipe.error_floor)
+            step = measured if plan.like is None else plan.like.fitted.step
             images, image_s, nbytes = _shards(plan, workers, basis, fit, step)
         device = worker.made_by()["device"]
     to_do, prepared = _to_do(plan)
@@ -134,9 +135,9 @@ def _basis(plan: Plan, images: int, workers: InlineWorkers) -> tuple[Basis, floa
 
 
 def _usual_fit(plan: Plan, basis: Basis, workers: InlineWorkers) -> tuple[UpsamplerFit | None, float]:
-    """A fit of the upsampler without images, if it needs one, and about the seconds that the job's fit will take."""
-    if plan.fitting is None:
-        return None, 0.0
+    """A fit of the upsampler, if it needs one: the given one, or one without images; and seconds of the job's fit."""
+    if plan.fitting is None or plan.like is not None:
+        return (None if plan.like is None else plan.like.fitted.upsampler), 0.0
     usual = plan.fitting.usual(len(basis.components))
     images = min(plan.fitting.images, len(plan.references))
     sample = partial(gather, workers, ShardWorker.fitting_sample, plan.references, images_in_task=1, what="views")

@@ -25,6 +25,7 @@ from pipeline.run.planning.configuration import (
     stored_size,
     with_stored_defaults,
 )
+from pipeline.run.planning.like import LikeStore, check_like, read_like, with_defaults_like
 from pipeline.run.planning.places import check_apart, check_same, stored_attributes_at
 from pipeline.run.planning.sources import images_of
 from pipeline.run.planning.sources import listed as list_source
@@ -58,7 +59,8 @@ class Plan:
         backbone_license: of its weights; None if unknown.
         features: shape and sharding of the feature array, with the most components if a share is to decide on them.
         configuration: everything that the features depend on, except for a basis that is not fitted yet.
-        basis: basis from ``--pca``; None: to be fitted.
+        basis: basis from ``--pca`` or ``--like``; None: to be fitted.
+        like: the store of ``--like``; None: steps are to be measured, and the upsampler to be fitted if it needs that.
         stored: attributes of the store that is to be continued or overwritten; None if there is no store.
         compact: attribute of that name of the store; None for a dense store.
         fitting: how the upsampler is fitted to the images; None if it needs no fit.
@@ -85,6 +87,7 @@ class Plan:
     findings: tuple[Finding, ...]
     growth: Growth | None = None
     waiting: int = 0
+    like: LikeStore | None = None
 
     @property
     def shards(self) -> range:
@@ -123,6 +126,9 @@ def make_plan(config: UpsampleConfig, listed: Callable[[int], None] = lambda ima
     resumed = stored if config.continues else None
     if resumed:
         config = with_stored_defaults(config, resumed.configuration)
+    like = None if config.like is None else read_like(config.like)
+    if like and not resumed:
+        config = with_defaults_like(config, like)
     images = images_of(config, resumed)  # first: a mistyped path is said before downloads
     references, source = images.references, images.source
     if images.growth or not (resumed and Objects(config.store).exists(MANIFEST)):
@@ -130,7 +136,7 @@ def make_plan(config: UpsampleConfig, listed: Callable[[int], None] = lambda ima
     backbone = _checked_backbone(config)
     upsampler = build_upsampler(config.upsampler, config.upsampler_weights, backbone, config.upsampler_options)
     _check_upsampler(upsampler, backbone, config)
-    basis = None if config.pca is None else read_basis(config.pca, backbone)
+    basis = _given_basis(config, like, backbone)
     k = _components(config, backbone, basis, resumed)
     features = _layout(config, references.num_rows, k, stored_size(config, upsampler, backbone))
     compact = compact_attribute(config, upsampler)
@@ -147,7 +153,9 @@ def make_plan(config: UpsampleConfig, listed: Callable[[int], None] = lambda ima
         channels=backbone.num_chs,
         backbone_license=backbone.license,
         features=features,
-        configuration=store_configuration(config, source, recipe, basis, resumed=resumed is not None),
+        configuration=store_configuration(
+            config, source, recipe, basis, None if like is None else like.fitted, resumed=resumed is not None
+        ),
         basis=None if basis is None else basis.truncated(k),
         stored=stored,
         compact=compact,
@@ -157,9 +165,13 @@ def make_plan(config: UpsampleConfig, listed: Callable[[int], None] = lambda ima
         findings=images.findings,
         growth=images.growth,
         waiting=images.waiting,
+        like=like,
     )
     if resumed:
         check_same(resumed, plan.configuration, config)
+    if like:
+        step_sha256 = like.attributes.step_sha256 if config.dtype == "int8" else None
+        check_like(like, StoreAttributes(plan.configuration, {}, step_sha256=step_sha256, compact=plan.compact), config)
     if not config.dry_run:
         check_writable(Objects(config.store), f"--store {config.store}")  # last, because it writes
     return plan
@@ -248,6 +260,17 @@ def read_basis(uri: str, backbone: Backbone) -> Basis:
             + ". Fit a basis for this backbone, or omit --pca"
         )
     return basis
+
+
+def _given_basis(config: UpsampleConfig, like: LikeStore | None, backbone: Backbone) -> Basis | None:
+    if like is None:
+        return None if config.pca is None else read_basis(config.pca, backbone)
+    k = config.components
+    if isinstance(k, int) and k > len(like.fitted.basis.components):
+        raise JobError(
+            f"--components {k}, but the store --like {config.like} has {len(like.fitted.basis.components)}: omit it"
+        )
+    return like.fitted.basis
 
 
 def _checked_backbone(config: FeatureConfig) -> Backbone:

@@ -23,7 +23,7 @@ from pipeline.run.preparation.gather import gather
 from pipeline.run.shard_worker import ShardWorker, StoreEncoding
 from pipeline.run.workers import Workers
 from pipeline.store.calibration import choose_steps
-from pipeline.store.fitted import stored_fit
+from pipeline.store.fitted import stored_fitted
 from pipeline.store.layout import claim, complete_setup, delete_store, existing_store, step_sha256, stored_attributes
 from pipeline.store.space import check_space
 from pipeline.upsamplers.fitting import UpsamplerFit
@@ -136,9 +136,9 @@ def fit_basis(references: pa.Table, components: float, images: int, workers: Wor
 
 
 def _fit(plan: Plan, basis: Basis, workers: Workers) -> UpsamplerFit | None:
-    """Fit the upsampler to a sample of the images, if it needs that."""
-    if plan.fitting is None:
-        return None
+    """Fit the upsampler to a sample of the images, if it needs that and its fit was not given."""
+    if plan.fitting is None or plan.like is not None:
+        return None if plan.like is None else plan.like.fitted.upsampler
     logger.info("%s: fitting it to %d images", plan.config.upsampler, min(plan.fitting.images, len(plan.references)))
     fit = fit_upsampler(plan.fitting, plan.references, basis, workers)
     logger.info("%s: %s", plan.config.upsampler, fit.described)
@@ -148,7 +148,7 @@ def _fit(plan: Plan, basis: Basis, workers: Workers) -> UpsamplerFit | None:
 def _calibrate(
     plan: Plan, basis: Basis, fit: UpsamplerFit | None, workers: Workers
 ) -> tuple[npt.NDArray[np.float32] | None, float]:
-    """Choose the quantization steps ([k] float32, None for float16), and estimate the bytes that an image will take."""
+    """The steps ([k] float32, None for float16), measured unless given; and an estimate of the bytes of an image."""
     sample = gather(
         workers,
         ShardWorker.calibrate,
@@ -160,7 +160,16 @@ def _calibrate(
         what="calibration",
     )
     mean_square, nbytes = sample.sums.mean_square / sample.images, sample.sums.nbytes / sample.images
-    return choose_steps(plan.config.dtype, mean_square, plan.config.floor), nbytes
+    step = choose_steps(plan.config.dtype, mean_square, plan.config.floor)
+    if plan.like is None or plan.like.fitted.step is None or step is None:
+        return step, nbytes
+    given = plan.like.fitted.step
+    ratio = step / given
+    logger.info(
+        "quantization steps of %s; measured on these images, they would be %.2f to %.2f times as large",
+        plan.config.like, ratio.min(), ratio.max(),
+    )  # fmt: skip
+    return given, nbytes
 
 
 def _check_space(plan: Plan, objects: Objects, image_nbytes: float) -> None:
@@ -181,11 +190,8 @@ def _check_space(plan: Plan, objects: Objects, image_nbytes: float) -> None:
 
 def _stored_encoding(features: FeatureLayout, objects: Objects) -> StoreEncoding:
     store = FeatureStore(objects.uri)
-    basis, attributes = Basis.of_store(store), stored_attributes(objects.uri, store.attributes)
-    if basis.digest != attributes.configuration.pca.basis:
-        raise JobError(f"the PCA basis in {objects.uri} does not match its attributes: use --overwrite")
-    if step_sha256(store.step) != attributes.step_sha256:
-        raise JobError(f"the quantization steps in {objects.uri} do not match its attributes: use --overwrite")
+    attributes = stored_attributes(objects.uri, store.attributes)
+    fitted = stored_fitted(store, attributes)
     if store.layout != features:
         raise JobError(f"the array in {objects.uri} is {store.layout}, expected {features}: use --overwrite")
-    return StoreEncoding(basis, store.step, attributes.hash, stored_fit(store, attributes.configuration))
+    return StoreEncoding(fitted.basis, fitted.step, attributes.hash, fitted.upsampler)

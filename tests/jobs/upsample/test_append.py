@@ -15,7 +15,7 @@ from densefeat.storage.objects import Objects
 from jobs.upsample_imagenet import upsample
 from jobs.verify_store import VerifyConfig, verify
 from pipeline.errors import JobError
-from pipeline.store.convert import DenseStorage, convert
+from pipeline.store.converting.convert import DenseStorage, convert
 from tests.helpers.datasets import tar_info, write_tar
 from tests.helpers.upsample_jobs import FIRST, appending, check_clean, chunks, config, names_of, shard_bytes, some
 

@@ -13,7 +13,7 @@ from densefeat.page.library import Library
 from densefeat.rows.retired import Retired, read_retired
 from densefeat.storage.objects import Objects
 from pipeline.store.appending.growth import grow
-from pipeline.store.convert import DenseStorage, convert
+from pipeline.store.converting.convert import DenseStorage, convert
 from pipeline.store.layout import delete_store, existing_store, finish
 from pipeline.store.repair import rebuild_tables, take_out
 from pipeline.store.retirement import restore, restore_all, retire

@@ -3,7 +3,6 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +24,10 @@ from pipeline.reporting.seconds import StageSeconds
 from pipeline.reporting.software import software_versions
 from pipeline.store.blocks import BlockWriter
 from pipeline.store.calibration import Calibration, choose_steps
+from pipeline.store.converting.copying import outcomes_of
+from pipeline.store.converting.places import store_at
 from pipeline.store.fitted import stored_fit
-from pipeline.store.layout import claim, complete_setup, existing_store, finish, step_sha256, stored_attributes
+from pipeline.store.layout import claim, complete_setup, finish, step_sha256, stored_attributes
 from pipeline.store.reports import keep_card
 from pipeline.store.shard import finished_shards, write_shard
 from schemas.attributes import StoreAttributes
@@ -79,10 +80,7 @@ def convert(source: FeatureStore, target: Objects, storage: DenseStorage, *, res
     if PENDING in source.index["status"].unique().to_pylist():
         raise JobError(f"{source.uri} is not finished: finish it first, with --resume")
     features = FeatureLayout(len(source), *source.shape, storage.dtype, storage.shard_rows)
-    stored = existing_store(target)
-    if stored is not None and not resume:
-        raise JobError(f"there is a store at {target.uri}: choose another --output, or continue it with --resume")
-    if stored is None:
+    if store_at(target, resume=resume) is None:
         _set_up(source, target, storage)
     stored = complete_setup(target, features, pending_index(source.index.select(REFERENCES.names).cast(REFERENCES)))
     asked = _attributes(source, storage, None).configuration
@@ -162,7 +160,7 @@ def _shard(
 ) -> LedgerRecord:
     seconds, clipped = StageSeconds(), list[int]()
     rows, encoding = features.rows_of(shard), Encoding.of_steps(step, torch.device("cpu"))
-    outcomes = list(_outcomes(source, rows))
+    outcomes = outcomes_of(source.index, rows)
 
     def encoded(outcome: RowOutcome) -> bytes | None:
         if not outcome.ok:
@@ -179,13 +177,6 @@ def _shard(
     made_by = {"host": socket.gethostname(), "pid": str(os.getpid()), "device": "cpu", "upsampled_by": "conversion"}
     facts: dict[str, Any] = {"configuration_hash": digest, "clipped": sum(clipped), "made_by": made_by}
     return write_shard(target, shard, features.shard_rows, chunks, outcomes, seconds, facts, companions)
-
-
-def _outcomes(source: FeatureStore, rows: range) -> Iterator[RowOutcome]:
-    """The outcomes of rows as the source has them; `write_shard` sets the places of their chunks."""
-    names = ("row", "status", "error", "height", "width", "affine", "valid_box")
-    for record in source.index.select(names).slice(rows.start, len(rows)).to_pylist():
-        yield RowOutcome(**record)
 
 
 def _embeddings(source: FeatureStore, outcomes: list[RowOutcome], shard_rows: int) -> bytes:

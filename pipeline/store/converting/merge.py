@@ -1,0 +1,134 @@
+"""Make one store of several: rows are copied as they are stored, without images, backbone or decoding."""
+
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from densefeat import layout
+from densefeat.rows.embeddings import encode_embeddings
+from densefeat.storage.objects import Objects
+from densefeat.storage.parallel import in_order
+from pipeline.errors import JobError
+from pipeline.reporting.progress import Progress
+from pipeline.reporting.seconds import StageSeconds
+from pipeline.store.blocks import BlockWriter
+from pipeline.store.converting.copying import CopiedRows, copied_rows
+from pipeline.store.converting.joining import Joined, Part
+from pipeline.store.converting.places import store_at
+from pipeline.store.layout import claim, complete_setup, finish
+from pipeline.store.reports import keep_card
+from pipeline.store.shard import finished_shards, write_shard
+from schemas.attributes import StoreAttributes
+from schemas.configuration import differences
+from schemas.index import pending_index
+from schemas.ledger import LedgerRecord
+
+__all__ = ["merge"]
+
+
+def merge(whole: Joined, target: Objects, *, resume: bool, threads: int) -> int:
+    """Write the store that others make together.
+
+    The chunks of features and guidance images are copied byte for byte, and embeddings value by value. A killed merge
+    is continued with ``resume``. Rows are read with range requests, each byte once.
+
+    Args:
+        whole: the store (`pipeline.store.converting.joining.joined`).
+        target: its location.
+        resume: continue the store at this location.
+        threads: requests at the same time.
+
+    Returns:
+        Number of shards.
+
+    Raises:
+        JobError: there is a store at the location and ``resume`` is not set, or it is another one.
+        StoreError: a chunk of a store is missing or damaged; shards before it are done.
+    """
+    stored = store_at(target, resume=resume)
+    if stored is None:
+        fit = whole.fitted.upsampler
+        claim(target, whole.attributes, whole.fitted.basis, whole.fitted.step, {} if fit is None else fit.arrays)
+    elif different := _differences(stored, whole.attributes):
+        raise JobError(f"the store at {target.uri} is another one: {'; '.join(different)}")
+    stored = complete_setup(target, whole.features, pending_index(whole.references))
+    features, done = whole.features, finished_shards(target, stored.hash)
+    blocks = BlockWriter(target, features.shards, done.values())
+    with Progress(features.shards, features.rows, list(done.values())) as progress:
+        for shard in range(features.shards):
+            if shard not in done:
+                done[shard] = record = _shard(whole, target, shard, stored.hash, threads)
+                blocks.add(record)
+                progress.advance(len(features.rows_of(shard)))
+                progress.shard_done(record)
+    finish(target, list(done.values()))
+    keep_card(target)
+    return features.shards
+
+
+def _differences(stored: StoreAttributes, asked: StoreAttributes) -> list[str]:
+    different = differences(stored.configuration.to_dict(), asked.configuration.to_dict())
+    if (stored.appended, stored.class_names) != (asked.appended, asked.class_names):
+        different.append("it is made of other stores, or in another order")
+    if stored.step_sha256 != asked.step_sha256:
+        different.append("it has other quantization steps")
+    return different
+
+
+def _shard(whole: Joined, target: Objects, shard: int, digest: str, threads: int) -> LedgerRecord:
+    seconds, rows, shard_rows = StageSeconds(), whole.features.rows_of(shard), whole.features.shard_rows
+
+    def read(piece: tuple[Part, range, int]) -> CopiedRows:
+        part, own, first = piece
+        with seconds.stage("read"):
+            copied = copied_rows(part.store, part.objects, part.index, own)
+        for outcome in copied.outcomes:
+            outcome.row += first
+        return copied
+
+    copied = CopiedRows()
+    for piece in in_order(read, _pieces(whole, rows, -(-len(rows) // threads)), threads):
+        copied.extend(piece)
+    companions = {}
+    if copied.guidance:
+        companions[layout.GUIDANCE] = layout.pack_shard(copied.guidance, shard_rows, index_first=True)[0]
+    if copied.embeddings:
+        companions[layout.EMBEDDING] = encode_embeddings(np.concatenate(copied.embeddings), shard_rows)
+    made_by = {"host": socket.gethostname(), "pid": str(os.getpid()), "device": "cpu", "upsampled_by": "merge"}
+    facts: dict[str, Any] = {"configuration_hash": digest, "clipped": _clipped(whole, rows), "made_by": made_by}
+    return write_shard(target, shard, shard_rows, copied.chunks, copied.outcomes, seconds, facts, companions)
+
+
+def _pieces(whole: Joined, rows: range, most: int) -> Iterator[tuple[Part, range, int]]:
+    """The parts that rows come from, in order, with their own numbers there and the number of their first row here.
+
+    Each piece is in one shard of its part, and has at most ``most`` rows.
+    """
+    for part, start in _starts(whole):
+        here = range(max(rows.start, start), min(rows.stop, start + len(part.store)))
+        shard_rows, row = part.store.layout.shard_rows, here.start - start
+        while row < here.stop - start:
+            end = min((row // shard_rows + 1) * shard_rows, row + most, here.stop - start)
+            yield part, range(row, end), start
+            row = end
+
+
+def _clipped(whole: Joined, rows: range) -> int:
+    """Number of clipped values: those of a part's shard count where its first row is, because rows have none."""
+    return sum(
+        count
+        for part, start in _starts(whole)
+        for shard, count in enumerate(part.clipped)
+        if start + shard * part.store.layout.shard_rows in rows
+    )
+
+
+def _starts(whole: Joined) -> Iterator[tuple[Part, int]]:
+    """The parts, and the number of their first row in the whole."""
+    start = 0
+    for part in whole.parts:
+        yield part, start
+        start += len(part.store)
