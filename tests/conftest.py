@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.helpers.s3_proxy import S3Proxy
+from tests.helpers.servers.s3_proxy import S3Proxy
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 if not torch.cuda.is_available():

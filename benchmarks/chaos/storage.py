@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.helpers.s3_proxy import S3Proxy
+from tests.helpers.servers.s3_proxy import S3Proxy
 
 __all__ = ["BUCKET", "Storage", "running_storage"]
 

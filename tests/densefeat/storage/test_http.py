@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from densefeat import FeatureStore, MissingFeatures, StorageUnavailable, StoreError, TorchFeatures, layout
 from densefeat.storage.objects import Objects
 from densefeat.storage.retries import is_transient
-from tests.helpers.http_servers import Server, serve
+from tests.helpers.servers.http_servers import Server, serve
 from tests.helpers.stores import FAILED_ROWS, ROWS, SHARD_ROWS, KnownStore, make_store, set_up_store, write_known_shard
 
 GOOD_ROWS = [row for row in range(ROWS) if row not in FAILED_ROWS]

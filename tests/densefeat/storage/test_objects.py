@@ -17,7 +17,7 @@ from densefeat.errors import StorageUnavailable
 from densefeat.storage.objects import Objects
 from pipeline.errors import JobError
 from pipeline.io.storage import check_writable
-from tests.helpers.s3_proxy import S3Proxy
+from tests.helpers.servers.s3_proxy import S3Proxy
 
 
 @pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.s3)])

@@ -9,7 +9,7 @@ import pytest
 
 from densefeat.storage.objects import Objects
 from densefeat.storage.places import open_uri
-from tests.helpers.s3_proxy import S3Proxy
+from tests.helpers.servers.s3_proxy import S3Proxy
 
 pytestmark = pytest.mark.s3
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from densefeat import FeatureStore, StoreError, StreamingFeatures, TorchFeatures, layout
 from densefeat.storage.objects import Objects
-from tests.helpers.s3_proxy import S3Proxy
+from tests.helpers.servers.s3_proxy import S3Proxy
 from tests.helpers.stores import FAILED_ROWS, ROWS, make_store
 
 GOOD_ROWS = [row for row in range(ROWS) if row not in FAILED_ROWS]

@@ -12,7 +12,7 @@ from pipeline.run.feature_worker import FeatureWorker
 from pipeline.run.planning.plan import make_plan
 from pipeline.run.ray import choose
 from tests.helpers.photographs import write_random_images
-from tests.helpers.s3_proxy import S3Proxy
+from tests.helpers.servers.s3_proxy import S3Proxy
 from tests.helpers.upsample_jobs import config
 
 pytestmark = pytest.mark.s3

@@ -17,7 +17,7 @@ import zarr
 import zarrs
 
 from densefeat import FeatureStore, layout
-from tests.helpers.http_servers import serve
+from tests.helpers.servers.http_servers import serve
 from tests.helpers.stores import (
     FAILED_ROWS,
     ROWS,

@@ -23,7 +23,7 @@ from pipeline.store.layout import delete_store, foreign_keys, remains
 from pipeline.store.lease import Lease
 from tests.helpers.killing import FORK, wait_for
 from tests.helpers.photographs import write_random_images
-from tests.helpers.s3_proxy import S3Proxy
+from tests.helpers.servers.s3_proxy import S3Proxy
 from tests.helpers.upsample_jobs import config
 
 BEAT_S, DEAD_S = 0.02, 0.6

@@ -13,7 +13,6 @@ from densefeat.page.library import Library
 from densefeat.rows.retired import Retired, read_retired
 from densefeat.storage.objects import Objects
 from pipeline.store.appending.growth import grow
-from pipeline.store.converting.convert import DenseStorage, convert
 from pipeline.store.layout import delete_store, existing_store, finish
 from pipeline.store.repair import rebuild_tables, take_out
 from pipeline.store.retirement import restore, restore_all, retire
@@ -184,21 +183,6 @@ def test_they_stay_out_when_the_store_is_repaired(known: KnownStore) -> None:
     check_out_of_use(known)
     rebuild_tables(objects, [])
     check_out_of_use(known)
-
-
-def test_a_conversion_leaves_them_out_for_good(known: KnownStore, tmp_path: Path) -> None:
-    retire(Objects(known.uri), OUT, REASON)
-    target = Objects(str(tmp_path / "converted"))
-    convert(FeatureStore(known.uri), target, DenseStorage("float16", 0, 4), resume=False, threads=2)
-    store = FeatureStore(target.uri)
-    assert store.rows_with_features.tolist() == IN_USE
-    assert (store.index["status"][5].as_py(), store.index["error"][5].as_py()) == ("retired", REASON)
-    assert problems(store) == []
-    check = StoreCheck(target.uri)
-    assert check.store() == []
-    assert [check.shard(shard) for shard in check.recorded] == [[]] * 3
-    restore_all(target)
-    assert store.rows_with_features.tolist() == IN_USE
 
 
 @pytest.mark.parametrize("damage", ["missing", "a flipped bit", "another list", "the attribute"])

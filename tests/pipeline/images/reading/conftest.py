@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.images.reading import fetch as read_fetch
 from pipeline.images.reading.hosts import Hosts
-from tests.helpers.web import Web, serving
+from tests.helpers.servers.web import Web, serving
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from pipeline.images.reading.read import read_images
 from pipeline.reporting.seconds import StageSeconds
 from schemas.index import REFERENCES
 from tests.helpers.photographs import photo
-from tests.helpers.web import Answer, Request, Web, body, serving, status
+from tests.helpers.servers.web import Answer, Request, Web, body, serving, status
 
 PATIENCE_S = 0.8
 BOUNDS = Bounds(connect_s=1.0, between_bytes_s=0.6, slack_s=2.0, in_all_s=4.0)

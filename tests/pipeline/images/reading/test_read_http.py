@@ -9,7 +9,7 @@ import pytest
 
 from densefeat.errors import StorageUnavailable
 from pipeline.errors import ImageError
-from tests.helpers.web import (
+from tests.helpers.servers.web import (
     Request,
     Web,
     body,

@@ -12,7 +12,7 @@ import pytest
 from densefeat.errors import StorageUnavailable
 from pipeline.errors import ImageError, JobError
 from pipeline.images.reading.read import read_images
-from tests.helpers.web import (
+from tests.helpers.servers.web import (
     Answer,
     Web,
     body,

@@ -23,7 +23,6 @@ from pipeline.store.appending.growth import has_keys_of
 from pipeline.store.converting.joining import joined
 from pipeline.store.converting.merge import merge
 from pipeline.store.layout import stored_attributes
-from pipeline.store.retirement import retire
 from pipeline.store.verify import StoreCheck
 from tests.helpers.killing import run_killed
 from tests.helpers.parts import GUIDANCE, STEP, Kind, make_part
@@ -331,36 +330,3 @@ def test_on_s3(tmp_path: Path, s3_bucket: str) -> None:
     assert remote.list().keys() == local.list().keys()
     assert all(remote.get(key) == local.get(key) for key in same)
     assert verify(VerifyConfig(store=f"{s3_bucket}/whole")) == 0
-
-
-def test_nothing_of_a_retired_row_is_copied(tmp_path: Path) -> None:
-    """Neither features, nor the image that guides them, nor its embedding: a merge is how they are got rid of."""
-    kind = Kind(compact=True, embedding=True)
-    one, other = str(tmp_path / "one"), str(tmp_path / "other")
-    make_part(one, 9, 4, kind, seed=1)
-    make_part(other, 6, 4, kind, seed=2)
-    gone = {uri: FeatureStore(uri).rows_with_features[1::2].tolist() for uri in (one, other)}
-    assert all(gone.values())
-    for uri, rows in gone.items():
-        retire(Objects(uri), rows, "consent withdrawn")
-    target = Objects(str(tmp_path / "merged"))
-    merge(joined([one, other], target.uri), target, resume=False, threads=2)
-    store, rows = FeatureStore(target.uri), {*gone[one], *(9 + row for row in gone[other])}
-    statuses, errors = (store.index[name].to_pylist() for name in ("status", "error"))
-    assert {row for row, status in enumerate(statuses) if status == "retired"} == rows
-    assert {errors[row] for row in rows} == {"consent withdrawn"}
-    for shard in range(store.layout.shards):
-        first = shard * store.layout.shard_rows
-        data = target.get(layout.shard_key(shard, layout.GUIDANCE))
-        images = layout.unpack_shard_index(data, store.layout.shard_rows, index_first=True)
-        features = layout.unpack_shard_index(target.get(layout.shard_key(shard)), store.layout.shard_rows)
-        vectors = layout.decode_values(target.get(layout.shard_key(shard, layout.EMBEDDING)), "float16", (4, -1))
-        for row in rows & {*store.layout.rows_of(shard)}:
-            assert images[row - first] is None
-            assert features[row - first] is None
-            assert np.isnan(vectors[row - first]).all()
-    assert "retired" not in store.attributes
-    assert problems(store) == []
-    check = StoreCheck(target.uri)
-    assert check.store() == []
-    assert [problem for shard in check.recorded for problem in check.shard(shard)] == []
