@@ -42,7 +42,7 @@ def in_order(
                 future.cancel()
 
 
-def results_of(futures: list[Future[Result] | None]) -> Iterator[Result | None]:
+def results_of(futures: list[Future[Any] | None]) -> Iterator[Any]:
     """Yield the results in order, None for None. The list is emptied, so that whoever takes the results alone has them.
 
     Raises:
