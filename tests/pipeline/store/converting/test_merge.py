@@ -25,7 +25,7 @@ from pipeline.store.converting.merge import merge
 from pipeline.store.layout import stored_attributes
 from pipeline.store.verify import StoreCheck
 from tests.helpers.killing import run_killed
-from tests.helpers.parts import GUIDANCE, STEP, Kind, make_part
+from tests.helpers.stores import GUIDANCE, STEP, Kind, make_part
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 

@@ -12,8 +12,7 @@ from pipeline.store.converting.joining import joined
 from pipeline.store.converting.merge import merge
 from pipeline.store.retirement import restore_all, retire
 from pipeline.store.verify import StoreCheck
-from tests.helpers.parts import Kind, make_part
-from tests.helpers.stores import FAILED_ROWS, ROWS, make_store
+from tests.helpers.stores import FAILED_ROWS, ROWS, Kind, make_part, make_store
 
 REASON = "consent withdrawn"
 OUT = (0, 5, FAILED_ROWS[1])
