@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from densefeat import layout
 from densefeat.errors import StoreError
-from densefeat.rows.retired import RETIRED, Retired, read_retired
+from densefeat.rows.retired import RETIRED
 from densefeat.storage.objects import Objects
 from densefeat.store import FeatureStore
 
@@ -94,7 +94,7 @@ def _appended(store: FeatureStore) -> Iterator[str]:
 
 def _retired(store: FeatureStore) -> Iterator[str]:
     """Whether the list of retired rows names each row of the store at most once, in order."""
-    rows = read_retired(store._objects, Retired.of(store.uri, store.attributes))["row"].to_numpy()
+    rows = store.retired["row"].to_numpy()
     if len(rows) and not (rows[0] >= 0 and rows[-1] < len(store) and (np.diff(rows) > 0).all()):
         yield f"the list of retired rows is not ascending, or has other rows than 0 … {len(store) - 1}"
 

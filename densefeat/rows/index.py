@@ -156,7 +156,16 @@ class IndexedRows:
         Raises:
             StoreError: the list of retired rows is missing or damaged.
         """
-        return with_retired(index, read_retired(self._objects, Retired.of(self.uri, self.attributes)))
+        return with_retired(index, self.retired)
+
+    @cached_property
+    def retired(self) -> pa.Table:
+        """The rows that were out of use when the store was opened, ascending: row, reason, since (UTC).
+
+        Raises:
+            StoreError: the list is missing or damaged.
+        """
+        return read_retired(self._objects, Retired.of(self.uri, self.attributes))
 
     @property
     def keys(self) -> list[str]:

@@ -22,7 +22,7 @@ from densefeat.storage.metadata import own_attributes, read_root
 from densefeat.storage.objects import Objects
 from densefeat.storage.parquet import parquet_bytes
 
-__all__ = ["restore", "restore_all", "retire"]
+__all__ = ["add", "restore", "restore_all", "retire"]
 
 _ATTRIBUTE = "retired"
 
@@ -42,12 +42,17 @@ def retire(objects: Objects, rows: Collection[int], reason: str, check: Callable
     Raises:
         StoreError: there is no store, or its list of retired rows is damaged.
     """
+    own = sorted(set(rows))
+    since = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    return add(objects, pa.table([own, [reason] * len(own), [since] * len(own)], schema=SCHEMA), check)
+
+
+def add(objects: Objects, retired: pa.Table, check: Callable[[], None] = lambda: None) -> int:
+    """Take the rows of a list (`densefeat.rows.retired.SCHEMA`) out of use; the rest is as for `retire`."""
     before = _read(objects)
-    new = sorted(set(rows) - set(before["row"].to_pylist()))
-    if new:
-        since = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-        added = pa.table([new, [reason] * len(new), [since] * len(new)], schema=SCHEMA)
-        _replace(objects, pa.concat_tables([before, added]).sort_by("row"), check)
+    new = retired.filter(pc.invert(pc.is_in(retired["row"], before["row"].combine_chunks())))
+    if len(new):
+        _replace(objects, pa.concat_tables([before, new]).sort_by("row"), check)
     return len(new)
 
 

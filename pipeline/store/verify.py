@@ -14,7 +14,6 @@ from densefeat.errors import StoreError
 from densefeat.rows.blocks import read_blocks
 from densefeat.rows.index import read_index
 from densefeat.rows.ledger import recorded_shards
-from densefeat.rows.retired import Retired, read_retired
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
 from densefeat.storage.parquet import read_parquet
@@ -188,7 +187,7 @@ class StoreCheck:
     def retired(self) -> list[str]:
         """Whether the list of rows that are out of use can be read."""
         try:
-            read_retired(self._objects, Retired.of(self._store.uri, self._store.attributes))
+            _ = self._store.retired
         except StoreError as error:
             return [str(error)]
         return []

@@ -29,6 +29,7 @@ from pipeline.store.converting.places import store_at
 from pipeline.store.fitted import stored_fit
 from pipeline.store.layout import claim, complete_setup, finish, step_sha256, stored_attributes
 from pipeline.store.reports import keep_card
+from pipeline.store.retirement import add
 from pipeline.store.shard import finished_shards, write_shard
 from schemas.attributes import StoreAttributes
 from schemas.configuration import StorageConfiguration, differences
@@ -86,6 +87,7 @@ def convert(source: FeatureStore, target: Objects, storage: DenseStorage, *, res
     asked = _attributes(source, storage, None).configuration
     if different := differences(stored.configuration.to_dict(), asked.to_dict()):
         raise JobError(f"the store at {target.uri} is another one: {'; '.join(different)}")
+    add(target, source.retired)  # a shard that is computed again must not bring rows back
     _write(source, target, features, stored.hash, threads)
     return features.shards
 

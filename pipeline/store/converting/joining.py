@@ -1,7 +1,7 @@
 """Check that stores can be one, and describe the store that they make together."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -12,6 +12,7 @@ from densefeat import layout
 from densefeat.errors import StoreError
 from densefeat.layout import FeatureLayout
 from densefeat.rows.index import stored_index
+from densefeat.rows.retired import SCHEMA
 from densefeat.storage.objects import Objects
 from densefeat.storage.parquet import read_parquet
 from densefeat.storage.places import encloses
@@ -84,6 +85,22 @@ class Joined:
     def fitted(self) -> Fitted:
         """What was fitted to the images of the first store; the others have it, too."""
         return self.parts[0].fitted
+
+    @property
+    def retired(self) -> pa.Table:
+        """The rows that are out of use in a part (`densefeat.rows.retired.SCHEMA`), with their numbers in the whole."""
+        lists = [
+            part.store.retired.set_column(0, SCHEMA.field("row"), pc.add(part.store.retired["row"], start))
+            for part, start in self.starts()
+        ]
+        return pa.concat_tables(table.cast(SCHEMA) for table in lists)
+
+    def starts(self) -> Iterator[tuple[Part, int]]:
+        """The parts, and the number of their first row in the whole."""
+        start = 0
+        for part in self.parts:
+            yield part, start
+            start += len(part.store)
 
 
 def joined(

@@ -20,6 +20,7 @@ from pipeline.store.converting.joining import Joined, Part
 from pipeline.store.converting.places import store_at
 from pipeline.store.layout import claim, complete_setup, finish
 from pipeline.store.reports import keep_card
+from pipeline.store.retirement import add
 from pipeline.store.shard import finished_shards, write_shard
 from schemas.attributes import StoreAttributes
 from schemas.configuration import differences
@@ -55,6 +56,7 @@ def merge(whole: Joined, target: Objects, *, resume: bool, threads: int) -> int:
     elif different := _differences(stored, whole.attributes):
         raise JobError(f"the store at {target.uri} is another one: {'; '.join(different)}")
     stored = complete_setup(target, whole.features, pending_index(whole.references))
+    add(target, whole.retired)  # a shard that is computed again must not bring rows back
     features, done = whole.features, finished_shards(target, stored.hash)
     blocks = BlockWriter(target, features.shards, done.values())
     with Progress(features.shards, features.rows, list(done.values())) as progress:
@@ -107,7 +109,7 @@ def _pieces(whole: Joined, rows: range, most: int) -> Iterator[tuple[Part, range
 
     Each piece is in one shard of its part, and has at most ``most`` rows.
     """
-    for part, start in _starts(whole):
+    for part, start in whole.starts():
         here = range(max(rows.start, start), min(rows.stop, start + len(part.store)))
         shard_rows, row = part.store.layout.shard_rows, here.start - start
         while row < here.stop - start:
@@ -120,15 +122,7 @@ def _clipped(whole: Joined, rows: range) -> int:
     """Number of clipped values: those of a part's shard count where its first row is, because rows have none."""
     return sum(
         count
-        for part, start in _starts(whole)
+        for part, start in whole.starts()
         for shard, count in enumerate(part.clipped)
         if start + shard * part.store.layout.shard_rows in rows
     )
-
-
-def _starts(whole: Joined) -> Iterator[tuple[Part, int]]:
-    """The parts, and the number of their first row in the whole."""
-    start = 0
-    for part in whole.parts:
-        yield part, start
-        start += len(part.store)

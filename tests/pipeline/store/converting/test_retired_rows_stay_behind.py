@@ -31,6 +31,7 @@ def test_a_conversion_leaves_them_out_for_good(tmp_path: Path) -> None:
     check = StoreCheck(target.uri)
     assert check.store() == []
     assert [check.shard(shard) for shard in check.recorded] == [[]] * 3
+    assert store.retired["row"].to_pylist() == sorted(OUT)
     restore_all(target)
     assert store.rows_with_features.tolist() == IN_USE
 
@@ -61,7 +62,7 @@ def test_nothing_of_a_retired_row_is_copied(tmp_path: Path) -> None:
             assert images[row - first] is None
             assert features[row - first] is None
             assert np.isnan(vectors[row - first]).all()
-    assert "retired" not in store.attributes
+    assert {*store.retired["row"].to_pylist()} == rows
     assert problems(store) == []
     check = StoreCheck(target.uri)
     assert check.store() == []
