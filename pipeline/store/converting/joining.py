@@ -87,6 +87,11 @@ class Joined:
         return self.parts[0].fitted
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its features, as stored."""
+        return sum(pc.sum(part.index["chunk_nbytes"]).as_py() or 0 for part in self.parts)
+
+    @property
     def retired(self) -> pa.Table:
         """The rows that are out of use in a part (`densefeat.rows.retired.SCHEMA`), with their numbers in the whole."""
         lists = [

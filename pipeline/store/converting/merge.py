@@ -22,6 +22,7 @@ from pipeline.store.layout import claim, complete_setup, finish
 from pipeline.store.reports import keep_card
 from pipeline.store.retirement import add
 from pipeline.store.shard import finished_shards, write_shard
+from pipeline.store.space import check_space
 from schemas.attributes import StoreAttributes
 from schemas.configuration import differences
 from schemas.index import pending_index
@@ -46,7 +47,8 @@ def merge(whole: Joined, target: Objects, *, resume: bool, threads: int) -> int:
         Number of shards.
 
     Raises:
-        JobError: there is a store at the location and ``resume`` is not set, or it is another one.
+        JobError: there is a store at the location and ``resume`` is not set, or it is another one; or a local disk has
+            no space for it.
         StoreError: a chunk of a store is missing or damaged; shards before it are done.
     """
     stored = store_at(target, resume=resume)
@@ -58,6 +60,8 @@ def merge(whole: Joined, target: Objects, *, resume: bool, threads: int) -> int:
     stored = complete_setup(target, whole.features, pending_index(whole.references))
     add(target, whole.retired)  # a shard that is computed again must not bring rows back
     features, done = whole.features, finished_shards(target, stored.hash)
+    share = 1 - len(done) / features.shards
+    check_space(target, share * whole.nbytes, "free some, and continue with --resume")
     blocks = BlockWriter(target, features.shards, done.values())
     with Progress(features.shards, features.rows, list(done.values())) as progress:
         for shard in range(features.shards):

@@ -330,3 +330,20 @@ def test_on_s3(tmp_path: Path, s3_bucket: str) -> None:
     assert remote.list().keys() == local.list().keys()
     assert all(remote.get(key) == local.get(key) for key in same)
     assert verify(VerifyConfig(store=f"{s3_bucket}/whole")) == 0
+
+
+def test_no_space_is_said_before_a_row_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "other"):
+        make_part(str(tmp_path / name), 9, 4, Kind())
+    output = Objects(str(tmp_path / "merged"))
+    whole = joined([str(tmp_path / "one"), str(tmp_path / "other")], output.uri)
+    stored = sum(sum(Objects(str(tmp_path / name)).list("features/c").values()) for name in ("one", "other"))
+    assert 0.9 * stored < whole.nbytes < stored
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(whole.nbytes / 2)))
+    with pytest.raises(JobError, match=r"no space for .*merged.*free some, and continue with --resume"):
+        merge(whole, output, resume=False, threads=2)
+    assert not list((tmp_path / "merged" / "features").glob("c/**/*"))
+    monkeypatch.undo()
+    merge(whole, output, resume=True, threads=2)
+    assert StoreCheck(output.uri).store() == []
