@@ -77,7 +77,7 @@ def _is_worker(process: psutil.Process) -> bool:
 @pytest.fixture(scope="module")
 def undisturbed(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     store = tmp_path_factory.mktemp("undisturbed") / "store"
-    finished = run(command(photographs, store))
+    finished = run(command(photographs, store, "--workers", "0"))
     assert finished.returncode == 0, finished.stderr
     assert "Traceback" not in finished.stderr
     assert f"{IMAGES} with features, 0 failed" in finished.stderr
@@ -108,10 +108,11 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(
     # What was half-written is nobody's a day later.
     for path in store.rglob(".*.partial"):
         os.utime(path, (0, 0))
-    assert run(command(photographs, store, "--resume")).returncode == 0
+    assert run(command(photographs, store, "--resume", "--workers", "0")).returncode == 0
     assert list(store.rglob(".*.partial")) == []
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced(photographs: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     store = tmp_path / "store"
     job = start(command(photographs, store))

@@ -43,7 +43,7 @@ def check(cache, arch, dtype):
         assert report["matrix_units"], report
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_compiles(arch, tmp_path):
     check(tmp_path, arch, "float16")
 

@@ -30,7 +30,7 @@ def training(uri: str, folder: Path, workers: int, seconds: float = 0) -> "subpr
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_killed_training_goes_on_with_the_same_samples(tmp_path: Path, workers: int) -> None:
     known = make_store(str(tmp_path / "store"))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -61,7 +61,8 @@ def test_ctrl_c_ends_a_program_that_waits_for_the_storage(tmp_path: Path) -> Non
     shard.unlink()
     os.mkfifo(shard)  # whoever opens it waits for a writer, as for a server that does not answer
     program = (
-        "import sys; from densefeat import StreamingFeatures\n"
+        "import signal, sys; from densefeat import StreamingFeatures\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the tests may run in the background
         "dataset = StreamingFeatures(sys.argv[1], 2, shuffle=False); print('reading', flush=True)\n"
         "for batch in dataset: print(batch['row'])"
     )
@@ -82,7 +83,7 @@ def test_ctrl_c_ends_a_program_that_waits_for_the_storage(tmp_path: Path) -> Non
 
 @pytest.mark.s3
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_epochs_from_s3_through_faults(s3_bucket: str, s3_proxy: S3Proxy, start_method: str) -> None:
     known = make_store(f"{s3_bucket}/store")

@@ -30,7 +30,7 @@ def write_masks(uri: str, store: FeatureStore) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("place", ["local", pytest.param("s3", marks=pytest.mark.s3)])
+@pytest.mark.parametrize("place", ["local", pytest.param("s3", marks=[pytest.mark.s3, pytest.mark.slow])])
 def test_the_probe_learns(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     assert len(PROGRAM.strip().splitlines()) <= 30
     root = str(tmp_path) if place == "local" else request.getfixturevalue("s3_bucket")

@@ -24,7 +24,10 @@ EVERY_KERNEL = (
 )
 LARGEST = "learned_codes"
 # Half features with float32 guidance are "float16/float32".
-SOME = [(80, "float16", 3, EVERY_KERNEL), (90, "float16", 3, EVERY_KERNEL)]
+SOME = [
+    pytest.param((80, "float16", 3, EVERY_KERNEL), marks=pytest.mark.slow),
+    (90, "float16", 3, EVERY_KERNEL),
+]
 ALL = [(80, "float32", 3), (100, "bfloat16", 3)]
 ALL += [(arch, dtype, radius) for arch in SHARED_MEMORY for dtype in ("float16", "float32") for radius in (1, 3, 7)]
 ALL += [(90, "float16/float32", 3), (90, "bfloat16", 5)]
