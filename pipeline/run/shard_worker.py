@@ -36,6 +36,7 @@ from pipeline.run.feature_worker import FeatureWorker, WorkerSpec
 from pipeline.run.recipe import Stages, UpsampleRecipe
 from pipeline.store.appending.grown_shard import done_or_kept
 from pipeline.store.calibration import Calibration
+from pipeline.store.shard import NewShard
 from pipeline.upsamplers.fitting import Fitting, UpsamplerFit
 from pipeline.upsamplers.interface import Projected, Stored, with_nonfinite
 from schemas.index import OK
@@ -205,7 +206,8 @@ class ShardWorker(FeatureWorker):
             companions[layout.EMBEDDING] = kept.embedding_object(embeddings, shard_rows)
         facts = {"configuration_hash": encoding.configuration_hash, "clipped": clipped, "made_by": self.made_by()}
         with storage_explained(store.uri):
-            return kept.write(store, shard, shard_rows, results_of(chunks), outcomes, seconds, facts, companions)
+            new = NewShard(shard, shard_rows, results_of(chunks), outcomes, facts, seconds, companions)
+            return kept.write(store, new)
 
     def _codes(
         self,

@@ -27,8 +27,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from densefeat import layout
@@ -45,10 +44,10 @@ from schemas.ledger import LedgerRecord, RowOutcome, outcomes_table
 
 __all__ = [
     "REPAIR",
+    "NewShard",
     "check_same_store",
     "committed",
     "finished_shards",
-    "packed",
     "read_record",
     "recorded",
     "write_shard",
@@ -60,27 +59,49 @@ _LEDGER_KEY = re.compile(re.escape(layout.LEDGER) + r"/(\d{6,})\.parquet")
 REPAIR = "run jobs/verify_store.py --repair, then this job with --resume"
 
 
-def write_shard(
-    objects: Objects,
-    shard: int,
-    shard_rows: int,
-    chunks: Iterable[bytes | None],
-    outcomes: Sequence[RowOutcome],
-    seconds: StageSeconds,
-    facts: dict[str, Any],
-    companions: Mapping[str, bytes] = MappingProxyType({}),
-) -> LedgerRecord:
-    """Write the objects of a whole shard, then commit it by writing its ledger record.
+@dataclass(frozen=True, eq=False)
+class NewShard:
+    """A shard that was made, to be packed and committed.
 
-    Args:
-        objects: the store.
-        shard: shard number.
-        shard_rows: rows of a full shard (the last shard may have fewer).
-        chunks: encoded features of the rows; None for a row that failed. See `densefeat.layout.pack_shard`.
-        outcomes: of the rows; ``chunk_offset`` and ``chunk_nbytes`` are set here.
+    Attributes:
+        shard: its number.
+        shard_rows: rows of a full shard (the last one may have fewer).
+        chunks: encoded features of the rows, in order; None for a row that failed. See `densefeat.layout.pack_shard`.
+        outcomes: of the rows; packing sets their ``chunk_offset`` and ``chunk_nbytes``.
+        facts: fields of the record: configuration_hash, clipped, made_by.
         seconds: time spent on the shard so far; the time of writing is added.
-        facts: the other fields of the record: configuration_hash, clipped, made_by.
         companions: array -> its object, for each array besides the features.
+    """
+
+    shard: int
+    shard_rows: int
+    chunks: Iterable[bytes | None]
+    outcomes: Sequence[RowOutcome]
+    facts: dict[str, Any]
+    seconds: StageSeconds = field(default_factory=StageSeconds)
+    companions: Mapping[str, bytes] = field(default_factory=dict)
+
+    def packed(self) -> tuple[LedgerRecord, bytes]:
+        """The record of the shard, and the object of its features."""
+        data, places = layout.pack_shard(self.chunks, self.shard_rows)
+        for outcome, place in zip(self.outcomes, places, strict=True):
+            outcome.chunk_offset, outcome.chunk_nbytes = place or (None, None)
+        ok = sum(outcome.ok for outcome in self.outcomes)
+        record = LedgerRecord(
+            shard=self.shard,
+            rows_ok=ok,
+            rows_failed=len(self.outcomes) - ok,
+            seconds=self.seconds.total(),
+            outcomes=outcomes_table(self.outcomes),
+            companions={array: _described(companion) for array, companion in self.companions.items()},
+            **_described(data),
+            **self.facts,
+        )
+        return record, data
+
+
+def write_shard(objects: Objects, new: NewShard) -> LedgerRecord:
+    """Write the objects of a whole shard to a store, then commit it by writing its ledger record.
 
     Returns:
         The committed record; that of another job, if it was first.
@@ -89,52 +110,25 @@ def write_shard(
         JobError: the store was replaced, or the existing shard has another configuration.
         OSError: the storage failed.
     """
-    record, data = packed(shard, shard_rows, chunks, outcomes, seconds, facts, companions)
+    record, data = new.packed()
     check_same_store(objects, record.configuration_hash)
-    if (found := recorded(objects, shard, record.configuration_hash)) is not None:
-        return _with_recorded(objects, found, record, {**companions, layout.FEATURES: data})
-    with seconds.stage("write"):
-        objects.put(layout.intent_key(shard, record.sha256), record.to_bytes())
-        there = {array: _create_companion(objects, record, array, of) for array, of in companions.items()}
+    if (found := recorded(objects, new.shard, record.configuration_hash)) is not None:
+        return _with_recorded(objects, found, record, {**new.companions, layout.FEATURES: data})
+    with new.seconds.stage("write"):
+        objects.put(layout.intent_key(new.shard, record.sha256), record.to_bytes())
+        there = {array: _create_companion(objects, record, array, of) for array, of in new.companions.items()}
         try:
-            objects.create(layout.shard_key(shard), data)
+            objects.create(layout.shard_key(new.shard), data)
             ours = True
         except FileExistsError:
             ours = False
-    to_commit = replace(record, seconds=seconds.total()) if ours else _record_of_object(objects, record)
+    to_commit = replace(record, seconds=new.seconds.total()) if ours else _record_of_object(objects, record)
     committed_record = _commit(objects, replace(to_commit, companions=there))
     for sha256 in {record.sha256, committed_record.sha256}:
-        objects.delete(layout.intent_key(shard, sha256))
+        objects.delete(layout.intent_key(new.shard, sha256))
     if committed_record.sha256 != record.sha256:
         _log_adopted(committed_record)
     return committed_record
-
-
-def packed(
-    shard: int,
-    shard_rows: int,
-    chunks: Iterable[bytes | None],
-    outcomes: Sequence[RowOutcome],
-    seconds: StageSeconds,
-    facts: dict[str, Any],
-    companions: Mapping[str, bytes],
-) -> tuple[LedgerRecord, bytes]:
-    """The record of a shard, and the object of its features; arguments as for `write_shard`."""
-    data, places = layout.pack_shard(chunks, shard_rows)
-    for outcome, place in zip(outcomes, places, strict=True):
-        outcome.chunk_offset, outcome.chunk_nbytes = place or (None, None)
-    ok = sum(outcome.ok for outcome in outcomes)
-    record = LedgerRecord(
-        shard=shard,
-        rows_ok=ok,
-        rows_failed=len(outcomes) - ok,
-        seconds=seconds.total(),
-        outcomes=outcomes_table(outcomes),
-        companions={array: _described(companion) for array, companion in companions.items()},
-        **_described(data),
-        **facts,
-    )
-    return record, data
 
 
 def committed(objects: Objects, shard: int, configuration_hash: str, rows: int) -> LedgerRecord | None:

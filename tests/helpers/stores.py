@@ -14,11 +14,10 @@ from densefeat.storage.guidance import QUALITY, encode_guidance
 from densefeat.storage.objects import Objects
 from pipeline.features.pca import Basis
 from pipeline.images.listing.source import keys_digest
-from pipeline.reporting.seconds import StageSeconds
 from pipeline.store.appending.grown_shard import done_or_kept
 from pipeline.store.appending.growth import Growth
 from pipeline.store.layout import claim, complete_setup, finish, set_up, step_sha256
-from pipeline.store.shard import finished_shards, write_shard
+from pipeline.store.shard import NewShard, finished_shards, write_shard
 from pipeline.upsamplers.fitting import UpsamplerFit
 from schemas.attributes import AppendedSource, StoreAttributes
 from schemas.configuration import (
@@ -124,7 +123,7 @@ def write_known_shard(store: KnownStore, shard: int) -> LedgerRecord:
     outcomes = [outcome(row) for row in rows]
     chunks = [layout.encode_chunk(store.codes[o.row]) if o.ok else None for o in outcomes]
     facts = {"configuration_hash": store.configuration_hash, "clipped": 0, "made_by": {"host": "test"}}
-    return write_shard(Objects(store.uri), shard, SHARD_ROWS, chunks, outcomes, StageSeconds(), facts)
+    return write_shard(Objects(store.uri), NewShard(shard, SHARD_ROWS, chunks, outcomes, facts))
 
 
 def make_store(uri: str, dtype: str = "int8", source: dict[str, Any] | None = None) -> KnownStore:
@@ -166,7 +165,7 @@ def make_new_rows(known: KnownStore, shard: int, rows: int, seed: int = 5, embed
         vectors = np.arange(D * len(outcomes)).reshape(-1, D) + 100 * seed
         companions[layout.EMBEDDING] = kept.embedding_object([vectors.astype(np.float16)], SHARD_ROWS)
     facts = {"configuration_hash": known.configuration_hash, "clipped": 1, "made_by": {"host": "later"}}
-    return kept.write(objects, shard, SHARD_ROWS, chunks, outcomes, StageSeconds(), facts, companions)
+    return kept.write(objects, NewShard(shard, SHARD_ROWS, chunks, outcomes, facts, companions=companions))
 
 
 def finished(known: KnownStore, rows: int, seed: int = 5) -> None:
@@ -280,5 +279,7 @@ def make_part(uri: str, rows: int, shard_rows: int, kind: Kind, seed: int = 0, *
         if kind.embedding:
             companions[layout.EMBEDDING] = encode_embeddings(np.array(vectors, np.float16), shard_rows)
         facts = {"configuration_hash": attributes.hash, "clipped": shard + 1, "made_by": {"host": "test"}}
-        records.append(write_shard(objects, shard, shard_rows, chunks, outcomes, StageSeconds(), facts, companions))
+        records.append(
+            write_shard(objects, NewShard(shard, shard_rows, chunks, outcomes, facts, companions=companions))
+        )
     finish(objects, records)

@@ -31,8 +31,7 @@ from densefeat import layout
 from densefeat.rows.embeddings import encode_embeddings
 from densefeat.storage.objects import Objects
 from pipeline.errors import JobError
-from pipeline.reporting.seconds import StageSeconds
-from pipeline.store.shard import REPAIR, check_same_store, committed, packed, recorded, write_shard
+from pipeline.store.shard import REPAIR, NewShard, check_same_store, committed, recorded, write_shard
 from schemas.ledger import LedgerRecord, RowOutcome
 
 __all__ = ["KeptRows", "decision", "done_or_kept"]
@@ -72,28 +71,12 @@ class KeptRows:
         kept = [] if self.embedding is None else [self.embedding]
         return encode_embeddings(np.concatenate([*kept, *embeddings]), shard_rows)
 
-    def write(
-        self,
-        objects: Objects,
-        shard: int,
-        shard_rows: int,
-        chunks: Iterable[bytes | None],
-        outcomes: Sequence[RowOutcome],
-        seconds: StageSeconds,
-        facts: dict[str, Any],
-        companions: Mapping[str, bytes],
-    ) -> LedgerRecord:
+    def write(self, objects: Objects, new: NewShard) -> LedgerRecord:
         """Write and commit the shard with new rows; a shard without kept rows is written by `write_shard`.
 
         Args:
             objects: the store.
-            shard: shard number.
-            shard_rows: rows of a full shard.
-            chunks: encoded features of the new rows.
-            outcomes: of the new rows.
-            seconds: as for `write_shard`.
-            facts: as for `write_shard`, of the new rows.
-            companions: array -> its object, with the kept rows.
+            new: the new rows of the shard; its companions have the kept rows, too.
 
         Returns:
             The committed record; that of another worker, if it was first.
@@ -103,21 +86,20 @@ class KeptRows:
             OSError: the storage failed.
         """
         if self.record is None:
-            record = write_shard(objects, shard, shard_rows, chunks, outcomes, seconds, facts, companions)
-            if record.rows < len(outcomes):
+            record = write_shard(objects, new)
+            if record.rows < len(new.outcomes):
                 raise JobError(
-                    f"{objects.uri}: another job wrote shard {shard} without the rows that were appended to it: run "
-                    "the same command again"
+                    f"{objects.uri}: another job wrote shard {new.shard} without the rows that were appended to it: "
+                    "run the same command again"
                 )
             return record
         places = [(outcome.chunk_offset, outcome.chunk_nbytes) for outcome in self.outcomes]
-        record, data = packed(
-            shard, shard_rows, [*self.chunks, *chunks], [*self.outcomes, *outcomes], seconds, facts, companions
-        )
+        chunks, outcomes = itertools.chain(self.chunks, new.chunks), [*self.outcomes, *new.outcomes]
+        record, data = replace(new, chunks=chunks, outcomes=outcomes).packed()
         if places != [(outcome.chunk_offset, outcome.chunk_nbytes) for outcome in self.outcomes]:
             raise JobError(
-                f"{objects.uri}: rows cannot be appended to shard {shard}, because its chunks are not in the order of "
-                "its rows: another program wrote it"
+                f"{objects.uri}: rows cannot be appended to shard {new.shard}, because its chunks are not in the order "
+                "of its rows: another program wrote it"
             )
         before = self.record.seconds
         record = replace(
@@ -127,7 +109,7 @@ class KeptRows:
                 name: before.get(name, 0.0) + record.seconds.get(name, 0.0) for name in {**before, **record.seconds}
             },
         )
-        return _decide(objects, record, {**companions, layout.FEATURES: data})
+        return _decide(objects, record, {**new.companions, layout.FEATURES: data})
 
 
 def done_or_kept(

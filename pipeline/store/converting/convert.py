@@ -30,7 +30,7 @@ from pipeline.store.fitted import stored_fit
 from pipeline.store.layout import claim, complete_setup, finish, step_sha256, stored_attributes
 from pipeline.store.reports import keep_card
 from pipeline.store.retirement import add
-from pipeline.store.shard import finished_shards, write_shard
+from pipeline.store.shard import NewShard, finished_shards, write_shard
 from schemas.attributes import StoreAttributes
 from schemas.configuration import StorageConfiguration, differences
 from schemas.index import OK, PENDING, REFERENCES, pending_index
@@ -178,7 +178,7 @@ def _shard(
     companions = {layout.EMBEDDING: _embeddings(source, outcomes, features.shard_rows)} if source.has_embedding else {}
     made_by = {"host": socket.gethostname(), "pid": str(os.getpid()), "device": "cpu", "upsampled_by": "conversion"}
     facts: dict[str, Any] = {"configuration_hash": digest, "clipped": sum(clipped), "made_by": made_by}
-    return write_shard(target, shard, features.shard_rows, chunks, outcomes, seconds, facts, companions)
+    return write_shard(target, NewShard(shard, features.shard_rows, chunks, outcomes, facts, seconds, companions))
 
 
 def _embeddings(source: FeatureStore, outcomes: list[RowOutcome], shard_rows: int) -> bytes:

@@ -21,7 +21,7 @@ from pipeline.store.converting.places import store_at
 from pipeline.store.layout import claim, complete_setup, finish
 from pipeline.store.reports import keep_card
 from pipeline.store.retirement import add
-from pipeline.store.shard import finished_shards, write_shard
+from pipeline.store.shard import NewShard, finished_shards, write_shard
 from pipeline.store.space import check_space
 from schemas.attributes import StoreAttributes
 from schemas.configuration import differences
@@ -105,7 +105,7 @@ def _shard(whole: Joined, target: Objects, shard: int, digest: str, threads: int
         companions[layout.EMBEDDING] = encode_embeddings(np.concatenate(copied.embeddings), shard_rows)
     made_by = {"host": socket.gethostname(), "pid": str(os.getpid()), "device": "cpu", "upsampled_by": "merge"}
     facts: dict[str, Any] = {"configuration_hash": digest, "clipped": _clipped(whole, rows), "made_by": made_by}
-    return write_shard(target, shard, shard_rows, copied.chunks, copied.outcomes, seconds, facts, companions)
+    return write_shard(target, NewShard(shard, shard_rows, copied.chunks, copied.outcomes, facts, seconds, companions))
 
 
 def _pieces(whole: Joined, rows: range, most: int) -> Iterator[tuple[Part, range, int]]:

@@ -13,9 +13,8 @@ from densefeat import layout
 from densefeat.layout import INDEX, FeatureLayout
 from densefeat.storage.objects import Objects
 from densefeat.storage.parquet import parquet_bytes, read_parquet
-from pipeline.reporting.seconds import StageSeconds
 from pipeline.store.layout import finish, set_up, step_sha256
-from pipeline.store.shard import write_shard
+from pipeline.store.shard import NewShard, write_shard
 from schemas.attributes import StoreAttributes
 from schemas.index import OK, REFERENCES, pending_index
 from schemas.ledger import RowOutcome
@@ -95,7 +94,7 @@ def written_store(
         codes = [rng.normal(0, 40, shape).clip(-127, 127).astype(dtype) for _ in outcomes]
         chunks = [layout.encode_chunk(one) if o.ok else None for one, o in zip(codes, outcomes, strict=True)]
         facts = {"configuration_hash": attributes.hash, "clipped": 0, "made_by": {"host": "test"}}
-        records.append(write_shard(objects, shard, shard_rows, chunks, outcomes, StageSeconds(), facts))
+        records.append(write_shard(objects, NewShard(shard, shard_rows, chunks, outcomes, facts)))
     if shards is None:
         finish(objects, records)
     return uri

@@ -16,9 +16,8 @@ from pipeline.evaluate.data.comparison import Comparison
 from pipeline.evaluate.data.sides import Side
 from pipeline.features.pca import Basis
 from pipeline.images.listing.source import keys_digest
-from pipeline.reporting.seconds import StageSeconds
 from pipeline.store.layout import finish, set_up
-from pipeline.store.shard import write_shard
+from pipeline.store.shard import NewShard, write_shard
 from schemas.attributes import StoreAttributes
 from schemas.configuration import (
     GeometryConfiguration,
@@ -87,7 +86,7 @@ def store_of(
     ]
     chunks = [None if one is None else layout.encode_chunk(one.astype(np.float16)) for one in features.values()]
     facts = {"configuration_hash": attributes.hash, "clipped": 0, "made_by": {"device": "test"}}
-    finish(objects, [write_shard(objects, 0, rows, chunks, outcomes, StageSeconds(), facts)])
+    finish(objects, [write_shard(objects, NewShard(0, rows, chunks, outcomes, facts))])
     return str(folder)
 
 

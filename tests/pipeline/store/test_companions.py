@@ -11,9 +11,8 @@ import pytest
 from densefeat import layout
 from densefeat.storage.objects import Objects
 from pipeline.errors import JobError
-from pipeline.reporting.seconds import StageSeconds
 from pipeline.store.repair import withdraw
-from pipeline.store.shard import committed, finished_shards, read_record, write_shard
+from pipeline.store.shard import NewShard, committed, finished_shards, read_record, write_shard
 from pipeline.store.verify import StoreCheck
 from schemas.ledger import LedgerRecord
 from tests.helpers.killing import FORK, run_killed
@@ -34,7 +33,7 @@ def write(known: KnownStore, companions: dict[str, bytes], shard: int = 0) -> Le
     outcomes = [outcome(row) for row in range(shard * SHARD_ROWS, (shard + 1) * SHARD_ROWS)]
     chunks = [layout.encode_chunk(known.codes[o.row]) if o.ok else None for o in outcomes]
     facts = {"configuration_hash": known.configuration_hash, "clipped": 0, "made_by": {"host": "test"}}
-    return write_shard(Objects(known.uri), shard, SHARD_ROWS, chunks, outcomes, StageSeconds(), facts, companions)
+    return write_shard(Objects(known.uri), NewShard(shard, SHARD_ROWS, chunks, outcomes, facts, companions=companions))
 
 
 def of(name: str) -> dict[str, bytes]:

@@ -13,10 +13,9 @@ import pytest
 from densefeat import FeatureStore, layout
 from densefeat.storage.objects import Objects
 from pipeline.errors import JobError
-from pipeline.reporting.seconds import StageSeconds
 from pipeline.store.layout import finish
 from pipeline.store.repair import take_out
-from pipeline.store.shard import committed, finished_shards, read_record, write_shard
+from pipeline.store.shard import NewShard, committed, finished_shards, read_record, write_shard
 from pipeline.store.verify import StoreCheck
 from schemas.ledger import LedgerRecord, RowOutcome
 from tests.helpers.killing import FORK, run_killed
@@ -246,6 +245,6 @@ def test_a_job_whose_store_was_replaced_writes_nothing(known: KnownStore) -> Non
 def test_a_shard_without_features_is_committed_too(known: KnownStore) -> None:
     outcomes = [RowOutcome(row, "corrupt", "cut off") for row in range(SHARD_ROWS)]
     facts = {"configuration_hash": known.configuration_hash, "clipped": 0, "made_by": {"host": "test"}}
-    record = write_shard(Objects(known.uri), 0, SHARD_ROWS, [None] * 4, outcomes, StageSeconds(), facts)
+    record = write_shard(Objects(known.uri), NewShard(0, SHARD_ROWS, [None] * 4, outcomes, facts))
     assert (record.rows_ok, record.rows_failed) == (0, 4)
     assert is_consistent(known, 0) == record

@@ -10,12 +10,11 @@ import pytest
 from densefeat import FeatureStore, layout
 from densefeat.storage.objects import Objects
 from pipeline.errors import JobError
-from pipeline.reporting.seconds import StageSeconds
 from pipeline.store.appending.grown_shard import KeptRows, decision, done_or_kept
 from pipeline.store.appending.growth import grow
 from pipeline.store.layout import delete_store, finish, foreign_keys
 from pipeline.store.repair import withdraw
-from pipeline.store.shard import finished_shards, read_record, write_shard
+from pipeline.store.shard import NewShard, finished_shards, read_record, write_shard
 from pipeline.store.verify import StoreCheck
 from schemas.ledger import LedgerRecord, RowOutcome
 from tests.helpers.killing import run_killed
@@ -127,7 +126,7 @@ def test_a_decision_of_another_worker_is_taken(tmp_path: Path, caplog: pytest.Lo
         outcomes = [RowOutcome(ROWS, "corrupt", "cut off")]
         facts = {"configuration_hash": known.configuration_hash, "clipped": 0, "made_by": {"host": "slow"}}
         companions = dict.fromkeys(layout.COMPANIONS, b"of the slow one")
-        return slow.write(objects, LAST, SHARD_ROWS, [None], outcomes, StageSeconds(), facts, companions)
+        return slow.write(objects, NewShard(LAST, SHARD_ROWS, [None], outcomes, facts, companions=companions))
 
     record = write()
     assert "another worker decided" in caplog.text
@@ -169,7 +168,7 @@ def test_a_worker_of_an_earlier_run_damages_nothing(tmp_path: Path) -> None:
     facts = {"configuration_hash": known.configuration_hash, "clipped": 1, "made_by": {"host": "zombie"}}
 
     def come_back() -> LedgerRecord:
-        return write_shard(objects, LAST, SHARD_ROWS, chunks, outcomes, StageSeconds(), facts, companions)
+        return write_shard(objects, NewShard(LAST, SHARD_ROWS, chunks, outcomes, facts, companions=companions))
 
     assert come_back() == old
     assert run_killed(4, lambda: make_new_rows(known, LAST, SHARD_ROWS, 7, embedded=True))  # objects, no record
