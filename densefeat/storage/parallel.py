@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-__all__ = ["PARALLEL_REQUESTS", "Threads", "in_order", "results_of"]
+__all__ = ["PARALLEL_REQUESTS", "Threads", "emptied", "in_order", "results_of"]
 
 # Small objects at once: enough to hide the latency of an object store, few enough for its limits and for file handles.
 PARALLEL_REQUESTS = 32
@@ -42,15 +42,20 @@ def in_order(
                 future.cancel()
 
 
+def emptied(items: list[Item]) -> Iterator[Item]:
+    """Yield the items in order, and take them out of the list, so that whoever gets them alone has them."""
+    items.reverse()
+    while items:
+        yield items.pop()
+
+
 def results_of(futures: list[Future[Any] | None]) -> Iterator[Any]:
-    """Yield the results in order, None for None. The list is emptied, so that whoever takes the results alone has them.
+    """Yield the results in order, None for None, and empty the list.
 
     Raises:
         Exception: that of the first task that failed.
     """
-    futures.reverse()
-    while futures:
-        future = futures.pop()
+    for future in emptied(futures):
         yield None if future is None else future.result()
 
 

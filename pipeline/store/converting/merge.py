@@ -10,7 +10,7 @@ import numpy as np
 from densefeat import layout
 from densefeat.rows.embeddings import encode_embeddings
 from densefeat.storage.objects import Objects
-from densefeat.storage.parallel import in_order
+from densefeat.storage.parallel import emptied, in_order
 from pipeline.errors import JobError
 from pipeline.reporting.progress import Progress
 from pipeline.reporting.seconds import StageSeconds
@@ -100,12 +100,14 @@ def _shard(whole: Joined, target: Objects, shard: int, digest: str, threads: int
         copied.extend(piece)
     companions = {}
     if copied.guidance:
-        companions[layout.GUIDANCE] = layout.pack_shard(copied.guidance, shard_rows, index_first=True)[0]
+        companions[layout.GUIDANCE] = layout.pack_shard(emptied(copied.guidance), shard_rows, index_first=True)[0]
     if copied.embeddings:
         companions[layout.EMBEDDING] = encode_embeddings(np.concatenate(copied.embeddings), shard_rows)
     made_by = {"host": socket.gethostname(), "pid": str(os.getpid()), "device": "cpu", "upsampled_by": "merge"}
     facts: dict[str, Any] = {"configuration_hash": digest, "clipped": _clipped(whole, rows), "made_by": made_by}
-    return write_shard(target, NewShard(shard, shard_rows, copied.chunks, copied.outcomes, facts, seconds, companions))
+    return write_shard(
+        target, NewShard(shard, shard_rows, emptied(copied.chunks), copied.outcomes, facts, seconds, companions)
+    )
 
 
 def _pieces(whole: Joined, rows: range, most: int) -> Iterator[tuple[Part, range, int]]:
