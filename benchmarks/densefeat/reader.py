@@ -38,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        store = _store(options.images, Path(folder))
+        store = trial_store(options.images, Path(folder))
         several = store.rows_with_features[:8]
         reads = _measured(
             {
@@ -72,7 +72,8 @@ def main() -> None:
     print(json.dumps(row))
 
 
-def _store(images: str, folder: Path) -> FeatureStore:
+def trial_store(images: str, folder: Path) -> FeatureStore:
+    """A store of 60 photographs, made by the main job with the weights of the demonstration."""
     weights = folder / "weights.safetensors"
     write_weights(weights)
     arguments = [*main_job(images, weights), f"--store={folder}/store"]

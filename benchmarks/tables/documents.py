@@ -36,6 +36,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ray_data": scale.ray_data,
     "reader": performance.reader,
     "reading": reading.reading,
+    "memory": reading.memory,
     "page": performance.page,
     "jbu_parts": performance.jbu_parts,
     "jbu": performance.jbu,

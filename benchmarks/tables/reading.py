@@ -22,6 +22,18 @@ def reading() -> str:
     return "\n\n".join(parts)
 
 
+def memory() -> str:
+    """Memory of long epochs, one line, of the latest row."""
+    row = rows.read("memory")[-1]
+    peaks = [peak / 1e6 for peak in row["peak_bytes"]]
+    return (
+        f"{len(peaks)} epochs of {row['rows']:,} rows ({row['height']}×{row['width']}, k = {row['k']}) in batches of "
+        f"{row['batch']} with a buffer of {row['buffer_bytes'] / 2**20:.0f} MB, {row['float32_bytes'] / 1e9:,.0f} GB "
+        f"of float32 in all: the process had at most {max(peaks):,.0f} MB, {peaks[0]:,.0f} MB in the first epoch and "
+        f"{peaks[-1]:,.0f} MB in the last (`python -m benchmarks.densefeat.memory`)."
+    )
+
+
 def _random(random: dict[str, dict[str, float]]) -> str:
     table = [f"| random images, in flight | {' | '.join(random)} |", "|---|" + "---|" * len(random)]
     table += [
