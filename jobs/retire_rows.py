@@ -1,4 +1,4 @@
-"""Take rows of a store out of use, or back into use.
+"""Take rows of a store out of use, or take them back into use.
 
     python -m jobs.retire_rows --store features/ --keys n01440764/a.jpg n01440764/b.jpg --reason "blurred"
     python -m jobs.retire_rows --store features/ --keys-file withdrawn.txt --reason "consent withdrawn"
@@ -36,6 +36,8 @@ class RetireConfig:
     keys: tuple[str, ...] = ()
     # Text file with a key on each line.
     keys_file: Path | None = None
+    # Leave out keys that the store does not have: of a list for several stores.
+    ignore_unknown: bool = False
     # Why the rows are retired, in words: readers show it.
     reason: str | None = None
     # Take the rows back into use.
@@ -56,6 +58,8 @@ class RetireConfig:
             raise ValueError("--reason is for rows that are retired, not for those that are taken back")
         if not (self.restore or self.restore_all) and not (self.reason or "").strip():
             raise ValueError('--reason is missing: say why the rows are retired, such as --reason "consent withdrawn"')
+        if not (self.reason or "").isprintable():
+            raise ValueError(f"--reason must be one line of text: got {self.reason!r}")
 
 
 def retire_rows(config: RetireConfig) -> int:
@@ -70,7 +74,7 @@ def retire_rows(config: RetireConfig) -> int:
     from pipeline.io.storage import check_writable, storage_explained
     from pipeline.store.lease import Lease
     from pipeline.store.reports import keep_card
-    from pipeline.store.retirement import restore, restore_all, retire
+    from pipeline.store.retirement import restore, restore_all, retire, without_features
 
     store, objects = FeatureStore(config.store), Objects(config.store)
     rows = _rows(config, store)
@@ -78,21 +82,21 @@ def retire_rows(config: RetireConfig) -> int:
     with storage_explained(objects.uri), Lease(objects, None) as lease:
         if config.restore_all:
             restore_all(objects, lease.check)
-            logger.info("%s: no row is retired", config.store)
+            logger.info("%s: all rows that have features are in use", config.store)
         elif config.restore:
             changed = restore(objects, rows, lease.check)
-            logger.info(
-                "%s: %s in use again, %s were not retired", config.store, _counted(changed), len(rows) - changed
-            )
+            logger.info("%s: taken back into use: %s of %s rows", config.store, f"{changed:,}", f"{len(rows):,}")
         else:
             changed = retire(objects, rows, config.reason or "", lease.check)
-            logger.info("%s: %s retired, %s were before", config.store, _counted(changed), len(rows) - changed)
+            before = len(rows) - changed
+            logger.info("%s: rows retired: %s; retired already: %s", config.store, f"{changed:,}", f"{before:,}")
+        if (config.restore or config.restore_all) and (gone := without_features(objects)):
+            logger.warning(
+                "%s: rows that stay retired, because this store was converted or merged without their features: %s",
+                config.store, f"{len(gone):,}",
+            )  # fmt: skip
         keep_card(objects)
     return DONE
-
-
-def _counted(rows: int) -> str:
-    return f"{rows:,} row{'s' if rows != 1 else ''}"
 
 
 def _rows(config: RetireConfig, store: "FeatureStore") -> set[int]:
@@ -116,11 +120,13 @@ def _rows(config: RetireConfig, store: "FeatureStore") -> set[int]:
         if key in keys:
             found.add(row)
             unknown.discard(key)
-    if unknown:
+    if unknown and config.ignore_unknown:
+        logger.info("%s: keys that it does not have: %s of %s", config.store, f"{len(unknown):,}", f"{len(keys):,}")
+    elif unknown:
         shown = ", ".join(map(repr, sorted(unknown)[:_SHOWN])) + (", …" if len(unknown) > _SHOWN else "")
         raise JobError(
-            f"{config.store} has no row with {len(unknown):,} of the {len(keys):,} keys: {shown}. Nothing was changed; "
-            f"its keys look like {store.keys[0]!r}"
+            f"{config.store} does not have {len(unknown):,} of the {len(keys):,} keys: {shown}. Nothing was changed. "
+            f"Its keys look like {store.keys[0]!r}; --ignore-unknown leaves out those that it does not have"
         )
     return found
 
@@ -129,7 +135,8 @@ def _keys_of(file: Path) -> list[str]:
     from pipeline.errors import JobError
 
     try:
-        keys = [line for line in file.read_text(encoding="utf-8").splitlines() if line]
+        # Not splitlines: a key may have other characters that it takes for the end of a line.
+        keys = [key for line in file.read_bytes().decode("utf-8-sig").split("\n") if (key := line.removesuffix("\r"))]
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"--keys-file {file} cannot be read: {error}") from error
     if not keys:

@@ -92,7 +92,7 @@ def _repair(store: str, damaged: list[int], *, tables: bool) -> None:
         else:
             take_out(objects, damaged)
     if damaged:
-        logger.info("damaged shards deleted: run the main job with --resume to make them again")
+        logger.info("damaged shards deleted: run the job that made the store with --resume to make them again")
 
 
 if __name__ == "__main__":

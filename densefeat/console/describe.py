@@ -36,15 +36,14 @@ size_categories:
 from densefeat import FeatureStore  # pip install densefeat
 
 store = FeatureStore("…")  # the place of this folder: a path, s3://…, https://…
-features = store.read(0)  # [{k}, {height}, {width}] float32
+features = store.read(store.rows_with_features[0])  # [{k}, {height}, {width}] float32
 ```
 
 ## How they were made
 
 {made_table}
 
-Two stores with the same configuration hash hold the same features, up to differences between devices.
-`densefeat info` prints the whole configuration.
+Stores with the same configuration hash were computed in the same way. `densefeat info` prints the whole configuration.
 
 ## Images without features
 

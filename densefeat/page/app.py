@@ -26,6 +26,7 @@ from densefeat.page.guard import Guard
 from densefeat.page.library import Library, Shown
 from densefeat.page.photographs import PhotographMissing, Photographs, from_guidance
 from densefeat.page.sample import Match
+from densefeat.rows.retired import RETIRED
 from densefeat.similarity import Directions, NamedVectors
 
 __all__ = ["build_app"]
@@ -101,6 +102,8 @@ class Page:
 
         def make() -> bytes:
             record = listing.record(shown.store.index, row, shown.class_names)
+            if record["status"] == RETIRED:
+                raise PhotographMissing(f"{record['key']} is retired: {record['error']}")
             _, height, width = shown.store.shape
             try:
                 picture = self.photographs.read(record, (height, width), size)

@@ -15,10 +15,10 @@ from densefeat.rows.ledger import PENDING, check_columns
 from densefeat.storage.objects import Objects
 from densefeat.storage.parquet import read_parquet
 
-__all__ = ["RETIRED", "SCHEMA", "Retired", "read_retired", "with_retired"]
+__all__ = ["ATTRIBUTE", "RETIRED", "SCHEMA", "Retired", "read_retired", "with_retired"]
 
 RETIRED = "retired"  # the status of such a row
-_ATTRIBUTE = "retired"
+ATTRIBUTE = "retired"
 SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -47,9 +47,9 @@ class Retired:
         Raises:
             StoreError: it is damaged.
         """
-        if _ATTRIBUTE not in attributes:
+        if ATTRIBUTE not in attributes:
             return None
-        own = attributes[_ATTRIBUTE]
+        own = attributes[ATTRIBUTE]
         rows, digest = (own.get("rows"), own.get("sha256")) if isinstance(own, dict) else (None, None)
         if type(rows) is not int or not isinstance(digest, str) or len(own) != 2:
             raise StoreError(

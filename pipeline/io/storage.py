@@ -31,6 +31,8 @@ def check_writable(objects: Objects, place: str) -> None:
         JobError: an operation fails; the message names it.
         StorageUnavailable: the storage does not answer.
     """
+    if not objects.can_list:
+        raise JobError(f"{place}: a web server can only be read: give the place of its files, or of another storage")
     key = f"{CHECK}/{uuid.uuid4().hex}"  # unique, because other jobs may run this check at the same time
     with objects.leaving_no_folders():
         try:

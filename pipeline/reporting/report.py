@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from densefeat.rows.retired import RETIRED
 from pipeline.reporting.commands import this_python
 from pipeline.reporting.software import software_versions
 from schemas.index import OK
@@ -66,8 +67,9 @@ class Report:
 
     @property
     def failed_share(self) -> float:
-        """Share of the rows that failed, 0 … 1."""
-        return self.rows_failed / max(self.rows_ok + self.rows_failed, 1)
+        """Share of the rows that failed, 0 … 1; rows that were retired before a conversion or merge did not fail."""
+        retired = pc.sum(pc.equal(self._failed_rows()["status"], RETIRED)).as_py() or 0
+        return (self.rows_failed - retired) / max(self.rows_ok + self.rows_failed, 1)
 
     @property
     def too_many_failed(self) -> bool:

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from jobs.retire_rows import RetireConfig, retire_rows
 from jobs.verify_store import VerifyConfig, verify
 from pipeline.errors import JobError
 from pipeline.store.lease import Lease
+from tests.helpers.servers.http_servers import serve
 from tests.helpers.stores import FAILED_ROWS, ROWS, KnownStore, make_store
 
 ROOT = Path(__file__).parents[2]
@@ -44,13 +46,13 @@ def test_rows_and_keys_are_retired_and_taken_back(
         store=known.uri, rows=("0:2", "-4"), keys=("class/005.jpg",), keys_file=listed, reason="blurred"
     )
     assert retire_rows(config) == 0
-    assert f"{known.uri}: 6 rows retired, 0 were before" in caplog.text
+    assert f"{known.uri}: rows retired: 6; retired already: 0" in caplog.text
     assert in_use(known) == without(0, 1, 7, 5, 9, 10)
     assert retire_rows(RetireConfig(store=known.uri, rows=("5", "6"), reason="dark")) == 0
-    assert f"{known.uri}: 1 row retired, 1 were before" in caplog.text
+    assert f"{known.uri}: rows retired: 1; retired already: 1" in caplog.text
     assert FeatureStore(known.uri).index["error"].to_pylist()[5:7] == ["blurred", "dark"]
     assert retire_rows(RetireConfig(store=known.uri, rows=("4:7",), restore=True)) == 0
-    assert f"{known.uri}: 2 rows in use again, 1 were not retired" in caplog.text
+    assert f"{known.uri}: taken back into use: 2 of 3 rows" in caplog.text
     assert in_use(known) == without(0, 1, 7, 9, 10)
     assert verify(VerifyConfig(store=known.uri)) == 0
     assert retire_rows(RetireConfig(store=known.uri, restore_all=True)) == 0
@@ -61,7 +63,10 @@ def test_rows_and_keys_are_retired_and_taken_back(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keys": ("class/005.jpg", "nothing.jpg")}, "no row with 1 of the 2 keys: 'nothing.jpg'. Nothing was changed"),
+        (
+            {"keys": ("class/005.jpg", "nothing.jpg")},
+            "does not have 1 of the 2 keys: 'nothing.jpg'. Nothing",
+        ),
         ({"rows": (str(ROWS),)}, rf"row {ROWS} of a store with {ROWS} rows"),
         ({"rows": ("class/005.jpg",)}, "--rows takes numbers and ranges"),
         ({"rows": ("5", "20:30")}, "--rows 20:30 is empty"),
@@ -81,6 +86,7 @@ def test_rows_that_the_store_does_not_have(known: KnownStore, options: dict[str,
         ({}, "no rows were named"),
         ({"rows": ("1",)}, "--reason is missing"),
         ({"rows": ("1",), "reason": " "}, "--reason is missing"),
+        ({"rows": ("1",), "reason": "two\nlines"}, "--reason must be one line of text"),
         ({"rows": ("1",), "reason": "blurred", "restore": True}, "--reason is for rows that are retired"),
         ({"rows": ("1",), "restore_all": True}, "pass --restore for some of them"),
         ({"restore": True, "restore_all": True}, "exclude each other"),
@@ -90,6 +96,19 @@ def test_rows_that_the_store_does_not_have(known: KnownStore, options: dict[str,
 def test_options_that_contradict_each_other(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RetireConfig(store="store", **options)  # type: ignore[arg-type]
+
+
+def test_a_list_of_keys_for_several_stores(known: KnownStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    listed = tmp_path / "keys.txt"
+    listed.write_bytes("\ufeffclass/009.jpg\r\nelse\u2028where.jpg\r\n\r\nclass/010.jpg".encode())
+    config = RetireConfig(store=known.uri, keys_file=listed, reason="withdrawn")
+    with pytest.raises(JobError, match=r"does not have 1 of the 3 keys: 'else\\u2028where.jpg'.*--ignore-unknown"):
+        retire_rows(config)
+    assert in_use(known) == SOUND
+    assert retire_rows(replace(config, ignore_unknown=True)) == 0
+    assert "keys that it does not have: 1 of 3" in caplog.text
+    assert in_use(known) == without(9, 10)
 
 
 def test_a_key_of_several_rows_stands_for_all(tmp_path: Path) -> None:
@@ -102,6 +121,12 @@ def test_a_key_of_several_rows_stands_for_all(tmp_path: Path) -> None:
     objects.put(layout.INDEX, parquet_bytes(index.set_column(number, index.schema.field(number), [keys])))
     retire_rows(RetireConfig(store=known.uri, keys=(keys[5],), reason="withdrawn"))
     assert in_use(known) == without(5, 6)
+
+
+def test_a_web_server_can_only_be_read(known: KnownStore) -> None:
+    with serve(known.uri) as server, pytest.raises(JobError, match="a web server can only be read"):
+        retire_rows(RetireConfig(store=server.uri, rows=("5",), reason="blurred"))
+    assert in_use(known) == SOUND
 
 
 def test_refused_while_a_job_is_writing(known: KnownStore) -> None:

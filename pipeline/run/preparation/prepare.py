@@ -113,6 +113,11 @@ def _delete_planned(plan: Plan, objects: Objects) -> None:
         raise JobError(
             f"another job set up {objects.uri} in the meantime: this is not the store that --overwrite was to delete"
         )
+    if stored is not None and stored.retired is not None:
+        logger.warning(
+            "%s: %s of its rows were retired, and are in use again in the new store: retire them there",
+            objects.uri, f"{stored.retired.rows:,}",
+        )  # fmt: skip
     delete_store(objects)
 
 

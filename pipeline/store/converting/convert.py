@@ -25,14 +25,14 @@ from pipeline.reporting.software import software_versions
 from pipeline.store.blocks import BlockWriter
 from pipeline.store.calibration import Calibration, choose_steps
 from pipeline.store.converting.copying import outcomes_of
-from pipeline.store.converting.places import store_at
+from pipeline.store.converting.places import source_differences, store_at
 from pipeline.store.fitted import stored_fit
 from pipeline.store.layout import claim, complete_setup, finish, step_sha256, stored_attributes
 from pipeline.store.reports import keep_card
 from pipeline.store.retirement import add
 from pipeline.store.shard import NewShard, finished_shards, write_shard
 from schemas.attributes import StoreAttributes
-from schemas.configuration import StorageConfiguration, differences
+from schemas.configuration import StorageConfiguration
 from schemas.index import OK, PENDING, REFERENCES, pending_index
 from schemas.ledger import LedgerRecord, RowOutcome
 
@@ -84,10 +84,8 @@ def convert(source: FeatureStore, target: Objects, storage: DenseStorage, *, res
     if store_at(target, resume=resume) is None:
         _set_up(source, target, storage)
     stored = complete_setup(target, features, pending_index(source.index.select(REFERENCES.names).cast(REFERENCES)))
-    asked = _attributes(source, storage, None).configuration
-    if different := differences(stored.configuration.to_dict(), asked.to_dict()):
+    if different := source_differences(stored, _attributes(source, storage, None)):
         raise JobError(f"the store at {target.uri} is another one: {'; '.join(different)}")
-    add(target, source.retired)  # a shard that is computed again must not bring rows back
     _write(source, target, features, stored.hash, threads)
     return features.shards
 
@@ -138,6 +136,8 @@ def _steps(source: FeatureStore, storage: DenseStorage) -> npt.NDArray[np.float3
 def _write(source: FeatureStore, target: Objects, features: FeatureLayout, digest: str, threads: int) -> None:
     """Write the shards that are missing, and finish the store."""
     done = finished_shards(target, digest)
+    if len(done) < features.shards:
+        add(target, source.retired)  # a shard that is computed again must not bring rows back
     step = FeatureStore(target.uri, target.storage_options).step
     blocks = BlockWriter(target, features.shards, done.values())
     with Progress(features.shards, features.rows, list(done.values())) as progress:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -44,6 +45,7 @@ class Part:
         attributes: its attributes.
         fitted: what was fitted to its images.
         clipped: number of clipped values of each of its shards.
+        nbytes: bytes of the objects of its shards.
     """
 
     store: FeatureStore
@@ -52,6 +54,7 @@ class Part:
     attributes: StoreAttributes
     fitted: Fitted
     clipped: tuple[int, ...]
+    nbytes: int
 
     @property
     def references(self) -> pa.Table:
@@ -88,8 +91,8 @@ class Joined:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its features, as stored."""
-        return sum(pc.sum(part.index["chunk_nbytes"]).as_py() or 0 for part in self.parts)
+        """Bytes of the objects of all shards of its parts."""
+        return sum(part.nbytes for part in self.parts)
 
     @property
     def retired(self) -> pa.Table:
@@ -156,15 +159,23 @@ def _part(uri: str) -> Part:
             raise JobError(f"{uri} is not finished: finish it first, with --resume of the job that made it")
         attributes = stored_attributes(uri, store.attributes)
         fitted = stored_fitted(store, attributes)
-        return Part(store, objects, index, attributes, fitted, _clipped(store, objects))
+        shards = _manifest(store, objects)
+        clipped = tuple(shard["clipped"] for shard in shards)
+        nbytes = sum(
+            shard["nbytes"] + sum(facts["nbytes"] for _, facts in shard.get("companions") or ()) for shard in shards
+        )
+        return Part(store, objects, index, attributes, fitted, clipped, nbytes)
 
 
-def _clipped(store: FeatureStore, objects: Objects) -> tuple[int, ...]:
+def _manifest(store: FeatureStore, objects: Objects) -> list[dict[str, Any]]:
+    """The records of all shards in the manifest."""
     try:
         manifest = read_parquet(objects.get(layout.MANIFEST))
         if manifest["shard"].to_pylist() != list(range(store.layout.shards)):
             raise ValueError("it is about other shards")
-        return tuple(manifest["clipped"].to_pylist())
+        wanted = [name for name in ("clipped", "nbytes", "companions") if name in manifest.column_names]
+        shards: list[dict[str, Any]] = manifest.select(wanted).to_pylist()
+        return shards
     except (KeyError, ValueError) as error:
         raise StoreError(
             f"{store.uri}: {layout.MANIFEST} is damaged: {error}: jobs/verify_store.py --repair rebuilds it"

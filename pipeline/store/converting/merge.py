@@ -17,18 +17,19 @@ from pipeline.reporting.seconds import StageSeconds
 from pipeline.store.blocks import BlockWriter
 from pipeline.store.converting.copying import CopiedRows, copied_rows
 from pipeline.store.converting.joining import Joined, Part
-from pipeline.store.converting.places import store_at
+from pipeline.store.converting.places import source_differences, store_at
 from pipeline.store.layout import claim, complete_setup, finish
 from pipeline.store.reports import keep_card
 from pipeline.store.retirement import add
 from pipeline.store.shard import NewShard, finished_shards, write_shard
 from pipeline.store.space import check_space
 from schemas.attributes import StoreAttributes
-from schemas.configuration import differences
 from schemas.index import pending_index
 from schemas.ledger import LedgerRecord
 
 __all__ = ["merge"]
+
+_FREE_SOME = "free some, and run the same command with --resume"
 
 
 def merge(whole: Joined, target: Objects, *, resume: bool, threads: int) -> int:
@@ -53,15 +54,16 @@ def merge(whole: Joined, target: Objects, *, resume: bool, threads: int) -> int:
     """
     stored = store_at(target, resume=resume)
     if stored is None:
+        check_space(target, whole.nbytes, _FREE_SOME)
         fit = whole.fitted.upsampler
         claim(target, whole.attributes, whole.fitted.basis, whole.fitted.step, {} if fit is None else fit.arrays)
     elif different := _differences(stored, whole.attributes):
         raise JobError(f"the store at {target.uri} is another one: {'; '.join(different)}")
     stored = complete_setup(target, whole.features, pending_index(whole.references))
-    add(target, whole.retired)  # a shard that is computed again must not bring rows back
     features, done = whole.features, finished_shards(target, stored.hash)
-    share = 1 - len(done) / features.shards
-    check_space(target, share * whole.nbytes, "free some, and continue with --resume")
+    check_space(target, whole.nbytes * (1 - len(done) / features.shards), _FREE_SOME)
+    if len(done) < features.shards:
+        add(target, whole.retired)  # a shard that is computed again must not bring rows back
     blocks = BlockWriter(target, features.shards, done.values())
     with Progress(features.shards, features.rows, list(done.values())) as progress:
         for shard in range(features.shards):
@@ -76,9 +78,7 @@ def merge(whole: Joined, target: Objects, *, resume: bool, threads: int) -> int:
 
 
 def _differences(stored: StoreAttributes, asked: StoreAttributes) -> list[str]:
-    different = differences(stored.configuration.to_dict(), asked.configuration.to_dict())
-    if (stored.appended, stored.class_names) != (asked.appended, asked.class_names):
-        different.append("it is made of other stores, or in another order")
+    different = source_differences(stored, asked)
     if stored.step_sha256 != asked.step_sha256:
         different.append("it has other quantization steps")
     return different

@@ -17,6 +17,7 @@ from densefeat.page.features import Features, segments
 from densefeat.page.listing import matching_rows, rows_with_text
 from densefeat.page.sample import Sample
 from densefeat.storage.objects import Objects
+from pipeline.store.retirement import retire
 from tests.densefeat.page.stores import MISSING_ROW, photographed_store
 from tests.helpers.stores import FAILED_ROWS, ROWS, H, K, W, make_store, set_up_store, write_known_shard
 
@@ -113,6 +114,19 @@ def test_a_missing_photograph_is_a_404_with_its_reason(client: TestClient) -> No
     assert answer.status_code == 404
     assert "no such file" in answer.json()["error"]
     assert client.get(f"/api/colours/{MISSING_ROW}").status_code == 200
+
+
+def test_a_retired_photograph_is_not_shown(tmp_path: Path) -> None:
+    uri = photographed_store(tmp_path)
+    assert TestClient(create_app(uri), base_url=ADDRESS).get("/api/photograph/1").status_code == 200
+    retire(Objects(uri), [1], "consent withdrawn")
+    client = TestClient(create_app(uri), base_url=ADDRESS)
+    answer = client.get("/api/photograph/1")
+    assert answer.status_code == 404
+    assert "is retired: consent withdrawn" in answer.json()["error"]
+    assert client.get("/api/colours/1").status_code == 404
+    assert [one["row"] for one in client.get("/api/rows?status=retired").json()["rows"]] == [1]
+    assert client.get("/api/photograph/0").status_code == 200
 
 
 def test_a_photograph_that_is_no_image(tmp_path: Path, uri: str) -> None:

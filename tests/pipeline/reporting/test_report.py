@@ -3,6 +3,7 @@
 import json
 
 import pyarrow as pa
+import pytest
 
 from pipeline.reporting.report import Report
 from schemas.ledger import LedgerRecord, RowOutcome, outcomes_table
@@ -41,6 +42,8 @@ def test_an_exit_code_of_1_says_why() -> None:
     assert failed.too_many_failed
     assert "25% of the rows failed, more than --max-failed-share 0.01 allows: the exit code is 1" in failed.describe()
     assert not report(["ok"] * 3).too_many_failed
+    assert not report(["ok", "retired"]).too_many_failed
+    assert report(["ok", "retired", "corrupt"]).failed_share == pytest.approx(1 / 3)
     given_up = report(["ok"], given_up={1: "tried 3 times; the last time: EIO"}).describe()
     assert "given up    shard 1: tried 3 times; the last time: EIO" in given_up
     assert "not done    1 shards: run the same command with --resume to compute them" in given_up

@@ -115,7 +115,8 @@ def test_an_open_reader_goes_on(known: KnownStore) -> None:
     objects = Objects(known.uri)
     retire(objects, [5], REASON)
     store = FeatureStore(known.uri)
-    retire(objects, [0], REASON)
+    for row in (0, 1, 3):
+        retire(objects, [row], REASON)
     assert 0 in store.rows_with_features
     assert 5 not in store.rows_with_features
 
@@ -134,7 +135,6 @@ def test_killed_anywhere_all_rows_change_or_none(tmp_path: Path, what: str) -> N
         assert set(retired) in (before, after)
         change(objects, what)
         check_out_of_use(known, tuple(sorted(after)))
-        assert len(objects.list(layout.RETIRED)) <= 3  # those of a killed change go with the next one
         if not killed:
             assert number > 1
             return
