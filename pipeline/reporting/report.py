@@ -124,8 +124,10 @@ class Report:
     def _next(self) -> list[str]:
         """Commands for the finished store."""
         python, store = this_python(), shlex.quote(self.store)
+        outcomes = next(record.outcomes for record in self.records if record.rows_ok)
+        row = outcomes["row"][outcomes["status"].to_pylist().index(OK)]
         return [
-            f"read        from densefeat import FeatureStore; FeatureStore({self.store!r}).read(0)",
+            f"read        from densefeat import FeatureStore; FeatureStore({self.store!r}).read({row})",
             f"look        {python} -m densefeat.page {store}",
             f"picture     {python} -m jobs.show_features --store {store}",
             f"verify      {python} -m jobs.verify_store --store {store}",

@@ -37,6 +37,11 @@ def test_failures_are_grouped_by_reason_and_named_by_key() -> None:
     assert "--max-failed-share" not in "\n".join(text)
 
 
+def test_the_row_that_it_reads_has_features() -> None:
+    assert "FeatureStore('store').read(2)" in report(["corrupt", "retired", "ok", "ok"]).describe()
+    assert "FeatureStore" not in report(["corrupt"]).describe()
+
+
 def test_an_exit_code_of_1_says_why() -> None:
     failed = report(["ok", "corrupt", "ok", "ok"])
     assert failed.too_many_failed
