@@ -45,7 +45,7 @@ def problems(store: FeatureStore) -> list[str]:
             found += list(check(store))
         except StoreError as error:
             found.append(str(error).removeprefix(f"{store.uri}: "))
-    return found + report_problems(store._objects)
+    return [*dict.fromkeys(found), *report_problems(store._objects)]  # two checks may need the same damaged object
 
 
 def report_problems(objects: Objects) -> list[str]:
