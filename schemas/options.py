@@ -126,8 +126,8 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
     # PCA basis: a .npz file from jobs/fit_pca.py or the URI of another store; if omitted, fitted on these images.
     pca: str | None = None
     # Another store, to merge with this one later (jobs/merge_stores.py): its PCA basis, its quantization steps and its
-    # upsampler's fit are taken, and not fitted on these images. Options that are omitted are those of that store, and
-    # others must be equal to them. Replaces --pca.
+    # upsampler's fit are taken, and not fitted on these images. Options that are omitted are those of that store, but
+    # for --backbone, --weights, --size, --upsampler and --dtype; all must be equal. Replaces --pca.
     like: str | None = None
     # Quality of the stored features: "high", within .9995 of cosine similarity; "balanced", stored at half the
     # resolution: .9994, at 0.4 of the bytes; "small": .995, at 0.2. It chooses --represent and --error-floor.

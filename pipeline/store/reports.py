@@ -56,7 +56,7 @@ def keep_card(objects: Objects) -> bool:
 
 
 def card_is_made(objects: Objects) -> bool:
-    """Whether the store has a card that densefeat wrote, and nobody claimed by deleting its first line."""
+    """Whether the store has a card that densefeat wrote, and that nobody made their own by deleting its second line."""
     try:
         lines = objects.get(layout.CARD).decode("utf-8", "replace").splitlines()
     except FileNotFoundError:

@@ -19,16 +19,13 @@ from densefeat.store import FeatureStore
 from kernels.quantization import Encoding
 from pipeline.errors import JobError
 from pipeline.features.pca import Basis
-from pipeline.reporting.progress import Progress
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.reporting.software import software_versions
-from pipeline.store.blocks import BlockWriter
 from pipeline.store.calibration import Calibration, choose_steps
 from pipeline.store.converting.copying import outcomes_of
-from pipeline.store.converting.places import source_differences, store_at
+from pipeline.store.converting.places import finish_with, source_differences, store_at
 from pipeline.store.fitted import stored_fit
-from pipeline.store.layout import claim, complete_setup, finish, step_sha256, stored_attributes
-from pipeline.store.reports import keep_card
+from pipeline.store.layout import claim, complete_setup, step_sha256, stored_attributes
 from pipeline.store.retirement import add
 from pipeline.store.shard import NewShard, finished_shards, write_shard
 from schemas.attributes import StoreAttributes
@@ -139,16 +136,7 @@ def _write(source: FeatureStore, target: Objects, features: FeatureLayout, diges
     if len(done) < features.shards:
         add(target, source.retired)  # a shard that is computed again must not bring rows back
     step = FeatureStore(target.uri, target.storage_options).step
-    blocks = BlockWriter(target, features.shards, done.values())
-    with Progress(features.shards, features.rows, list(done.values())) as progress:
-        for shard in range(features.shards):
-            if shard not in done:
-                done[shard] = record = _shard(source, target, features, shard, step, digest, threads)
-                blocks.add(record)
-                progress.advance(len(features.rows_of(shard)))
-                progress.shard_done(record)
-    finish(target, list(done.values()))
-    keep_card(target)
+    finish_with(target, features, done, lambda shard: _shard(source, target, features, shard, step, digest, threads))
 
 
 def _shard(

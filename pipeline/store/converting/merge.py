@@ -12,14 +12,11 @@ from densefeat.rows.embeddings import encode_embeddings
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import emptied, in_order
 from pipeline.errors import JobError
-from pipeline.reporting.progress import Progress
 from pipeline.reporting.seconds import StageSeconds
-from pipeline.store.blocks import BlockWriter
 from pipeline.store.converting.copying import CopiedRows, copied_rows
 from pipeline.store.converting.joining import Joined, Part
-from pipeline.store.converting.places import source_differences, store_at
-from pipeline.store.layout import claim, complete_setup, finish
-from pipeline.store.reports import keep_card
+from pipeline.store.converting.places import finish_with, source_differences, store_at
+from pipeline.store.layout import claim, complete_setup
 from pipeline.store.retirement import add
 from pipeline.store.shard import NewShard, finished_shards, write_shard
 from pipeline.store.space import check_space
@@ -64,16 +61,7 @@ def merge(whole: Joined, target: Objects, *, resume: bool, threads: int) -> int:
     check_space(target, whole.nbytes * (1 - len(done) / features.shards), _FREE_SOME)
     if len(done) < features.shards:
         add(target, whole.retired)  # a shard that is computed again must not bring rows back
-    blocks = BlockWriter(target, features.shards, done.values())
-    with Progress(features.shards, features.rows, list(done.values())) as progress:
-        for shard in range(features.shards):
-            if shard not in done:
-                done[shard] = record = _shard(whole, target, shard, stored.hash, threads)
-                blocks.add(record)
-                progress.advance(len(features.rows_of(shard)))
-                progress.shard_done(record)
-    finish(target, list(done.values()))
-    keep_card(target)
+    finish_with(target, features, done, lambda shard: _shard(whole, target, shard, stored.hash, threads))
     return features.shards
 
 

@@ -1,12 +1,19 @@
-"""Where a store that is made of others is written, and whether the store that is there is made of them."""
+"""A store that is made of others: where it is written, whether the one that is there is made of them, and its end."""
 
+from collections.abc import Callable
+
+from densefeat.layout import FeatureLayout
 from densefeat.storage.objects import Objects
 from pipeline.errors import JobError
-from pipeline.store.layout import existing_store, foreign_keys, remains
+from pipeline.reporting.progress import Progress
+from pipeline.store.blocks import BlockWriter
+from pipeline.store.layout import existing_store, finish, foreign_keys, remains
+from pipeline.store.reports import keep_card
 from schemas.attributes import StoreAttributes
 from schemas.configuration import differences
+from schemas.ledger import LedgerRecord
 
-__all__ = ["source_differences", "store_at"]
+__all__ = ["finish_with", "source_differences", "store_at"]
 
 _SHOWN = 3
 
@@ -36,3 +43,26 @@ def source_differences(stored: StoreAttributes, asked: StoreAttributes) -> list[
     if (stored.appended, stored.class_names) != (asked.appended, asked.class_names):
         different.append("it is made of other images, or in another order")
     return different
+
+
+def finish_with(
+    target: Objects, features: FeatureLayout, done: dict[int, LedgerRecord], make: Callable[[int], LedgerRecord]
+) -> None:
+    """Write the shards that are missing, one after the other, and finish the store.
+
+    Args:
+        target: the store.
+        features: its layout.
+        done: records of the shards that are done; the others are added.
+        make: writes a shard.
+    """
+    blocks = BlockWriter(target, features.shards, done.values())
+    with Progress(features.shards, features.rows, list(done.values())) as progress:
+        for shard in range(features.shards):
+            if shard not in done:
+                done[shard] = record = make(shard)
+                blocks.add(record)
+                progress.advance(len(features.rows_of(shard)))
+                progress.shard_done(record)
+    finish(target, list(done.values()))
+    keep_card(target)
