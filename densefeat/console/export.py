@@ -27,7 +27,7 @@ def write_npz(store: FeatureStore, rows: list[int], path: Path) -> None:
     """
     small: dict[str, npt.NDArray[Any]] = {
         "row": np.array(rows, dtype=np.int64),
-        "key": np.array([store.index["key"][row].as_py() for row in rows], dtype=np.str_),
+        "key": np.array([store.lookup["key"][row].as_py() for row in rows], dtype=np.str_),
         "label": store.labels[rows],
         "valid_box": np.array([store.geometry(row).valid_box for row in rows], dtype=np.int64).reshape(-1, 4),
     }
@@ -67,6 +67,6 @@ def write_pixels(store: FeatureStore, rows: list[int], path: Path) -> None:
             y, x = (axis.reshape(-1) for axis in np.mgrid[y0:y1, x0:x1].astype(np.int32))
             image_y = ((y + 0.5 - geometry.shift[0]) / geometry.scale[0]).astype(np.float32)
             image_x = ((x + 0.5 - geometry.shift[1]) / geometry.scale[1]).astype(np.float32)
-            key = pa.array([store.index["key"][row].as_py()] * len(y), pa.string())
+            key = pa.array([store.lookup["key"][row].as_py()] * len(y), pa.string())
             columns = [np.full(len(y), row), key, y, x, image_y, image_x, *features]
             writer.write_table(pa.table([pa.array(column) for column in columns], schema=schema))

@@ -1,7 +1,7 @@
 """The index of a store: one record per row, completed from the ledger while the store is unfinished; and its rows."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -33,13 +33,22 @@ _SHOWN = 10
 _KEYS_IN_A_DICT, _SCANS_BEFORE_A_DICT = 50_000, 50  # the dict of a million keys costs as much as some tens of scans
 # Columns of the index that this package reads. schemas/index.py has the whole schema.
 _COLUMNS = {"key": pa.string(), "label": pa.int64(), "affine": pa.list_(pa.float64()), **OUTCOME}
+_LOOKUP = ("row", "key", "label", "status", "error", "chunk_offset", "chunk_nbytes")  # a third of the time of all
 
 REPAIR = "verify the store with jobs/verify_store.py --repair and compute the lost rows again with --resume"
 _REBUILD = "jobs/verify_store.py --repair rebuilds it from the images and the ledger"
 
 
-def read_index(objects: Objects, features: FeatureLayout, configuration_hash: str) -> pa.Table:
+def read_index(
+    objects: Objects, features: FeatureLayout, configuration_hash: str, columns: Sequence[str] | None = None
+) -> pa.Table:
     """Read the index with the outcomes of all finished shards; rows of the others are pending.
+
+    Args:
+        objects: the store.
+        features: its layout.
+        configuration_hash: of its ledger records.
+        columns: of a finished store, to read only these; None: all.
 
     Raises:
         StoreError: the index is missing or damaged, or the storage does not reveal which shards are done.
@@ -47,7 +56,7 @@ def read_index(objects: Objects, features: FeatureLayout, configuration_hash: st
     try:
         # The order matters: a job that finishes in between merges the index before it writes the manifest.
         finished = objects.exists(layout.MANIFEST)
-        index = stored_index(objects, features)
+        index = stored_index(objects, features, columns if finished else None)
         return index if finished else _with_finished_shards(index, objects, features, configuration_hash)
     except PermissionError as error:
         if objects.can_list:
@@ -58,19 +67,22 @@ def read_index(objects: Objects, features: FeatureLayout, configuration_hash: st
         ) from error
 
 
-def stored_index(objects: Objects, features: FeatureLayout | None = None) -> pa.Table:
+def stored_index(
+    objects: Objects, features: FeatureLayout | None = None, columns: Sequence[str] | None = None
+) -> pa.Table:
     """Read the index as stored, without the ledger.
 
     Args:
         objects: the store.
         features: its layout, if the index is to have as many rows. Rows that were appended since are left out.
+        columns: to read, ``row`` among them; None: all.
 
     Raises:
-        StoreError: the index is missing or damaged.
+        StoreError: the index is missing or damaged; in other columns, damage is not found.
     """
     try:
-        index = read_parquet(objects.get(layout.INDEX))
-        check_columns(index, _COLUMNS)
+        index = read_parquet(objects.get(layout.INDEX), columns)
+        check_columns(index, {name: kind for name, kind in _COLUMNS.items() if columns is None or name in columns})
         if features is not None and index.num_rows != features.rows:
             if index.num_rows < features.rows or not _has_grown(objects, features):
                 raise ValueError(f"it has {index.num_rows} rows, the features have {features.rows}")
@@ -135,7 +147,7 @@ class IndexedRows:
 
     def __getstate__(self) -> dict[str, Any]:
         # The index can be large: every process reads it again instead of receiving a copy.
-        dropped = ("index", "labels", "rows_with_features", "_row_of_key", "_places")
+        dropped = ("index", "_lookup", "labels", "rows_with_features", "_row_of_key", "_places")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     @cached_property
@@ -149,6 +161,23 @@ class IndexedRows:
             StoreError: the index, or the list of retired rows, is missing or damaged.
         """
         return self.in_use(read_index(self._objects, self.layout, self.attributes["configuration_hash"]))
+
+    @property
+    def lookup(self) -> pa.Table:
+        """Columns of the index that reading needs: key, label, outcome and place of every row, but no geometry.
+
+        A finished store of a million rows has them in half a second, and all of the index in one and a half.
+
+        Raises:
+            StoreError: as `index`.
+        """
+        index = self.__dict__.get("index")
+        return self._lookup if index is None else index
+
+    @cached_property
+    def _lookup(self) -> pa.Table:
+        columns = read_index(self._objects, self.layout, self.attributes["configuration_hash"], _LOOKUP)
+        return self.in_use(columns)
 
     def in_use(self, index: pa.Table) -> pa.Table:
         """The index with the status of rows that are retired.
@@ -170,13 +199,13 @@ class IndexedRows:
     @property
     def keys(self) -> list[str]:
         """Key of every row."""
-        keys: list[str] = self.index["key"].to_pylist()
+        keys: list[str] = self.lookup["key"].to_pylist()
         return keys
 
     @cached_property
     def labels(self) -> npt.NDArray[np.int64]:
         """[len] int64: label of every row, −1 where it is unknown. Read-only."""
-        return _read_only(self.index["label"].fill_null(-1).to_numpy())
+        return _read_only(self.lookup["label"].fill_null(-1).to_numpy())
 
     def label(self, row_or_key: int | str) -> int | None:
         """Label of a row; None if it is unknown.
@@ -184,13 +213,13 @@ class IndexedRows:
         Raises:
             KeyError, IndexError, TypeError: as `row_of`.
         """
-        label: int | None = self.index["label"][self.row_of(row_or_key)].as_py()
+        label: int | None = self.lookup["label"][self.row_of(row_or_key)].as_py()
         return label
 
     @cached_property
     def rows_with_features(self) -> npt.NDArray[np.int64]:
         """[n] int64, ascending: the rows that did not fail, and are neither pending nor retired. Read-only."""
-        return _read_only(np.flatnonzero(self.index["chunk_offset"].is_valid().to_numpy()))
+        return _read_only(np.flatnonzero(self.lookup["chunk_offset"].is_valid().to_numpy()))
 
     @cached_property
     def _row_of_key(self) -> dict[str, int]:
@@ -207,12 +236,12 @@ class IndexedRows:
         self._scans += 1
         if len(self) <= _KEYS_IN_A_DICT or self._scans > _SCANS_BEFORE_A_DICT or "_row_of_key" in self.__dict__:
             return self._row_of_key.get(key)
-        found = np.flatnonzero(pc.equal(self.index["key"], key).to_numpy())
+        found = np.flatnonzero(pc.equal(self.lookup["key"], key).to_numpy())
         return None if len(found) == 0 else int(found[0]) if len(found) == 1 else -1
 
     @cached_property
     def _places(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        columns = (self.index[name].fill_null(-1).to_numpy() for name in ("chunk_offset", "chunk_nbytes"))
+        columns = (self.lookup[name].fill_null(-1).to_numpy() for name in ("chunk_offset", "chunk_nbytes"))
         offset, nbytes = columns
         return offset, nbytes
 
@@ -227,7 +256,7 @@ class IndexedRows:
         if isinstance(row_or_key, str):
             row = self._row_with_key(row_or_key)
             if row is None:
-                raise KeyError(f"no row has the key {row_or_key!r}; keys look like {self.index['key'][0].as_py()!r}")
+                raise KeyError(f"no row has the key {row_or_key!r}; keys look like {self.lookup['key'][0].as_py()!r}")
             if row < 0:
                 raise KeyError(f"several rows have the key {row_or_key!r}: use a row number")
             return row
@@ -277,7 +306,7 @@ class IndexedRows:
         Raises:
             StoreError: a row has no chunk, and the index does not say why.
         """
-        offsets, statuses = self._places[0], self.index["status"]
+        offsets, statuses = self._places[0], self.lookup["status"]
         absent = [row for row in rows if offsets[row] < 0]
         for row in absent:
             if statuses[row].as_py() == "ok":
@@ -286,7 +315,7 @@ class IndexedRows:
 
     def _missing(self, row: int, *others: int) -> MissingFeatures | StoreError:
         """The error for rows that cannot be read; it explains the first."""
-        key, status, error = (self.index[name][row].as_py() for name in ("key", "status", "error"))
+        key, status, error = (self.lookup[name][row].as_py() for name in ("key", "status", "error"))
         if status == "ok":
             return self._no_chunk(row)
         reason = f"row {row} ({key}) has no features: {status}: {error}"

@@ -1,5 +1,7 @@
 """Convert tables to and from the bytes of Parquet files."""
 
+from collections.abc import Sequence
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -13,8 +15,8 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def read_parquet(data: bytes) -> pa.Table:
-    """Decode the table in a Parquet file.
+def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """Decode the table in a Parquet file, or those of its columns that are named here and there.
 
     Uses only the calling thread: ``pq.read_table`` starts threads that may still hold ``data`` when a short program
     ends, which then aborts with SIGABRT instead of its exit code (https://github.com/apache/arrow/issues/34314). On an
@@ -30,7 +32,7 @@ def read_parquet(data: bytes) -> pa.Table:
     try:
         with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=True) as file:
             fixed = any(pa.types.is_fixed_size_list(field.type) for field in file.schema_arrow)
-            table = file.read(use_threads=False)
+            table = file.read(None if columns is None else list(columns), use_threads=False)
         table.validate(full=True)  # checks among others that strings are UTF-8
     except (pa.ArrowException, OSError) as error:  # Arrow raises OSError for bytes that do not decompress
         if fixed and _pyarrow_major() < 26:

@@ -72,7 +72,7 @@ class Images:
     def batch(self, rows: npt.NDArray[np.int64]) -> dict[str, Any]:
         """A batch of these rows, its features not filled."""
         features = _empty((len(rows), *self._shape), self._dtype)
-        keys = self._store.index["key"]
+        keys = self._store.lookup["key"]
         batch = {
             "features": features,
             "row": torch.from_numpy(rows.copy()),

@@ -57,7 +57,7 @@ class Epochs(IterableDataset[Batch]):
         if len(np.unique(self.rows)) < len(self.rows):
             raise ValueError("rows must be different rows: some are there twice")
         # Not the rows of another process, which may open an unfinished store later and find more.
-        self._may_differ = rows is None and "pending" in self.store.index["status"].unique().to_pylist()
+        self._may_differ = rows is None and "pending" in self.store.lookup["status"].unique().to_pylist()
         self._ranks = _checked_ranks(rank, world_size)
         # In shared memory: workers that a loader keeps between epochs see the new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]

@@ -186,7 +186,7 @@ class PixelFeatures(Epochs):
                     group = []
 
     def _check_masks(self, masks: MaskFolder) -> None:
-        keys = [self.store.index["key"][row].as_py() for row in self.rows.tolist()]
+        keys = [self.store.lookup["key"][row].as_py() for row in self.rows.tolist()]
         if missing := masks.missing(keys):
             shown = ", ".join(map(repr, missing[:_SHOWN]))
             more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
@@ -197,7 +197,7 @@ class PixelFeatures(Epochs):
 
     def _chosen(self, scratch: Scratch, epoch: int, row: int, chunk: Chunk) -> Pixels:
         """The pixels of one image."""
-        key = self.store.index["key"][row].as_py()
+        key = self.store.lookup["key"][row].as_py()
         mask = np.asarray(self.masks(key))
         if mask.dtype.kind not in "biu" or mask.ndim != 2:
             raise ValueError(f"the mask of {key!r} must be integers [height, width]: got {mask.dtype} {mask.shape}")

@@ -3,6 +3,7 @@ import multiprocessing
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -157,10 +158,10 @@ def test_opening_while_the_job_finishes(tmp_path: Path, monkeypatch: pytest.Monk
     records = [write_known_shard(known, shard) for shard in range(3)]
     objects = Objects(known.uri)
 
-    def read_then_finish(data: bytes) -> pa.Table:
+    def read_then_finish(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
         monkeypatch.undo()  # once; finishing reads the index too
         finish(objects, records)
-        return read_parquet(data)
+        return read_parquet(data, columns)
 
     monkeypatch.setattr(densefeat.rows.index, "read_parquet", read_then_finish)
     assert "pending" not in FeatureStore(known.uri).index["status"].to_pylist()

@@ -66,11 +66,13 @@ def test_any_flipped_bit_of_the_index_is_noticed_or_harmless(known: KnownStore) 
         path.write_bytes(damaged)
         try:
             store = FeatureStore(known.uri)
+            looked_up = store.lookup
             seen = store.index.select(["key", "status", "chunk_offset", "chunk_nbytes"])
         except StoreError:
             noticed += 1
         else:
             assert seen.equals(index.select(seen.column_names)), f"byte {position} changed the index without a word"
+            assert looked_up.equals(index.select(looked_up.column_names))
             assert np.array_equal(store.read(5), expected)
     assert noticed > len(positions) / 2
 
@@ -201,6 +203,18 @@ def test_a_lost_affine_map_is_damage(known: KnownStore) -> None:
     assert store.sample(5, [[1, 1]]).shape == (1, 5)
     with pytest.raises(StoreError, match="row 5: it has the affine map"):
         store.sample(5, [[1, 1]], coordinates="image")
+
+
+def test_columns_that_reading_does_not_need_are_not_decoded(known: KnownStore) -> None:
+    keys = FeatureStore(known.uri).index["key"].to_pylist()
+    changed_index(known, lambda index: index.drop_columns(["affine", "uri"]))
+    store = FeatureStore(known.uri)
+    assert np.array_equal(store.read_codes(5), known.codes[5])
+    assert (store.keys, store.row_of(keys[4])) == (keys, 4)
+    with pytest.raises(StoreError, match="0 columns 'affine'"):
+        store.geometry(5)
+    with pytest.raises(StoreError, match="0 columns 'affine'"):
+        _ = store.index
 
 
 def test_steps_of_another_number_of_components_are_damage(known: KnownStore, tmp_path: Path) -> None:
