@@ -37,6 +37,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reader": performance.reader,
     "reading": reading.reading,
     "memory": reading.memory,
+    "opening": reading.opening,
     "page": performance.page,
     "jbu_parts": performance.jbu_parts,
     "jbu": performance.jbu,

@@ -34,6 +34,19 @@ def memory() -> str:
     )
 
 
+def opening() -> str:
+    """Time and memory to open a store of ImageNet's size, one line, of the latest row."""
+    row = rows.read("opening")[-1]
+    cases = ", ".join(
+        f"{case}: {found['cpu_s']:.2f} s, {found['bytes'] / 1e6:,.0f} MB" for case, found in row["cases"].items()
+    )
+    return (
+        f"A finished store of {row['rows']:,} rows, opened in a new process: CPU time and memory until there is the … "
+        f"{cases}. Its index is a file of {row['index_bytes'] / 1e6:.0f} MB "
+        f"({formats.machine(row)}; `python -m benchmarks.densefeat.opening`)."
+    )
+
+
 def _random(random: dict[str, dict[str, float]]) -> str:
     table = [f"| random images, in flight | {' | '.join(random)} |", "|---|" + "---|" * len(random)]
     table += [

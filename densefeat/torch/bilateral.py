@@ -132,7 +132,7 @@ def _weighted(padded: Tensor, kernel: Tensor, radius: int) -> Tensor:
     """The sum over taps of kernel [B, n*n, H, W] times padded [B, C, H + 2*radius, W + 2*radius], shifted."""
     output = padded.new_zeros(*padded.shape[:2], *kernel.shape[2:])
     for weight, tap in zip(kernel.unbind(1), _taps(padded, radius), strict=True):
-        output = torch.addcmul(output, weight[:, None], tap)
+        output.addcmul_(weight[:, None], tap)
     return output
 
 
