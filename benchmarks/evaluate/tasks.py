@@ -1,5 +1,6 @@
-"""Claim: what upsamplers gain on each task of jobs/evaluate.py, for two small backbones.
+"""Claim: what upsamplers gain on each task of jobs/evaluate.py, for three small backbones.
 
+    python -m benchmarks.train.training --folder trainings      # weights for lift, and for "jbu, trained"
     python -m benchmarks.evaluate.tasks --stores FOLDER
     python -m benchmarks.evaluate.tasks --stores FOLDER --backbones lite0 --tasks video --methods bilinear jbu
 
@@ -10,6 +11,7 @@ finds them there the next time. The data are coco200, nyu120, willow and davis5.
 import json
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +28,12 @@ COMPONENTS = 64
 METHODS = {
     "bilinear": "upsampler=bilinear",
     "jbu": "upsampler=jbu",
+    "jbu, trained": "upsampler=jbu,upsampler_weights={trainings}/jbu_on_lite0/upsampler.safetensors",
+    "lift": "upsampler=lift,upsampler_weights={trainings}/lift_on_{backbone}/upsampler.safetensors",
     "anyup": f"upsampler=anyup,upsampler_weights={SHARED / 'weights' / 'anyup_multi_backbone.pth'}",
     "multiview, 5 views": "upsampler=multiview,views=5",
     "multiview": "upsampler=multiview",
+    "multiview, 21 views": "upsampler=multiview,views=21",
     "bilinear, image at 2×": "upsampler=bilinear",
 }
 
@@ -67,8 +72,8 @@ CASES: dict[TaskName, Case] = {
 }  # fmt: skip
 
 
-def side(case: Case, backbone: str, method: str) -> str:
-    """A value of --features."""
+def side(case: Case, backbone: str, method: str, trainings: Path) -> str:
+    """A value of --features; weights that were trained are in ``trainings``."""
     known = BACKBONES[backbone]
     size = f"size={case.size}"
     if method.endswith("2×"):
@@ -77,14 +82,16 @@ def side(case: Case, backbone: str, method: str) -> str:
     options = f"components={COMPONENTS},{size},workers=0,device=cpu" + (
         "" if case.fit == "crop" else f",fit={case.fit}"
     )
-    return f"name={method},backbone={known['backbone']},weights={known['weights']},{METHODS[method]},{options}"
+    upsampler = METHODS[method].format(trainings=trainings.resolve(), backbone=backbone)
+    return f"name={method},backbone={known['backbone']},weights={known['weights']},{upsampler},{options}"
 
 
 def main(
     stores: str,
-    backbones: tuple[str, ...] = ("lite0", "vit-ti"),
+    backbones: tuple[str, ...] = tuple(BACKBONES),
     tasks: tuple[TaskName, ...] = tuple(CASES),
     methods: tuple[str, ...] = tuple(METHODS),
+    trainings: Path = Path("trainings"),
     limit: int | None = None,
 ) -> None:
     """Measure.
@@ -94,6 +101,7 @@ def main(
         backbones: names in `BACKBONES`.
         tasks: names in `CASES`.
         methods: names in `METHODS`; differences are to the first.
+        trainings: folder of benchmarks.train.training.
         limit: images of each split.
     """
     torch.set_num_threads(1)
@@ -103,7 +111,7 @@ def main(
             with tempfile.TemporaryDirectory() as report:
                 config = EvaluateConfig(
                     task=task,
-                    features=tuple(side(case, backbone, method) for method in methods),
+                    features=tuple(side(case, backbone, method, trainings) for method in methods),
                     images=case.images,
                     stores=stores,
                     report=report,
@@ -116,7 +124,7 @@ def main(
 
 
 def write(backbone: str, result: Result, config: EvaluateConfig) -> None:
-    """One row a side: each figure with its interval, and its difference to the first side's."""
+    """One row a side: each figure with its interval, and its difference to the first side's; and the side's cost."""
     options = {name: value for name, value in asdict(config).items() if name in ("runs", "pixels", "classes", "limit")}
     for one in result.comparison.sides:
         figures = {
@@ -125,6 +133,7 @@ def write(backbone: str, result: Result, config: EvaluateConfig) -> None:
         }
         row: dict[str, Any] = {"task": result.task, "backbone": backbone, "method": one.name, "k": COMPONENTS}
         row |= {"units": len(result.outcome.units), "unit": result.outcome.unit, "options": options, "figures": figures}
+        row |= {"seconds_per_image": one.seconds_per_image, "threads": torch.get_num_threads()}
         rows.append("evaluation", {**row, "notes": result.comparison.notes, **rows.measured_on()})
         print(json.dumps(row), flush=True)
 

@@ -9,43 +9,78 @@ radius, x + b - radius)``, reflected at the border without repeating the edge.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "StageSettings",
     "adaptive_conv_upsample2x",
     "bilateral_kernel",
     "bilateral_stage",
     "pooled_to_twice",
     "resize",
+    "settings_of",
     "shifted",
     "stages_to",
     "upsample",
 ]
 
 _ROWS_IN_CACHE = 8  # of 64 channels and 256 pixels: 0.5 MB of float32
-Stage = Callable[[Tensor, Tensor], Tensor]  # source [B, C, h, w] and guidance [B, 3, 2h, 2w] -> [B, C, 2h, 2w]
 
 
-def upsample(source: Tensor, images: Tensor, size: tuple[int, int], stage: Stage) -> Tensor:
+class StageSettings(NamedTuple):
+    """Settings of one ×2 stage, as arguments of `bilateral_stage`.
+
+    Attributes:
+        radius: of the kernel, in pixels of the stage's output.
+        sigma_spatial: spatial standard deviation, in the same pixels.
+        sigma_range: standard deviation of the colours' distances, in RGB of 0 … 1.
+    """
+
+    radius: int
+    sigma_spatial: float
+    sigma_range: float
+
+
+# Source [B, C, h, w], guidance [B, 3, 2h, 2w] in [0, 1], and settings as by name -> [B, C, 2h, 2w].
+Stage = Callable[[Tensor, Tensor, float, float, int], Tensor]
+
+
+def upsample(
+    source: Tensor, images: Tensor, size: tuple[int, int], settings: Sequence[StageSettings], stage: Stage | None = None
+) -> Tensor:
     """Upsample in as many ×2 stages as needed, then bilinearly to exactly ``size``.
 
     Args:
         source: [B, C, h, w], floating.
         images: [B, 3, H, W] uint8 RGB, of any size, covering the same area as ``source``.
         size: height and width of the output.
-        stage: one stage; its guidance is in [0, 1].
+        settings: of the stages, see `settings_of`.
+        stage: an implementation of `bilateral_stage`; None: that one.
 
     Returns:
         [B, C, *size], dtype of ``source``.
     """
     pixels = images.float() / 255
-    for _ in range(stages_to((source.shape[2], source.shape[3]), size)):
-        source = stage(source, pooled_to_twice(pixels, source))
+    for number in range(stages_to((source.shape[2], source.shape[3]), size)):
+        radius, sigma_spatial, sigma_range = settings_of(number, settings, (source.shape[2], source.shape[3]))
+        guidance = pooled_to_twice(pixels, source)
+        source = (stage or bilateral_stage)(source, guidance, sigma_spatial, sigma_range, radius)
     return resize(source, size)
+
+
+def settings_of(number: int, settings: Sequence[StageSettings], grid: tuple[int, int]) -> StageSettings:
+    """Settings of stage ``number``, from 0, whose source has this height and width.
+
+    The last of ``settings`` also holds for all later stages. The radius is at most what the border of a small image
+    allows, which is reflected.
+    """
+    chosen = settings[min(number, len(settings) - 1)]
+    return chosen._replace(radius=min(chosen.radius, 2 * min(grid) - 1))
 
 
 def stages_to(grid: tuple[int, int], size: tuple[int, int]) -> int:

@@ -1,7 +1,6 @@
 """The last step of upsampling, which readers of a compact store take: from stored components to features."""
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,11 +8,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from densefeat.torch.bilateral import bilateral_stage, resize, upsample
+from densefeat.torch.bilateral import StageSettings, resize, upsample
 
 __all__ = ["LastStep"]
 
-_BILATERAL = {"radius": int, "sigma_spatial": float, "sigma_range": float}
+_METHODS = ("bilinear", "jbu")
 
 
 class LastStep(nn.Module):
@@ -28,12 +27,12 @@ class LastStep(nn.Module):
     Attributes:
         size: height and width of the features.
         method: ``"bilinear"``: bilinear interpolation. ``"jbu"``: training-free joint bilateral upsampling.
-        settings: of ``"jbu"``: radius, sigma_spatial and sigma_range, as in `densefeat.torch.bilateral`.
+        stages: settings of the stages of ``"jbu"``, as for `densefeat.torch.bilateral.upsample`.
     """
 
-    def __init__(self, size: tuple[int, int], method: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, size: tuple[int, int], method: str, stages: Sequence[StageSettings] = ()) -> None:
         super().__init__()
-        self.size, self.method, self.settings = size, method, dict(settings)
+        self.size, self.method, self.stages = size, method, tuple(stages)
 
     @classmethod
     def of(cls, description: Mapping[str, Any]) -> "LastStep":
@@ -45,12 +44,13 @@ class LastStep(nn.Module):
         try:
             (height, width), step = description["size"], dict(description["last_step"])
             method = step.pop("name")
-            known = {"bilinear": {}, "jbu": _BILATERAL}.get(method)
-            if known is None:
+            if method not in _METHODS:
                 raise ValueError(f"the step {method!r} is unknown to this version of densefeat: upgrade it")
-            settings = {name: kind(step.pop(name)) for name, kind in known.items()}
+            # Without "stages", the settings of all stages stand in the step itself.
+            stages = () if method == "bilinear" else step.pop("stages", None) or [_taken(step, StageSettings._fields)]
+            settings = [_stage(stage) for stage in stages]
             if step:
-                raise ValueError(f"its step has the unknown settings {', '.join(sorted(step))}: upgrade densefeat")
+                raise _unknown(step)
             return cls((int(height), int(width)), method, settings)
         except (KeyError, TypeError) as error:
             raise ValueError(f"the attribute compact is damaged: {type(error).__name__}: {error}") from error
@@ -77,7 +77,7 @@ class LastStep(nn.Module):
             return resize(components, self.size)
         if guidance is None:
             raise ValueError(f"guidance: got None, the step {self.method!r} needs images [B, 3, H, W]")
-        return upsample(components, guidance, self.size, partial(bilateral_stage, **self.settings))
+        return upsample(components, guidance, self.size, self.stages)
 
     def on_arrays(
         self, components: npt.NDArray[np.float32], guidance: npt.NDArray[np.uint8] | None
@@ -90,4 +90,22 @@ class LastStep(nn.Module):
 
     def extra_repr(self) -> str:
         """Size, method and settings."""
-        return f"size={self.size}, method={self.method}, {self.settings}"
+        return f"size={self.size}, method={self.method}, stages={self.stages}"
+
+
+def _taken(settings: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: settings.pop(name) for name in names}
+
+
+def _stage(description: object) -> StageSettings:
+    if not isinstance(description, Mapping):
+        raise TypeError(f"a stage is {description!r}")
+    settings = dict(description)
+    radius, sigma_spatial, sigma_range = _taken(settings, StageSettings._fields).values()
+    if settings:
+        raise _unknown(settings)
+    return StageSettings(int(radius), float(sigma_spatial), float(sigma_range))
+
+
+def _unknown(settings: Mapping[str, Any]) -> ValueError:
+    return ValueError(f"its step has the unknown settings {', '.join(sorted(settings))}: upgrade densefeat")

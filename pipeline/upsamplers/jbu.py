@@ -1,13 +1,13 @@
 """Joint bilateral upsampling: with weights for any backbone, with FeatUp's weights, or training-free."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from densefeat.torch.bilateral import pooled_to_twice, resize, stages_to, upsample
+from densefeat.torch.bilateral import StageSettings, pooled_to_twice, resize, settings_of, stages_to
 from kernels.dispatch import Kind
 from kernels.jbu import (
     Codes,
@@ -27,12 +27,24 @@ from pipeline.upsamplers.images import imagenet_normalised
 from pipeline.upsamplers.interface import Facts, Folding, LinearUpsampler, check_images, checked_basis
 from schemas.upsamplers import NoOptions
 
-__all__ = ["JBU"]
+__all__ = ["JBU", "NARROW"]
 
 _WITHDRAWN = "universal"  # bundled weights of earlier versions, in place of a checkpoint
 # Other parts of published checkpoints, used only in training: backbone, attention downsampler, uncertainty.
 _TRAINING_ONLY = ("model", "downsampler", "scale_net")
+_LEARNED_RADIUS = 3  # of the published stages
 _FINAL_WEIGHT = 0.1  # published: how much of the final 1×1 convolution is added to the last stage
+
+# Settings of the training-free stages, which take features to 2, 4, 8 … times their resolution. Chosen by linear probes
+# on photographs of coco200 with EfficientNet-Lite0, ViT-Ti/16 and ViT-S/14 (benchmarks/upsamplers/jbu_settings.py).
+# Wide kernels in the first two stages gain most, and cost little, because these stages have few pixels. Each of these
+# pixels is a mean over an area: their colours differ less, so that a smaller σ_range tells regions apart.
+WIDE = (StageSettings(5, 2.5, 0.05), StageSettings(7, 3.5, 0.05), StageSettings(3, 1.5, 0.1))
+# For features that are already smooth within regions. Chosen by eye on the first three components of features of
+# EfficientNet-Lite0 (14×14 -> 224) of COCO photos, over σ_spatial 1…3 pixels × σ_range 0.05…0.2. At (1, 0.05) the
+# low-res grid is visible; at σ_spatial 3, or 2 and more on stripes, texture leaks into the features and small objects
+# fade; at σ_range 0.2 they no longer follow edges.
+NARROW = (StageSettings(3, 1.5, 0.1),)
 
 
 class JBU(LinearUpsampler):
@@ -46,6 +58,7 @@ class JBU(LinearUpsampler):
 
     Args:
         stack: learned parameters; None means training-free.
+        settings: of the training-free stages, see `densefeat.torch.bilateral.settings_of`.
     """
 
     name = "jbu"
@@ -56,17 +69,13 @@ class JBU(LinearUpsampler):
         guidance="the image, pooled to each stage's size",
         pca="exact: applied first",
     )
-    # Chosen by eye on the first three components of EfficientNet-Lite0's features (14×14 -> 224) of COCO photos, over
-    # σ_spatial 1…3 pixels × σ_range 0.05…0.2. At (1, 0.05) the low-res grid is visible; at σ_spatial 3, or 2 and more
-    # on stripes, texture leaks into the features and small objects fade; at σ_range 0.2 they no longer follow edges.
-    radius = 3
-    sigma_spatial = 1.5
-    sigma_range = 0.1
-    smallest_grid = radius // 2 + 1  # upsampled ×2, the border can be reflected; FeatUp's stages have the same radius
 
-    def __init__(self, stack: JBUStack | None = None) -> None:
+    def __init__(self, stack: JBUStack | None = None, settings: Sequence[StageSettings] = WIDE) -> None:
         super().__init__()
         self.stack = None if stack is None else stack.requires_grad_(False)
+        self.settings = tuple(settings)
+        # Upsampled ×2, the border can be reflected. Training-free stages adapt their radius (`settings_of`).
+        self.smallest_grid = 1 if stack is None else _LEARNED_RADIUS // 2 + 1
 
     @classmethod
     @override
@@ -111,8 +120,8 @@ class JBU(LinearUpsampler):
         """Return the name and the weights' digest, or the training-free parameters."""
         if self.stack is not None:
             return {"name": self.name, "weights": state_digest(self.stack.state_dict())}
-        parameters = {"radius": self.radius, "sigma_spatial": self.sigma_spatial, "sigma_range": self.sigma_range}
-        return {"name": self.name, **parameters}
+        stages: list[dict[str, object]] = [stage._asdict() for stage in self.settings]
+        return {"name": self.name, **(stages[0] if len(stages) == 1 else {"stages": stages})}
 
     @override
     def last_step(self) -> dict[str, object] | None:
@@ -152,9 +161,10 @@ class JBU(LinearUpsampler):
     def forward(self, low: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
         """Upsample without the final convolution, which `fold` moves into the projection."""
         check_images(low, images, size)
-        if self.stack is None:
-            return upsample(low, images, size, self._bilateral_stage)
-        return resize(self.apply_stages(low, imagenet_normalised(images)), size)
+        pixels = self._pixels(images)
+        for number in range(self._stage_count(_grid(low), size)):
+            low = self._stage(number, low, pixels)
+        return resize(low, size)
 
     @override
     def explain(self, device: torch.device) -> str:
@@ -179,7 +189,8 @@ class JBU(LinearUpsampler):
             high = self._stage(number, high, pixels)
         guidance = pooled_to_twice(pixels, high)
         if self.stack is None:
-            return bilateral_codes(high, guidance, self.sigma_spatial, self.sigma_range, self.radius, quantization)
+            radius, sigma_spatial, sigma_range = settings_of(last, self.settings, _grid(high))
+            return bilateral_codes(high, guidance, sigma_spatial, sigma_range, radius, quantization)
         return learned_codes(high, guidance, self.stack.stages[last], quantization)
 
     def apply_stages(self, source: Tensor, pixels: Tensor) -> Tensor:
@@ -204,11 +215,9 @@ class JBU(LinearUpsampler):
     def _stage(self, number: int, source: Tensor, pixels: Tensor) -> Tensor:
         guidance = pooled_to_twice(pixels, source)
         if self.stack is None:
-            return self._bilateral_stage(source, guidance)
+            radius, sigma_spatial, sigma_range = settings_of(number, self.settings, _grid(source))
+            return bilateral_stage(source, guidance, sigma_spatial, sigma_range, radius)
         return learned_stage(source, guidance, self.stack.stages[number])
-
-    def _bilateral_stage(self, source: Tensor, guidance: Tensor) -> Tensor:
-        return bilateral_stage(source, guidance, self.sigma_spatial, self.sigma_range, self.radius)
 
     def apply_final(self, features: Tensor) -> Tensor:
         """Add the final convolution, if any, to all C channels [B, C, H, W]: Y = U + 0.1·(W·U + b)."""

@@ -14,7 +14,8 @@ from densefeat.torch import bilateral as reference
 from pipeline.upsamplers.bilinear import Bilinear
 from pipeline.upsamplers.jbu import JBU
 
-JBU_STEP = {"name": "jbu", "radius": 3, "sigma_spatial": 1.5, "sigma_range": 0.1}
+STAGE = {"radius": 3, "sigma_spatial": 1.5, "sigma_range": 0.1}
+JBU_STEP = {"name": "jbu", **STAGE}
 
 
 def made(*shape: int, seed: int = 0) -> Tensor:
@@ -72,6 +73,25 @@ def test_it_propagates_gradients_and_can_be_compiled_to_a_graph() -> None:
     assert torch.allclose(exported.module()(low.detach(), images), step(low, images))
 
 
+def test_each_stage_has_its_settings() -> None:
+    first, second = {**STAGE, "radius": 5}, {**STAGE, "sigma_range": 0.3}
+    step = LastStep.of({"size": [40, 64], "last_step": {"name": "jbu", "stages": [first, second]}})
+    low, images = made(1, 3, 5, 8), photo(1, 40, 64)
+    expected = low
+    for stage in (first, second, second):
+        guidance = torch.nn.functional.adaptive_avg_pool2d(images / 255, [2 * n for n in expected.shape[2:]])
+        expected = reference.bilateral_stage(expected, guidance, **stage)
+    assert torch.allclose(step(low, images), expected)
+
+
+def test_in_a_small_image_the_radius_is_what_its_border_allows() -> None:
+    step = LastStep.of({"size": [4, 4], "last_step": {"name": "jbu", "stages": [{**STAGE, "radius": 7}]}})
+    low, images = made(1, 3, 2, 2), photo(1, 4, 4)
+    guidance = images / 255
+    assert torch.allclose(step(low, images), reference.bilateral_stage(low, guidance, **STAGE))
+    assert step(low[..., :1, :1], images).shape == (1, 3, 4, 4)
+
+
 def test_arrays_of_one_image() -> None:
     step = LastStep.of({"size": [20, 30], "last_step": JBU_STEP})
     low, images = made(1, 3, 5, 8), photo(1, 20, 30)
@@ -98,6 +118,11 @@ def test_on_a_gpu_it_is_the_same(dtype: torch.dtype) -> None:
         ({"size": [4], "last_step": JBU_STEP}, "not enough values"),
         ({"size": [4, 4], "last_step": {"name": "jbu"}}, "damaged: KeyError: 'radius'"),
         ({"size": [4, 4], "last_step": {**JBU_STEP, "colour": "lab"}}, "unknown settings colour: upgrade densefeat"),
+        ({"size": [4, 4], "last_step": {"name": "jbu", "stages": []}}, "damaged: KeyError: 'radius'"),
+        ({"size": [4, 4], "last_step": {"name": "jbu", "stages": [3]}}, "damaged: TypeError: a stage is 3"),
+        ({"size": [4, 4], "last_step": {"name": "jbu", "stages": "ab"}}, "damaged: TypeError: a stage is 'a'"),
+        ({"size": [4, 4], "last_step": {"name": "jbu", "stages": [{**STAGE, "colour": "lab"}]}}, "settings colour: up"),
+        ({"size": [4, 4], "last_step": {**JBU_STEP, "stages": [STAGE]}}, "unknown settings radius, sigma_range, sigma"),
         ({"size": [4, 4], "last_step": {"name": "naf"}}, "'naf' is unknown to this version of densefeat: upgrade"),
     ],
 )

@@ -29,6 +29,7 @@ from pipeline.errors import JobError
 from pipeline.evaluate.data.originals import stored_geometry
 from pipeline.images.decoding.decode import decode
 from pipeline.upsamplers.anyup.network import AnyUp
+from pipeline.upsamplers.jbu import JBU
 from schemas.options import UpsampleConfig
 from tests.helpers.photographs import photo
 from tests.helpers.upsample_jobs import config, shard_bytes
@@ -106,7 +107,7 @@ def test_it_is_small_and_is_described(made: UpsampleConfig) -> None:
     assert store.attributes["configuration"]["storage"]["represent"] == "compact"
     assert store.compact == {
         "size": [64, 64],
-        "last_step": {"name": "jbu", "radius": 3, "sigma_spatial": 1.5, "sigma_range": 0.1},
+        "last_step": JBU().last_step(),
         "guidance": [64, 64],
     }
     assert "compact at 8×8" in repr(store)
