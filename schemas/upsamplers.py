@@ -5,12 +5,14 @@ For an upsampler with options of its own, add a dataclass here, a line in `UPSAM
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from schemas.checks import at_least, check_method_options, own_options
 
 __all__ = [
     "UPSAMPLER_OPTIONS",
     "ImplicitOptions",
+    "JBUOptions",
     "LiFTOptions",
     "MultiviewOptions",
     "NoOptions",
@@ -21,6 +23,15 @@ __all__ = [
 @dataclass(frozen=True, kw_only=True)
 class NoOptions:
     """Options of an upsampler that has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JBUOptions:
+    """Options of ``jbu``."""
+
+    # jbu without weights: kernels of the first two stages. "wide" averages more within the regions of the image: better
+    # for classifying pixels, worse for finding corresponding points. If omitted, "narrow".
+    jbu_kernels: Literal["narrow", "wide"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +93,7 @@ class ImplicitOptions(_ViewsOptions):
 
 # Options of each upsampler that has any, by its name.
 UPSAMPLER_OPTIONS: dict[str, type] = {
+    "jbu": JBUOptions,
     "lift": LiFTOptions,
     "multiview": MultiviewOptions,
     "implicit": ImplicitOptions,
@@ -102,7 +114,7 @@ class _ChosenUpsampler:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpsamplerOptions(LiFTOptions, MultiviewOptions, ImplicitOptions, _ChosenUpsampler):
+class UpsamplerOptions(JBUOptions, LiFTOptions, MultiviewOptions, ImplicitOptions, _ChosenUpsampler):
     """The chosen upsampler, and the options of all upsamplers; those of the others must have their defaults."""
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 TABLES: dict[str, Callable[[], str]] = {
     "headline": performance.headline,
-    "choice": upsamplers.choice,
+    "choice": evaluation.choice,
     "jbu_settings": upsamplers.jbu_settings,
     "held_out_of_jbu": upsamplers.held_out_of_jbu,
     "layers": features.layers,

@@ -1,4 +1,4 @@
-"""Table of the tasks of jobs/evaluate.py."""
+"""Tables of the tasks of jobs/evaluate.py: every upsampler on every task, and which upsampler to use."""
 
 from typing import Any
 
@@ -15,29 +15,90 @@ _FIGURES = {
     "discovery": ("CorLoc", "discovery, CorLoc"),
     "held_out_views": ("error on held-out views", "held-out views, error ↓"),
 }
-_ORDER = ("bilinear", "jbu", "anyup", "multiview, 5 views", "multiview", "bilinear, image at 2×")
+_ORDER = (
+    "bilinear", "jbu", "jbu, wide kernels", "jbu, trained", "lift", "anyup", "bilinear, image at 2×",
+    "multiview, 5 views", "multiview", "multiview, 21 views",
+)  # fmt: skip
+
+
+_BACKBONES = {"lite0": "EfficientNet-Lite0", "vit-ti": "ViT-Ti/16", "vit": "a ViT-S/14 of DINOv2's family"}
+# Method -> how the command line names it; the tasks that tell which to use.
+_OPTIONS = {
+    "bilinear": "`bilinear`",
+    "jbu": "`jbu`, the default",
+    "jbu, wide kernels": "`jbu --jbu-kernels wide`",
+    "anyup": "`anyup`",
+    "multiview, 5 views": "`multiview --views 5`",
+    "multiview": "`multiview`",
+}
+_WEIGHTS = {"anyup": "published", "multiview": "fitted by the job"}
+_CHOICE = ("segmentation", "depth", "keypoints", "held_out_views")
+
+_Latest = dict[tuple[str, str, str], dict[str, Any]]  # (backbone, method, task) -> row
+
+
+def _latest() -> _Latest:
+    return {(row["backbone"], row["method"], row["task"]): row for row in rows.read("evaluation")}
+
+
+def choice() -> str:
+    """Weights, cost and main figures of each upsampler, in short."""
+    latest = _latest()
+    headings = [_FIGURES[task][1].replace(" ↓", "") for task in _CHOICE]
+    table = [f"| `--upsampler` | weights | cost | {' | '.join(headings)} |", f"|---|---|---|{'---|' * len(headings)}"]
+    for method, option in _OPTIONS.items():
+        weights = _WEIGHTS.get(method.partition(",")[0], "none")
+        costs = [_cost(latest, backbone, method) or "–" for backbone in _BACKBONES]
+        cells = [" / ".join(_short(latest, backbone, method, task) for backbone in _BACKBONES) for task in _CHOICE]
+        table.append(f"| {option} | {weights} | {' / '.join(costs)} | {' | '.join(cells)} |")
+    return (
+        f"{' / '.join(_BACKBONES.values())}, 224 px, k = 64. Cost: time of backbone and upsampler over that of "
+        "`bilinear`, on a CPU. `bilinear`: the figure; others: the difference to it, bold where its 95% interval "
+        "excludes zero. Of RMSE and error, less is better.\n\n"
+    ) + "\n".join(table)
+
+
+def _short(latest: _Latest, backbone: str, method: str, task: str) -> str:
+    """A figure of bilinear, or another's difference to it, without intervals."""
+    row = latest.get((backbone, method, task))
+    if row is None:
+        return "–"
+    figure = row["figures"][_FIGURES[task][0]]
+    if method == "bilinear":
+        return f"{Estimate.of(figure['value']).mean:.3f}"
+    return formats.gain(Estimate.of(figure["difference"]), interval=False)
 
 
 def evaluation() -> str:
     """The main figure of each task: bilinear's value, and differences to it."""
-    latest = {(row["backbone"], row["method"], row["task"]): row for row in rows.read("evaluation")}
+    latest = _latest()
     measured = {task for _, _, task in latest}
     tasks = [task for task in _FIGURES if task in measured]
     table = [
-        f"| backbone | features | {' | '.join(_FIGURES[task][1] for task in tasks)} |",
-        f"|---|---|{'---|' * len(tasks)}",
+        f"| backbone | features | cost | {' | '.join(_FIGURES[task][1] for task in tasks)} |",
+        f"|---|---|---|{'---|' * len(tasks)}",
     ]
     sides = dict.fromkeys((backbone, method) for backbone, method, _ in latest)
     for backbone, method in sorted(sides, key=lambda side: (side[0], _ORDER.index(side[1]))):
         cells = [_cell(latest.get((backbone, method, task)), task) for task in tasks]
-        table.append(f"| {backbone} | {method} | {' | '.join(cells)} |")
+        cost = _cost(latest, backbone, method)
+        table.append(f"| {backbone} | {method} | {cost} | {' | '.join(cells)} |")
     units = {task: row for (_, _, task), row in latest.items()}
     counted = ", ".join(f"{row['units']} {row['unit']}s ({task})" for task, row in units.items())
     return (
         "`bilinear`: value ± half of its 95% interval. Others: paired difference to it with its 95% interval, bold "
-        f"where that excludes zero; ↓: less is better. k = 64, 224 px, over {counted} "
+        "where that excludes zero; ↓: less is better. Cost: seconds of backbone and upsampler per image, over those of "
+        f"`bilinear`, on one core. k = 64, 224 px, over {counted} "
         "(`python -m benchmarks.evaluate.tasks --stores FOLDER`).\n\n"
     ) + "\n".join(table)
+
+
+def _cost(latest: _Latest, backbone: str, method: str) -> str:
+    """Seconds per image over those of bilinear, of the images for segmentation."""
+    seconds = [
+        latest.get((backbone, name, "segmentation"), {}).get("seconds_per_image") for name in (method, "bilinear")
+    ]
+    return f"{seconds[0] / seconds[1]:.2g}" if all(seconds) else ""
 
 
 def _cell(row: dict[str, Any] | None, task: str) -> str:

@@ -29,8 +29,8 @@ def time_and_memory(measured: dict[str, Any] | None, batch: int) -> str:
     return f"{ms(measured['ms_per_image'])}, {measured['peak_bytes'] / batch / 1e6:,.0f} MB"
 
 
-def gain(difference: Estimate) -> str:
-    """A difference with its interval, bold where that excludes zero."""
-    text = f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+def gain(difference: Estimate, interval: bool = True) -> str:
+    """A difference, with its interval if asked for, bold where that excludes zero."""
+    text = f"{difference.mean:+.3f}" + (f" ({difference.low:+.3f} to {difference.high:+.3f})" if interval else "")
     text = re.sub(r"[+-]0\.000", "0.000", text).replace("-", "−")
     return f"**{text}**" if difference.low > 0 or difference.high < 0 else text

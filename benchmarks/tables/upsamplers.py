@@ -134,7 +134,6 @@ def _fit_seconds(row: dict[str, Any]) -> tuple[float, float]:
     return row["fit_s"], row["extraction_s"]
 
 
-_NAMES = {"lite0": "EfficientNet-Lite0", "vit-ti": "ViT-Ti/16", "vit": "a ViT-S/14 of DINOv2's family"}
 METRICS = ("miou", "border_accuracy")
 
 
@@ -167,36 +166,6 @@ def quality() -> str:
     ) + "\n".join(table)
 
 
-def choice() -> str:
-    """Weights, cost and quality of each upsampler, in short."""
-    measured = {row["upsampler"]: row for row in rows.read("upsamplers") if row["size"] == 224}
-    cost = {
-        name: formats.ms(row["ms"]["k"]) + formats.elsewhere(row, measured["jbu"]) for name, row in measured.items()
-    }
-    fits = {(row["backbone"], row["method"]): row for row in rows.read("implicit") if not rows.on_gpu(row)}
-    implicit = fits["vit", "implicit, default schedule"]
-    multiview = fits["vit", "multiview, 9 views"]
-    backbones = dict.fromkeys(name for name, _ in _quality(224, 64))
-    table = [
-        f"| `--upsampler` | weights | passes | cost per image | gain in mean IoU: {' / '.join(backbones)} "
-        "| error on held-out views |",
-        "|---|---|---|---|---|---|",
-        f"| `bilinear` | none | 1 | {cost['bilinear']} | 0 | 1 |",
-        f"| `jbu`, the default | none | 1 | {cost['jbu']} | {_of_all('jbu')} |",
-        f"| `anyup` | published | 1 | {cost['anyup']} | {_of_all('anyup')} |",
-        f"| `multiview` | fitted by the job | 9 | {formats.ms(1000 * sum(_fit_seconds(multiview)))} "
-        f"| {_of_all('multiview')} |",
-        f"| `lift` | published | 1 | {cost['lift']} | | |",
-        f"| `naf` | published | 1 | {cost['naf']} | | |",
-        f"| `implicit` | none | 100 | {formats.seconds(sum(_fit_seconds(implicit)))} | | |",
-    ]
-    return (
-        f"{' / '.join(_NAMES[name] for name in backbones)}, 224 px, k = 64. Cost: one CPU core, with the ViT-S/14's "
-        "features, without the image's own pass. Gain of a linear probe over `bilinear`, bold where its 95% interval "
-        "excludes zero. Error: as a share of `bilinear`'s, lower is better.\n\n"
-    ) + "\n".join(table)
-
-
 def sizes() -> str:
     """Error of a model of the backbone that was fitted at another size, one line."""
     row = rows.read("sizes")[-1]
@@ -226,16 +195,3 @@ def _quality(size: int, components: int) -> dict[tuple[str, str], dict[str, Any]
 
 
 _ORDER = ("lite0", "vit-ti", "vit")  # of backbones in tables
-
-
-def _of_all(method: str) -> str:
-    """Gain in mean IoU and share of bilinear's error on held-out views, for every backbone: two cells."""
-    latest = _quality(224, 64)
-    gains, shares = [], []
-    for backbone in dict.fromkeys(name for name, _ in latest):
-        row = latest[backbone, method]
-        gain = Estimate.of(row["miou_difference"])
-        number = f"{gain.mean:+.3f}".replace("-", "−")
-        gains.append(f"**{number}**" if gain.low > 0 or gain.high < 0 else number)
-        shares.append(f"{row['held_out_error']['mean'] / latest[backbone, 'bilinear']['held_out_error']['mean']:.2f}")
-    return f"{' / '.join(gains)} | {' / '.join(shares)}"

@@ -28,6 +28,7 @@ from pipeline.train.world import World
 from schemas.train_options import TrainConfig
 
 _LITE0 = "tf_efficientnet_lite0@{}=" + str(SHARED / "weights" / "tf_efficientnet_lite0.safetensors")
+_VIT_TI = "vit_tiny_patch16_224@{}=" + str(SHARED / "weights" / "vit_tiny_patch16_224.safetensors")
 _VIT = "vit_small_patch14_dinov2.lvd142m@{}=" + str(SHARED / "weights" / "vit_small_patch14_dinov2.focus.safetensors")
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -39,6 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "evaluate_every": 150,
     },
     "lift on vit": {"upsampler": "lift", "backbones": (_VIT.format(10),), "steps": 600, "evaluate_every": 100},
+    "lift on vit-ti": {"upsampler": "lift", "backbones": (_VIT_TI.format(11),), "steps": 600, "evaluate_every": 100},
     "lift on lite0": {"upsampler": "lift", "backbones": (_LITE0.format(3),), "steps": 400, "evaluate_every": 100},
 }
 _TIMED_STEPS = 6

@@ -33,7 +33,7 @@ from pipeline.run.feature_worker import pick_device
 from pipeline.upsamplers.build import build_upsampler
 from pipeline.upsamplers.fitting import UpsamplerFit
 from pipeline.upsamplers.interface import Projected, Upsampler
-from schemas.upsamplers import MultiviewOptions
+from schemas.upsamplers import JBUOptions, MultiviewOptions
 
 BASELINE = "bilinear"
 ANYUP = str(SHARED / "weights" / "anyup_multi_backbone.pth")
@@ -80,9 +80,11 @@ class Methods:
     def projected(self, upsampler: Upsampler) -> Projected:
         return upsampler.to(self.device).with_basis(*self.basis).to(self.device)
 
-    def single(self, name: str, weights: str | None = None, less: Tensor | None = None) -> Method:
+    def single(
+        self, name: str, weights: str | None = None, less: Tensor | None = None, options: object = None
+    ) -> Method:
         """An upsampler of one pass, of the backbone's features less a bias [C, h, w]."""
-        stage = self.projected(build_upsampler(name, weights, self.backbone))
+        stage = self.projected(build_upsampler(name, weights, self.backbone, options))
 
         def high(photos: Tensor) -> Tensor:
             features = self.backbone(photos)
@@ -118,6 +120,7 @@ class Methods:
         return {
             BASELINE: lambda: self.single("bilinear"),
             "jbu": lambda: self.single("jbu"),
+            "jbu, wide kernels": lambda: self.single("jbu", options=JBUOptions(jbu_kernels="wide")),
             "jbu, less the bias": lambda: self.single("jbu", less=self.bias()),
             "anyup": lambda: self.single("anyup", ANYUP),
             "bilinear, image at 2×": lambda: self.twice("bilinear"),

@@ -25,9 +25,9 @@ from pipeline.features.checkpoints import load_strict, read_metadata, read_state
 from pipeline.features.provenance import check_pairing
 from pipeline.upsamplers.images import imagenet_normalised
 from pipeline.upsamplers.interface import Facts, Folding, LinearUpsampler, check_images, checked_basis
-from schemas.upsamplers import NoOptions
+from schemas.upsamplers import JBUOptions
 
-__all__ = ["JBU", "NARROW"]
+__all__ = ["JBU", "NARROW", "WIDE"]
 
 _WITHDRAWN = "universal"  # bundled weights of earlier versions, in place of a checkpoint
 # Other parts of published checkpoints, used only in training: backbone, attention downsampler, uncertainty.
@@ -35,16 +35,15 @@ _TRAINING_ONLY = ("model", "downsampler", "scale_net")
 _LEARNED_RADIUS = 3  # of the published stages
 _FINAL_WEIGHT = 0.1  # published: how much of the final 1×1 convolution is added to the last stage
 
-# Settings of the training-free stages, which take features to 2, 4, 8 … times their resolution. Chosen by linear probes
-# on photographs of coco200 with EfficientNet-Lite0, ViT-Ti/16 and ViT-S/14 (benchmarks/upsamplers/jbu_settings.py).
+# Settings of the training-free stages, which take features to 2, 4, 8 … times their resolution.
+# Narrow: chosen by eye on the first three components of EfficientNet-Lite0's features (14×14 -> 224) of COCO photos,
+# over σ_spatial 1…3 pixels × σ_range 0.05…0.2. At (1, 0.05) the low-res grid is visible; at σ_spatial 3, or 2 and more
+# on stripes, texture leaks into the features and small objects fade; at σ_range 0.2 they no longer follow edges.
+NARROW = (StageSettings(3, 1.5, 0.1),)
+# Wide: chosen by linear probes with EfficientNet-Lite0, ViT-Ti/16 and ViT-S/14 (benchmarks/upsamplers/jbu_settings.py).
 # Wide kernels in the first two stages gain most, and cost little, because these stages have few pixels. Each of these
 # pixels is a mean over an area: their colours differ less, so that a smaller σ_range tells regions apart.
-WIDE = (StageSettings(5, 2.5, 0.05), StageSettings(7, 3.5, 0.05), StageSettings(3, 1.5, 0.1))
-# For features that are already smooth within regions. Chosen by eye on the first three components of features of
-# EfficientNet-Lite0 (14×14 -> 224) of COCO photos, over σ_spatial 1…3 pixels × σ_range 0.05…0.2. At (1, 0.05) the
-# low-res grid is visible; at σ_spatial 3, or 2 and more on stripes, texture leaks into the features and small objects
-# fade; at σ_range 0.2 they no longer follow edges.
-NARROW = (StageSettings(3, 1.5, 0.1),)
+WIDE = (StageSettings(5, 2.5, 0.05), StageSettings(7, 3.5, 0.05), *NARROW)
 
 
 class JBU(LinearUpsampler):
@@ -70,7 +69,7 @@ class JBU(LinearUpsampler):
         pca="exact: applied first",
     )
 
-    def __init__(self, stack: JBUStack | None = None, settings: Sequence[StageSettings] = WIDE) -> None:
+    def __init__(self, stack: JBUStack | None = None, settings: Sequence[StageSettings] = NARROW) -> None:
         super().__init__()
         self.stack = None if stack is None else stack.requires_grad_(False)
         self.settings = tuple(settings)
@@ -79,13 +78,17 @@ class JBU(LinearUpsampler):
 
     @classmethod
     @override
-    def from_options(cls, options: NoOptions, weights: str | None, backbone: Backbone) -> "JBU":
+    def from_options(cls, options: JBUOptions, weights: str | None, backbone: Backbone) -> "JBU":
         if weights is None:
-            return cls()
+            return cls(settings=WIDE if options.jbu_kernels == "wide" else NARROW)
         if weights == _WITHDRAWN:
             raise JobError(
                 f"--upsampler-weights {weights}: these bundled weights are no longer included, because training-free "
                 "jbu is better on every backbone measured: omit the option"
+            )
+        if options.jbu_kernels is not None:
+            raise JobError(
+                f"--jbu-kernels {options.jbu_kernels}: with --upsampler-weights {weights}, kernels are learned: omit it"
             )
         check_pairing(weights, cls.name, backbone)
         return cls.from_weights(weights, backbone.num_chs)

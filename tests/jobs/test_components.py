@@ -108,6 +108,11 @@ def test_omitted_options_are_those_of_the_store_that_is_resumed(photographs: Pat
     assert verify(VerifyConfig(store=job.store)) == 0
     store = FeatureStore(job.store)
     assert (store.shape[0], store.attributes["configuration"]["backbone"]["layer"]) == (7, [1, 2])
+    other = replace(job, store=str(tmp_path / "other"), jbu_kernels="wide")
+    assert upsample(replace(other, shards=":1")) == 0
+    assert upsample(replace(other, jbu_kernels=None, resume=True)) == 0
+    with pytest.raises(JobError, match=r"upsampler"):
+        upsample(replace(other, jbu_kernels="narrow", resume=True))
     # Another backbone is another store: its defaults are its own.
     with pytest.raises(JobError, match=r'backbone.name: stored "resnet18", asked "resnet34"'):
         upsample(replace(job, backbone="resnet34", layer=None, components=None, resume=True))

@@ -8,7 +8,7 @@ from schemas.attributes import StoreAttributes
 from schemas.checks import parse_size
 from schemas.configuration import StoreConfiguration, differences
 from schemas.options import UpsampleConfig
-from schemas.upsamplers import ImplicitOptions, LiFTOptions, MultiviewOptions, NoOptions
+from schemas.upsamplers import ImplicitOptions, JBUOptions, LiFTOptions, MultiviewOptions, NoOptions
 from tests.helpers.stores import known_configuration
 
 
@@ -58,7 +58,8 @@ def test_shard_ranges(shards: str | None, expected: range) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("", NoOptions()),
+        ("", JBUOptions()),
+        ("--jbu-kernels wide", JBUOptions(jbu_kernels="wide")),
         ("--upsampler bilinear", NoOptions()),
         ("--upsampler lift --lift-iterations 3", LiFTOptions(lift_iterations=3)),
         ("--upsampler multiview --views 5 --regularisation 0.5", MultiviewOptions(views=5, regularisation=0.5)),
@@ -75,6 +76,7 @@ def test_every_upsampler_has_its_own_options_flat_on_the_command_line(line: str,
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"jbu_kernels": "wide", "upsampler": "bilinear"}, "--jbu-kernels wide is for --upsampler jbu: got bilinear"),
         ({"lift_iterations": 2}, "--lift-iterations 2 is for --upsampler lift: got jbu"),
         ({"views": 5, "upsampler": "bilinear"}, "--views 5 is for --upsampler multiview or implicit: got bilinear"),
         ({"fit_steps": 9, "upsampler": "multiview"}, "--fit-steps 9 is for --upsampler implicit: got multiview"),

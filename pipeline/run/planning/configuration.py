@@ -12,6 +12,7 @@ from pipeline.run.recipe import UpsampleRecipe
 from pipeline.store.fitted import Fitted
 from pipeline.store.layout import step_sha256
 from pipeline.upsamplers.interface import Upsampler
+from pipeline.upsamplers.jbu import JBU, WIDE
 from schemas.configuration import (
     GeometryConfiguration,
     PcaConfiguration,
@@ -100,6 +101,8 @@ def with_stored_defaults(config: UpsampleConfig, stored: StoreConfiguration) -> 
             adopted["components"] = stored.pca.explained_share or stored.pca.components
     if config.upsampler == stored.upsampler.get("name") == "multiview" and config.views is None:
         adopted["views"] = stored.upsampler["views"]
+    if config.upsampler == stored.upsampler.get("name") == "jbu" and config.jbu_kernels is None:
+        adopted["jbu_kernels"] = "wide" if stored.upsampler == JBU(settings=WIDE).identity() else None
     return replace(config, **adopted)
 
 

@@ -27,7 +27,7 @@ from pipeline.upsamplers.interface import (
     checked_basis,
     with_nonfinite,
 )
-from pipeline.upsamplers.jbu import JBU, NARROW
+from pipeline.upsamplers.jbu import JBU
 from pipeline.upsamplers.multiview.fit import usual_settings
 from pipeline.upsamplers.multiview.fitting import (
     DEFAULT_STRIDE_PX,
@@ -85,7 +85,7 @@ class MultiviewUpsampler(Upsampler):
         self.backbone, self.settings = backbone, settings
         self._given, self._pooling = dict(given), pooling
         self._fitted: UpsamplerFit | None = None
-        self.finish = JBU(settings=NARROW)  # the solution is smooth within regions
+        self.finish = JBU()
 
     @classmethod
     @override

@@ -29,7 +29,6 @@ from pipeline.errors import JobError
 from pipeline.evaluate.data.originals import stored_geometry
 from pipeline.images.decoding.decode import decode
 from pipeline.upsamplers.anyup.network import AnyUp
-from pipeline.upsamplers.jbu import JBU
 from schemas.options import UpsampleConfig
 from tests.helpers.photographs import photo
 from tests.helpers.upsample_jobs import config, shard_bytes
@@ -65,11 +64,12 @@ def made(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> UpsampleCo
     "options",
     [
         {"upsampler": "jbu"},
+        {"upsampler": "jbu", "jbu_kernels": "wide"},
         {"upsampler": "jbu", "dtype": "float16", "size": "64x96", "fit": "pad", "output_size": "50x70"},
         {"upsampler": "bilinear", "fit": "squash", "output_size": "33"},
         {"upsampler": "multiview", "views": 3, "size": "64x48", "output_size": "64x48"},
     ],
-    ids=lambda options: options["upsampler"] + options.get("dtype", ""),
+    ids=lambda options: options["upsampler"] + options.get("dtype", options.get("jbu_kernels", "")),
 )
 def test_it_reads_like_a_dense_store(pictures: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     compact = job(pictures, tmp_path / "compact", error_floor=0.01, **options)
@@ -107,7 +107,7 @@ def test_it_is_small_and_is_described(made: UpsampleConfig) -> None:
     assert store.attributes["configuration"]["storage"]["represent"] == "compact"
     assert store.compact == {
         "size": [64, 64],
-        "last_step": JBU().last_step(),
+        "last_step": {"name": "jbu", "radius": 3, "sigma_spatial": 1.5, "sigma_range": 0.1},
         "guidance": [64, 64],
     }
     assert "compact at 8×8" in repr(store)

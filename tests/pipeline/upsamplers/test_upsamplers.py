@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from kernels.jbu import JBUStack
+from kernels.jbu import JBUStack, reference
 from kernels.quantization import Encoding, Quantization
 from pipeline.errors import JobError
 from pipeline.upsamplers.anyup.network import AnyUp
@@ -20,7 +20,7 @@ from pipeline.upsamplers.images import imagenet_normalised
 from pipeline.upsamplers.jbu import JBU
 from pipeline.upsamplers.lift.network import LiFT
 from schemas.options import UpsampleConfig
-from schemas.upsamplers import UPSAMPLER_OPTIONS, LiFTOptions
+from schemas.upsamplers import UPSAMPLER_OPTIONS, JBUOptions, LiFTOptions
 from tests.helpers.rounding import assert_close
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "reference" / "featup_jbu_stack.npz"
@@ -77,6 +77,10 @@ def shared_by_backbones():
     return JBU(stack).eval()
 
 
+def wide():
+    return build_upsampler("jbu", None, backbone(6), JBUOptions(jbu_kernels="wide"))
+
+
 def learned(C=6):
     stack = JBUStack(C)
     stack.load_state_dict(random_state(C))
@@ -96,7 +100,7 @@ def test_golden_stack():
 
 
 @pytest.mark.parametrize(("low", "size"), [((5, 4), (80, 64)), ((4, 4), (56, 61)), ((3, 4), (60, 70))])
-@pytest.mark.parametrize("make", [Bilinear, JBU, learned, shared_by_backbones])
+@pytest.mark.parametrize("make", [Bilinear, JBU, wide, learned, shared_by_backbones])
 def test_projecting_first_equals_projecting_last(make, low, size):
     """The PCA-first algebra, also through the last interpolation."""
     upsampler, images = make(), random_images(2, 75, 64)
@@ -165,8 +169,9 @@ def test_lift_of_another_backbone_names_both(tmp_path):
 
 
 @pytest.mark.parametrize(("low", "size"), [((16, 16), (224, 224)), ((14, 14), (224, 224)), ((7, 9), (100, 130))])
-def test_training_free_keeps_constants_and_follows_edges(low, size):
-    upsampler = JBU().eval()
+@pytest.mark.parametrize("make", [JBU, wide])
+def test_training_free_keeps_constants_and_follows_edges(make, low, size):
+    upsampler = make().eval()
     with torch.inference_mode():
         flat = upsampler(torch.full((1, 2, *low), 3.0), random_images(), size)
         assert torch.allclose(flat, torch.full_like(flat, 3.0), atol=1e-4)
@@ -183,7 +188,14 @@ def test_training_free_keeps_constants_and_follows_edges(low, size):
 
 @pytest.mark.parametrize(
     ("make", "low", "size"),
-    [(JBU, (7, 9), (56, 72)), (learned, (5, 4), (80, 64)), (JBU, (7, 9), (50, 72)), (Bilinear, (3, 4), (20, 30))],
+    [
+        (JBU, (7, 9), (56, 72)),
+        (wide, (7, 9), (56, 72)),
+        (wide, (2, 4), (16, 32)),
+        (learned, (5, 4), (80, 64)),
+        (JBU, (7, 9), (50, 72)),
+        (Bilinear, (3, 4), (20, 30)),
+    ],
 )
 @torch.inference_mode()
 def test_codes_are_the_quantized_features(make, low, size):
@@ -281,6 +293,23 @@ def test_learned_weights_without_the_final_convolution_are_for_every_backbone():
     assert (upsampler(features, images.flip(3), (64, 64)) - every).abs().max() > 0.01
 
 
+@torch.inference_mode()
+def test_wide_kernels_are_those_of_the_first_two_stages():
+    low, images = torch.randn(1, 3, 5, 6), random_images(1, 80, 96)
+    expected = low
+    for radius, sigma_spatial, sigma_range in ((5, 2.5, 0.05), (7, 3.5, 0.05), (3, 1.5, 0.1), (3, 1.5, 0.1)):
+        guidance = F.adaptive_avg_pool2d(images / 255, (2 * expected.shape[2], 2 * expected.shape[3]))
+        expected = reference.bilateral_stage(expected, guidance, sigma_spatial, sigma_range, radius)
+    assert_close(wide()(low, images, (80, 96)), expected, 1e-5)
+    assert wide().identity() != JBU().identity() == build_upsampler("jbu", None, backbone(6)).identity()
+
+
+def test_kernels_are_chosen_without_weights_only(tmp_path):
+    weights = saved(tmp_path / "jbu.pth", random_state(6))
+    with pytest.raises(JobError, match=r"--jbu-kernels wide: with --upsampler-weights .*jbu\.pth, kernels are learned"):
+        build_upsampler("jbu", weights, backbone(6), JBUOptions(jbu_kernels="wide"))
+
+
 def test_withdrawn_weights_say_so():
     with pytest.raises(JobError, match=r"universal: these bundled weights are no longer included.*omit the option"):
         build_upsampler("jbu", "universal", backbone(5))
@@ -291,7 +320,7 @@ def test_grids_that_are_too_small_are_told_without_computing(grid):
     """The answer is that of computing."""
     features, images = torch.randn(1, 6, *grid), torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     anyup = AnyUpUpsampler(AnyUp(16).eval())
-    for upsampler in (Bilinear(), JBU(), shared_by_backbones(), anyup):
+    for upsampler in (Bilinear(), JBU(), wide(), shared_by_backbones(), anyup):
         try:
             upsampler.check_grid(6, grid)
             told = True
