@@ -27,6 +27,7 @@ __all__ = [
     "Stored",
     "Upsampler",
     "check_images",
+    "check_smallest",
     "checked_basis",
     "with_nonfinite",
 ]
@@ -88,11 +89,7 @@ class Upsampler(nn.Module):
         Raises:
             ValueError: the grid is smaller than `smallest_grid`, or the upsampler's weights are for another C.
         """
-        if min(grid) < self.smallest_grid:
-            raise ValueError(
-                f"features: got {grid[0]}×{grid[1]}, need at least {self.smallest_grid} on both axes: the border is "
-                "reflected"
-            )
+        check_smallest(grid, self.smallest_grid)
         self.with_basis(torch.zeros(channels), torch.eye(1, channels))
 
     def fitting(self) -> Fitting | None:
@@ -314,6 +311,14 @@ class _LinearProjected(Projected):
         """Project; on a GPU to float16, which is as precise as the stored values at half the bytes, else float32."""
         low = torch.einsum("bchw,ck->bkhw", features, self.projection)
         return low.half() if low.is_cuda else low
+
+
+def check_smallest(grid: tuple[int, int], smallest: int) -> None:
+    """Raise ValueError if features on a grid are fewer than ``smallest`` along an axis."""
+    if min(grid) < smallest:
+        raise ValueError(
+            f"features: got {grid[0]}×{grid[1]}, need at least {smallest} on both axes: the border is reflected"
+        )
 
 
 def with_nonfinite(values: Codes, failures: dict[int, ImageError]) -> Stored:

@@ -24,7 +24,7 @@ from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import load_strict, read_metadata, read_state_dict, state_digest
 from pipeline.features.provenance import check_pairing
 from pipeline.upsamplers.images import imagenet_normalised
-from pipeline.upsamplers.interface import Facts, Folding, LinearUpsampler, check_images, checked_basis
+from pipeline.upsamplers.interface import Facts, Folding, LinearUpsampler, check_images, check_smallest, checked_basis
 from schemas.upsamplers import JBUOptions
 
 __all__ = ["JBU", "NARROW", "WIDE"]
@@ -32,14 +32,14 @@ __all__ = ["JBU", "NARROW", "WIDE"]
 _WITHDRAWN = "universal"  # bundled weights of earlier versions, in place of a checkpoint
 # Other parts of published checkpoints, used only in training: backbone, attention downsampler, uncertainty.
 _TRAINING_ONLY = ("model", "downsampler", "scale_net")
-_LEARNED_RADIUS = 3  # of the published stages
+_RADIUS = 3  # of the published stages, and of narrow ones
 _FINAL_WEIGHT = 0.1  # published: how much of the final 1×1 convolution is added to the last stage
 
 # Settings of the training-free stages, which take features to 2, 4, 8 … times their resolution.
 # Narrow: chosen by eye on the first three components of EfficientNet-Lite0's features (14×14 -> 224) of COCO photos,
 # over σ_spatial 1…3 pixels × σ_range 0.05…0.2. At (1, 0.05) the low-res grid is visible; at σ_spatial 3, or 2 and more
 # on stripes, texture leaks into the features and small objects fade; at σ_range 0.2 they no longer follow edges.
-NARROW = (StageSettings(3, 1.5, 0.1),)
+NARROW = (StageSettings(_RADIUS, 1.5, 0.1),)
 # Wide: chosen by linear probes with EfficientNet-Lite0, ViT-Ti/16 and ViT-S/14 (benchmarks/upsamplers/jbu_settings.py).
 # Wide kernels in the first two stages gain most, and cost little, because these stages have few pixels. Each of these
 # pixels is a mean over an area: their colours differ less, so that a smaller σ_range tells regions apart.
@@ -69,12 +69,12 @@ class JBU(LinearUpsampler):
         pca="exact: applied first",
     )
 
+    smallest_grid = _RADIUS // 2 + 1  # upsampled ×2, the border can be reflected; wide kernels adapt (`settings_of`)
+
     def __init__(self, stack: JBUStack | None = None, settings: Sequence[StageSettings] = NARROW) -> None:
         super().__init__()
         self.stack = None if stack is None else stack.requires_grad_(False)
         self.settings = tuple(settings)
-        # Upsampled ×2, the border can be reflected. Training-free stages adapt their radius (`settings_of`).
-        self.smallest_grid = 1 if stack is None else _LEARNED_RADIUS // 2 + 1
 
     @classmethod
     @override
@@ -164,6 +164,7 @@ class JBU(LinearUpsampler):
     def forward(self, low: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
         """Upsample without the final convolution, which `fold` moves into the projection."""
         check_images(low, images, size)
+        check_smallest(_grid(low), self.smallest_grid)
         pixels = self._pixels(images)
         for number in range(self._stage_count(_grid(low), size)):
             low = self._stage(number, low, pixels)
