@@ -30,7 +30,8 @@ class JBUOptions:
     """Options of ``jbu``."""
 
     # jbu without weights: kernels of the first two stages. "wide" averages more within the regions of the image: better
-    # for classifying pixels, worse for finding corresponding points. If omitted, "narrow".
+    # for classifying pixels, worse for finding corresponding points and in fidelity to the backbone. If omitted,
+    # "narrow".
     jbu_kernels: Literal["narrow", "wide"] | None = None
 
 

@@ -25,6 +25,7 @@ from schemas.evaluate_options import EvaluateConfig, TaskName
 
 DATA = SHARED / "data"
 COMPONENTS = 64
+BASELINE = "bilinear"
 METHODS = {
     "bilinear": "upsampler=bilinear",
     "jbu": "upsampler=jbu",
@@ -34,6 +35,7 @@ METHODS = {
     "anyup": f"upsampler=anyup,upsampler_weights={SHARED / 'weights' / 'anyup_multi_backbone.pth'}",
     "multiview, 5 views": "upsampler=multiview,views=5",
     "multiview": "upsampler=multiview",
+    "multiview, not smoothed": "upsampler=multiview,smoothing=0",
     "multiview, 21 views": "upsampler=multiview,views=21",
     "bilinear, image at 2×": "upsampler=bilinear",
 }
@@ -101,11 +103,12 @@ def main(
         stores: folder that keeps the features.
         backbones: names in `BACKBONES`.
         tasks: names in `CASES`.
-        methods: names in `METHODS`; differences are to the first.
+        methods: names in `METHODS`; differences are to bilinear.
         trainings: folder of benchmarks.train.training.
         limit: images of each split.
     """
     torch.set_num_threads(1)
+    methods = tuple(dict.fromkeys((BASELINE, *methods)))
     for task in tasks:
         for backbone in backbones:
             case = CASES[task]
@@ -125,7 +128,7 @@ def main(
 
 
 def write(backbone: str, result: Result, config: EvaluateConfig) -> None:
-    """One row a side: each figure with its interval, and its difference to the first side's; and the side's cost."""
+    """One row a side: each figure with its interval, and its difference to bilinear's; and the side's cost."""
     options = {name: value for name, value in asdict(config).items() if name in ("runs", "pixels", "classes", "limit")}
     for one in result.comparison.sides:
         figures = {

@@ -17,7 +17,7 @@ _FIGURES = {
 }
 _ORDER = (
     "bilinear", "jbu", "jbu, wide kernels", "jbu, trained", "lift", "anyup", "bilinear, image at 2×",
-    "multiview, 5 views", "multiview", "multiview, 21 views",
+    "multiview, 5 views", "multiview", "multiview, not smoothed", "multiview, 21 views",
 )  # fmt: skip
 
 

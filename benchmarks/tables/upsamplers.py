@@ -5,6 +5,7 @@ from typing import Any
 
 from benchmarks import rows
 from benchmarks.tables import formats
+from benchmarks.upsamplers.jbu_settings import SETTINGS, work
 from pipeline.evaluate.bootstrap import Estimate
 from pipeline.upsamplers.build import UPSAMPLERS
 
@@ -43,22 +44,23 @@ def upsampler_costs() -> str:
 
 
 def jbu_settings() -> str:
-    """The probe on training-free JBU with other settings, and its cost."""
+    """The probe on training-free JBU with other settings, and their work."""
     latest = {(row["backbone"], row["settings"]): row for row in rows.read("jbu_settings")}
     backbones = list(dict.fromkeys(backbone for backbone, _ in latest))
     sample = next(iter(latest.values()))
     figures = (("miou_difference", "mean IoU"), ("border_accuracy_difference", "near a border"))
     heads = [f"{backbone}: {words}" for backbone in backbones for _, words in figures]
-    table = [f"| radii of the stages | cost | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
+    table = [f"| radii of the stages | work | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
     for settings in dict.fromkeys(settings for _, settings in latest if settings != "bilinear"):
         of_backbones = [latest[backbone, settings] for backbone in backbones]
-        cost = statistics.mean(row["seconds"] / latest[row["backbone"], "3"]["seconds"] for row in of_backbones)
+        share = work(SETTINGS[settings]) / work(SETTINGS["3"])
         cells = [formats.gain(Estimate.of(row[name])) for row in of_backbones for name, _ in figures]
-        table.append(f"| {settings} | {cost:.2g} | {' | '.join(cells)} |")
+        table.append(f"| {settings} | {share:.2f} | {' | '.join(cells)} |")
     return (
         "Gain over `bilinear` in a linear probe, with 95% intervals, bold where they exclude zero: coco200's training "
         f"half, {sample['train']} photographs to train and {sample['val']} others to evaluate, k = 64. σ_spatial is "
-        "half of the radius and σ_range 0.1 where nothing else is said. Cost: time over that of the first row "
+        "half of the radius and σ_range 0.1 where nothing else is said. Work: products of all stages, 14×14 to "
+        "224×224, over those of the first row "
         "(`python -m benchmarks.upsamplers.jbu_settings`).\n\n"
     ) + "\n".join(table)
 

@@ -7,7 +7,6 @@ evaluated on the other 40. The validation half, on which upsamplers are compared
 """
 
 import json
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from benchmarks import rows
 from benchmarks.upsamplers import probe
 from benchmarks.upsamplers.held_out import BACKBONES, SIZE, build, fitted_basis
-from densefeat.torch.bilateral import StageSettings
+from densefeat.torch.bilateral import StageSettings, settings_of, stages_to
 from pipeline.evaluate.bootstrap import paired
 from pipeline.evaluate.probe import mean_iou, share
 from pipeline.upsamplers.bilinear import Bilinear
@@ -51,6 +50,15 @@ SETTINGS: dict[str, Sequence[StageSettings]] = {
 }
 
 
+def work(settings: Sequence[StageSettings], grid: tuple[int, int] = (14, 14), size: tuple[int, int] = SIZE) -> int:
+    """Multiplications of a component by a weight, from a grid to the output's size."""
+    total = 0
+    for number in range(stages_to(grid, size)):
+        pixels = (grid[0] << number + 1) * (grid[1] << number + 1)
+        total += pixels * (2 * settings_of(number, settings, (grid[0] << number, grid[1] << number)).radius + 1) ** 2
+    return total
+
+
 def main(backbones: tuple[str, ...] = tuple(BACKBONES), settings: tuple[str, ...] = tuple(SETTINGS)) -> None:
     """Measure; append a row per backbone and settings.
 
@@ -75,11 +83,10 @@ def measure(name: str, settings: Sequence[str]) -> None:
     low = {id(photo): backbone(photo) for photo, _ in train + val}
     upsamplers: dict[str, LinearUpsampler] = {BASELINE: Bilinear()}
     upsamplers |= {one: JBU(settings=SETTINGS[one]) for one in settings}
-    counts, border, seconds = {}, {}, {}
+    counts, border = {}, {}
     for method, upsampler in upsamplers.items():
-        stage, begun = upsampler.with_basis(*basis), time.process_time()
+        stage = upsampler.with_basis(*basis)
         high = {id(photo): stage(low[id(photo)], photo, SIZE).half() for photo, _ in train + val}
-        seconds[method] = (time.process_time() - begun) / len(high)
         counts[method], border[method] = probed(high, train, val)
         print(name, method, f"{mean_iou(counts[method].double().sum(1)).mean():.4f}", flush=True)
     figures = {"miou": paired(counts, mean_iou, BASELINE), "border_accuracy": paired(border, share, BASELINE)}
@@ -88,7 +95,7 @@ def measure(name: str, settings: Sequence[str]) -> None:
         for figure, of_methods in figures.items():
             value, difference = of_methods[method]
             row |= {figure: value.row(), f"{figure}_difference": difference.row()}
-        rows.append("jbu_settings", {**row, "seconds": round(seconds[method], 5), **rows.measured_on()})
+        rows.append("jbu_settings", {**row, **rows.measured_on()})
         print(json.dumps(row), flush=True)
 
 

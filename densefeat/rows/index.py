@@ -33,7 +33,9 @@ _SHOWN = 10
 _KEYS_IN_A_DICT, _SCANS_BEFORE_A_DICT = 50_000, 50  # the dict of a million keys costs as much as some tens of scans
 # Columns of the index that this package reads. schemas/index.py has the whole schema.
 _COLUMNS = {"key": pa.string(), "label": pa.int64(), "affine": pa.list_(pa.float64()), **OUTCOME}
-_LOOKUP = ("row", "key", "label", "status", "error", "chunk_offset", "chunk_nbytes")  # a third of the time of all
+# What is decoded at first, and for geometry; each costs less than half of the time and memory of all.
+_LOOKUP = ("row", "key", "label", "status", "error", "chunk_offset", "chunk_nbytes")
+_GEOMETRY = ("row", *RECORDED)
 
 REPAIR = "verify the store with jobs/verify_store.py --repair and compute the lost rows again with --resume"
 _REBUILD = "jobs/verify_store.py --repair rebuilds it from the images and the ledger"
@@ -147,7 +149,7 @@ class IndexedRows:
 
     def __getstate__(self) -> dict[str, Any]:
         # The index can be large: every process reads it again instead of receiving a copy.
-        dropped = ("index", "_lookup", "labels", "rows_with_features", "_row_of_key", "_places")
+        dropped = ("index", "lookup", "_geometries", "labels", "rows_with_features", "_row_of_key", "_places")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     @cached_property
@@ -162,22 +164,30 @@ class IndexedRows:
         """
         return self.in_use(read_index(self._objects, self.layout, self.attributes["configuration_hash"]))
 
-    @property
+    @cached_property
     def lookup(self) -> pa.Table:
-        """Columns of the index that reading needs: key, label, outcome and place of every row, but no geometry.
+        """Columns of the index that reading needs: row, key, label, status, error and place of the chunk.
 
-        A finished store of a million rows has them in half a second, and all of the index in one and a half.
+        Of a finished store, no other columns are decoded for it.
 
         Raises:
             StoreError: as `index`.
         """
-        index = self.__dict__.get("index")
-        return self._lookup if index is None else index
+        return self._columns(_LOOKUP)
 
     @cached_property
-    def _lookup(self) -> pa.Table:
-        columns = read_index(self._objects, self.layout, self.attributes["configuration_hash"], _LOOKUP)
-        return self.in_use(columns)
+    def _geometries(self) -> pa.Table:
+        return self._columns(_GEOMETRY)
+
+    def _columns(self, names: Sequence[str]) -> pa.Table:
+        """Columns of `index`."""
+        if "index" not in self.__dict__:
+            columns = read_index(self._objects, self.layout, self.attributes["configuration_hash"], names)
+            if columns.column_names == list(names):
+                return self.in_use(columns) if "status" in names else columns
+            # All columns of an unfinished store: the only look at its ledger, which changes.
+            self.index = self.in_use(columns)
+        return self.index.select(names)
 
     def in_use(self, index: pa.Table) -> pa.Table:
         """The index with the status of rows that are retired.
@@ -295,7 +305,7 @@ class IndexedRows:
         if self._places[0][row] < 0:
             raise self._missing(row)
         try:
-            record = {name: self.index[name][row].as_py() for name in RECORDED}
+            record = {name: self._geometries[name][row].as_py() for name in RECORDED}
             return RowGeometry.from_record(record, self.shape[1:])
         except (KeyError, ValueError) as error:
             raise StoreError(f"{self.uri}: {layout.INDEX} is damaged: row {row}: {error}; {REPAIR}") from error

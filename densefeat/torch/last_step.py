@@ -1,5 +1,6 @@
 """The last step of upsampling, which readers of a compact store take: from stored components to features."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ class LastStep(nn.Module):
     """
 
     def __init__(self, size: tuple[int, int], method: str, stages: Sequence[StageSettings] = ()) -> None:
+        if (method == "jbu") != bool(stages):
+            raise ValueError(f"stages: got {len(stages)} for the step {method!r}, only 'jbu' has any, and needs them")
         super().__init__()
         self.size, self.method, self.stages = size, method, tuple(stages)
 
@@ -46,9 +49,7 @@ class LastStep(nn.Module):
             method = step.pop("name")
             if method not in _METHODS:
                 raise ValueError(f"the step {method!r} is unknown to this version of densefeat: upgrade it")
-            # Without "stages", the settings of all stages stand in the step itself.
-            stages = () if method == "bilinear" else step.pop("stages", None) or [_taken(step, StageSettings._fields)]
-            settings = [_stage(stage) for stage in stages]
+            settings = [] if method == "bilinear" else _stages(step)
             if step:
                 raise _unknown(step)
             return cls((int(height), int(width)), method, settings)
@@ -97,14 +98,24 @@ def _taken(settings: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: settings.pop(name) for name in names}
 
 
-def _stage(description: object) -> StageSettings:
-    if not isinstance(description, Mapping):
-        raise TypeError(f"a stage is {description!r}")
-    settings = dict(description)
+def _stages(step: dict[str, Any]) -> list[StageSettings]:
+    """Take the settings of the stages out of a step: a list, or those of all stages in the step itself."""
+    if "stages" not in step:
+        return [_stage(_taken(step, StageSettings._fields))]
+    stages = step.pop("stages")
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, Mapping) for stage in stages):
+        raise TypeError(f"stages are {stages!r}")
+    return [_stage(dict(stage)) for stage in stages]
+
+
+def _stage(settings: dict[str, Any]) -> StageSettings:
     radius, sigma_spatial, sigma_range = _taken(settings, StageSettings._fields).values()
     if settings:
         raise _unknown(settings)
-    return StageSettings(int(radius), float(sigma_spatial), float(sigma_range))
+    stage = StageSettings(int(radius), float(sigma_spatial), float(sigma_range))
+    if stage.radius < 1 or not 0 < min(stage[1:]) <= max(stage[1:]) < math.inf:
+        raise ValueError(f"the attribute compact is damaged: a stage has {stage}")
+    return stage
 
 
 def _unknown(settings: Mapping[str, Any]) -> ValueError:

@@ -173,7 +173,8 @@ class JBU(LinearUpsampler):
     @override
     def explain(self, device: torch.device) -> str:
         source = torch.float16 if device.type == "cuda" else torch.float32
-        return str(explain(Kind(device, source), Kind(device, torch.float32)))  # the guidance is float32
+        radius = max(stage.radius for stage in self.settings) if self.stack is None else _RADIUS
+        return str(explain(Kind(device, source), Kind(device, torch.float32), radius=radius))  # the guidance is float32
 
     @override
     def can_quantize(self, low: tuple[int, int], size: tuple[int, int]) -> bool:
@@ -185,6 +186,7 @@ class JBU(LinearUpsampler):
     def forward_codes(self, low: Tensor, images: Tensor, size: tuple[int, int], quantization: Quantization) -> Codes:
         """Upsample; the last stage's kernel writes codes."""
         check_images(low, images, size)
+        check_smallest(_grid(low), self.smallest_grid)
         if not self.can_quantize(_grid(low), size):
             raise NotImplementedError(f"jbu quantizes only if its last stage outputs exactly the size {size}")
         high, pixels = low, self._pixels(images)

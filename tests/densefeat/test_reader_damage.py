@@ -264,6 +264,21 @@ def test_a_damaged_record_leaves_its_rows_pending(
             store.read(row)
 
 
+def test_an_unfinished_store_is_what_it_was_at_the_first_look(tmp_path: Path) -> None:
+    """Whatever a job writes meanwhile: rows that had no features then have none, and none is damaged."""
+    known = set_up_store(str(tmp_path / "store"))
+    write_known_shard(known, 1)
+    store = FeatureStore(known.uri)
+    assert np.array_equal(store.read_codes(4), known.codes[4])
+    write_known_shard(known, 0)
+    assert store.geometry(4).feature_size == store.shape[1:]
+    with pytest.raises(MissingFeatures, match="not done yet"):
+        store.read(0)
+    assert np.isnan(store.read([0, 4], missing="nan")[0]).all()
+    assert store.index["status"].to_pylist() == store.lookup["status"].to_pylist()
+    assert np.array_equal(FeatureStore(known.uri).read_codes(0), known.codes[0])
+
+
 def test_an_unfinished_index_is_what_the_ledger_says(tmp_path: Path) -> None:
     known = set_up_store(str(tmp_path / "store"))
     for shard in (2, 0):

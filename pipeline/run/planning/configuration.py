@@ -101,8 +101,8 @@ def with_stored_defaults(config: UpsampleConfig, stored: StoreConfiguration) -> 
             adopted["components"] = stored.pca.explained_share or stored.pca.components
     if config.upsampler == stored.upsampler.get("name") == "multiview" and config.views is None:
         adopted["views"] = stored.upsampler["views"]
-    if config.upsampler == stored.upsampler.get("name") == "jbu" and config.jbu_kernels is None:
-        adopted["jbu_kernels"] = "wide" if stored.upsampler == JBU(settings=WIDE).identity() else None
+    if stored.upsampler == JBU(settings=WIDE).identity() and config.upsampler == "jbu" and config.jbu_kernels is None:
+        adopted["jbu_kernels"] = "wide" if config.upsampler_weights is None else None
     return replace(config, **adopted)
 
 

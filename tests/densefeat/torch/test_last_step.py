@@ -1,5 +1,6 @@
 """The last step of compact stores is that of the pipeline's upsamplers."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from densefeat.torch import LastStep
 from densefeat.torch import bilateral as reference
+from densefeat.torch.bilateral import StageSettings
 from pipeline.upsamplers.bilinear import Bilinear
 from pipeline.upsamplers.jbu import JBU
 
@@ -118,17 +120,27 @@ def test_on_a_gpu_it_is_the_same(dtype: torch.dtype) -> None:
         ({"size": [4], "last_step": JBU_STEP}, "not enough values"),
         ({"size": [4, 4], "last_step": {"name": "jbu"}}, "damaged: KeyError: 'radius'"),
         ({"size": [4, 4], "last_step": {**JBU_STEP, "colour": "lab"}}, "unknown settings colour: upgrade densefeat"),
-        ({"size": [4, 4], "last_step": {"name": "jbu", "stages": []}}, "damaged: KeyError: 'radius'"),
-        ({"size": [4, 4], "last_step": {"name": "jbu", "stages": [3]}}, "damaged: TypeError: a stage is 3"),
-        ({"size": [4, 4], "last_step": {"name": "jbu", "stages": "ab"}}, "damaged: TypeError: a stage is 'a'"),
+        ({"size": [4, 4], "last_step": {"name": "jbu", "stages": []}}, r"damaged: TypeError: stages are \[\]"),
+        ({"size": [4, 4], "last_step": {**JBU_STEP, "stages": []}}, r"damaged: TypeError: stages are \[\]"),
+        ({"size": [4, 4], "last_step": {"name": "jbu", "stages": [3]}}, r"damaged: TypeError: stages are \[3\]"),
+        ({"size": [4, 4], "last_step": {"name": "jbu", "stages": "ab"}}, "damaged: TypeError: stages are 'ab'"),
         ({"size": [4, 4], "last_step": {"name": "jbu", "stages": [{**STAGE, "colour": "lab"}]}}, "settings colour: up"),
         ({"size": [4, 4], "last_step": {**JBU_STEP, "stages": [STAGE]}}, "unknown settings radius, sigma_range, sigma"),
+        ({"size": [4, 4], "last_step": {**JBU_STEP, "radius": 0}}, "damaged: a stage has .*radius=0"),
+        ({"size": [4, 4], "last_step": {**JBU_STEP, "sigma_range": 0}}, "damaged: a stage has .*sigma_range=0"),
+        ({"size": [4, 4], "last_step": {**JBU_STEP, "sigma_spatial": math.nan}}, "damaged: a stage has .*=nan"),
         ({"size": [4, 4], "last_step": {"name": "naf"}}, "'naf' is unknown to this version of densefeat: upgrade"),
     ],
 )
 def test_unknown_steps_are_refused(description: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         LastStep.of(description)
+
+
+@pytest.mark.parametrize(("method", "stages"), [("jbu", []), ("bilinear", [StageSettings(3, 1.5, 0.1)])])
+def test_only_jbu_has_stages(method: str, stages: list[StageSettings]) -> None:
+    with pytest.raises(ValueError, match=f"stages: got {len(stages)} for the step '{method}'"):
+        LastStep((4, 4), method, stages)
 
 
 def test_guidance_is_needed() -> None:
