@@ -46,7 +46,7 @@ def upsampler_costs() -> str:
 def jbu_settings() -> str:
     """The probe on training-free JBU with other settings, and their work."""
     latest = {(row["backbone"], row["settings"]): row for row in rows.read("jbu_settings")}
-    backbones = list(dict.fromkeys(backbone for backbone, _ in latest))
+    backbones = sorted({backbone for backbone, _ in latest}, key=_ORDER.index)
     sample = next(iter(latest.values()))
     figures = (("miou_difference", "mean IoU"), ("border_accuracy_difference", "near a border"))
     heads = [f"{backbone}: {words}" for backbone in backbones for _, words in figures]

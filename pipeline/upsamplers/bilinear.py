@@ -5,7 +5,8 @@ from typing_extensions import override
 
 from densefeat.torch.bilateral import resize
 from pipeline.features.backbone import Backbone
-from pipeline.upsamplers.interface import Facts, LinearUpsampler, check_images
+from pipeline.upsamplers.checks import check_images
+from pipeline.upsamplers.interface import Facts, LinearUpsampler
 from schemas.upsamplers import NoOptions
 
 __all__ = ["Bilinear"]

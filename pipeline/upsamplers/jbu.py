@@ -23,8 +23,9 @@ from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import load_strict, read_metadata, read_state_dict, state_digest
 from pipeline.features.provenance import check_pairing
+from pipeline.upsamplers.checks import check_images, check_smallest, checked_basis
 from pipeline.upsamplers.images import imagenet_normalised
-from pipeline.upsamplers.interface import Facts, Folding, LinearUpsampler, check_images, check_smallest, checked_basis
+from pipeline.upsamplers.interface import Facts, Folding, LinearUpsampler
 from schemas.upsamplers import JBUOptions
 
 __all__ = ["JBU", "NARROW", "WIDE"]

@@ -9,8 +9,9 @@ from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import read_state_dict, state_digest
 from pipeline.features.provenance import check_pairing
 from pipeline.upsamplers.anyup.network import AnyUp
+from pipeline.upsamplers.checks import check_images, checked_basis
 from pipeline.upsamplers.images import imagenet_normalised
-from pipeline.upsamplers.interface import Facts, Projected, Upsampler, check_images, checked_basis
+from pipeline.upsamplers.interface import Facts, Projected, Upsampler
 from schemas.upsamplers import NoOptions
 
 __all__ = ["AnyUpUpsampler"]

@@ -10,19 +10,12 @@ from densefeat.torch.bilateral import resize
 from kernels.quantization import Encoding
 from pipeline.errors import ImageError
 from pipeline.features.backbone import Backbone
+from pipeline.upsamplers.checks import check_images, checked_basis
 from pipeline.upsamplers.images import one_colour
 from pipeline.upsamplers.implicit.fit import Fit, fit_networks
 from pipeline.upsamplers.implicit.network import FittedNetwork
 from pipeline.upsamplers.implicit.schedule import DEFAULT, Schedule, sample_views
-from pipeline.upsamplers.interface import (
-    Facts,
-    Projected,
-    Stored,
-    Upsampler,
-    check_images,
-    checked_basis,
-    with_nonfinite,
-)
+from pipeline.upsamplers.interface import Facts, Projected, Stored, Upsampler, with_nonfinite
 from pipeline.views.features import JitterMatrices, view_features
 from pipeline.views.jitter import Jitter
 from schemas.upsamplers import ImplicitOptions

@@ -9,8 +9,9 @@ from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import read_state_dict, state_digest
 from pipeline.features.provenance import check_pairing
+from pipeline.upsamplers.checks import check_images
 from pipeline.upsamplers.images import imagenet_normalised
-from pipeline.upsamplers.interface import Facts, Projected, Upsampler, check_images
+from pipeline.upsamplers.interface import Facts, Projected, Upsampler
 from pipeline.upsamplers.lift.network import LiFT
 from schemas.upsamplers import LiFTOptions
 

@@ -16,17 +16,10 @@ from kernels.multiview import Solution, ViewMatrices, explain, smooth, solve
 from kernels.quantization import Encoding
 from pipeline.errors import ImageError, JobError
 from pipeline.features.backbone import Backbone
+from pipeline.upsamplers.checks import check_images, checked_basis
 from pipeline.upsamplers.fitting import Fitting, UpsamplerFit
 from pipeline.upsamplers.images import one_colour, one_colour_error
-from pipeline.upsamplers.interface import (
-    Facts,
-    Projected,
-    Stored,
-    Upsampler,
-    check_images,
-    checked_basis,
-    with_nonfinite,
-)
+from pipeline.upsamplers.interface import Facts, Projected, Stored, Upsampler, with_nonfinite
 from pipeline.upsamplers.jbu import JBU
 from pipeline.upsamplers.multiview.fit import usual_settings
 from pipeline.upsamplers.multiview.fitting import (

@@ -14,16 +14,9 @@ from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.checkpoints import read_state_dict, state_digest
 from pipeline.features.provenance import check_pairing
+from pipeline.upsamplers.checks import check_images, checked_basis
 from pipeline.upsamplers.images import imagenet_normalised
-from pipeline.upsamplers.interface import (
-    Facts,
-    Projected,
-    Stored,
-    Upsampler,
-    check_images,
-    checked_basis,
-    with_nonfinite,
-)
+from pipeline.upsamplers.interface import Facts, Projected, Stored, Upsampler, with_nonfinite
 from pipeline.upsamplers.naf.network import NAF
 from schemas.upsamplers import NoOptions
 
