@@ -6,15 +6,16 @@ from benchmarks import rows
 from benchmarks.tables import formats
 from pipeline.evaluate.bootstrap import Estimate
 
-# Task -> its figure in the table, and the heading.
-_FIGURES = {
-    "segmentation": ("mean IoU", "segmentation, mean IoU"),
-    "depth": ("RMSE", "depth, RMSE in m ↓"),
-    "keypoints": ("PCK@0.1 of the box", "keypoints, PCK@0.1"),
-    "video": ("J&F", "video, J&F"),
-    "discovery": ("CorLoc", "discovery, CorLoc"),
-    "held_out_views": ("error on held-out views", "held-out views, error ↓"),
-}
+# Task, its figure, and the heading of the column.
+_COLUMNS = (
+    ("segmentation", "mean IoU", "segmentation, mean IoU"),
+    ("depth", "RMSE", "depth, RMSE in m ↓"),
+    ("keypoints", "PCK@0.1 of the box", "keypoints, PCK@0.1"),
+    ("keypoints", "PCK@0.05 of the box", "PCK@0.05"),
+    ("video", "J&F", "video, J&F"),
+    ("discovery", "CorLoc", "discovery, CorLoc"),
+    ("held_out_views", "error on held-out views", "held-out views, error ↓"),
+)
 _ORDER = (
     "bilinear", "jbu", "jbu, wide kernels", "jbu, trained", "lift", "anyup", "bilinear, image at 2×",
     "multiview, 5 views", "multiview", "multiview, not smoothed", "multiview, 21 views",
@@ -32,7 +33,7 @@ _OPTIONS = {
     "multiview": "`multiview`",
 }
 _WEIGHTS = {"anyup": "published", "multiview": "fitted by the job"}
-_CHOICE = ("segmentation", "depth", "keypoints", "held_out_views")
+_CHOICE = tuple(_COLUMNS[number] for number in (0, 1, 2, 6))
 
 _Latest = dict[tuple[str, str, str], dict[str, Any]]  # (backbone, method, task) -> row
 
@@ -44,12 +45,15 @@ def _latest() -> _Latest:
 def choice() -> str:
     """Weights, cost and main figures of each upsampler, in short."""
     latest = _latest()
-    headings = [_FIGURES[task][1].replace(" ↓", "") for task in _CHOICE]
+    headings = [heading.removesuffix(" ↓") for _, _, heading in _CHOICE]
     table = [f"| `--upsampler` | weights | cost | {' | '.join(headings)} |", f"|---|---|---|{'---|' * len(headings)}"]
     for method, option in _OPTIONS.items():
         weights = _WEIGHTS.get(method.partition(",")[0], "none")
         costs = [_cost(latest, backbone, method) or "–" for backbone in _BACKBONES]
-        cells = [" / ".join(_short(latest, backbone, method, task) for backbone in _BACKBONES) for task in _CHOICE]
+        cells = [
+            " / ".join(_short(latest.get((backbone, method, task)), figure) for backbone in _BACKBONES)
+            for task, figure, _ in _CHOICE
+        ]
         table.append(f"| {option} | {weights} | {' / '.join(costs)} | {' | '.join(cells)} |")
     return (
         f"{' / '.join(_BACKBONES.values())}, 224 px, k = 64. Cost: time of backbone and upsampler over that of "
@@ -58,29 +62,23 @@ def choice() -> str:
     ) + "\n".join(table)
 
 
-def _short(latest: _Latest, backbone: str, method: str, task: str) -> str:
+def _short(row: dict[str, Any] | None, figure: str) -> str:
     """A figure of bilinear, or another's difference to it, without intervals."""
-    row = latest.get((backbone, method, task))
     if row is None:
         return "–"
-    figure = row["figures"][_FIGURES[task][0]]
-    if method == "bilinear":
-        return f"{Estimate.of(figure['value']).mean:.3f}"
-    return formats.gain(Estimate.of(figure["difference"]), interval=False)
+    if row["method"] == "bilinear":
+        return f"{Estimate.of(row['figures'][figure]['value']).mean:.3f}"
+    return formats.gain(Estimate.of(row["figures"][figure]["difference"]), interval=False)
 
 
 def evaluation() -> str:
     """The main figure of each task: bilinear's value, and differences to it."""
     latest = _latest()
-    measured = {task for _, _, task in latest}
-    tasks = [task for task in _FIGURES if task in measured]
-    table = [
-        f"| backbone | features | cost | {' | '.join(_FIGURES[task][1] for task in tasks)} |",
-        f"|---|---|---|{'---|' * len(tasks)}",
-    ]
+    headings = [heading for _, _, heading in _COLUMNS]
+    table = [f"| backbone | features | cost | {' | '.join(headings)} |", f"|---|---|---|{'---|' * len(headings)}"]
     sides = dict.fromkeys((backbone, method) for backbone, method, _ in latest)
-    for backbone, method in sorted(sides, key=lambda side: (side[0], _ORDER.index(side[1]))):
-        cells = [_cell(latest.get((backbone, method, task)), task) for task in tasks]
+    for backbone, method in sorted(sides, key=lambda side: ([*_BACKBONES].index(side[0]), _ORDER.index(side[1]))):
+        cells = [_cell(latest.get((backbone, method, task)), figure) for task, figure, _ in _COLUMNS]
         cost = _cost(latest, backbone, method)
         table.append(f"| {backbone} | {method} | {cost} | {' | '.join(cells)} |")
     units = {task: row for (_, _, task), row in latest.items()}
@@ -101,11 +99,10 @@ def _cost(latest: _Latest, backbone: str, method: str) -> str:
     return f"{seconds[0] / seconds[1]:.2g}" if all(seconds) else ""
 
 
-def _cell(row: dict[str, Any] | None, task: str) -> str:
+def _cell(row: dict[str, Any] | None, figure: str) -> str:
     if row is None:
         return ""
-    figure = row["figures"][_FIGURES[task][0]]
     if row["method"] == "bilinear":
-        value = Estimate.of(figure["value"])
+        value = Estimate.of(row["figures"][figure]["value"])
         return f"{value.mean:.3f} ± {value.half_width:.3f}"
-    return formats.gain(Estimate.of(figure["difference"]))
+    return formats.gain(Estimate.of(row["figures"][figure]["difference"]))
