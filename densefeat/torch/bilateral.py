@@ -9,7 +9,7 @@ radius, x + b - radius)``, reflected at the border without repeating the edge.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,13 +46,7 @@ class StageSettings(NamedTuple):
     sigma_range: float
 
 
-# Source [B, C, h, w], guidance [B, 3, 2h, 2w] in [0, 1], and settings as by name -> [B, C, 2h, 2w].
-Stage = Callable[[Tensor, Tensor, float, float, int], Tensor]
-
-
-def upsample(
-    source: Tensor, images: Tensor, size: tuple[int, int], settings: Sequence[StageSettings], stage: Stage | None = None
-) -> Tensor:
+def upsample(source: Tensor, images: Tensor, size: tuple[int, int], settings: Sequence[StageSettings]) -> Tensor:
     """Upsample in as many ×2 stages as needed, then bilinearly to exactly ``size``.
 
     Args:
@@ -60,7 +54,6 @@ def upsample(
         images: [B, 3, H, W] uint8 RGB, of any size, covering the same area as ``source``.
         size: height and width of the output.
         settings: of the stages, see `settings_of`.
-        stage: an implementation of `bilateral_stage`; None: that one.
 
     Returns:
         [B, C, *size], dtype of ``source``.
@@ -69,7 +62,7 @@ def upsample(
     for number in range(stages_to((source.shape[2], source.shape[3]), size)):
         radius, sigma_spatial, sigma_range = settings_of(number, settings, (source.shape[2], source.shape[3]))
         guidance = pooled_to_twice(pixels, source)
-        source = (stage or bilateral_stage)(source, guidance, sigma_spatial, sigma_range, radius)
+        source = bilateral_stage(source, guidance, sigma_spatial, sigma_range, radius)
     return resize(source, size)
 
 
