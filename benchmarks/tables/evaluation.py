@@ -58,7 +58,7 @@ def choice() -> str:
     return (
         f"{' / '.join(_BACKBONES.values())}, 224 px, k = 64. Cost: time of backbone and upsampler over that of "
         "`bilinear`, on a CPU. `bilinear`: the figure; others: the difference to it, bold where its 95% interval "
-        "excludes zero. Of RMSE and error, less is better.\n\n"
+        "excludes zero; –: not measured. Of RMSE and error, less is better.\n\n"
     ) + "\n".join(table)
 
 
