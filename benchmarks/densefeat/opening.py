@@ -21,7 +21,7 @@ import pyarrow as pa
 from benchmarks import rows
 from benchmarks.jobs.driver import references_of
 from densefeat import FeatureStore
-from densefeat.layout import MANIFEST, FeatureLayout
+from densefeat.layout import INDEX, MANIFEST, FeatureLayout
 from densefeat.storage.objects import Objects
 from densefeat.storage.parquet import parquet_bytes
 from pipeline.features.pca import Basis
@@ -47,7 +47,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         make_store(folder)
-        nbytes = len(Objects(folder).get("index.parquet"))
+        nbytes = len(Objects(folder).get(INDEX))
         found: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
         for _ in range(RUNS):
             for case in CASES:
@@ -101,7 +101,7 @@ def make_store(uri: str) -> None:
     attributes = StoreAttributes(configuration, {"densefeat": "benchmark"}, (), 0.5, step_sha256(step))
     features = FeatureLayout(IMAGES, COMPONENTS, *SIZE, "int8", SHARD_ROWS)
     set_up(objects, attributes, features, basis, step, pending_index(references))
-    objects.put("index.parquet", parquet_bytes(with_outcomes(pending_index(references), outcomes())))
+    objects.put(INDEX, parquet_bytes(with_outcomes(pending_index(references), outcomes())))
     objects.put(MANIFEST, parquet_bytes(pa.table({"shard": pa.array([], pa.int64())})))
 
 

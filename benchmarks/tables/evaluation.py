@@ -20,20 +20,17 @@ _ORDER = (
     "bilinear", "jbu", "jbu, wide kernels", "jbu, trained", "lift", "anyup", "bilinear, image at 2×",
     "multiview, 5 views", "multiview", "multiview, not smoothed", "multiview, 21 views",
 )  # fmt: skip
-
-
 _BACKBONES = {"lite0": "EfficientNet-Lite0", "vit-ti": "ViT-Ti/16", "vit": "a ViT-S/14 of DINOv2's family"}
-# Method -> how the command line names it; the tasks that tell which to use.
+# Of the table in short. Method -> how the command line names it, and its weights; figures.
 _OPTIONS = {
-    "bilinear": "`bilinear`",
-    "jbu": "`jbu`, the default",
-    "jbu, wide kernels": "`jbu --jbu-kernels wide`",
-    "anyup": "`anyup`",
-    "multiview, 5 views": "`multiview --views 5`",
-    "multiview": "`multiview`",
+    "bilinear": ("`bilinear`", "none"),
+    "jbu": ("`jbu`, the default", "none"),
+    "jbu, wide kernels": ("`jbu --jbu-kernels wide`", "none"),
+    "anyup": ("`anyup`", "published"),
+    "multiview, 5 views": ("`multiview --views 5`", "fitted by the job"),
+    "multiview": ("`multiview`", "fitted by the job"),
 }
-_WEIGHTS = {"anyup": "published", "multiview": "fitted by the job"}
-_CHOICE = tuple(_COLUMNS[number] for number in (0, 1, 2, 6))
+_IN_SHORT = ("mean IoU", "RMSE", "PCK@0.1 of the box", "error on held-out views")
 
 _Latest = dict[tuple[str, str, str], dict[str, Any]]  # (backbone, method, task) -> row
 
@@ -45,14 +42,14 @@ def _latest() -> _Latest:
 def choice() -> str:
     """Weights, cost and main figures of each upsampler, in short."""
     latest = _latest()
-    headings = [heading.removesuffix(" ↓") for _, _, heading in _CHOICE]
+    columns = [column for column in _COLUMNS if column[1] in _IN_SHORT]
+    headings = [heading.removesuffix(" ↓") for _, _, heading in columns]
     table = [f"| `--upsampler` | weights | cost | {' | '.join(headings)} |", f"|---|---|---|{'---|' * len(headings)}"]
-    for method, option in _OPTIONS.items():
-        weights = _WEIGHTS.get(method.partition(",")[0], "none")
+    for method, (option, weights) in _OPTIONS.items():
         costs = [_cost(latest, backbone, method) or "–" for backbone in _BACKBONES]
         cells = [
-            " / ".join(_short(latest.get((backbone, method, task)), figure) for backbone in _BACKBONES)
-            for task, figure, _ in _CHOICE
+            " / ".join(_cell(latest.get((backbone, method, task)), figure, False) or "–" for backbone in _BACKBONES)
+            for task, figure, _ in columns
         ]
         table.append(f"| {option} | {weights} | {' / '.join(costs)} | {' | '.join(cells)} |")
     return (
@@ -60,15 +57,6 @@ def choice() -> str:
         "`bilinear`, on a CPU. `bilinear`: the figure; others: the difference to it, bold where its 95% interval "
         "excludes zero; –: not measured. Of RMSE and error, less is better.\n\n"
     ) + "\n".join(table)
-
-
-def _short(row: dict[str, Any] | None, figure: str) -> str:
-    """A figure of bilinear, or another's difference to it, without intervals."""
-    if row is None:
-        return "–"
-    if row["method"] == "bilinear":
-        return f"{Estimate.of(row['figures'][figure]['value']).mean:.3f}"
-    return formats.gain(Estimate.of(row["figures"][figure]["difference"]), interval=False)
 
 
 def evaluation() -> str:
@@ -99,10 +87,11 @@ def _cost(latest: _Latest, backbone: str, method: str) -> str:
     return f"{seconds[0] / seconds[1]:.2g}" if all(seconds) else ""
 
 
-def _cell(row: dict[str, Any] | None, figure: str) -> str:
+def _cell(row: dict[str, Any] | None, figure: str, interval: bool = True) -> str:
+    """A figure of bilinear, or another's difference to it; empty if it was not measured."""
     if row is None:
         return ""
     if row["method"] == "bilinear":
         value = Estimate.of(row["figures"][figure]["value"])
-        return f"{value.mean:.3f} ± {value.half_width:.3f}"
-    return formats.gain(Estimate.of(row["figures"][figure]["difference"]))
+        return f"{value.mean:.3f}" + (f" ± {value.half_width:.3f}" if interval else "")
+    return formats.gain(Estimate.of(row["figures"][figure]["difference"]), interval)

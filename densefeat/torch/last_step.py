@@ -94,14 +94,14 @@ class LastStep(nn.Module):
         return f"size={self.size}, method={self.method}, stages={self.stages}"
 
 
-def _taken(settings: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: settings.pop(name) for name in names}
+def _taken(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: settings.pop(name) for name in StageSettings._fields}
 
 
 def _stages(step: dict[str, Any]) -> list[StageSettings]:
     """Take the settings of the stages out of a step: a list, or those of all stages in the step itself."""
     if "stages" not in step:
-        return [_stage(_taken(step, StageSettings._fields))]
+        return [_stage(_taken(step))]
     stages = step.pop("stages")
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, Mapping) for stage in stages):
         raise TypeError(f"stages are {stages!r}")
@@ -109,7 +109,7 @@ def _stages(step: dict[str, Any]) -> list[StageSettings]:
 
 
 def _stage(settings: dict[str, Any]) -> StageSettings:
-    radius, sigma_spatial, sigma_range = _taken(settings, StageSettings._fields).values()
+    radius, sigma_spatial, sigma_range = _taken(settings).values()
     if settings:
         raise _unknown(settings)
     stage = StageSettings(int(radius), float(sigma_spatial), float(sigma_range))

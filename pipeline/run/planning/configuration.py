@@ -101,8 +101,9 @@ def with_stored_defaults(config: UpsampleConfig, stored: StoreConfiguration) -> 
             adopted["components"] = stored.pca.explained_share or stored.pca.components
     if config.upsampler == stored.upsampler.get("name") == "multiview" and config.views is None:
         adopted["views"] = stored.upsampler["views"]
-    if stored.upsampler == JBU(settings=WIDE).identity() and config.upsampler == "jbu" and config.jbu_kernels is None:
-        adopted["jbu_kernels"] = "wide" if config.upsampler_weights is None else None
+    free = config.upsampler == "jbu" and config.jbu_kernels is None and config.upsampler_weights is None
+    if free and stored.upsampler == JBU(settings=WIDE).identity():
+        adopted["jbu_kernels"] = "wide"
     return replace(config, **adopted)
 
 
