@@ -41,7 +41,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "lift on vit": {"upsampler": "lift", "backbones": (_VIT.format(10),), "steps": 600, "evaluate_every": 100},
     "lift on vit-ti": {"upsampler": "lift", "backbones": (_VIT_TI.format(11),), "steps": 600, "evaluate_every": 100},
-    "lift on lite0": {"upsampler": "lift", "backbones": (_LITE0.format(3),), "steps": 400, "evaluate_every": 100},
+    # The main job's default layers, so that benchmarks/evaluate/tasks.py can use the weights.
+    "lift on lite0": {"upsampler": "lift", "backbones": (_LITE0.format("3,4"),), "steps": 400, "evaluate_every": 100},
 }
 _TIMED_STEPS = 6
 _POINTS = 30  # approximate number per curve
