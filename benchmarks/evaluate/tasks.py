@@ -10,7 +10,8 @@ finds them there the next time. The data are coco200, nyu120, willow and davis5.
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,27 +73,44 @@ CASES: dict[TaskName, Case] = {
     ),
     "discovery": Case(COCO, options={"labels": MASKS, "objects": tuple(range(1, 91)), "limit": 100}),
     "held_out_views": Case(COCO, options={"limit": 40}),
+    "reconstruction": Case(COCO, options={"limit": 40}),
 }  # fmt: skip
+# An upsampler changes nothing of the other one.
+TASKS: tuple[TaskName, ...] = tuple(task for task in CASES if task != "reconstruction")
 
 
-def side(case: Case, backbone: str, method: str, trainings: Path) -> str:
-    """A value of --features; weights that were trained are in ``trainings``."""
+def side(name: str, case: Case, backbone: str, upsampler: str, components: int = COMPONENTS) -> str:
+    """A value of --features: options of the upsampler, and those of the case and the backbone."""
     known = BACKBONES[backbone]
     size = f"size={case.size}"
-    if method.endswith("2×"):
+    if name.endswith("2×"):
         larger = "x".join(str(2 * int(length)) for length in case.size.split("x"))
         size = f"size={larger},output_size={case.size}"
-    options = f"components={COMPONENTS},{size},workers=0,device=cpu" + (
+    options = f"components={components},{size},workers=0,device=cpu" + (
         "" if case.fit == "crop" else f",fit={case.fit}"
     )
-    upsampler = METHODS[method].format(trainings=trainings.resolve(), backbone=backbone)
-    return f"name={method},backbone={known['backbone']},weights={known['weights']},{upsampler},{options}"
+    return f"name={name},backbone={known['backbone']},weights={known['weights']},{upsampler},{options}"
+
+
+def evaluated(
+    task: TaskName, features: tuple[str, ...], stores: str, limit: int | None
+) -> tuple[Result, EvaluateConfig]:
+    """Evaluate sides on a task; prints the table."""
+    case = CASES[task]
+    options = case.options if limit is None else case.options | {"limit": limit}
+    with tempfile.TemporaryDirectory() as report:
+        config = EvaluateConfig(
+            task=task, features=features, images=case.images, stores=stores, report=report, shown=0, **options
+        )
+        result = evaluate(config)
+    print(result.describe(), flush=True)
+    return result, config
 
 
 def main(
     stores: str,
     backbones: tuple[str, ...] = tuple(BACKBONES),
-    tasks: tuple[TaskName, ...] = tuple(CASES),
+    tasks: tuple[TaskName, ...] = TASKS,
     methods: tuple[str, ...] = tuple(METHODS),
     trainings: Path = Path("trainings"),
     limit: int | None = None,
@@ -102,7 +120,7 @@ def main(
     Args:
         stores: folder that keeps the features.
         backbones: names in `BACKBONES`.
-        tasks: names in `CASES`.
+        tasks: names in `TASKS`.
         methods: names in `METHODS`; differences are to bilinear.
         trainings: folder of benchmarks.train.training.
         limit: images of each split.
@@ -111,35 +129,37 @@ def main(
     methods = tuple(dict.fromkeys((BASELINE, *methods)))
     for task in tasks:
         for backbone in backbones:
-            case = CASES[task]
-            with tempfile.TemporaryDirectory() as report:
-                config = EvaluateConfig(
-                    task=task,
-                    features=tuple(side(case, backbone, method, trainings) for method in methods),
-                    images=case.images,
-                    stores=stores,
-                    report=report,
-                    shown=0,
-                    **case.options,
+            features = tuple(
+                side(
+                    method,
+                    CASES[task],
+                    backbone,
+                    METHODS[method].format(trainings=trainings.resolve(), backbone=backbone),
                 )
-                result = evaluate(config if limit is None else replace(config, limit=limit))
-            print(result.describe(), flush=True)
-            write(backbone, result, config)
+                for method in methods
+            )
+            result, config = evaluated(task, features, stores, limit)
+            for row in rows_of(result, config):
+                write("evaluation", {"backbone": backbone, "k": COMPONENTS} | row, result)
 
 
-def write(backbone: str, result: Result, config: EvaluateConfig) -> None:
-    """One row a side: each figure with its interval, and its difference to bilinear's; and the side's cost."""
+def rows_of(result: Result, config: EvaluateConfig) -> Iterator[dict[str, Any]]:
+    """A row a side: each figure with its interval, and its difference to the first side's; and the side's cost."""
     options = {name: value for name, value in asdict(config).items() if name in ("runs", "pixels", "classes", "limit")}
     for one in result.comparison.sides:
         figures = {
             name: {"value": of_sides[one.name][0].row(), "difference": of_sides[one.name][1].row()}
             for name, of_sides in result.estimates.items()
         }
-        row: dict[str, Any] = {"task": result.task, "backbone": backbone, "method": one.name, "k": COMPONENTS}
-        row |= {"units": len(result.outcome.units), "unit": result.outcome.unit, "options": options, "figures": figures}
-        row |= {"seconds_per_image": one.seconds_per_image, "threads": torch.get_num_threads()}
-        rows.append("evaluation", {**row, "notes": result.comparison.notes, **rows.measured_on()})
-        print(json.dumps(row), flush=True)
+        row = {"task": result.task, "method": one.name, "units": len(result.outcome.units), "unit": result.outcome.unit}
+        row |= {"options": options, "figures": figures}
+        yield row | {"seconds_per_image": one.seconds_per_image, "threads": torch.get_num_threads()}
+
+
+def write(table: str, row: dict[str, Any], result: Result) -> None:
+    """Append a row to ``results``, with the evaluation's notes and the machine."""
+    rows.append(table, {**row, "notes": result.comparison.notes, **rows.measured_on()})
+    print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
