@@ -51,12 +51,14 @@ class Case:
         size: of the images and of the features, as for --size.
         options: of the job.
         fit: as for --fit.
+        other_sizes: by backbone, for one whose patches do not divide ``size``.
     """
 
     images: str
     size: str = "224"
     options: dict[str, Any] = field(default_factory=dict)
     fit: str = "crop"
+    other_sizes: dict[str, str] = field(default_factory=dict)
 
 
 COCO, MASKS = str(DATA / "coco200" / "images"), str(DATA / "coco200" / "masks")
@@ -69,7 +71,8 @@ CASES: dict[TaskName, Case] = {
         str(DATA / "willow"), options={"labels": str(DATA / "willow" / "keypoints.json")}, fit="pad"
     ),
     "video": Case(
-        str(DATA / "davis5" / "images"), "224x384", {"labels": str(DATA / "davis5" / "masks"), "video_rows": 40}
+        str(DATA / "davis5" / "images"), "224x384", {"labels": str(DATA / "davis5" / "masks"), "video_rows": 40},
+        other_sizes={"vit": "224x392"},
     ),
     "discovery": Case(COCO, options={"labels": MASKS, "objects": tuple(range(1, 91)), "limit": 100}),
     "held_out_views": Case(COCO, options={"limit": 40}),
@@ -82,10 +85,11 @@ TASKS: tuple[TaskName, ...] = tuple(task for task in CASES if task != "reconstru
 def side(name: str, case: Case, backbone: str, upsampler: str, components: int = COMPONENTS) -> str:
     """A value of --features: options of the upsampler, and those of the case and the backbone."""
     known = BACKBONES[backbone]
-    size = f"size={case.size}"
+    of_output = case.other_sizes.get(backbone, case.size)
+    size = f"size={of_output}"
     if name.endswith("2×"):
-        larger = "x".join(str(2 * int(length)) for length in case.size.split("x"))
-        size = f"size={larger},output_size={case.size}"
+        larger = "x".join(str(2 * int(length)) for length in of_output.split("x"))
+        size = f"size={larger},output_size={of_output}"
     options = f"components={components},{size},workers=0,device=cpu" + (
         "" if case.fit == "crop" else f",fit={case.fit}"
     )
