@@ -285,13 +285,16 @@ class MaskFolder:
     def _decoded(self, name: str, data: bytes) -> Array:
         import PIL.Image
 
+        place = f"{self._objects.uri}/{name}"
         try:
             with PIL.Image.open(BytesIO(data), formats=["PNG"]) as image:
                 if image.mode not in ("1", "L", "P", "I", "I;16"):
                     raise ValueError(f"expected a grey or palette image of classes, got mode {image.mode}")
                 return np.asarray(image)
+        except PIL.UnidentifiedImageError as error:  # its own message has an address in memory
+            raise ValueError(f"{place} is not a mask: not a PNG file, or a damaged one") from error
         except (OSError, SyntaxError, ValueError) as error:  # Pillow raises the former two for damaged files
-            raise ValueError(f"{self._objects.uri}/{name} is not a mask: {error}") from error
+            raise ValueError(f"{place} is not a mask: {error}") from error
 
 
 def _mask_names(key: str) -> list[str]:

@@ -10,6 +10,7 @@ __all__ = ["EvaluateConfig", "TaskName"]
 TaskName = Literal[
     "segmentation", "depth", "keypoints", "video", "discovery", "activation_maps", "held_out_views", "reconstruction"
 ]
+TRAINED: tuple[TaskName, ...] = ("segmentation", "depth")
 UNLABELLED: tuple[TaskName, ...] = ("activation_maps", "held_out_views", "reconstruction")
 
 
@@ -32,12 +33,12 @@ class EvaluateConfig:
     # Folder in which stores of computed features are kept, and found again by later runs with the same options; delete
     # it when images change. If omitted, the stores are deleted at the end.
     stores: str | None = None
-    # Keys of the images to train on, as a pattern ("train/*"). If omitted, those in the folder train if keys begin with
-    # train and val (or test), else a random half.
+    # segmentation, depth: keys of the images to train on, as a pattern ("train/*"). If omitted, those in the folder
+    # train if keys begin with train and val (or test), else a random half.
     train: str | None = None
-    # Keys of the images to evaluate on, as a pattern; pass it with --train.
+    # segmentation, depth: keys of the images to evaluate on, as a pattern; pass it with --train.
     val: str | None = None
-    # Use only N images of each split, or of all for tasks without training, spread evenly.
+    # Look at only N images of each split, or of all for tasks without training, spread evenly; at N sequences of video.
     limit: int | None = None
     # segmentation, depth: probes per side, each trained on its own draw of images and pixels.
     runs: int = 5
@@ -75,6 +76,10 @@ class EvaluateConfig:
             raise ValueError("--features: got none, expected a store or a configuration")
         if self.labels is None and self.task not in UNLABELLED:
             raise ValueError(f"--task {self.task} needs labels: pass --labels, see docs/evaluation.md")
+        if self.labels is not None and self.task in UNLABELLED:
+            raise ValueError(f"--task {self.task} uses no labels: leave out --labels")
+        if self.task not in TRAINED and not self.train is self.val is None:
+            raise ValueError(f"--task {self.task} trains nothing: leave out --train and --val")
         for option in ("limit", "runs", "pixels", "video_rows", "discovery_rows"):
             at_least(f"--{option.replace('_', '-')}", getattr(self, option), 1)
         at_least("--seed", self.seed, 0)

@@ -15,6 +15,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "jbu_settings": upsamplers.jbu_settings,
     "held_out_of_jbu": upsamplers.held_out_of_jbu,
     "layers": features.layers,
+    "components": features.components,
     "evaluation": evaluation.evaluation,
     "upsamplers": upsamplers.upsamplers,
     "upsampler_costs": upsamplers.upsampler_costs,

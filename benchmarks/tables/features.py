@@ -1,8 +1,16 @@
-"""Tables of backbones' features: which layers."""
+"""Tables of backbones' features: which layers, and how many components."""
 
 from benchmarks import rows
 from benchmarks.tables import formats
 from pipeline.evaluate.bootstrap import Estimate
+
+# Task, its figure, and the heading of the column.
+_COMPONENTS = (
+    ("segmentation", "mean IoU", "segmentation, mean IoU"),
+    ("segmentation", "border accuracy", "near a border"),
+    ("depth", "RMSE", "depth, RMSE in m ↓"),
+    ("keypoints", "PCK@0.1 of the box", "keypoints, PCK@0.1"),
+)
 
 
 def layers() -> str:
@@ -28,4 +36,32 @@ def layers() -> str:
         "(`python -m benchmarks.features.layers`), and the paired difference to the default with its 95% interval, "
         f"bold where that excludes zero. {row['runs']} classifiers, each trained on {row['photos']} photographs drawn "
         f"with replacement and evaluated on {row['photos']} others.\n\n"
+    ) + "\n".join(table)
+
+
+def components() -> str:
+    """Tasks by number of components, with differences to the default, and the cosine of the channels that PCA keeps."""
+    latest = {(row["backbone"], row["k"], row["task"]): row for row in rows.read("components")}
+    kept = {backbone: row["figures"] for (backbone, _, task), row in latest.items() if task == "reconstruction"}
+    headings = [heading for *_, heading in _COMPONENTS]
+    table = [
+        f"| backbone | `--components` | cosine | {' | '.join(headings)} |",
+        f"|---|---|---|{'---|' * len(headings)}",
+    ]
+    for backbone, figures in kept.items():
+        for k in sorted(k for other, k, task in latest if (other, task) == (backbone, "segmentation")):
+            cells = []
+            for task, figure, _ in _COMPONENTS:
+                of_figure = latest[backbone, k, task]["figures"][figure]
+                difference = Estimate.of(of_figure["difference"])
+                is_default = difference.low == difference.high
+                cells.append(f"{of_figure['value']['mean']:.3f}" if is_default else formats.gain(difference))
+            of_count = figures.get(f"{k} components")
+            cosine = "" if of_count is None else f"{of_count['value']['mean']:.3f}"
+            table.append(f"| {backbone} | {k} | {cosine} | {' | '.join(cells)} |")
+    return (
+        "Tasks of [evaluation](evaluation.md) by number of components: the first of one basis, `jbu`, 224 px "
+        "(`python -m benchmarks.evaluate.components --stores FOLDER`). 64: the figure; others: paired difference to it "
+        "with its 95% interval, bold where that excludes zero; ↓: less is better. Cosine: of the backbone's channels "
+        "before and after PCA, mean over cells.\n\n"
     ) + "\n".join(table)

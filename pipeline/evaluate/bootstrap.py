@@ -1,5 +1,6 @@
 """95% intervals of a figure, and of its paired difference to a baseline, from runs evaluated photo by photo."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +14,10 @@ Metric = Callable[[Tensor], Tensor]  # summed counts [..., *] -> values [...]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure over all runs and photographs, and the interval that holds 95% of its resampled values."""
+    """A figure over all runs and photographs, and the interval that holds 95% of its resampled values.
+
+    NaN if it is undefined: no photograph has any of what it counts.
+    """
 
     mean: float
     low: float
@@ -24,21 +28,22 @@ class Estimate:
         """Half of the interval's width."""
         return (self.high - self.low) / 2
 
-    def row(self) -> dict[str, float]:
-        """The estimate for JSON."""
-        return {name: round(value, 5) for name, value in asdict(self).items()}
+    def row(self) -> dict[str, float | None]:
+        """The estimate for JSON, which has no NaN."""
+        return {name: None if math.isnan(value) else round(value, 5) for name, value in asdict(self).items()}
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "Estimate":
         """Invert `row`."""
-        return cls(row["mean"], row["low"], row["high"])
+        return cls(*(math.nan if row[name] is None else row[name] for name in ("mean", "low", "high")))
 
 
 def paired(counts: Mapping[str, Tensor], metric: Metric, baseline: str) -> dict[str, tuple[Estimate, Estimate]]:
     """Estimate ``metric`` for each side, and its difference to the side ``baseline``.
 
     Every resample draws one run, and photographs with replacement; the draws are the same for all sides, so that the
-    difficulty of photographs and of training sets cancels in the difference.
+    difficulty of photographs and of training sets cancels in the difference. Resamples for which the figure is
+    undefined, because no photograph drawn has any of what it counts, are left out.
 
     Args:
         counts: for each side [R, P, …]: counts of R runs on P photographs, summed before ``metric`` is taken.
@@ -52,7 +57,7 @@ def paired(counts: Mapping[str, Tensor], metric: Metric, baseline: str) -> dict[
     times = torch.zeros(RESAMPLES, photos, dtype=torch.float64).scatter_add_(
         1, drawn, torch.ones(RESAMPLES, photos, dtype=torch.float64)
     )
-    whole = {side: metric(count.double().sum(1)).mean() for side, count in counts.items()}
+    whole = {side: metric(count.double().sum(1)).nanmean() for side, count in counts.items()}
     resampled = {side: metric(_summed(count.double(), run, times)) for side, count in counts.items()}
     return {
         side: (
@@ -72,5 +77,5 @@ def _summed(counts: Tensor, run: Tensor, times: Tensor) -> Tensor:
 
 
 def _estimate(value: Tensor, resampled: Tensor) -> Estimate:
-    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = resampled.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Estimate(float(value), low, high)

@@ -101,7 +101,10 @@ def _labelled(comparison: Comparison, depths: DepthFolder, config: EvaluateConfi
         return bool(np.isfinite(depth).any())
 
     whole = split(comparison.keys, config.train, config.val, config.seed)
-    train, val = (labelled(comparison, spread(p, config.limit), depths, usable) for p in (whole.train, whole.val))
+    train, val = (
+        labelled(comparison, spread(part, config.limit), depths, usable, f"{name} images")
+        for name, part in (("training", whole.train), ("validation", whole.val))
+    )
     return Split(tuple(train), tuple(val), whole.described)
 
 

@@ -9,6 +9,7 @@ of their features; 1 is as good as their mean.
 
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from kernels.multiview import ViewMatrices
 from pipeline.errors import JobError
-from pipeline.evaluate.data.comparison import Comparison, spread
+from pipeline.evaluate.data.comparison import Comparison, counted, spread
 from pipeline.evaluate.data.originals import read_photo, stored_backbone
 from pipeline.evaluate.data.sides import Side
 from pipeline.evaluate.probe import share
@@ -27,6 +28,7 @@ from pipeline.upsamplers.build import build_upsampler
 from pipeline.upsamplers.multiview.upsampler import MultiviewUpsampler
 from pipeline.upsamplers.multiview.views import held_out_views, view_operators
 from pipeline.views.features import JitterMatrices, view_features
+from schemas.configuration import differences
 from schemas.evaluate_options import EvaluateConfig
 from schemas.upsamplers import MultiviewOptions
 
@@ -86,7 +88,7 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
         _check_same(baseline, side)
     keys = spread(comparison.keys, config.limit)
     with torch.inference_mode():
-        judge = _judge(comparison, config.weights)
+        judge = _judge(comparison, keys, config.weights)
         errors: dict[str, list[Tensor]] = {side.name: [] for side in comparison.sides}
         for key in keys:
             seen = judge.seen(key)
@@ -130,8 +132,8 @@ def _without_bias(side: Side) -> bool:
     return bool(side.store.attributes["configuration"]["upsampler"]["name"] == MultiviewUpsampler.name)
 
 
-def _judge(comparison: Comparison, weights: str | None) -> _Judge:
-    """Build the judge, and fit the pooling of the backbone to images.
+def _judge(comparison: Comparison, evaluated: Sequence[str], weights: str | None) -> _Judge:
+    """Build the judge, and fit the pooling of the backbone to images, others than those evaluated if there are enough.
 
     Raises:
         JobError: the weights are missing or others, or the images cannot be used.
@@ -143,7 +145,15 @@ def _judge(comparison: Comparison, weights: str | None) -> _Judge:
     backbone = stored_backbone(baseline.store, chosen)
     fitting = build_upsampler("multiview", None, backbone, MultiviewOptions()).fitting()
     assert fitting is not None
-    keys = spread(comparison.keys, fitting.images)
+    others = sorted(set(comparison.keys) - set(evaluated), key=comparison.keys.index)
+    if len(others) >= fitting.images:
+        keys = spread(others, fitting.images)
+    else:
+        keys = spread(comparison.keys, fitting.images)
+        comparison.notes.append(
+            f"the backbone's pooling and bias are fitted to {counted(len(keys), 'image')}, some of them evaluated, "
+            f"which favours multiview a little; with a --limit that leaves {fitting.images} others, to these"
+        )
     logger.info("fitting the backbone's pooling to %d images", len(keys))
     basis = torch.from_numpy(baseline.store.mean), torch.from_numpy(baseline.components)
     photos = (torch.from_numpy(read_photo(baseline.store, baseline.store.row_of(key)))[None] for key in keys)
@@ -165,13 +175,14 @@ def _check_same(baseline: Side, side: Side) -> None:
         JobError: they differ.
     """
     ours, theirs = (one.store.attributes["configuration"] for one in (baseline, side))
-    for name, got, expected in (
-        ("backbones", theirs["backbone"], ours["backbone"]),
-        ("fits", theirs["geometry"]["fit"], ours["geometry"]["fit"]),
-        ("resolutions of the features", theirs["geometry"]["output_size"], ours["geometry"]["size"]),
-    ):
-        if got != expected:
+    pairs = {
+        "backbone": (theirs["backbone"], ours["backbone"]),
+        "fit": (theirs["geometry"]["fit"], ours["geometry"]["fit"]),
+        "resolution of the features": (theirs["geometry"]["output_size"], ours["geometry"]["size"]),
+    }
+    for name, (got, expected) in pairs.items():
+        if found := differences({name: expected}, {name: got}, sides=(baseline.name, side.name)):
             raise JobError(
-                f"--features {baseline.name}, {side.name}: different {name}: got {got}, expected {expected}; held-out "
-                "views need one backbone, and features at the resolution of the baseline's images"
+                f"--features: sides differ in {'; '.join(found)}. Held-out views need one backbone, and features at "
+                "the resolution of the baseline's images"
             )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.errors import JobError
 from pipeline.evaluate import probe
-from pipeline.evaluate.data.comparison import Comparison, spread
+from pipeline.evaluate.data.comparison import Comparison, counted, spread
 from pipeline.evaluate.data.grid import Grid
 from pipeline.evaluate.data.labels import read_keypoints
 from pipeline.evaluate.data.sides import Side
@@ -83,7 +83,9 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     targets = _targets(images, config.same_folder)
     sources = [key for key in images if targets[key]]
     if not sources:
-        raise JobError(f"--labels {config.labels}: no two of {len(images)} images have keypoints in common")
+        raise JobError(_why_no_pair(comparison, images, config))
+    unpaired = {key: counted(len(one.points), "point") for key, one in images.items() if not targets[key]}
+    comparison.left_out(unpaired, "no keypoint in common with another image")
     hits = {side.name: _hits(comparison, side, images, targets, sources, config.alphas) for side in comparison.sides}
     main = len(config.alphas) // 2
     order = [main, *(i for i in range(len(config.alphas)) if i != main)]
@@ -100,14 +102,16 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     def draw(unit: int) -> list[Panel]:
         source = images[sources[unit]]
         target = images[targets[source.key][0]]
-        common = ~np.isnan(source.points + target.points).any(1)
+        common = _in_common(source, target)
         photo = photograph(comparison, source.key, source.grid)
         panels = [with_points(photo, source.grid.points(source.points[common]))]
         for side in comparison.sides:
             found = target.nearest(side, comparison, source.descriptors(side, comparison))[common]
             photo = photograph(comparison, target.key, target.grid)
             places = target.grid.points(found), target.grid.points(target.points[common])
-            panels.append(Panel(side.name, with_points(photo, *places).pixels))
+            right, _ = _arrived(found, target.points[common], target.lengths[0], config.alphas[main])
+            caption = f"{side.name}, to {target.key}: {right} of {len(found)} within {config.alphas[main]:g} of the box"
+            panels.append(Panel(caption, with_points(photo, *places).pixels))
         return panels
 
     pairs = sum(map(len, targets.values()))
@@ -130,14 +134,41 @@ def _images(comparison: Comparison, config: EvaluateConfig) -> dict[str, _Image]
     """Images with features and keypoints, by key."""
     listed = read_keypoints(str(config.labels))
     found = [key for key in comparison.keys if key in listed and np.isfinite(listed[key]).any()]
-    comparison.left_out({key: "no keypoints" for key in comparison.keys if key not in found}, "have no labels")
+    if not found:
+        raise JobError(
+            f"--labels {config.labels}: no image with features has keypoints: keys look like "
+            f"{next(iter(listed), 'none')!r}, those of the features like {comparison.keys[0]!r}"
+        )
+    comparison.left_out({key: "no keypoints" for key in comparison.keys if key not in found}, "no labels")
     unknown = {key: "no such row" for key in listed if key not in comparison.keys}
-    comparison.left_out(unknown, "with keypoints have no features")
+    comparison.left_out(unknown, "keypoints without features")
     images = {key: _Image.of(key, comparison.grid(key), listed[key]) for key in spread(found, config.limit)}
     hidden = sum(int((np.isfinite(listed[key]) & np.isnan(one.points)).any(1).sum()) for key, one in images.items())
     if hidden:
-        comparison.notes.append(f"{hidden} keypoints lie outside of the features (--fit pad keeps all): left out")
+        comparison.notes.append(
+            f"{counted(hidden, 'keypoint')} left out: outside of the features; --fit pad keeps all within the image"
+        )
+    if boxless := sum(one.lengths[0] == 0 for one in images.values()):
+        comparison.notes.append(
+            f"{counted(boxless, 'image')} with keypoints at one place only: their box has no size, and no point is "
+            "within a share of it"
+        )
     return images
+
+
+def _in_common(source: _Image, target: _Image) -> npt.NDArray[np.bool_]:
+    """Which keypoints both have: [n]."""
+    return np.asarray(~np.isnan(source.points + target.points).any(1))
+
+
+def _why_no_pair(comparison: Comparison, images: Mapping[str, _Image], config: EvaluateConfig) -> str:
+    found = f"--labels {config.labels}: no two of {counted(len(images), 'image')} have keypoints in common"
+    reasons = []
+    if config.same_folder and len({key.split("/")[0] for key in images}) == len(images):
+        reasons.append("every image is alone in its folder: pass --no-same-folder to pair all")
+    if len({len(one.points) for one in images.values()}) > 1:
+        reasons.append("their lists have different lengths: point i corresponds to point i, null where there is none")
+    return "; ".join([found, *reasons, *comparison.notes])
 
 
 def _targets(images: Mapping[str, _Image], same_folder: bool) -> dict[str, list[str]]:
@@ -151,7 +182,7 @@ def _targets(images: Mapping[str, _Image], same_folder: bool) -> dict[str, list[
             other
             for other in others
             if not same_folder or other.split("/")[0] == key.split("/")[0]
-            if len(images[other].points) == len(own) and not np.isnan(images[other].points + own).any(1).all()
+            if len(images[other].points) == len(own) and _in_common(images[key], images[other]).any()
         ]
     return targets
 
@@ -173,9 +204,14 @@ def _hits(
             continue
         found = target.nearest(side, comparison, torch.cat([described[sources[unit]] for unit in own]))
         for unit, places in zip(own, np.split(found, len(own)), strict=True):
-            common = ~np.isnan(images[sources[unit]].points + target.points).any(1)
-            distance = np.linalg.norm(places - target.points, axis=1)[common]
+            common = _in_common(images[sources[unit]], target)
             for i, alpha in enumerate(alphas):
                 for j, length in enumerate(target.lengths):
-                    hits[0, unit, i, j] += torch.tensor([int((distance <= alpha * length).sum()), int(common.sum())])
+                    hits[0, unit, i, j] += torch.tensor(_arrived(places[common], target.points[common], length, alpha))
     return hits
+
+
+def _arrived(found: Points, truth: Points, length: float, alpha: float) -> tuple[int, int]:
+    """How many points arrive within a share of a length, and how many there are."""
+    distance = np.linalg.norm(found - truth, axis=1)
+    return int((distance <= alpha * length).sum()), len(distance)

@@ -16,6 +16,7 @@ from pipeline.evaluate import (
     video,
 )
 from pipeline.evaluate.data.comparison import Comparison
+from pipeline.evaluate.data.labels import DepthFolder, first_file, read_keypoints
 from pipeline.evaluate.data.sides import open_sides
 from pipeline.evaluate.report.page import page
 from pipeline.evaluate.report.result import Result
@@ -37,6 +38,23 @@ TASKS: dict[TaskName, Callable[[Comparison, EvaluateConfig], Outcome]] = {
 }
 
 
+def _check_labels(config: EvaluateConfig) -> None:
+    """Refuse labels that cannot be read.
+
+    Raises:
+        JobError: there are none, or they are not those of the task.
+    """
+    if config.labels is None:
+        return
+    with storage_explained(f"--labels {config.labels}", "read"):
+        if config.task == "keypoints":
+            read_keypoints(config.labels)
+        elif config.task == "depth":
+            DepthFolder(config.labels, config.depth_scale, config.depth_range).check()
+        else:
+            first_file(Objects(config.labels), ".png")
+
+
 def evaluate(config: EvaluateConfig) -> Result:
     """Run a task and write its report.
 
@@ -46,12 +64,14 @@ def evaluate(config: EvaluateConfig) -> Result:
         StorageUnavailable: the storage does not answer.
     """
     report = Objects(config.report)
-    check_writable(report, f"--report {config.report}")  # before the work
+    check_writable(report, f"--report {config.report}")  # before the work, as all that follows
+    _check_labels(config)
     with open_sides(config.features, config.images, config.stores) as sides:
         comparison = Comparison(sides)
         result = Result.of(config.task, TASKS[config.task](comparison, config), comparison)
-        document = json.dumps(result.to_dict(asdict(config)), indent=1, ensure_ascii=False)
+        document = json.dumps(result.to_dict(asdict(config)), indent=1, ensure_ascii=False, allow_nan=False)
+        drawn = page(result, config.shown)
         with storage_explained(f"--report {config.report}"):
             report.put("report.json", document.encode())
-            report.put("report.html", page(result, config.shown).encode())
+            report.put("report.html", drawn.encode())
     return result

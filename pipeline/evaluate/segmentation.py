@@ -19,7 +19,7 @@ from torch import Tensor
 from densefeat.align import MaskFolder
 from pipeline.errors import JobError
 from pipeline.evaluate import probe
-from pipeline.evaluate.data.comparison import Comparison, Split, split, spread
+from pipeline.evaluate.data.comparison import Comparison, Split, counted, split, spread
 from pipeline.evaluate.data.grid import Grid
 from pipeline.evaluate.data.labels import labelled
 from pipeline.evaluate.data.sides import Side
@@ -110,23 +110,26 @@ def _prepared(comparison: Comparison, config: EvaluateConfig) -> tuple[Split, _M
         return bool(pixels[key])
 
     whole = split(comparison.keys, config.train, config.val, config.seed)
-    train, val = (labelled(comparison, spread(p, config.limit), folder, usable) for p in (whole.train, whole.val))
+    train, val = (
+        labelled(comparison, spread(part, config.limit), folder, usable, f"{name} images")
+        for name, part in (("training", whole.train), ("validation", whole.val))
+    )
     in_train, in_val = (sum((pixels[key] for key in part), Counter[int]()) for part in (train, val))
     values = tuple(sorted(value for value, _ in in_train.most_common(config.classes)))
     if len(values) < 2:
         raise JobError(f"--labels: the training images have the classes {values}, expected two or more")
     if lost := {value: count for value, count in in_val.items() if value not in values}:
         comparison.notes.append(
-            f"{len(lost)} classes of the validation images are not among those of the probe: their pixels are left out "
-            f"({sum(lost.values()) / in_val.total():.1%} of the labelled pixels)"
+            f"{len(lost)} of the validation images' classes are not among those of the probe: their pixels are left "
+            f"out ({sum(lost.values()) / in_val.total():.1%} of the labelled pixels)"
         )
     parts = [tuple(key for key in part if not pixels[key].keys().isdisjoint(values)) for part in (train, val)]
     if without := len(train) + len(val) - len(parts[0]) - len(parts[1]):
-        comparison.notes.append(f"{without} images have no pixel of the probe's classes: left out")
+        comparison.notes.append(f"{counted(without, 'image')} left out: no pixel of the probe's classes")
     if not parts[1]:
         raise JobError("--labels: no class of the training images occurs in the validation images")
     if absent := [value for value in values if value not in in_val]:
-        comparison.notes.append(f"{len(absent)} classes do not occur in the validation images: they have no IoU")
+        comparison.notes.append(f"{len(absent)} of the classes do not occur in the validation images: no IoU")
     return Split(parts[0], parts[1], whole.described), _Masks(folder, values)
 
 

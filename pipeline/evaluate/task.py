@@ -32,9 +32,9 @@ class Figure:
     digits: int = 3
 
     def of_units(self, side: str) -> Tensor:
-        """Value of each unit alone, mean over the runs: [P] float64."""
+        """Value of each unit alone, mean over the runs: [P] float64, NaN where it is undefined."""
         counts = self.counts[side].double()
-        return torch.stack([self.metric(counts[:, unit]).mean() for unit in range(counts.shape[1])])
+        return torch.stack([self.metric(counts[:, unit]).nanmean() for unit in range(counts.shape[1])])
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from densefeat.align import MaskFolder
 from pipeline.errors import JobError
-from pipeline.evaluate.data.comparison import Comparison
+from pipeline.evaluate.data.comparison import Comparison, counted, spread
 from pipeline.evaluate.data.grid import Grid
 from pipeline.evaluate.data.sides import Side
 from pipeline.evaluate.report.pictures import overlaid, photograph
@@ -48,6 +48,7 @@ class _Sequence:
         grid: of every frame.
         first: mask of the first frame in the pixels of the grid [m, n], 0: background, 1 …: objects.
         objects: values of the objects in the masks.
+        evaluated: keys of the frames to measure: those with a mask but the first and the last, as DAVIS.
     """
 
     name: str
@@ -55,6 +56,12 @@ class _Sequence:
     grid: Grid
     first: Tensor
     objects: tuple[int, ...]
+    evaluated: tuple[str, ...]
+
+    @property
+    def shown(self) -> str:
+        """The frame of the pictures, about two thirds of the way."""
+        return self.evaluated[2 * len(self.evaluated) // 3]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +88,7 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
 
     def draw(unit: int) -> list[Panel]:
         sequence = sequences[unit]
-        key = _shown(sequence)
+        key = sequence.shown
         photo = photograph(comparison, key, sequence.grid)
         truth = torch.from_numpy(_numbered(sequence.grid.nearest(masks(key)), sequence.objects))
         panels = [photo, Panel("labels", overlaid(photo, truth))]
@@ -123,13 +130,13 @@ def _sequences(comparison: Comparison, masks: MaskFolder, limit: int | None) -> 
     for key in comparison.keys:
         frames.setdefault(str(PurePosixPath(key).parent), []).append(key)
     found, reasons = [], dict[str, str]()
-    for name, keys in list(frames.items())[:limit]:
-        ordered = tuple(sorted(keys))
+    for name in spread(list(frames), limit):
+        keys = frames[name]
         try:
-            found.append(_sequence(comparison, masks, name, ordered))
+            found.append(_sequence(comparison, masks, name, tuple(sorted(keys))))
         except (FileNotFoundError, NotADirectoryError, ValueError) as error:
             reasons[name] = str(error)
-    comparison.left_out(reasons, "cannot be tracked", "sequences")
+    comparison.left_out(reasons, "cannot be tracked", "sequence")
     if not found:
         raise JobError(f"--labels: no sequence can be tracked; the first: {next(iter(reasons.values()))}")
     return found
@@ -145,26 +152,17 @@ def _sequence(comparison: Comparison, masks: MaskFolder, name: str, keys: tuple[
     objects = tuple(int(value) for value in np.unique(first) if value)
     if not objects:
         raise ValueError(f"the mask of its first frame, {keys[0]}, has no object")
-    if missing := masks.missing(_evaluated(keys)):
-        comparison.notes.append(f"{name}: {len(missing)} frames have no mask: not evaluated")
+    if missing := set(masks.missing(keys[1:-1])):
+        comparison.notes.append(f"{name}: {counted(len(missing), 'frame')} without a mask: not evaluated")
         if len(missing) == len(keys) - 2:
-            raise ValueError("no frame but the first has a mask")
-    for key in [key for key in _evaluated(keys) if key not in missing]:
+            raise ValueError("no frame between the first and the last has a mask")
+    evaluated = tuple(key for key in keys[1:-1] if key not in missing)
+    for key in evaluated:
         try:
             grids[0].nearest(masks(key))
         except ValueError as error:
             raise ValueError(f"the mask of {key} cannot be used: {error}") from error
-    return _Sequence(name, keys, grids[0], torch.from_numpy(_numbered(first, objects)), objects)
-
-
-def _evaluated(keys: Sequence[str]) -> Sequence[str]:
-    """As DAVIS: neither the first frame nor the last."""
-    return keys[1:-1]
-
-
-def _shown(sequence: _Sequence) -> str:
-    """The frame of the pictures: two thirds of the way."""
-    return sequence.keys[2 * len(sequence.keys) // 3]
+    return _Sequence(name, keys, grids[0], torch.from_numpy(_numbered(first, objects)), objects, evaluated)
 
 
 def _numbered(mask: npt.NDArray[np.integer], objects: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -181,8 +179,8 @@ def _tracked(comparison: Comparison, side: Side, sequence: _Sequence, masks: Mas
     radius = max(1, round(_WINDOW * cells[0]))
     one_hot = F.one_hot(sequence.first, len(sequence.objects) + 1).permute(2, 0, 1).float()
     memory: list[tuple[Tensor, Tensor]] = []  # features and labels of the frames before; the first stays
-    sums, frames = torch.zeros(2, dtype=torch.float64), 0
-    shown, without_mask = sequence.first, set(masks.missing(sequence.keys))
+    sums, evaluated = torch.zeros(2, dtype=torch.float64), set(sequence.evaluated)
+    shown = sequence.first
     for key in sequence.keys:
         features = _cells(side, comparison.features(side, key, grid), cells)
         if not memory:
@@ -190,12 +188,11 @@ def _tracked(comparison: Comparison, side: Side, sequence: _Sequence, masks: Mas
             continue
         labels = propagate(features, memory, radius)
         memory = [memory[0], *memory[1:][-(_FRAMES - 1) :], (features, labels)]
-        if key == _shown(sequence):
+        if key == sequence.shown:
             shown = _objects(labels, grid.shape)
-        if key in _evaluated(sequence.keys) and key not in without_mask:
+        if key in evaluated:
             sums += _measured(labels, grid, masks(key), sequence.objects)
-            frames += 1
-    counts = torch.cat([sums / frames, torch.tensor([float(len(sequence.objects))], dtype=torch.float64)])
+    counts = torch.cat([sums / len(evaluated), torch.tensor([float(len(sequence.objects))], dtype=torch.float64)])
     return _Tracked(counts, shown)
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from pipeline.errors import JobError
 from pipeline.evaluate.data.grid import Grid
 from pipeline.evaluate.data.sides import Side
+from schemas.index import OK, PENDING
 
-__all__ = ["Comparison", "Split", "split", "spread"]
+__all__ = ["Comparison", "Split", "counted", "split", "spread"]
 
 _TRAIN, _VAL = ("train", "training"), ("val", "validation", "test")
 _SHOWN = 5
@@ -51,13 +52,15 @@ class Comparison:
         for side in self.sides:
             keys = side.store.keys
             counts = Counter(keys)
+            if without := _without_features(side):
+                self.notes.append(f"{side.name}: rows without features: {without}")
             repeated = sum(count for count in counts.values() if count > 1)
             if repeated:
                 self.notes.append(f"{side.name}: {repeated} rows share their key with another row: left out")
             found.append({keys[row]: None for row in side.store.rows_with_features if counts[keys[row]] == 1})
         common = tuple(key for key in found[0] if all(key in other for other in found[1:]))
         if left := len({key for keys in found for key in keys}) - len(common):
-            self.notes.append(f"{left} images do not have features on every side: left out")
+            self.notes.append(f"{counted(left, 'image')} left out: no features on some side")
         if not common:
             examples = ", ".join(f"{side.name}: {next(iter(keys), 'none')!r}" for side, keys in self._with(found))
             raise JobError(f"--features: no image has features on every side; keys look like {examples}")
@@ -85,12 +88,27 @@ class Comparison:
         """Features of a side at the points of an image's grid: [m·n, k] float32."""
         return self.features(side, key, grid).flatten(1).T
 
-    def left_out(self, reasons: dict[str, str], what: str, unit: str = "images") -> None:
+    def left_out(self, reasons: dict[str, str], what: str, unit: str = "image") -> None:
         """Note images, or other units, that were left out: key -> reason."""
         if reasons:
             shown = "; ".join(f"{key}: {reason}" for key, reason in list(reasons.items())[:_SHOWN])
             more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
-            self.notes.append(f"{len(reasons)} {unit} {what}: left out ({shown}{more})")
+            self.notes.append(f"{counted(len(reasons), unit)} left out: {what} ({shown}{more})")
+
+
+def counted(count: int, unit: str) -> str:
+    """For example "1 image", "2 images"."""
+    return f"{count} {unit}" + ("" if count == 1 else "s")
+
+
+def _without_features(side: Side) -> str:
+    """How many rows of a store have no features, by status; empty if all have."""
+    found = {one["values"]: one["counts"] for one in side.store.lookup["status"].value_counts().to_pylist()}
+    return ", ".join(
+        f"{count} {'not computed yet' if status == PENDING else status}"
+        for status, count in found.items()
+        if status != OK
+    )
 
 
 def split(keys: Sequence[str], train: str | None, val: str | None, seed: int) -> Split:

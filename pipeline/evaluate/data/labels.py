@@ -5,17 +5,18 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from densefeat.storage.objects import Objects
 from densefeat.storage.places import split_place
 from pipeline.errors import JobError
 from pipeline.evaluate.data.comparison import Comparison
 
-__all__ = ["DepthFolder", "Labels", "labelled", "read_keypoints"]
+__all__ = ["DepthFolder", "Labels", "first_file", "labelled", "read_keypoints"]
 
 Array = npt.NDArray[Any]
 # Labels of a key, [height, width] of its original image.
@@ -27,7 +28,7 @@ class DepthFolder:
 
     Args:
         folder: path or URI.
-        scale: metres per unit of an integer image; None: there are none.
+        scale: metres per unit of integer files; None: there are none. Others are in metres.
         limits: smallest and largest depth in metres; others become NaN.
     """
 
@@ -52,29 +53,75 @@ class DepthFolder:
             return self._in_metres(self._decoded(name, data))
         raise FileNotFoundError(f"{self._objects.uri} has no depth for {key!r}: expected {' or '.join(names)}")
 
+    def check(self) -> None:
+        """Refuse a folder that has no depths, or integer ones without a scale, before any work.
+
+        Raises:
+            JobError: as described.
+        """
+        name = first_file(self._objects, ".npy", ".png")
+        if name is not None and name.endswith(".png") and self._scale is None:
+            raise self._without_scale()
+
     def _decoded(self, name: str, data: bytes) -> Array:
-        if name.endswith(".npy"):
-            depth: Array = np.load(io.BytesIO(data), allow_pickle=False)
-        else:
-            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-                if image.mode not in ("L", "I", "I;16"):
-                    raise ValueError(f"{name} is no depth image: got mode {image.mode}, expected grey of 8 or 16 bits")
-                depth = np.asarray(image)
-        if depth.ndim != 2 or depth.dtype.kind not in "iuf":
-            raise ValueError(f"{name} is no depth image: got {depth.dtype} {depth.shape}, expected [height, width]")
+        try:
+            depth = _npy(data) if name.endswith(".npy") else _grey(data)
+            if depth.ndim != 2 or depth.dtype.kind not in "iuf":
+                raise ValueError(f"got {depth.dtype} {depth.shape}, expected [height, width]")
+        except UnidentifiedImageError as error:  # its own message has an address in memory
+            raise ValueError(f"{name} is no depth image: not a PNG file, or a damaged one") from error
+        except (OSError, SyntaxError, ValueError, EOFError, BadZipFile) as error:  # numpy and Pillow, of damaged files
+            raise ValueError(f"{name} is no depth image: {error}") from error
         return depth
 
+    def _without_scale(self) -> JobError:
+        return JobError(f"--labels {self._objects.uri} has integer depths: pass --depth-scale, metres per unit")
+
     def _in_metres(self, depth: Array) -> Array:
-        if depth.dtype.kind != "f" and self._scale is None:
-            raise JobError(f"{self._objects.uri} has integer depths: pass --depth-scale, metres per unit")
-        metres = depth.astype(np.float64) * (1.0 if self._scale is None else self._scale)
+        metres = depth.astype(np.float64)
+        if depth.dtype.kind != "f":
+            if self._scale is None:
+                raise self._without_scale()
+            metres *= self._scale
         low, high = self._limits
         with np.errstate(invalid="ignore"):
             return np.asarray(np.where((metres >= low) & (metres <= high), metres, np.nan))
 
 
+def _npy(data: bytes) -> Array:
+    loaded = np.load(io.BytesIO(data), allow_pickle=False)
+    if not isinstance(loaded, np.ndarray):
+        raise ValueError("it is an archive of arrays, expected one array")
+    return loaded
+
+
+def _grey(data: bytes) -> Array:
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        if image.mode not in ("L", "I", "I;16"):
+            raise ValueError(f"got mode {image.mode}, expected grey of 8 or 16 bits")
+        return np.asarray(image)
+
+
+def first_file(folder: Objects, *suffixes: str) -> str | None:
+    """The first file with one of ``suffixes`` in a local folder; None for a bucket, whose listing may take minutes.
+
+    Raises:
+        JobError: there is none.
+    """
+    if folder.local_path is None:
+        return None
+    names = [name for name in folder.list() if name.endswith(suffixes)]
+    if not names:
+        raise JobError(f"--labels {folder.uri}: got no {' or '.join(suffixes)} file, expected labels named by key")
+    return min(names)
+
+
 def labelled(
-    comparison: Comparison, keys: Sequence[str], labels: Labels, usable: Callable[[str, Array], bool]
+    comparison: Comparison,
+    keys: Sequence[str],
+    labels: Labels,
+    usable: Callable[[str, Array], bool],
+    part: str = "images",
 ) -> list[str]:
     """Those of ``keys`` whose labels can be used on the common grid; the others are noted, with their reasons.
 
@@ -83,6 +130,7 @@ def labelled(
         keys: of images.
         labels: of a key.
         usable: of a key and its labels on the grid, [m, n]: whether they hold any.
+        part: name of ``keys`` in messages.
 
     Raises:
         JobError: no image has labels.
@@ -93,17 +141,17 @@ def labelled(
             if usable(key, comparison.grid(key).nearest(labels(key))):
                 found.append(key)
             else:
-                empty[key] = "no labelled pixel within the features"
+                empty[key] = "no label within the features"
         except (FileNotFoundError, NotADirectoryError) as error:
             absent[key] = str(error)
         except (ValueError, OSError) as error:
             faulty[key] = str(error)
-    comparison.left_out(absent, "have no labels")
-    comparison.left_out(faulty, "have labels that cannot be used")
-    comparison.left_out(empty, "are unlabelled")
+    comparison.left_out(absent, "no labels")
+    comparison.left_out(faulty, "labels that cannot be used")
+    comparison.left_out(empty, "unlabelled")
     if not found:
-        reason = next(iter([*absent.values(), *faulty.values(), *empty.values()]), "there are no images")
-        raise JobError(f"--labels: none of {len(keys)} images has usable labels; the first: {reason}")
+        key, reason = next(iter((absent | faulty | empty).items()))
+        raise JobError(f"--labels: none of the {len(keys)} {part} has usable labels; the first, {key}: {reason}")
     return found
 
 
@@ -123,12 +171,19 @@ def read_keypoints(uri: str) -> dict[str, npt.NDArray[np.float64]]:
         document = json.loads(Objects(folder).get(name))
         if not isinstance(document, dict):
             raise ValueError(f"got a {type(document).__name__}")
-        points = {
-            key: np.array([[np.nan, np.nan] if point is None else point for point in listed], np.float64)
-            for key, listed in document.items()
-        }
-        if wrong := [key for key, one in points.items() if one.ndim != 2 or one.shape[1] != 2]:
-            raise ValueError(f"{wrong[0]!r} has {document[wrong[0]]}")
-    except (OSError, ValueError, TypeError) as error:
+        return {key: _points(key, listed) for key, listed in document.items()}
+    except (OSError, ValueError) as error:
         raise JobError(f'--labels {uri}: expected a JSON object {{"KEY": [[x, y], null, …], …}}: {error}') from error
+
+
+def _points(key: str, listed: object) -> npt.NDArray[np.float64]:
+    if not isinstance(listed, list):
+        raise ValueError(f"{key!r} has {listed!r}")
+    points = np.full((len(listed), 2), np.nan)
+    for number, point in enumerate(listed):
+        if point is None:
+            continue
+        if not isinstance(point, list) or len(point) != 2 or not all(isinstance(one, int | float) for one in point):
+            raise ValueError(f"point {number} of {key!r} is {point!r}")
+        points[number] = point
     return points

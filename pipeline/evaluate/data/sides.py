@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -85,7 +85,7 @@ class Side:
         """
         store = FeatureStore(uri)
         if first is not None and not 1 <= first <= store.shape[0]:
-            raise JobError(f"--features {name}: first={first}, but the store has {store.shape[0]} components")
+            raise _too_few(name, first, store.shape[0])
         objects = Objects(uri)
         if not objects.exists(layout.MANIFEST):
             return cls(name, store, None, None, first, weights)
@@ -144,7 +144,10 @@ def parse_side(text: str) -> SideOptions:
     parts = re.split(r",(?=[a-z_]+=)", text)
     if not all(re.match(r"[a-z_]+=", part) for part in parts):
         return SideOptions(text, text, {})
-    named = dict(part.split("=", 1) for part in parts)
+    pairs = [part.split("=", 1) for part in parts]
+    named = dict(pairs)
+    if repeated := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
+        raise JobError(f"--features {text}: {', '.join(repeated)} is there more than once")
     name, store = named.pop("name", None), named.pop("store", None)
     first = _typed(text, "first", named.pop("first"), int) if "first" in named else None
     if store is not None:
@@ -179,7 +182,7 @@ def _typed(side: str, option: str, value: str, hint: Any) -> Any:
 
 @contextmanager
 def open_sides(features: Sequence[str], images: str | None, stores: str | None) -> Iterator[list[Side]]:
-    """Open the features to compare; those of configurations are computed first.
+    """Open the features to compare; those of configurations are computed first, after all sides are checked.
 
     Args:
         features: values of --features.
@@ -195,32 +198,57 @@ def open_sides(features: Sequence[str], images: str | None, stores: str | None) 
         raise JobError(f"--features: names must differ, got {', '.join(side.name for side in sides)}; set name=…")
     if images is None and any(side.store is None for side in sides):
         raise JobError("--features: configurations need --images, to compute their features")
+    opened = {side.name: Side.of(side.name, side.store, side.first) for side in sides if side.store is not None}
     with ExitStack() as stack:
         folder = stores or str(stack.enter_context(temporary_folder("evaluate-")))
-        yield [
-            Side.of(
-                side.name,
-                side.store or _computed(side, str(images), folder),
-                side.first,
-                side.options.get("weights", "pretrained") if side.store is None else None,
-            )
-            for side in sides
-        ]
+        configurations = {side.name: _configuration(side, str(images), folder) for side in sides if side.store is None}
+        if len(configurations) > 1:
+            for name, config in configurations.items():
+                _check(name, config)
+        for side in sides:
+            if side.store is None:
+                store, weights = (
+                    _computed(side.name, configurations[side.name]),
+                    side.options.get("weights", "pretrained"),
+                )
+                opened[side.name] = Side.of(side.name, store, side.first, weights)
+        yield [opened[side.name] for side in sides]
 
 
-def _computed(side: SideOptions, images: str, folder: str) -> str:
-    """Compute the features of a configuration with the main job, unless they are there; returns their store."""
+def _configuration(side: SideOptions, images: str, folder: str) -> UpsampleConfig:
+    """Options of the main job for a side; the name of the store in ``folder`` follows from them."""
     digest = hashlib.sha256(repr((absolute_place(images), sorted(side.options.items()))).encode()).hexdigest()[:16]
     store = str(Path(folder) / digest) if "://" not in folder else f"{folder.rstrip('/')}/{digest}"
     try:
         config = UpsampleConfig(images=images, store=store, resume=True, **side.options)
     except ValueError as error:
         raise JobError(f"--features {side.name}: {error}") from error
-    logger.info("%s: computing features into %s", side.name, store)
+    if side.first is not None and isinstance(config.components, int) and not 1 <= side.first <= config.components:
+        raise _too_few(side.name, side.first, config.components)
+    return config
+
+
+def _check(name: str, config: UpsampleConfig) -> None:
+    """Refuse a configuration before another one's features are computed; those in a finished store are not checked."""
+    if Objects(config.store).exists(layout.MANIFEST):
+        return
+    try:
+        make_plan(replace(config, dry_run=True))
+    except DensefeatError as error:
+        raise JobError(f"--features {name}: {error}") from error
+
+
+def _computed(name: str, config: UpsampleConfig) -> str:
+    """Compute the features of a configuration with the main job, unless they are there; returns their store."""
+    logger.info("%s: computing features into %s", name, config.store)
     try:
         report = carry_out(make_plan(config), time.monotonic())
     except DensefeatError as error:
-        raise JobError(f"--features {side.name}: {error}") from error
+        raise JobError(f"--features {name}: {error}") from error
     if report.given_up:
-        raise JobError(f"--features {side.name}: features could not be computed:\n{report.describe()}")
-    return store
+        raise JobError(f"--features {name}: features could not be computed:\n{report.describe()}")
+    return config.store
+
+
+def _too_few(name: str, first: int, components: int) -> JobError:
+    return JobError(f"--features {name}: first={first}, but the store has {components} components")

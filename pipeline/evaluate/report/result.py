@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.evaluate.bootstrap import Estimate, paired
-from pipeline.evaluate.data.comparison import Comparison
+from pipeline.evaluate.data.comparison import Comparison, counted
 from pipeline.evaluate.task import Figure, Outcome
 from pipeline.reporting.software import software_versions
 
@@ -33,12 +33,16 @@ class Result:
 
     @classmethod
     def of(cls, task: str, outcome: Outcome, comparison: Comparison) -> "Result":
-        """Estimate all figures, and note if the intervals are of few units."""
-        if len(outcome.units) < FEW_UNITS:
-            comparison.notes.append(
-                f"the intervals resample {len(outcome.units)} {outcome.unit}s: with so few they are too narrow"
-            )
+        """Estimate all figures; note which units lack one, and if the intervals are of few units."""
+        units = len(outcome.units)
+        if units == 1:
+            comparison.notes.append(f"there is one {outcome.unit}: no intervals")
+        elif units < FEW_UNITS:
+            comparison.notes.append(f"the intervals resample {units} {outcome.unit}s: with so few they are too narrow")
         baseline = comparison.sides[0].name
+        for figure in outcome.figures:
+            if without := int(figure.of_units(baseline).isnan().sum()):
+                comparison.notes.append(f"{figure.name}: {without} of {units} {outcome.unit}s have nothing to count")
         estimates = {figure.name: paired(figure.counts, figure.metric, baseline) for figure in outcome.figures}
         return cls(task, outcome, comparison, estimates)
 
@@ -49,17 +53,19 @@ class Result:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Headings and cells: a row for each side; for each figure its value, and its difference to the baseline's."""
+        several = len(self.sides) > 1
         headings = ["features"]
         for figure in self.outcome.figures:
-            headings += [figure.name + ("" if figure.higher_is_better else " ↓"), f"− {self.sides[0]}"]
+            headings += [figure.name + ("" if figure.higher_is_better else " ↓"), *[f"− {self.sides[0]}"] * several]
         headings.append("s per image")
         cells = []
         for number, side in enumerate(self.comparison.sides):
             line = [side.name]
             for figure in self.outcome.figures:
                 value, difference = self.estimates[figure.name][side.name]
-                line.append(f"{value.mean:.{figure.digits}f} ± {value.half_width:.{figure.digits}f}")
-                line.append(_difference(difference, figure) if number else "")
+                line.append(self._value(value, figure))
+                if several:
+                    line.append(self._difference(difference, figure) if number else "")
             line.append("" if side.seconds_per_image is None else f"{side.seconds_per_image:.3g}")
             cells.append(line)
         return headings, cells
@@ -78,11 +84,17 @@ class Result:
 
     def explained(self) -> str:
         """How to read the table."""
-        return (
-            f"± half of the 95% interval over {len(self.outcome.units)} {self.outcome.unit}s and the runs; differences "
-            f"to {self.sides[0]} with their 95% interval, * where that excludes zero. s per image: busy seconds of "
-            "backbone and upsampler, from the ledger."
+        seconds = "s per image: busy seconds of backbone and upsampler, from the ledger."
+        if not self._resampled:
+            return seconds
+        runs = " and the runs" if any(len(one) > 1 for one in self.outcome.figures[0].counts.values()) else ""
+        differences = (
+            f"; differences to {self.sides[0]} with their 95% interval, * where that excludes zero"
+            if len(self.sides) > 1
+            else ""
         )
+        units = counted(len(self.outcome.units), self.outcome.unit)
+        return f"± half of the 95% interval over {units}{runs}{differences}. {seconds}"
 
     def to_dict(self, options: dict[str, Any]) -> dict[str, Any]:
         """For report.json."""
@@ -99,6 +111,27 @@ class Result:
             "units": self._units(),
             "details": dict(self.outcome.details),
         }
+
+    @property
+    def _resampled(self) -> bool:
+        """Whether there are intervals: of one unit there are none."""
+        return len(self.outcome.units) > 1
+
+    def _value(self, value: Estimate, figure: Figure) -> str:
+        if math.isnan(value.mean):
+            return "none"
+        interval = f" ± {value.half_width:.{figure.digits}f}" if self._resampled else ""
+        return f"{value.mean:.{figure.digits}f}{interval}"
+
+    def _difference(self, difference: Estimate, figure: Figure) -> str:
+        if math.isnan(difference.mean):
+            return ""
+        mean, low, high = (
+            _signed(value, figure.digits) for value in (difference.mean, difference.low, difference.high)
+        )
+        if not self._resampled:
+            return mean
+        return f"{mean} ({low} to {high})" + ("*" if difference.low > 0 or difference.high < 0 else "")
 
     def _figure(self, figure: Figure) -> dict[str, Any]:
         of_sides = {
@@ -121,7 +154,7 @@ def _rounded(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 5)
 
 
-def _difference(difference: Estimate, figure: Figure) -> str:
-    numbers = (f"{value:+.{figure.digits}f}" for value in (difference.mean, difference.low, difference.high))
-    mean, low, high = (number.replace("-", "−") for number in numbers)
-    return f"{mean} ({low} to {high})" + ("*" if difference.low > 0 or difference.high < 0 else "")
+def _signed(value: float, digits: int) -> str:
+    """A difference with its sign, which zero does not have."""
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.evaluate.bootstrap import paired
+from pipeline.evaluate.bootstrap import Estimate, paired
 
 
 def share(counts: Tensor) -> Tensor:
@@ -44,6 +44,23 @@ def test_differences_between_runs_widen_the_interval() -> None:
     narrow, wide = (paired({"base": tries(hits, 100)}, share, "base")["base"][0] for hits in (same, apart))
     assert narrow.half_width == pytest.approx(0, abs=1e-9)
     assert wide.half_width == pytest.approx(0.175, abs=0.005)
+
+
+@pytest.mark.parametrize("with_any", [1, 3, 20])
+def test_photographs_with_nothing_to_count_do_not_undo_the_interval(with_any: int) -> None:
+    """Of 20 photographs only some have borders, say: a resample may draw none of them."""
+    trials = torch.zeros(1, 20, dtype=torch.int64)
+    trials[0, :with_any] = 10
+    counts = torch.stack([trials // 2, trials], -1)
+    value, difference = paired({"base": counts, "other": counts}, share, "base")["other"]
+    assert (value.mean, value.low, value.high) == (0.5, 0.5, 0.5)
+    assert (difference.mean, difference.low, difference.high) == (0, 0, 0)
+
+
+def test_a_figure_of_nothing_is_null() -> None:
+    value, _ = paired({"base": torch.zeros(1, 20, 2)}, share, "base")["base"]
+    assert value.row() == {"mean": None, "low": None, "high": None}
+    assert math.isnan(Estimate.of(value.row()).mean)
 
 
 def test_noise_alone_is_within_the_interval() -> None:

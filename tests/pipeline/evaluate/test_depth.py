@@ -38,6 +38,39 @@ def test_depths_in_metres(tmp_path: Path) -> None:
         metres("c.jpg")
     with pytest.raises(FileNotFoundError, match=r"no depth for 'd.jpg': expected d.jpg.npy or d.jpg.png or d.npy"):
         metres("d.jpg")
+    # A scale is for integers: floats are metres already.
+    np.testing.assert_array_equal(folder("b.jpg"), [[0.5, np.nan, np.nan, 3.0]])
+    np.save(tmp_path / "e.npy", np.array([[500, 4000]], np.int32))
+    np.testing.assert_array_equal(folder("e.jpg"), [[0.5, 4.0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.npy", b""),
+        ("a.npy", b"PK\x03\x04 and no more"),
+        ("a.npy", b"\x93NUMPY\x01\x00"),
+        ("a.npy", b"no array"),
+        ("a.png", b""),
+        ("a.png", b"\xff\xd8\xff\xe0 a JPEG"),
+        ("a.png", b"\x89PNG\r\n\x1a\n\x00\x00"),
+    ],
+)
+def test_damaged_depths_are_said_by_name(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"^{name} is no depth image: ") as said:
+        DepthFolder(str(tmp_path), 0.1, (0.1, 10.0))("a.jpg")
+    assert " at 0x" not in str(said.value)
+
+
+def test_every_cut_of_a_depth_file_is_said(tmp_path: Path) -> None:
+    np.save(tmp_path / "whole.npy", np.linspace(1, 2, 12).reshape(3, 4))
+    whole = (tmp_path / "whole.npy").read_bytes()
+    folder = DepthFolder(str(tmp_path), None, (0.1, 10.0))
+    for size in range(len(whole)):
+        (tmp_path / "a.npy").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"^a.npy is no depth image"):
+            folder("a.jpg")
 
 
 def test_features_that_hold_the_depth_predict_it(tmp_path: Path) -> None:

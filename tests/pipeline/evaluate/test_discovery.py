@@ -82,8 +82,8 @@ def test_objects_are_found_where_features_show_them(tmp_path: Path) -> None:
     assert found["CorLoc"]["good"][0].mean == 1
     assert found["overlap"]["good"][0].mean == 1
     assert found["CorLoc"]["bad"][0].mean == 0
-    assert "1 images are unlabelled: left out (4.jpg" in "\n".join(comparison.notes)
+    assert "1 image left out: unlabelled (4.jpg" in "\n".join(comparison.notes)
     assert [panel.caption for panel in outcome.draw(0)][1:] == ["labels", "bad", "good"]
     none = config("discovery", tmp_path / "masks", tmp_path / "report", objects=(3,))
-    with pytest.raises(JobError, match="none of 5 images has usable labels"):
+    with pytest.raises(JobError, match="none of the 5 images has usable labels; the first, 0"):
         evaluate(compared(a=comparison.sides[0].store.uri), none)

@@ -65,6 +65,43 @@ def test_the_json(result: Result) -> None:
     assert document["sides"][0]["configuration"]["upsampler"] == {"name": "bilinear"}
 
 
+def outcome_of(counts: dict[str, list[list[int]]], runs: int = 1) -> Outcome:
+    figure = Figure("hits", {side: torch.tensor([own] * runs) for side, own in counts.items()}, share)
+    units = [f"u{i}" for i in range(len(next(iter(counts.values()))))]
+    return Outcome("A protocol.", "image", units, [figure], lambda unit: [])
+
+
+def test_one_unit_has_no_interval(tmp_path: Path) -> None:
+    comparison = compared(**dict.fromkeys("ab", store_of(tmp_path / "a", {"x": np.ones((2, 4, 4))})))
+    result = Result.of("segmentation", outcome_of({"a": [[1, 10]], "b": [[3, 10]]}), comparison)
+    assert result.table()[1] == [["a", "0.100", "", "0"], ["b", "0.300", "+0.200", "0"]]
+    text = result.describe()
+    assert "note: there is one image: no intervals" in text
+    assert "±" not in text
+    assert "interval," not in text
+
+
+def test_a_figure_that_no_unit_has(tmp_path: Path) -> None:
+    comparison = compared(**dict.fromkeys("ab", store_of(tmp_path / "a", {"x": np.ones((2, 4, 4))})))
+    nothing = [[0, 0], [0, 0]]
+    result = Result.of("segmentation", outcome_of({"a": nothing, "b": nothing}, runs=2), comparison)
+    assert result.table()[1] == [["a", "none", "", "0"], ["b", "none", "", "0"]]
+    assert "note: hits: 2 of 2 images have nothing to count" in result.describe()
+    document = json.loads(json.dumps(result.to_dict({}), allow_nan=False))
+    assert document["figures"]["hits"]["sides"]["b"]["value"] == {"mean": None, "low": None, "high": None}
+
+
+def test_equals_have_no_sign_and_one_side_no_differences(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "a", {"x": np.ones((2, 4, 4))})
+    counts = [[1, 10], [5, 10]]
+    both = Result.of("segmentation", outcome_of({"a": counts, "b": counts}, 2), compared(a=store, b=store))
+    assert both.table()[1][1][2] == "0.000 (0.000 to 0.000)"
+    assert "over 2 images and the runs; differences to a" in both.explained()
+    alone = Result.of("segmentation", outcome_of({"a": counts}), compared(a=store))
+    assert alone.table()[0] == ["features", "hits", "s per image"]
+    assert "over 2 images. s per image" in alone.explained()
+
+
 @NEEDS_CHROMIUM
 def test_the_page_in_a_browser(result: Result, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text(page(result, shown=1))

@@ -72,12 +72,36 @@ def test_a_report_that_cannot_be_written_is_said_before_the_work(dataset: Path) 
         ({"features": ()}, "--features: got none"),
         ({"train": "a/*"}, "--train and --val are patterns of keys: pass both or neither"),
         ({"runs": 0}, "--runs must be at least 1: got 0"),
+        ({"task": "reconstruction"}, "--task reconstruction uses no labels: leave out --labels"),
+        ({"task": "discovery", "train": "a/*", "val": "b/*"}, "--task discovery trains nothing: leave out --train"),
         ({"depth_range": (3.0, 1.0)}, "--depth-range is a range in metres: got 3.0 1.0"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         EvaluateConfig(**{"task": "segmentation", "features": ("a",), "labels": "m", "report": "r", **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"labels": "nothing"}, "--labels .*nothing: got no .png file"),
+        ({"task": "depth"}, "--labels .*photos/train has integer depths: pass --depth-scale"),
+        ({"task": "keypoints"}, r"--labels .*photos/train: expected a JSON object"),
+    ],
+)
+def test_labels_are_looked_at_before_the_work(dataset: Path, options: dict[str, str], words: str) -> None:
+    config = EvaluateConfig(
+        task=options.get("task", "segmentation"),
+        features=(f"name=a,{SMALL}",),
+        images=str(dataset / "photos"),
+        stores=str(dataset / "stores"),
+        labels=str(dataset / options.get("labels", "photos/train")),
+        report=str(dataset / "report"),
+    )
+    with pytest.raises(JobError, match=words):
+        evaluate(config)
+    assert not (dataset / "stores").exists()
 
 
 @pytest.mark.s3

@@ -48,10 +48,12 @@ def test_shares_by_hand(tmp_path: Path) -> None:
     assert counts["PCK@0.1 of the box"] == [[1, 2], [1, 2]]
     assert counts["PCK@0.2 of the image"] == [[2, 2], [2, 2]]
     notes = "\n".join(comparison.notes)
-    assert "1 keypoints lie outside of the features" in notes
-    assert "2 images have no labels: left out (y/d: no keypoints; y/e" in notes
-    assert "1 images with keypoints have no features: left out (y/gone" in notes
-    assert [panel.caption for panel in outcome.draw(0)][1:] == ["a"]
+    assert "1 keypoint left out: outside of the features" in notes
+    assert "2 images left out: no labels (y/d: no keypoints; y/e" in notes
+    assert "1 image left out: keypoints without features (y/gone" in notes
+    assert "1 image left out: no keypoint in common with another image (y/c: 1 point)" in notes
+    # Of 2 points of this pair, the one that is 2 to 3 pixels off is not within 0.1 of the box.
+    assert [panel.caption for panel in outcome.draw(0)][1:] == ["a, to x/b: 2 of 2 within 0.2 of the box"]
 
 
 def test_pairs_across_folders(tmp_path: Path) -> None:
@@ -65,7 +67,33 @@ def test_pairs_across_folders(tmp_path: Path) -> None:
     assert result.estimates["PCK@0.1 of the box"]["a"][0].mean == 1
 
 
-@pytest.mark.parametrize("document", [[1, 2], {"a": [[1, 2, 3]]}, {"a": "x"}, {"a": [1.0, 2.0]}])
+def test_why_there_is_no_pair(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "a", {"x/a.jpg": scene(0), "x/b.jpg": scene(3)})
+
+    def refused(points: object, words: str, **options: object) -> None:
+        with pytest.raises(JobError, match=words):
+            evaluate(compared(a=store), config("keypoints", written(tmp_path, points), tmp_path / "report", **options))
+
+    one = [2.5, 4.5]
+    refused({"x/a": [one]}, "keys look like 'x/a', those of the features like 'x/a.jpg'")
+    refused({}, "keys look like 'none'")
+    refused({"x/a.jpg": [], "x/b.jpg": [one]}, "no two of 1 image have .* left out: no labels")
+    refused({"x/a.jpg": [one], "x/b.jpg": [one, one]}, "lists have different lengths: point i corresponds to")
+    refused({"x/a.jpg": [[-5, 1]], "x/b.jpg": [one]}, "1 keypoint left out: outside of the features")
+    refused({"x/a.jpg": [one], "x/b.jpg": [one]}, "every image is alone in its folder", limit=1)
+
+
+def test_a_box_without_a_size_is_said(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "a", {"x/a": scene(0), "x/b": scene(3)})
+    comparison = compared(a=store)
+    labels = written(tmp_path, {"x/a": [[2.5, 4.5]], "x/b": [[5.5, 4.5]]})
+    evaluate(comparison, config("keypoints", labels, tmp_path / "report"))
+    assert "2 images with keypoints at one place only: their box has no size" in "\n".join(comparison.notes)
+
+
+@pytest.mark.parametrize(
+    "document", [[1, 2], {"a": [[1, 2, 3]]}, {"a": "x"}, {"a": [1.0, 2.0]}, {"a": [[1, None]]}, {"a": [["1", "2"]]}]
+)
 def test_what_are_no_keypoints(tmp_path: Path, document: object) -> None:
     with pytest.raises(JobError, match=r"expected a JSON object \{\"KEY\": \[\[x, y\], null"):
         read_keypoints(str(written(tmp_path, document)))

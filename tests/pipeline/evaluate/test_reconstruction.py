@@ -103,7 +103,7 @@ def test_sides_that_views_cannot_compare(tmp_path: Path, photos: str) -> None:
     texts.append(f"name=b,{SMALL.replace('layer=2', 'layer=1')},components=8,upsampler=bilinear")
     texts.append(f"name=c,{SMALL},components=8,upsampler=bilinear,output_size=32")
     with open_sides(texts, photos, None) as (a, b, c):
-        for other, words in ((b, "different backbones"), (c, "different resolutions of the features")):
+        for other, words in ((b, r"backbone\.layer: a 2, b 1"), (c, r"resolution of the features: a .*, c .*")):
             with pytest.raises(JobError, match=words):
                 held_out.evaluate(Comparison([a, other]), config("held_out_views", None, tmp_path / "report"))
         assert FeatureStore(c.store.uri).shape[1:] == (32, 32)

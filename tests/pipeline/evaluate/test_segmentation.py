@@ -88,11 +88,11 @@ def test_what_cannot_be_used_is_left_out_and_said(tmp_path: Path, keys: dict[str
     notes = "\n".join(comparison.notes)
     assert outcome.units == ("val/3.jpg",)
     assert int(outcome.figures[0].counts["a"][0, 0, :, 1].sum()) == SIDE * (SIDE - 5)
-    assert "1 images do not have features on every side" in notes
-    assert "1 images have no labels: left out (val/1.jpg" in notes
-    assert "1 images have labels that cannot be used: left out (val/2.jpg: has 10×24 pixels, expected 24×24" in notes
-    assert "1 images are unlabelled: left out (train/2.jpg" in notes
-    assert "1 classes of the validation images are not among those of the probe" in notes
+    assert "1 image left out: no features on some side" in notes
+    assert "1 image left out: no labels (val/1.jpg" in notes
+    assert "1 image left out: labels that cannot be used (val/2.jpg: has 10×24 pixels, expected 24×24" in notes
+    assert "1 image left out: unlabelled (train/2.jpg" in notes
+    assert "1 of the validation images' classes are not among those of the probe" in notes
     assert f"({3 * SIDE / (SIDE * (SIDE - 2)):.1%} of the labelled pixels)" in notes
 
 
@@ -137,5 +137,7 @@ def test_splits_and_classes_that_cannot_be(
 
 def test_no_labels_at_all(tmp_path: Path, keys: dict[str, np.ndarray]) -> None:
     store = store_of(tmp_path / "a", {key: one_hot(values) for key, values in keys.items()})
-    with pytest.raises(JobError, match=r"--labels: none of 4 images has usable labels; the first: .*no mask for"):
+    with pytest.raises(
+        JobError, match=r"none of the 4 training images has usable labels; the first, train/0.jpg: .*no mask for"
+    ):
         evaluate(compared(a=store), config("segmentation", tmp_path / "elsewhere", tmp_path / "report"))

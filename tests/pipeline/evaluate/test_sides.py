@@ -5,8 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from densefeat.errors import StoreError
 from pipeline.errors import JobError
 from pipeline.evaluate.data.sides import Side, SideOptions, _typed, open_sides, parse_side
+from pipeline.run.job import carry_out
+from pipeline.run.planning.plan import make_plan
+from schemas.options import UpsampleConfig
 from tests.helpers.photographs import photo
 from tests.pipeline.evaluate.stores import compared, store_of
 
@@ -33,6 +37,7 @@ def test_stores_and_configurations() -> None:
         ("fit=stretch", r"fit=stretch: expected crop or pad or squash"),
         ("views=few", r"views=few: expected a number"),
         ("backbone=x,components=all", r"components=all: expected a number"),
+        ("components=16,upsampler=jbu,components=4", r"components is there more than once"),
         ("store=x,upsampler=jbu", r"a store has its own options, leave out upsampler"),
     ],
 )
@@ -53,6 +58,40 @@ def test_sides_need_images_and_names_of_their_own(tmp_path: Path) -> None:
         open_sides([wrong], str(tmp_path), None),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        (f"name=b,{SMALL.replace('components=4', 'components=0')}", "--features b: --components"),
+        (f"name=b,{SMALL.replace('resnet18', 'resnet19')}", "--features b: .*resnet19"),
+        (f"name=b,{SMALL},first=9", "--features b: first=9, but the store has 4 components"),
+        ("name=b,store=no/store", "no/store"),
+    ],
+)
+def test_all_sides_are_checked_before_features_are_computed(tmp_path: Path, second: str, words: str) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(photo())
+    with (
+        pytest.raises((JobError, StoreError), match=words),
+        open_sides([f"name=a,{SMALL}", second], str(tmp_path / "photos"), str(tmp_path / "stores")),
+    ):
+        pass
+    assert not (tmp_path / "stores").exists()
+
+
+def test_unfinished_rows_are_said(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in "abcd":
+        (tmp_path / "photos" / f"{name}.jpg").write_bytes(photo(64, 96))
+    (tmp_path / "photos" / "d.jpg").write_bytes(b"no image")
+    common = {"images": str(tmp_path / "photos"), "store": str(tmp_path / "store"), "shard_images": 1, "workers": "0"}
+    small = {"backbone": "resnet18", "weights": "random", "layer": "2", "size": "64", "components": 4, "device": "cpu"}
+    config = UpsampleConfig(**common, **small, shards="1:4")
+    carry_out(make_plan(config), 0.0)
+    comparison = compared(a=str(tmp_path / "store"))
+    assert comparison.keys == ("b.jpg", "c.jpg")
+    assert comparison.notes[0] == "a: rows without features: 1 not computed yet, 1 unsupported"
 
 
 def test_computed_features_are_kept_for_the_next_run(tmp_path: Path) -> None:
@@ -84,7 +123,7 @@ def test_images_of_some_sides_only(tmp_path: Path) -> None:
     other = store_of(tmp_path / "b", {"z": array, "y": array, "x": array, "v": array})
     comparison = compared(a=one, b=other)
     assert comparison.keys == ("x", "z")
-    assert comparison.notes == ["3 images do not have features on every side: left out"]
+    assert comparison.notes == ["a: rows without features: 1 corrupt", "3 images left out: no features on some side"]
     with pytest.raises(JobError, match=r"no image has features on every side; keys look like a: 'x', c: 'q'"):
         _ = compared(a=one, c=store_of(tmp_path / "c", {"q": array})).keys
 

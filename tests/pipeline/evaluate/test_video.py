@@ -128,11 +128,20 @@ def test_sequences_that_cannot_be_tracked(tmp_path: Path) -> None:
     outcome = evaluate(comparison, config("video", tmp_path / "masks", tmp_path / "report", video_rows=8))
     notes = "\n".join(comparison.notes)
     assert outcome.units == ["good"]
-    assert "good: 1 frames have no mask: not evaluated" in notes
+    assert "good: 1 frame without a mask: not evaluated" in notes
     no_object = "empty: the mask of its first frame, empty/0.jpg, has no object"
     small = "small: the mask of small/2.jpg cannot be used: has 12×24 pixels, expected 24×24"
-    for reason in ("short: has 2 frames", no_object, small, "alone: no frame but the first has a mask"):
+    for reason in (
+        "short: has 2 frames",
+        no_object,
+        small,
+        "alone: no frame between the first and the last has a mask",
+    ):
         assert reason in notes
+    # The page shows a frame that has a mask: the third one of four has none.
+    truth = outcome.draw(0)[1]
+    assert truth.caption == "labels"
+    np.testing.assert_array_equal((truth.pixels != truth.pixels[0, 0]).any(2), moving(1, True)[0] > 0)
     only = compared(a=store_of(tmp_path / "b", {key: one for key, one in features.items() if "short" in key}))
     with pytest.raises(JobError, match="no sequence can be tracked; the first: has 2 frames"):
         evaluate(only, config("video", tmp_path / "masks", tmp_path / "report"))
