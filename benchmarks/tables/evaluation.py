@@ -27,16 +27,29 @@ _OPTIONS = {
     "jbu": ("`jbu`, the default", "none"),
     "jbu, wide kernels": ("`jbu --jbu-kernels wide`", "none"),
     "anyup": ("`anyup`", "published"),
+    "bilinear, image at 2×": ("`bilinear --size 448 --output-size 224`", "none"),
     "multiview, 5 views": ("`multiview --views 5`", "fitted by the job"),
     "multiview": ("`multiview`", "fitted by the job"),
 }
-_IN_SHORT = ("mean IoU", "RMSE", "PCK@0.1 of the box", "error on held-out views")
+_IN_SHORT = ("mean IoU", "RMSE", "PCK@0.1 of the box", "J&F", "error on held-out views")
 
 _Latest = dict[tuple[str, str, str], dict[str, Any]]  # (backbone, method, task) -> row
 
 
 def _latest() -> _Latest:
-    return {(row["backbone"], row["method"], row["task"]): row for row in rows.read("evaluation")}
+    """The latest rows, each with ``cost``: its seconds over those of ``bilinear`` in the same run."""
+    latest: _Latest = {}
+    baseline: dict[tuple[str, str], float | None] = {}  # every run begins with it
+    for row in rows.read("evaluation"):
+        seconds, run = row.get("seconds_per_image"), (row["backbone"], row["task"])
+        if row["method"] == "bilinear":
+            baseline[run] = seconds
+        base = baseline.get(run)
+        latest[row["backbone"], row["method"], row["task"]] = {
+            **row,
+            "cost": seconds / base if seconds and base else None,
+        }
+    return latest
 
 
 def choice() -> str:
@@ -81,10 +94,8 @@ def evaluation() -> str:
 
 def _cost(latest: _Latest, backbone: str, method: str) -> str:
     """Seconds per image over those of bilinear, of the images for segmentation."""
-    seconds = [
-        latest.get((backbone, name, "segmentation"), {}).get("seconds_per_image") for name in (method, "bilinear")
-    ]
-    return f"{seconds[0] / seconds[1]:.2g}" if all(seconds) else ""
+    cost = latest.get((backbone, method, "segmentation"), {}).get("cost")
+    return "" if cost is None else f"{cost:.2g}"
 
 
 def _cell(row: dict[str, Any] | None, figure: str, interval: bool = True) -> str:

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from pipeline.errors import JobError
 from pipeline.evaluate.data.comparison import Comparison, spread
-from pipeline.evaluate.data.originals import read_photo, stored_backbone
+from pipeline.evaluate.data.originals import backbone_of, read_photo
 from pipeline.evaluate.data.sides import Side
 from pipeline.evaluate.probe import share
 from pipeline.evaluate.report.pictures import ramp_colours
@@ -96,11 +96,13 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
 
 def _classifier(side: Side, weights: str | None) -> Classifier:
     if side.store.attributes["configuration"]["backbone"].get("space") != "head":
-        raise JobError(f"--features {side.name}: expected class scores: make the features with --space head")
-    chosen = side.weights or weights
-    if chosen is None:
-        raise JobError(f"--features {side.name}: the backbone is needed: pass its weights as --weights")
-    return Classifier(stored_backbone(side.store, chosen))
+        raise not_scores(side.name)
+    return Classifier(backbone_of(side, weights))
+
+
+def not_scores(name: str) -> JobError:
+    """The error about features that are no class scores."""
+    return JobError(f"--features {name}: expected class scores: make the features with --space head")
 
 
 def _map(side: Side, classifier: Classifier, key: str) -> tuple[Tensor, Tensor, int]:

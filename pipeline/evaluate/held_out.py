@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels.multiview import ViewMatrices
 from pipeline.errors import JobError
 from pipeline.evaluate.data.comparison import Comparison, counted, spread
-from pipeline.evaluate.data.originals import read_photo, stored_backbone
+from pipeline.evaluate.data.originals import backbone_of, read_photo
 from pipeline.evaluate.data.sides import Side
 from pipeline.evaluate.probe import share
 from pipeline.evaluate.report.pictures import of_cells, photograph
@@ -139,10 +139,7 @@ def _judge(comparison: Comparison, evaluated: Sequence[str], weights: str | None
         JobError: the weights are missing or others, or the images cannot be used.
     """
     baseline = comparison.sides[0]
-    chosen = baseline.weights or weights
-    if chosen is None:
-        raise JobError(f"--features {baseline.name}: the backbone is needed: pass its weights as --weights")
-    backbone = stored_backbone(baseline.store, chosen)
+    backbone = backbone_of(baseline, weights)
     fitting = build_upsampler("multiview", None, backbone, MultiviewOptions()).fitting()
     assert fitting is not None
     others = sorted(set(comparison.keys) - set(evaluated), key=comparison.keys.index)

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.quantization import Encoding
-from pipeline.errors import JobError
 from pipeline.evaluate.data.comparison import Comparison, spread
-from pipeline.evaluate.data.originals import read_photo, stored_backbone
+from pipeline.evaluate.data.originals import backbone_of, read_photo
 from pipeline.evaluate.data.sides import Side
 from pipeline.evaluate.probe import share
 from pipeline.evaluate.report.pictures import of_cells, photograph
@@ -40,7 +39,7 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     keys = spread(comparison.keys, config.limit)
     most = min(len(side.components) for side in comparison.sides)
     counts = [count for count in _COUNTS if count <= most]
-    backbones = {side.name: _backbone(side, config.weights) for side in comparison.sides}
+    backbones = {side.name: backbone_of(side, config.weights) for side in comparison.sides}
     found = {
         side.name: torch.stack([_figures(_cosines(side, backbones[side.name], key, counts)) for key in keys])
         for side in comparison.sides
@@ -77,13 +76,6 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
         ],
         draw=draw,
     )
-
-
-def _backbone(side: Side, weights: str | None) -> Backbone:
-    chosen = side.weights or weights
-    if chosen is None:
-        raise JobError(f"--features {side.name}: the backbone is needed: pass its weights as --weights")
-    return stored_backbone(side.store, chosen)
 
 
 def _cosines(side: Side, backbone: Backbone, key: str, counts: Sequence[int]) -> Tensor:

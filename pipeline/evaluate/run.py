@@ -17,12 +17,13 @@ from pipeline.evaluate import (
 )
 from pipeline.evaluate.data.comparison import Comparison
 from pipeline.evaluate.data.labels import DepthFolder, first_file, read_keypoints
-from pipeline.evaluate.data.sides import open_sides
+from pipeline.evaluate.data.originals import weights_missing
+from pipeline.evaluate.data.sides import open_sides, parse_side
 from pipeline.evaluate.report.page import page
 from pipeline.evaluate.report.result import Result
 from pipeline.evaluate.task import Outcome
 from pipeline.io.storage import check_writable, storage_explained
-from schemas.evaluate_options import EvaluateConfig, TaskName
+from schemas.evaluate_options import UNLABELLED, EvaluateConfig, TaskName
 
 __all__ = ["TASKS", "evaluate"]
 
@@ -36,6 +37,23 @@ TASKS: dict[TaskName, Callable[[Comparison, EvaluateConfig], Outcome]] = {
     "held_out_views": held_out.evaluate,
     "reconstruction": reconstruction.evaluate,
 }
+
+
+def _check_features(config: EvaluateConfig) -> None:
+    """Refuse features that the task cannot use, as far as --features tells.
+
+    Raises:
+        JobError: as described.
+    """
+    sides = [parse_side(text) for text in config.features]
+    if config.task == "activation_maps":
+        for side in sides:
+            if side.store is None and side.options.get("space") != "head":
+                raise activation_maps.not_scores(side.name)
+    if config.task in UNLABELLED and config.weights is None:
+        for side in sides:
+            if side.store is not None:
+                raise weights_missing(side.name)
 
 
 def _check_labels(config: EvaluateConfig) -> None:
@@ -65,6 +83,7 @@ def evaluate(config: EvaluateConfig) -> Result:
     """
     report = Objects(config.report)
     check_writable(report, f"--report {config.report}")  # before the work, as all that follows
+    _check_features(config)
     _check_labels(config)
     with open_sides(config.features, config.images, config.stores) as sides:
         comparison = Comparison(sides)

@@ -7,13 +7,14 @@ import numpy.typing as npt
 
 from densefeat.store import FeatureStore
 from pipeline.errors import ImageError, JobError
+from pipeline.evaluate.data.sides import Side
 from pipeline.features.backbone import Backbone, build_backbone
 from pipeline.images.decoding.decode import Geometry, decode
 from pipeline.images.reading.read import read_images
 from pipeline.store.layout import stored_attributes
 from schemas.configuration import StoreConfiguration
 
-__all__ = ["read_photo", "stored_backbone", "stored_geometry"]
+__all__ = ["backbone_of", "read_photo", "stored_backbone", "stored_geometry", "weights_missing"]
 
 
 def stored_geometry(store: FeatureStore) -> Geometry:
@@ -44,6 +45,27 @@ def read_photo(store: FeatureStore, row: int) -> npt.NDArray[np.uint8]:
         return decode(data, _geometry(configuration)).pixels
     except ImageError as error:
         raise JobError(f"the image of row {row} cannot be read from {uri}: {error}") from error
+
+
+def backbone_of(side: Side, weights: str | None) -> Backbone:
+    """The backbone that made a side's features.
+
+    Args:
+        side: if its features were computed here, it knows its weights.
+        weights: value of --weights, for a store.
+
+    Raises:
+        JobError: the weights are missing, or not those that made the store.
+    """
+    chosen = side.weights or weights
+    if chosen is None:
+        raise weights_missing(side.name)
+    return stored_backbone(side.store, chosen)
+
+
+def weights_missing(name: str) -> JobError:
+    """The error about a store whose backbone is needed."""
+    return JobError(f"--features {name}: the backbone is needed: pass its weights as --weights")
 
 
 def stored_backbone(store: FeatureStore, weights: str) -> Backbone:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from jobs.evaluate import evaluate
 from pipeline.errors import JobError
-from schemas.evaluate_options import EvaluateConfig
+from schemas.evaluate_options import UNLABELLED, EvaluateConfig
 from tests.helpers.stores import SHARED
 from tests.pipeline.evaluate.stores import write_png
 
@@ -88,15 +88,18 @@ def test_options_that_cannot_be(options: dict[str, object], words: str) -> None:
         ({"labels": "nothing"}, "--labels .*nothing: got no .png file"),
         ({"task": "depth"}, "--labels .*photos/train has integer depths: pass --depth-scale"),
         ({"task": "keypoints"}, r"--labels .*photos/train: expected a JSON object"),
+        ({"task": "activation_maps"}, "--features a: expected class scores: make the features with --space head"),
+        ({"task": "reconstruction", "second": "name=b,store=x"}, "--features b: the backbone is needed: pass its weig"),
     ],
 )
-def test_labels_are_looked_at_before_the_work(dataset: Path, options: dict[str, str], words: str) -> None:
+def test_a_request_is_checked_before_the_work(dataset: Path, options: dict[str, str], words: str) -> None:
+    task = options.get("task", "segmentation")
     config = EvaluateConfig(
-        task=options.get("task", "segmentation"),
-        features=(f"name=a,{SMALL}",),
+        task=task,
+        features=(f"name=a,{SMALL}", *([options["second"]] if "second" in options else [])),
         images=str(dataset / "photos"),
         stores=str(dataset / "stores"),
-        labels=str(dataset / options.get("labels", "photos/train")),
+        labels=None if task in UNLABELLED else str(dataset / options.get("labels", "photos/train")),
         report=str(dataset / "report"),
     )
     with pytest.raises(JobError, match=words):
