@@ -23,7 +23,7 @@ from pipeline.evaluate.data.comparison import Comparison, Split, counted, split,
 from pipeline.evaluate.data.grid import Grid
 from pipeline.evaluate.data.labels import labelled
 from pipeline.evaluate.data.sides import Side
-from pipeline.evaluate.report.pictures import class_colours, photograph
+from pipeline.evaluate.report.pictures import class_colour, class_colours, photograph
 from pipeline.evaluate.task import Figure, Outcome, Panel
 from schemas.evaluate_options import EvaluateConfig
 
@@ -91,6 +91,7 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
         ],
         draw=draw,
         details={"classes": masks.values, "iou_of_classes": _of_classes(counts)},
+        legend={str(value): class_colour(number) for number, value in enumerate(masks.values)},
     )
 
 

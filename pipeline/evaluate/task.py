@@ -56,6 +56,7 @@ class Outcome:
         figures: the first is the main one.
         draw: pictures of a unit, given by its number.
         details: further results for report.json.
+        legend: colours of the pictures, (red, green, blue), by what they stand for.
     """
 
     protocol: str
@@ -64,3 +65,4 @@ class Outcome:
     figures: Sequence[Figure]
     draw: Callable[[int], list[Panel]]
     details: Mapping[str, object] = field(default_factory=dict)
+    legend: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,12 +21,15 @@ body { margin: 2rem auto; max-width: 80rem; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #8884; white-space: nowrap; }
+th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; white-space: nowrap; }
+tr { border-bottom: 1px solid #8884; }
 .unit { display: flex; gap: .5rem; overflow-x: auto; margin-bottom: 1.2rem; }
 figure { margin: 0; flex: none; width: 13rem; }
 figure img { width: 100%; display: block; image-rendering: pixelated; }
 figcaption { font-size: .8rem; overflow-wrap: anywhere; }
 li, p { max-width: 60rem; }
+.legend span { display: inline-block; margin-right: .8rem; white-space: nowrap; }
+.legend i { display: inline-block; width: .8em; height: .8em; margin-right: .3em; }
 """
 
 
@@ -47,17 +50,36 @@ def page(result: Result, shown: int) -> str:
             f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
             f"<h1>{html.escape(result.task.capitalize())}</h1><p>{html.escape(result.outcome.protocol)}</p>",
             f"<h2>Notes</h2><ul>{notes}</ul>" if notes else "",
-            f'<h2>Figures</h2><div class="wide"><table><thead>{_line(headings, "th")}</thead><tbody>',
-            *(_line(line, "td") for line in cells),
+            f'<h2>Figures</h2><div class="wide"><table><thead>{_headings(headings)}</thead><tbody>',
+            *(_row(line) for line in cells),
             f"</tbody></table></div><p>{html.escape(result.explained())}</p>",
+            _legend(result.outcome.legend) if shown else "",
             *(part for heading, units in _sections(result, shown) for part in _section(result, heading, units)),
             "</body></html>",
         ]
     )
 
 
-def _line(cells: Sequence[str], tag: str) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+def _legend(colours: Mapping[str, tuple[int, int, int]]) -> str:
+    entries = (
+        f'<span><i style="background: rgb{colour}"></i>{html.escape(name)}</span>' for name, colour in colours.items()
+    )
+    return f'<p class="legend">Colours of the pictures: {" ".join(entries)}</p>' if colours else ""
+
+
+def _headings(headings: Sequence[str]) -> str:
+    return f"<tr>{''.join(f'<th>{html.escape(heading)}</th>' for heading in headings)}</tr>"
+
+
+def _row(cells: Sequence[str]) -> str:
+    name, *figures = cells
+    return f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{_figure(figure)}</td>' for figure in figures)}</tr>"
+
+
+def _figure(cell: str) -> str:
+    """A figure; the interval of a difference comes below it, because the table is wide."""
+    figure, parenthesis, interval = cell.partition(" (")
+    return html.escape(figure) + (f"<br><small>({html.escape(interval)}</small>" if parenthesis else "")
 
 
 def _sections(result: Result, shown: int) -> Iterator[tuple[str, list[int]]]:

@@ -13,7 +13,16 @@ from pipeline.evaluate.data.comparison import Comparison
 from pipeline.evaluate.data.grid import Grid
 from pipeline.evaluate.task import Panel
 
-__all__ = ["class_colours", "of_cells", "overlaid", "photograph", "ramp_colours", "with_boxes", "with_points"]
+__all__ = [
+    "class_colour",
+    "class_colours",
+    "of_cells",
+    "overlaid",
+    "photograph",
+    "ramp_colours",
+    "with_boxes",
+    "with_points",
+]
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
@@ -43,10 +52,13 @@ def class_colours(classes: Tensor) -> Pixels:
     """Classes [m, n] as colours; −1 is dark grey."""
     numbers = classes.numpy()
     count = int(numbers.max(initial=-1)) + 1
-    table = np.full((count + 1, 3), _LEFT_OUT, np.uint8)
-    for number in range(count):
-        table[number] = _colour(number, (0.95, 0.7, 0.45)[number // 7 % 3])
+    table = np.array([*map(class_colour, range(count)), (_LEFT_OUT,) * 3], np.uint8)
     return np.asarray(table[numbers])
+
+
+def class_colour(number: int) -> tuple[int, int, int]:
+    """The colour of a class, red, green and blue."""
+    return _colour(number, (0.95, 0.7, 0.45)[number // 7 % 3])
 
 
 def ramp_colours(values: Floats, low: float, high: float) -> Pixels:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from playwright.sync_api import sync_playwright
 
 from pipeline.evaluate.probe import share
 from pipeline.evaluate.report.page import page
-from pipeline.evaluate.report.pictures import class_colours, overlaid, photograph, ramp_colours
+from pipeline.evaluate.report.pictures import class_colour, class_colours, overlaid, photograph, ramp_colours
 from pipeline.evaluate.report.result import Result
 from pipeline.evaluate.task import Figure, Outcome, Panel
 from tests.densefeat.page.serving import CHROMIUM, NEEDS_CHROMIUM
@@ -123,6 +124,16 @@ def test_the_page_in_a_browser(result: Result, tmp_path: Path) -> None:
         assert opened.locator("td").first.inner_text() == "base <b>"
         assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")  # a wide table scrolls by itself
         chromium.close()
+
+
+def test_the_colours_of_the_pictures_are_named(result: Result) -> None:
+    named = replace(result.outcome, legend={"7": (1, 2, 3), "<b>": class_colour(1)})
+    drawn = page(replace(result, outcome=named), shown=1)
+    assert '<span><i style="background: rgb(1, 2, 3)"></i>7</span>' in drawn
+    assert "&lt;b&gt;</span>" in drawn
+    assert "Colours of" not in page(result, shown=1)
+    table = class_colours(torch.tensor([[0, 1]]))
+    assert tuple(table[0, 1].tolist()) == class_colour(1)
 
 
 def test_no_pictures_if_none_are_wanted(result: Result) -> None:
