@@ -67,8 +67,8 @@ def choice() -> str:
         table.append(f"| {option} | {weights} | {' / '.join(costs)} | {' | '.join(cells)} |")
     return (
         f"{' / '.join(_BACKBONES.values())}, 224 px, k = 64. Cost: time of backbone and upsampler over that of "
-        "`bilinear`, on a CPU. `bilinear`: the figure; others: the difference to it, bold where its 95% interval "
-        "excludes zero; –: not measured. Of RMSE and error, less is better.\n\n"
+        "`bilinear`, on a CPU, within about a tenth. `bilinear`: the figure; others: the difference to it, bold where "
+        "its 95% interval excludes zero; –: not measured. Of RMSE and error, less is better.\n\n"
     ) + "\n".join(table)
 
 
@@ -87,7 +87,7 @@ def evaluation() -> str:
     return (
         "`bilinear`: value ± half of its 95% interval. Others: paired difference to it with its 95% interval, bold "
         "where that excludes zero; ↓: less is better. Cost: seconds of backbone and upsampler per image, over those of "
-        f"`bilinear`, on one core. k = 64, 224 px, over {counted} "
+        f"`bilinear`, on one core, within about a tenth. k = 64, 224 px, over {counted} "
         "(`python -m benchmarks.evaluate.tasks --stores FOLDER`).\n\n"
     ) + "\n".join(table)
 
