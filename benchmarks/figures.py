@@ -65,7 +65,10 @@ def _error(row: dict[str, Any], few: int) -> float:
 def training() -> None:
     """Plot, for each recipe, the loss over steps and the error on held-out views relative to bilinear interpolation."""
     latest = {row["recipe"]: row for row in rows.read("training")}
-    figure, panels = plt.subplots(2, len(latest), figsize=(9, 4.6), sharex="col", layout="constrained", squeeze=False)
+    columns = len(latest)
+    figure, panels = plt.subplots(
+        2, columns, figsize=(3 * columns, 5), sharex="col", layout="constrained", squeeze=False
+    )
     for (above, below), (recipe, row) in zip(panels.T, latest.items(), strict=True):
         above.plot(*zip(*row["losses"], strict=True), c="C7")
         above.set_title(recipe)
@@ -87,7 +90,7 @@ def _held_out(panel: Axes, row: dict[str, Any], trained: str) -> None:
         ]
         label = backbone + ("" if own[0]["trained_on"] == "1" else ", not trained on")
         panel.plot([int(measured["step"]) for measured in own], shares, "o-", ms=3, label=label)
-    panel.legend(fontsize="xx-small")
+    panel.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ def fits() -> str:
 def training() -> str:
     """Error on held-out views before and after training, and of upsamplers without training."""
     latest = {row["recipe"]: row for row in rows.read("training")}
+    sample = next(iter(latest.values()))
     table = [
         "| recipe | steps | s per step, backbone's share | measured on | before | after | bilinear "
         "| training-free jbu |",
@@ -113,9 +114,9 @@ def training() -> str:
             errors += [own[0][f"{other}_relative_error"] for other in ("bilinear", "training_free")]
             cells = " | ".join(f"{float(error):.3f}" for error in errors)
             table.append(
-                f"| {recipe} | {own[-1]['step']} | {seconds:.1f}, {share:.0%} | `{backbone}`{seen} | {cells} |"
+                f"| {recipe}{formats.elsewhere(row, sample)} | {own[-1]['step']} | {seconds:.1f}, {share:.0%} "
+                f"| `{backbone}`{seen} | {cells} |"
             )
-    sample = next(iter(latest.values()))
     return (
         "Squared error on views of photographs of coco200's validation half, not used in training, as a share of their "
         f"variance; trained on the other 100, on one core of {formats.machine(sample)} "
