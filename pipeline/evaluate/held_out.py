@@ -142,7 +142,8 @@ def _judge(comparison: Comparison, evaluated: Sequence[str], weights: str | None
     backbone = backbone_of(baseline, weights)
     fitting = build_upsampler("multiview", None, backbone, MultiviewOptions()).fitting()
     assert fitting is not None
-    others = sorted(set(comparison.keys) - set(evaluated), key=comparison.keys.index)
+    own = set(evaluated)
+    others = [key for key in comparison.keys if key not in own]
     if len(others) >= fitting.images:
         keys = spread(others, fitting.images)
     else:

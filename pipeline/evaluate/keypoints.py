@@ -139,8 +139,9 @@ def _images(comparison: Comparison, config: EvaluateConfig) -> dict[str, _Image]
             f"--labels {config.labels}: no image with features has keypoints: keys look like "
             f"{next(iter(listed), 'none')!r}, those of the features like {comparison.keys[0]!r}"
         )
-    comparison.left_out({key: "no keypoints" for key in comparison.keys if key not in found}, "no labels")
-    unknown = {key: "no such row" for key in listed if key not in comparison.keys}
+    labelled, known = set(found), set(comparison.keys)
+    comparison.left_out({key: "no keypoints" for key in comparison.keys if key not in labelled}, "no labels")
+    unknown = {key: "no such row" for key in listed if key not in known}
     comparison.left_out(unknown, "keypoints without features")
     images = {key: _Image.of(key, comparison.grid(key), listed[key]) for key in spread(found, config.limit)}
     hidden = sum(int((np.isfinite(listed[key]) & np.isnan(one.points)).any(1).sum()) for key, one in images.items())

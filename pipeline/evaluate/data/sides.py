@@ -207,10 +207,8 @@ def open_sides(features: Sequence[str], images: str | None, stores: str | None) 
                 _check(name, config)
         for side in sides:
             if side.store is None:
-                store, weights = (
-                    _computed(side.name, configurations[side.name]),
-                    side.options.get("weights", "pretrained"),
-                )
+                store = _computed(side.name, configurations[side.name])
+                weights = side.options.get("weights", "pretrained")
                 opened[side.name] = Side.of(side.name, store, side.first, weights)
         yield [opened[side.name] for side in sides]
 
