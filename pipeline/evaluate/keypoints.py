@@ -109,7 +109,8 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
             found = target.nearest(side, comparison, source.descriptors(side, comparison))[common]
             photo = photograph(comparison, target.key, target.grid)
             places = target.grid.points(found), target.grid.points(target.points[common])
-            right, _ = _arrived(found, target.points[common], target.lengths[0], config.alphas[main])
+            distance = np.linalg.norm(found - target.points[common], axis=1)
+            right = int((distance <= config.alphas[main] * target.lengths[0]).sum())
             caption = f"{side.name}, to {target.key}: {right} of {len(found)} within {config.alphas[main]:g} of the box"
             panels.append(Panel(caption, with_points(photo, *places).pixels))
         return panels
@@ -205,14 +206,8 @@ def _hits(
             continue
         found = target.nearest(side, comparison, torch.cat([described[sources[unit]] for unit in own]))
         for unit, places in zip(own, np.split(found, len(own)), strict=True):
-            common = _in_common(images[sources[unit]], target)
+            distance = np.linalg.norm(places - target.points, axis=1)[_in_common(images[sources[unit]], target)]
             for i, alpha in enumerate(alphas):
                 for j, length in enumerate(target.lengths):
-                    hits[0, unit, i, j] += torch.tensor(_arrived(places[common], target.points[common], length, alpha))
+                    hits[0, unit, i, j] += torch.tensor([int((distance <= alpha * length).sum()), len(distance)])
     return hits
-
-
-def _arrived(found: Points, truth: Points, length: float, alpha: float) -> tuple[int, int]:
-    """How many points arrive within a share of a length, and how many there are."""
-    distance = np.linalg.norm(found - truth, axis=1)
-    return int((distance <= alpha * length).sum()), len(distance)

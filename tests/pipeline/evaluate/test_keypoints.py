@@ -52,7 +52,7 @@ def test_shares_by_hand(tmp_path: Path) -> None:
     assert "2 images left out: no labels (y/d: no keypoints; y/e" in notes
     assert "1 image left out: keypoints without features (y/gone" in notes
     assert "1 image left out: no keypoint in common with another image (y/c: 1 point)" in notes
-    # Of 2 points of this pair, the one that is 2 to 3 pixels off is not within 0.1 of the box.
+    # The caption is about the middle one of the shares, here the greater.
     assert [panel.caption for panel in outcome.draw(0)][1:] == ["a, to x/b: 2 of 2 within 0.2 of the box"]
 
 
