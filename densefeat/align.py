@@ -2,10 +2,9 @@
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,10 @@ import numpy.typing as npt
 from densefeat import layout
 from densefeat.arguments import whole_number
 from densefeat.errors import missing_package
+from densefeat.storage.keyed_files import KeyedFiles
 from densefeat.storage.objects import Objects
-from densefeat.storage.parallel import in_order
 
-__all__ = ["RECORDED", "MaskFolder", "RowGeometry", "align", "sample_bilinearly"]
+__all__ = ["RECORDED", "MaskFolder", "RowGeometry", "align", "decode_png", "sample_bilinearly"]
 
 Array = npt.NDArray[Any]
 # The columns of the index that a row's geometry is made of.
@@ -250,7 +249,7 @@ class MaskFolder:
             if error.name != "PIL":
                 raise
             raise missing_package("reading masks", "Pillow", "masks") from error
-        self._objects = Objects(folder, storage_options)
+        self._files = KeyedFiles(Objects(folder, storage_options), "mask", ".png")
 
     def __call__(self, key: str) -> Array:
         """Read the mask of a key: [height, width], of an integer dtype or bool.
@@ -259,44 +258,40 @@ class MaskFolder:
             FileNotFoundError: there is no mask for the key.
             ValueError: the file is not a PNG image of classes.
         """
-        names = _mask_names(key)
-        for name in names:
-            try:
-                return self._decoded(name, self._objects.get(name))
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-        raise FileNotFoundError(f"{self._objects.uri} has no mask for {key!r}: expected {' or '.join(names)}")
+        name, data = self._files.get(key)
+        try:
+            return decode_png(data, ("1", "L", "P", "I", "I;16"), "a grey or palette image of classes")
+        except ValueError as error:
+            raise ValueError(f"{self._files.objects.uri}/{name} is not a mask: {error}") from error
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of ``keys`` that have no mask, by one listing of the folder (over http, by a request per key).
+        """Those of ``keys`` that have no mask, by one listing of the folder (over http, by a request per name).
 
         Raises:
             FileNotFoundError: the folder is empty or does not exist.
         """
-        keys = list(keys)
-        if not self._objects.can_list:
-            exist = in_order(lambda key: any(map(self._objects.exists, _mask_names(key))), keys)
-            return [key for key, exists in zip(keys, exist, strict=True) if not exists]
-        found = set(self._objects.list())
-        if not found:
-            raise FileNotFoundError(f"{self._objects.uri} has no files: expected masks named by key, e.g. KEY.png")
-        return [key for key in keys if found.isdisjoint(_mask_names(key))]
-
-    def _decoded(self, name: str, data: bytes) -> Array:
-        import PIL.Image
-
-        place = f"{self._objects.uri}/{name}"
-        try:
-            with PIL.Image.open(BytesIO(data), formats=["PNG"]) as image:
-                if image.mode not in ("1", "L", "P", "I", "I;16"):
-                    raise ValueError(f"expected a grey or palette image of classes, got mode {image.mode}")
-                return np.asarray(image)
-        except PIL.UnidentifiedImageError as error:  # its own message has an address in memory
-            raise ValueError(f"{place} is not a mask: not a PNG file, or a damaged one") from error
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises the former two for damaged files
-            raise ValueError(f"{place} is not a mask: {error}") from error
+        return self._files.missing(keys)
 
 
-def _mask_names(key: str) -> list[str]:
-    without = PurePosixPath(key).with_suffix(".png")
-    return list(dict.fromkeys([f"{key}.png", str(without)]))
+def decode_png(data: bytes, modes: Collection[str], expected: str) -> Array:
+    """The pixels of a PNG image with one channel: [height, width].
+
+    Args:
+        data: the file.
+        modes: of Pillow, those that are allowed.
+        expected: the kind of image, for messages.
+
+    Raises:
+        ValueError: it has another mode, is damaged, or no PNG file.
+    """
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(BytesIO(data), formats=["PNG"]) as image:
+            if image.mode not in modes:
+                raise ValueError(f"got mode {image.mode}, expected {expected}")
+            return np.asarray(image)
+    except PIL.UnidentifiedImageError as error:  # its own message has an address in memory
+        raise ValueError("not a PNG file, or a damaged one") from error
+    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
+        raise ValueError(str(error)) from error

@@ -16,6 +16,7 @@ _COLUMNS = (
     ("discovery", "CorLoc", "discovery, CorLoc"),
     ("held_out_views", "error on held-out views", "held-out views, error ↓"),
 )
+HEADINGS = {(task, figure): heading for task, figure, heading in _COLUMNS}
 _ORDER = (
     "bilinear", "jbu", "jbu, wide kernels", "jbu, trained", "lift", "anyup", "bilinear, image at 2×",
     "multiview, 5 views", "multiview", "multiview, not smoothed", "multiview, 21 views",

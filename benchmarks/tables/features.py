@@ -2,14 +2,15 @@
 
 from benchmarks import rows
 from benchmarks.tables import formats
+from benchmarks.tables.evaluation import HEADINGS
 from pipeline.evaluate.bootstrap import Estimate
 
-# Task, its figure, and the heading of the column.
+# Task and its figure.
 _COMPONENTS = (
-    ("segmentation", "mean IoU", "segmentation, mean IoU"),
-    ("segmentation", "border accuracy", "near a border"),
-    ("depth", "RMSE", "depth, RMSE in m ↓"),
-    ("keypoints", "PCK@0.1 of the box", "keypoints, PCK@0.1"),
+    ("segmentation", "mean IoU"),
+    ("segmentation", "border accuracy"),
+    ("depth", "RMSE"),
+    ("keypoints", "PCK@0.1 of the box"),
 )
 
 
@@ -43,7 +44,7 @@ def components() -> str:
     """Tasks by number of components, with differences to the default, and the cosine of the channels that PCA keeps."""
     latest = {(row["backbone"], row["k"], row["task"]): row for row in rows.read("components")}
     kept = {backbone: row["figures"] for (backbone, _, task), row in latest.items() if task == "reconstruction"}
-    headings = [heading for *_, heading in _COMPONENTS]
+    headings = [HEADINGS.get(column, "near a border") for column in _COMPONENTS]
     table = [
         f"| backbone | `--components` | cosine | {' | '.join(headings)} |",
         f"|---|---|---|{'---|' * len(headings)}",
@@ -51,7 +52,7 @@ def components() -> str:
     for backbone, figures in kept.items():
         for k in sorted(k for other, k, task in latest if (other, task) == (backbone, "segmentation")):
             cells = []
-            for task, figure, _ in _COMPONENTS:
+            for task, figure in _COMPONENTS:
                 of_figure = latest[backbone, k, task]["figures"][figure]
                 difference = Estimate.of(of_figure["difference"])
                 is_default = difference.low == difference.high

@@ -9,6 +9,7 @@ image, or replaced by grey, those with the highest values first. The class is th
 The features must be class scores at every position, of ``--space head``: the map of a class is then a channel.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,16 +18,16 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from pipeline.errors import JobError
-from pipeline.evaluate.data.comparison import Comparison, spread
-from pipeline.evaluate.data.originals import backbone_of, read_photo
-from pipeline.evaluate.data.sides import Side
+from pipeline.evaluate.data.comparison import Comparison, counted, spread
+from pipeline.evaluate.data.originals import backbone_of, check_weights, read_photo
+from pipeline.evaluate.data.sides import PlannedSide, Side
 from pipeline.evaluate.probe import share
 from pipeline.evaluate.report.pictures import ramp_colours
 from pipeline.evaluate.task import Figure, Outcome, Panel
 from pipeline.features.backbone import Backbone
 from schemas.evaluate_options import EvaluateConfig
 
-__all__ = ["Classifier", "evaluate", "measures"]
+__all__ = ["Classifier", "check", "evaluate", "measures"]
 
 _STEPS = 10  # of insertion and deletion
 _GREY = 127.5
@@ -45,14 +46,26 @@ class Classifier:
         return logits.softmax(1)
 
 
+def check(config: EvaluateConfig, sides: Sequence[PlannedSide], keys: Sequence[str]) -> None:
+    """Refuse features that are no class scores, and stores without the weights of their backbone.
+
+    Raises:
+        JobError: as described.
+    """
+    for side in sides:
+        if side.configuration.backbone.get("space") != "head":
+            raise JobError(f"--features {side.name}: expected class scores: make the features with --space head")
+    check_weights(sides, config.weights)
+
+
 def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     """Run the task.
 
     Raises:
-        JobError: a store does not have class scores, its weights are missing or others, or an image cannot be read.
+        JobError: the weights are not those that made a store, or an image cannot be read.
     """
     keys = spread(comparison.keys, config.limit)
-    classifiers = {side.name: _classifier(side, config.weights) for side in comparison.sides}
+    classifiers = {side.name: Classifier(backbone_of(side, config.weights)) for side in comparison.sides}
     found: dict[str, list[Tensor]] = {side.name: [] for side in comparison.sides}
     with torch.inference_mode():
         for key in keys:
@@ -77,10 +90,10 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
 
     return Outcome(
         protocol=(
-            f"Class activation maps of the classifier's own class, on {len(keys)} images. Average drop and increase of "
-            "its probability if the image is multiplied with the map (Chattopadhay et al., Grad-CAM++, WACV 2018), as "
-            "in FeatUp (Fu et al., ICLR 2024); areas below it for insertion and deletion (Petsiuk et al., RISE, BMVC "
-            "2018)."
+            f"Class activation maps of the classifier's own class, on {counted(len(keys), 'image')}. Average drop "
+            "and increase of its probability if the image is multiplied with the map (Chattopadhay et al., Grad-CAM++, "
+            "WACV 2018), as in FeatUp (Fu et al., ICLR 2024); areas below it for insertion and deletion (Petsiuk et "
+            "al., RISE, BMVC 2018)."
         ),
         unit="image",
         units=keys,
@@ -92,17 +105,6 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
         ],
         draw=draw,
     )
-
-
-def _classifier(side: Side, weights: str | None) -> Classifier:
-    if side.store.attributes["configuration"]["backbone"].get("space") != "head":
-        raise not_scores(side.name)
-    return Classifier(backbone_of(side, weights))
-
-
-def not_scores(name: str) -> JobError:
-    """The error about features that are no class scores."""
-    return JobError(f"--features {name}: expected class scores: make the features with --space head")
 
 
 def _map(side: Side, classifier: Classifier, key: str) -> tuple[Tensor, Tensor, int]:

@@ -7,26 +7,37 @@ closed form. It is not the classifier of 256 depth bins of AdaBins and DINOv2 (B
 class token as input, so that the figures are not comparable with theirs.
 """
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pipeline.evaluate import probe
-from pipeline.evaluate.data.comparison import Comparison, Split, split, spread
+from pipeline.evaluate.data.comparison import Comparison, counted
 from pipeline.evaluate.data.grid import Grid
-from pipeline.evaluate.data.labels import DepthFolder, labelled
-from pipeline.evaluate.data.sides import Side
+from pipeline.evaluate.data.labels import DepthFolder, check_split, labelled_split
+from pipeline.evaluate.data.sides import PlannedSide, Side
 from pipeline.evaluate.report.pictures import photograph, ramp_colours
 from pipeline.evaluate.task import Figure, Outcome, Panel
 from schemas.evaluate_options import EvaluateConfig
 
-__all__ = ["delta1", "depth_counts", "evaluate", "rmse"]
+__all__ = ["check", "delta1", "depth_counts", "evaluate", "rmse"]
 
 _RATIO = 1.25
+
+
+def check(config: EvaluateConfig, sides: Sequence[PlannedSide], keys: Sequence[str]) -> None:
+    """Refuse labels that are not there, and integers without a scale.
+
+    Raises:
+        JobError: as described.
+    """
+    depths = _depths(config)
+    for key in check_split(depths, keys, config):
+        with contextlib.suppress(ValueError):  # a damaged file leaves out its image
+            depths(key)
 
 
 def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
@@ -35,8 +46,8 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     Raises:
         JobError: there are too few images or labels.
     """
-    depths = DepthFolder(str(config.labels), config.depth_scale, config.depth_range)
-    parts = _labelled(comparison, depths, config)
+    depths = _depths(config)
+    parts = labelled_split(comparison, depths, lambda _, depth: bool(np.isfinite(depth).any()), config)
     draws = probe.Draws(config.runs, len(parts.train), max(1, config.pixels // len(parts.train)), config.seed)
 
     def truth_on(grid: Grid, key: str) -> Tensor:
@@ -65,10 +76,11 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     return Outcome(
         protocol=(
             "Linear regression of metres in closed form, on "
-            f"{draws.places.shape[2]:,} pixels of each of {len(parts.train)} images, evaluated on all pixels with a "
-            f"depth of {config.depth_range[0]:g} to {config.depth_range[1]:g} m of {len(parts.val)} others. "
-            f"Predictions are limited to this range. {config.runs} runs, each with images and pixels drawn with "
-            f"replacement. Split: {parts.described}. RMSE (metres) and δ1 (Eigen et al., NeurIPS 2014) over all pixels."
+            f"{draws.places.shape[2]:,} pixels of each of {counted(len(parts.train), 'image')}, evaluated on all "
+            f"pixels with a depth of {config.depth_range[0]:g} to {config.depth_range[1]:g} m of {len(parts.val)} "
+            f"others. Predictions are limited to this range. {config.runs} runs, each with images and pixels drawn "
+            f"with replacement. Split: {parts.described}. RMSE (metres) and δ1 (Eigen et al., NeurIPS 2014) over all "
+            "pixels."
         ),
         unit="image",
         units=parts.val,
@@ -94,18 +106,8 @@ def depth_counts(predicted: Tensor, truth: Tensor) -> Tensor:
     return torch.stack([error, (ratio < _RATIO).sum().double(), torch.tensor(float(len(truth)), dtype=torch.float64)])
 
 
-def _labelled(comparison: Comparison, depths: DepthFolder, config: EvaluateConfig) -> Split:
-    """Split the images that have depths."""
-
-    def usable(_: str, depth: npt.NDArray[Any]) -> bool:
-        return bool(np.isfinite(depth).any())
-
-    whole = split(comparison.keys, config.train, config.val, config.seed)
-    train, val = (
-        labelled(comparison, spread(part, config.limit), depths, usable, f"{name} images")
-        for name, part in (("training", whole.train), ("validation", whole.val))
-    )
-    return Split(tuple(train), tuple(val), whole.described)
+def _depths(config: EvaluateConfig) -> DepthFolder:
+    return DepthFolder(str(config.labels), config.depth_scale, config.depth_range)
 
 
 def _evaluated(

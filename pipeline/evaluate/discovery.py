@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densefeat.align import MaskFolder
-from pipeline.evaluate.data.comparison import Comparison, spread
+from pipeline.evaluate.data.comparison import Comparison, counted, spread
 from pipeline.evaluate.data.grid import Grid
-from pipeline.evaluate.data.labels import labelled
-from pipeline.evaluate.data.sides import Side
+from pipeline.evaluate.data.labels import first_labelled, labelled
+from pipeline.evaluate.data.sides import PlannedSide, Side
 from pipeline.evaluate.probe import share
 from pipeline.evaluate.report.pictures import photograph, with_boxes
 from pipeline.evaluate.task import Figure, Outcome, Panel
 from schemas.evaluate_options import EvaluateConfig
 
-__all__ = ["box_iou", "components", "evaluate", "foreground"]
+__all__ = ["box_iou", "check", "components", "evaluate", "foreground"]
 
 _THRESHOLD, _UNCONNECTED = 0.2, 1e-5  # TokenCut's cosine of connected cells, and the weight between others
 _CORRECT = 0.5
@@ -34,6 +34,15 @@ _LEAST_AREA = 0.01  # of the visible image: smaller parts of a mask are no objec
 
 Box = tuple[float, float, float, float]  # y0, x0, y1, x1, in pixels of the grid
 Mask = npt.NDArray[np.bool_]
+
+
+def check(config: EvaluateConfig, sides: Sequence[PlannedSide], keys: Sequence[str]) -> None:
+    """Refuse masks that are not there.
+
+    Raises:
+        JobError: as described.
+    """
+    first_labelled(MaskFolder(str(config.labels)), keys)
 
 
 def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
@@ -73,8 +82,9 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     return Outcome(
         protocol=(
             f"TokenCut (Wang et al., CVPR 2022) on a grid of {config.discovery_rows} rows, without training, on "
-            f"{len(keys)} images. CorLoc: the box found overlaps that of an object by more than half. Objects are "
-            f"connected parts of one value in a mask, of at least {_LEAST_AREA:.0%} of the image."
+            f"{counted(len(keys), 'image')}. CorLoc: the box found overlaps that of an object by more "
+            f"than half. Objects are connected parts of one value in a mask, of at least {_LEAST_AREA:.0%} of the "
+            "image."
         ),
         unit="image",
         units=keys,

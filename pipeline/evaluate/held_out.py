@@ -18,8 +18,8 @@ from torch import Tensor
 from kernels.multiview import ViewMatrices
 from pipeline.errors import JobError
 from pipeline.evaluate.data.comparison import Comparison, counted, spread
-from pipeline.evaluate.data.originals import backbone_of, read_photo
-from pipeline.evaluate.data.sides import Side
+from pipeline.evaluate.data.originals import backbone_of, check_weights, read_photo
+from pipeline.evaluate.data.sides import PlannedSide, Side
 from pipeline.evaluate.probe import share
 from pipeline.evaluate.report.pictures import of_cells, photograph
 from pipeline.evaluate.task import Figure, Outcome, Panel
@@ -32,7 +32,7 @@ from schemas.configuration import differences
 from schemas.evaluate_options import EvaluateConfig
 from schemas.upsamplers import MultiviewOptions
 
-__all__ = ["evaluate", "squared_errors"]
+__all__ = ["check", "evaluate", "squared_errors"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,15 +77,36 @@ class _Judge:
         return views + self.bias if _without_bias(side) else views
 
 
+def check(config: EvaluateConfig, sides: Sequence[PlannedSide], keys: Sequence[str]) -> None:
+    """Refuse sides of different backbones or sizes, and a baseline without the weights of its backbone.
+
+    Raises:
+        JobError: as described.
+    """
+    baseline = sides[0]
+    for side in sides:
+        ours, theirs = baseline.configuration, side.configuration
+        pairs = {
+            "backbone": (ours.backbone, theirs.backbone),
+            "fit": (ours.geometry.fit, theirs.geometry.fit),
+            "resolution of the features": (ours.geometry.size, theirs.geometry.output_size),
+        }
+        for name, (expected, got) in pairs.items():
+            if found := differences({name: expected}, {name: got}, sides=(baseline.name, side.name)):
+                raise JobError(
+                    f"--features: sides differ in {'; '.join(found)}. Held-out views need one backbone, and features "
+                    "at the resolution of the baseline's images"
+                )
+    check_weights([baseline], config.weights)
+
+
 def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     """Run the task.
 
     Raises:
-        JobError: the sides have different backbones or sizes, or the weights are missing or others.
+        JobError: the weights are not those that made a store, or an image cannot be read.
     """
     baseline = comparison.sides[0]
-    for side in comparison.sides:
-        _check_same(baseline, side)
     keys = spread(comparison.keys, config.limit)
     with torch.inference_mode():
         judge = _judge(comparison, keys, config.weights)
@@ -136,7 +157,7 @@ def _judge(comparison: Comparison, evaluated: Sequence[str], weights: str | None
     """Build the judge, and fit the pooling of the backbone to images, others than those evaluated if there are enough.
 
     Raises:
-        JobError: the weights are missing or others, or the images cannot be used.
+        JobError: the weights are others, or the images cannot be used.
     """
     baseline = comparison.sides[0]
     backbone = backbone_of(baseline, weights)
@@ -157,30 +178,12 @@ def _judge(comparison: Comparison, evaluated: Sequence[str], weights: str | None
     photos = (torch.from_numpy(read_photo(baseline.store, baseline.store.row_of(key)))[None] for key in keys)
     samples = [sample for photo in photos if (sample := fitting.sample(photo, *basis)) is not None]
     if not samples:
-        raise JobError(f"held-out views: the features of none of {len(keys)} images vary; compare other images")
+        raise JobError(
+            f"held-out views: the features of none of {counted(len(keys), 'image')} vary; compare other images"
+        )
     sample = functools.reduce(lambda one, other: one.merged(other), samples)
     fit = fitting.fit(sample, lambda trials: [fitting.trial(sample, trial, torch.device("cpu")) for trial in trials])
     jitters = held_out_views(backbone.size, VIEWS)
     operators = view_operators(jitters, backbone.grid, backbone.size, fit.settings["sigma_px"])
     matrices = JitterMatrices.of(jitters, torch.device("cpu"))
     return _Judge(baseline, backbone, matrices, operators, torch.from_numpy(fit.arrays["bias"]))
-
-
-def _check_same(baseline: Side, side: Side) -> None:
-    """Refuse to compare sides of different backbones or sizes.
-
-    Raises:
-        JobError: they differ.
-    """
-    ours, theirs = (one.store.attributes["configuration"] for one in (baseline, side))
-    pairs = {
-        "backbone": (theirs["backbone"], ours["backbone"]),
-        "fit": (theirs["geometry"]["fit"], ours["geometry"]["fit"]),
-        "resolution of the features": (theirs["geometry"]["output_size"], ours["geometry"]["size"]),
-    }
-    for name, (got, expected) in pairs.items():
-        if found := differences({name: expected}, {name: got}, sides=(baseline.name, side.name)):
-            raise JobError(
-                f"--features: sides differ in {'; '.join(found)}. Held-out views need one backbone, and features at "
-                "the resolution of the baseline's images"
-            )

@@ -20,12 +20,12 @@ from pipeline.evaluate import probe
 from pipeline.evaluate.data.comparison import Comparison, counted, spread
 from pipeline.evaluate.data.grid import Grid
 from pipeline.evaluate.data.labels import read_keypoints
-from pipeline.evaluate.data.sides import Side
+from pipeline.evaluate.data.sides import PlannedSide, Side
 from pipeline.evaluate.report.pictures import photograph, with_points
 from pipeline.evaluate.task import Figure, Outcome, Panel
 from schemas.evaluate_options import EvaluateConfig
 
-__all__ = ["evaluate"]
+__all__ = ["check", "evaluate"]
 
 Points = npt.NDArray[np.float64]
 
@@ -71,6 +71,15 @@ class _Image:
         unit = side.unit_channels(comparison.features(side, self.key, self.grid)).flatten(1)
         rows, columns = np.divmod((descriptors @ unit).argmax(1).numpy(), self.grid.shape[1])
         return np.stack([self.grid.xs[columns], self.grid.ys[rows]], 1)
+
+
+def check(config: EvaluateConfig, sides: Sequence[PlannedSide], keys: Sequence[str]) -> None:
+    """Refuse keypoints of other images.
+
+    Raises:
+        JobError: none of the images has keypoints, or the file cannot be read.
+    """
+    _with_keypoints(read_keypoints(str(config.labels)), keys, config)
 
 
 def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
@@ -119,7 +128,8 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     return Outcome(
         protocol=(
             "Keypoints of a source image go to the most similar pixels of a target image, without training (Ham et "
-            f"al., Proposal Flow, TPAMI 2018; Min et al., SPair-71k, 2019): {pairs} pairs of {len(images)} images"
+            f"al., Proposal Flow, TPAMI 2018; Min et al., SPair-71k, 2019): {counted(pairs, 'pair')} of "
+            f"{counted(len(images), 'image')}"
             + (" whose keys have the same first folder" if config.same_folder else "")
             + ". PCK@α: share of the points within α × the larger side of the box around the target's keypoints, or of "
             "the target image. In the pictures, rings are the labels, and lines go to the points found."
@@ -134,12 +144,7 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
 def _images(comparison: Comparison, config: EvaluateConfig) -> dict[str, _Image]:
     """Images with features and keypoints, by key."""
     listed = read_keypoints(str(config.labels))
-    found = [key for key in comparison.keys if key in listed and np.isfinite(listed[key]).any()]
-    if not found:
-        raise JobError(
-            f"--labels {config.labels}: no image with features has keypoints: keys look like "
-            f"{next(iter(listed), 'none')!r}, those of the features like {comparison.keys[0]!r}"
-        )
+    found = _with_keypoints(listed, comparison.keys, config)
     labelled, known = set(found), set(comparison.keys)
     comparison.left_out({key: "no keypoints" for key in comparison.keys if key not in labelled}, "no labels")
     unknown = {key: "no such row" for key in listed if key not in known}
@@ -156,6 +161,21 @@ def _images(comparison: Comparison, config: EvaluateConfig) -> dict[str, _Image]
             "within a share of it"
         )
     return images
+
+
+def _with_keypoints(listed: Mapping[str, Points], keys: Sequence[str], config: EvaluateConfig) -> list[str]:
+    """Those of ``keys`` that have keypoints.
+
+    Raises:
+        JobError: none has.
+    """
+    found = [key for key in keys if key in listed and np.isfinite(listed[key]).any()]
+    if not found:
+        raise JobError(
+            f"--labels {config.labels}: no image with features has keypoints: keys look like "
+            f"{next(iter(listed), 'none')!r}, those of the features like {keys[0]!r}"
+        )
+    return found
 
 
 def _in_common(source: _Image, target: _Image) -> npt.NDArray[np.bool_]:

@@ -14,27 +14,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.quantization import Encoding
-from pipeline.evaluate.data.comparison import Comparison, spread
-from pipeline.evaluate.data.originals import backbone_of, read_photo
-from pipeline.evaluate.data.sides import Side
+from pipeline.evaluate.data.comparison import Comparison, counted, spread
+from pipeline.evaluate.data.originals import backbone_of, check_weights, read_photo
+from pipeline.evaluate.data.sides import PlannedSide, Side
 from pipeline.evaluate.probe import share
 from pipeline.evaluate.report.pictures import of_cells, photograph
 from pipeline.evaluate.task import Figure, Outcome, Panel
 from pipeline.features.backbone import Backbone
 from schemas.evaluate_options import EvaluateConfig
 
-__all__ = ["evaluate"]
+__all__ = ["check", "evaluate"]
 
 _COUNTS = (8, 16, 32, 64, 128, 256)  # components
 _WORST = 0.01
 _LOSS_SHOWN = 0.5  # 1 − cosine of the brightest colour in pictures
 
 
+def check(config: EvaluateConfig, sides: Sequence[PlannedSide], keys: Sequence[str]) -> None:
+    """Refuse stores without the weights of their backbone.
+
+    Raises:
+        JobError: as described.
+    """
+    check_weights(sides, config.weights)
+
+
 def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     """Run the task.
 
     Raises:
-        JobError: the weights are missing or not those that made a store, or an image cannot be read.
+        JobError: the weights are not those that made a store, or an image cannot be read.
     """
     keys = spread(comparison.keys, config.limit)
     most = min(len(side.components) for side in comparison.sides)
@@ -62,9 +71,9 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
 
     return Outcome(
         protocol=(
-            f"Cosine between the backbone's features of {len(keys)} images and those reconstructed from components, "
-            "before upsampling: on average over an image's cells, and in their worst percentile. Stored: all "
-            "components, quantized as in the store. With N components: PCA alone. Upsamplers make no difference. "
+            f"Cosine between the backbone's features of {counted(len(keys), 'image')} and those reconstructed from "
+            "components, before upsampling: on average over an image's cells, and in their worst percentile. Stored: "
+            "all components, quantized as in the store. With N components: PCA alone. Upsamplers make no difference. "
             f"Pictures: 1 − cosine, from 0 (dark) to {_LOSS_SHOWN} (bright)."
         ),
         unit="image",

@@ -1,7 +1,7 @@
 """Carry out an evaluation: open the sides, run the task, write the report."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from densefeat.storage.objects import Objects
@@ -15,62 +15,26 @@ from pipeline.evaluate import (
     segmentation,
     video,
 )
-from pipeline.evaluate.data.comparison import Comparison
-from pipeline.evaluate.data.labels import DepthFolder, first_file, read_keypoints
-from pipeline.evaluate.data.originals import weights_missing
-from pipeline.evaluate.data.sides import open_sides, parse_side
+from pipeline.evaluate.data.comparison import Comparison, common_keys
+from pipeline.evaluate.data.sides import PlannedSide, open_sides
 from pipeline.evaluate.report.page import page
 from pipeline.evaluate.report.result import Result
-from pipeline.evaluate.task import Outcome
+from pipeline.evaluate.task import Task
 from pipeline.io.storage import check_writable, storage_explained
-from schemas.evaluate_options import UNLABELLED, EvaluateConfig, TaskName
+from schemas.evaluate_options import EvaluateConfig, TaskName
 
 __all__ = ["TASKS", "evaluate"]
 
-TASKS: dict[TaskName, Callable[[Comparison, EvaluateConfig], Outcome]] = {
-    "segmentation": segmentation.evaluate,
-    "depth": depth.evaluate,
-    "keypoints": keypoints.evaluate,
-    "video": video.evaluate,
-    "discovery": discovery.evaluate,
-    "activation_maps": activation_maps.evaluate,
-    "held_out_views": held_out.evaluate,
-    "reconstruction": reconstruction.evaluate,
+TASKS: dict[TaskName, Task] = {
+    "segmentation": Task(segmentation.check, segmentation.evaluate),
+    "depth": Task(depth.check, depth.evaluate),
+    "keypoints": Task(keypoints.check, keypoints.evaluate),
+    "video": Task(video.check, video.evaluate),
+    "discovery": Task(discovery.check, discovery.evaluate),
+    "activation_maps": Task(activation_maps.check, activation_maps.evaluate),
+    "held_out_views": Task(held_out.check, held_out.evaluate),
+    "reconstruction": Task(reconstruction.check, reconstruction.evaluate),
 }
-
-
-def _check_features(config: EvaluateConfig) -> None:
-    """Refuse features that the task cannot use, as far as --features tells.
-
-    Raises:
-        JobError: as described.
-    """
-    sides = [parse_side(text) for text in config.features]
-    if config.task == "activation_maps":
-        for side in sides:
-            if side.store is None and side.options.get("space") != "head":
-                raise activation_maps.not_scores(side.name)
-    if config.task in UNLABELLED and config.weights is None:
-        for side in sides:
-            if side.store is not None:
-                raise weights_missing(side.name)
-
-
-def _check_labels(config: EvaluateConfig) -> None:
-    """Refuse labels that cannot be read.
-
-    Raises:
-        JobError: there are none, or they are not those of the task.
-    """
-    if config.labels is None:
-        return
-    with storage_explained(f"--labels {config.labels}", "read"):
-        if config.task == "keypoints":
-            read_keypoints(config.labels)
-        elif config.task == "depth":
-            DepthFolder(config.labels, config.depth_scale, config.depth_range).check()
-        else:
-            first_file(Objects(config.labels), ".png")
 
 
 def evaluate(config: EvaluateConfig) -> Result:
@@ -83,11 +47,15 @@ def evaluate(config: EvaluateConfig) -> Result:
     """
     report = Objects(config.report)
     check_writable(report, f"--report {config.report}")  # before the work, as all that follows
-    _check_features(config)
-    _check_labels(config)
-    with open_sides(config.features, config.images, config.stores) as sides:
+    task = TASKS[config.task]
+
+    def check(sides: Sequence[PlannedSide]) -> None:
+        with storage_explained(f"--labels {config.labels}", "read"):
+            task.check(config, sides, common_keys({side.name: side.keys for side in sides}))
+
+    with open_sides(config.features, config.images, config.stores, check) as sides:
         comparison = Comparison(sides)
-        result = Result.of(config.task, TASKS[config.task](comparison, config), comparison)
+        result = Result.of(config.task, task.evaluate(comparison, config), comparison)
         document = json.dumps(result.to_dict(asdict(config)), indent=1, ensure_ascii=False, allow_nan=False)
         drawn = page(result, config.shown)
         with storage_explained(f"--report {config.report}"):

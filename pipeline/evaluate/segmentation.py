@@ -19,15 +19,15 @@ from torch import Tensor
 from densefeat.align import MaskFolder
 from pipeline.errors import JobError
 from pipeline.evaluate import probe
-from pipeline.evaluate.data.comparison import Comparison, Split, counted, split, spread
+from pipeline.evaluate.data.comparison import Comparison, Split, counted
 from pipeline.evaluate.data.grid import Grid
-from pipeline.evaluate.data.labels import labelled
-from pipeline.evaluate.data.sides import Side
+from pipeline.evaluate.data.labels import check_split, labelled_split
+from pipeline.evaluate.data.sides import PlannedSide, Side
 from pipeline.evaluate.report.pictures import class_colour, class_colours, photograph
 from pipeline.evaluate.task import Figure, Outcome, Panel
 from schemas.evaluate_options import EvaluateConfig
 
-__all__ = ["evaluate"]
+__all__ = ["check", "evaluate"]
 
 BORDER_PX = 3
 
@@ -49,6 +49,15 @@ class _Masks:
         mask = grid.nearest(self.folder(key)).astype(np.int64)
         places = np.searchsorted(self.values, mask).clip(max=len(self.values) - 1)
         return torch.from_numpy(np.where(np.array(self.values)[places] == mask, places, -1))
+
+
+def check(config: EvaluateConfig, sides: Sequence[PlannedSide], keys: Sequence[str]) -> None:
+    """Refuse masks that are not there.
+
+    Raises:
+        JobError: as described.
+    """
+    check_split(MaskFolder(str(config.labels)), keys, config)
 
 
 def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
@@ -78,9 +87,10 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     return Outcome(
         protocol=(
             f"Linear probe of {len(masks.values)} classes (Oquab et al., DINOv2, TMLR 2024), fitted by L-BFGS to "
-            f"{draws.places.shape[2]:,} pixels of each of {len(parts.train)} images, evaluated on all labelled pixels "
-            f"of {len(parts.val)} others. {config.runs} runs, each with images and pixels drawn with replacement. "
-            f"Split: {parts.described}. Border accuracy: within {BORDER_PX} px of a border between classes."
+            f"{draws.places.shape[2]:,} pixels of each of {counted(len(parts.train), 'image')}, evaluated on all "
+            f"labelled pixels of {len(parts.val)} others. {config.runs} runs, each with images and pixels drawn with "
+            f"replacement. Split: {parts.described}. Border accuracy: within {BORDER_PX} px of a border between "
+            "classes."
         ),
         unit="image",
         units=parts.val,
@@ -110,12 +120,8 @@ def _prepared(comparison: Comparison, config: EvaluateConfig) -> tuple[Split, _M
         pixels[key] = Counter({value: count for value, count in found.items() if value not in config.ignore})
         return bool(pixels[key])
 
-    whole = split(comparison.keys, config.train, config.val, config.seed)
-    train, val = (
-        labelled(comparison, spread(part, config.limit), folder, usable, f"{name} images")
-        for name, part in (("training", whole.train), ("validation", whole.val))
-    )
-    in_train, in_val = (sum((pixels[key] for key in part), Counter[int]()) for part in (train, val))
+    whole = labelled_split(comparison, folder, usable, config)
+    in_train, in_val = (sum((pixels[key] for key in part), Counter[int]()) for part in (whole.train, whole.val))
     values = tuple(sorted(value for value, _ in in_train.most_common(config.classes)))
     if len(values) < 2:
         raise JobError(f"--labels: the training images have the classes {values}, expected two or more")
@@ -124,8 +130,10 @@ def _prepared(comparison: Comparison, config: EvaluateConfig) -> tuple[Split, _M
             f"{len(lost)} of the validation images' classes are not among those of the probe: their pixels are left "
             f"out ({sum(lost.values()) / in_val.total():.1%} of the labelled pixels)"
         )
-    parts = [tuple(key for key in part if not pixels[key].keys().isdisjoint(values)) for part in (train, val)]
-    if without := len(train) + len(val) - len(parts[0]) - len(parts[1]):
+    parts = [
+        tuple(key for key in part if not pixels[key].keys().isdisjoint(values)) for part in (whole.train, whole.val)
+    ]
+    if without := len(whole.train) + len(whole.val) - len(parts[0]) - len(parts[1]):
         comparison.notes.append(f"{counted(without, 'image')} left out: no pixel of the probe's classes")
     if not parts[1]:
         raise JobError("--labels: no class of the training images occurs in the validation images")

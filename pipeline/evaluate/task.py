@@ -1,4 +1,4 @@
-"""The result of a task: figures that can be resampled by image, and how to draw an image."""
+"""A task, and its result: figures that can be resampled by image, and how to draw an image."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluate.bootstrap import Metric
+from pipeline.evaluate.data.comparison import Comparison
+from pipeline.evaluate.data.sides import PlannedSide
+from schemas.evaluate_options import EvaluateConfig
 
-__all__ = ["Figure", "Outcome", "Panel"]
+__all__ = ["Figure", "Outcome", "Panel", "Task"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,3 +69,17 @@ class Outcome:
     draw: Callable[[int], list[Panel]]
     details: Mapping[str, object] = field(default_factory=dict)
     legend: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+        check: refuses a request with a JobError before any features are computed, given the options, the sides, and
+            the keys of the images that all sides will have.
+        evaluate: runs the task.
+    """
+
+    check: Callable[[EvaluateConfig, Sequence[PlannedSide], Sequence[str]], None]
+    evaluate: Callable[[Comparison, EvaluateConfig], Outcome]

@@ -23,12 +23,13 @@ from densefeat.align import MaskFolder
 from pipeline.errors import JobError
 from pipeline.evaluate.data.comparison import Comparison, counted, spread
 from pipeline.evaluate.data.grid import Grid
-from pipeline.evaluate.data.sides import Side
+from pipeline.evaluate.data.labels import first_labelled
+from pipeline.evaluate.data.sides import PlannedSide, Side
 from pipeline.evaluate.report.pictures import overlaid, photograph
 from pipeline.evaluate.task import Figure, Outcome, Panel
 from schemas.evaluate_options import EvaluateConfig
 
-__all__ = ["boundary_measure", "evaluate", "propagate", "region_similarity"]
+__all__ = ["boundary_measure", "check", "evaluate", "propagate", "region_similarity"]
 
 _FRAMES, _NEIGHBOURS, _TEMPERATURE = 7, 5, 0.1
 _WINDOW = 12 / 60  # of the rows of the grid: 12 of DINO's 60
@@ -72,6 +73,15 @@ class _Tracked:
     shown: Tensor
 
 
+def check(config: EvaluateConfig, sides: Sequence[PlannedSide], keys: Sequence[str]) -> None:
+    """Refuse masks that are not there.
+
+    Raises:
+        JobError: as described.
+    """
+    first_labelled(MaskFolder(str(config.labels)), keys, "frames")
+
+
 def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     """Run the task.
 
@@ -97,9 +107,9 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     return Outcome(
         protocol=(
             "The mask of the first frame is propagated to the nearest neighbours within a window (Caron et al., DINO, "
-            f"ICCV 2021) on a grid of {config.video_rows} rows, without training: {len(sequences)} sequences, "
-            f"{sum(len(sequence.keys) for sequence in sequences)} frames. J and F of DAVIS (Perazzi et al., CVPR 2016) "
-            "at the resolution of the masks, where features see the frame."
+            f"ICCV 2021) on a grid of {config.video_rows} rows, without training: "
+            f"{counted(len(sequences), 'sequence')}, {sum(len(sequence.keys) for sequence in sequences)} frames. J "
+            "and F of DAVIS (Perazzi et al., CVPR 2016) at the resolution of the masks, where features see the frame."
         ),
         unit="sequence",
         units=[sequence.name for sequence in sequences],

@@ -2,7 +2,7 @@
 
 import fnmatch
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from pipeline.evaluate.data.grid import Grid
 from pipeline.evaluate.data.sides import Side
 from schemas.index import OK, PENDING
 
-__all__ = ["Comparison", "Split", "counted", "split", "spread"]
+__all__ = ["Comparison", "Split", "common_keys", "counted", "split", "spread"]
 
 _TRAIN, _VAL = ("train", "training"), ("val", "validation", "test")
 _SHOWN = 5
@@ -56,18 +56,12 @@ class Comparison:
                 self.notes.append(f"{side.name}: rows without features: {without}")
             repeated = sum(count for count in counts.values() if count > 1)
             if repeated:
-                self.notes.append(f"{side.name}: {repeated} rows share their key with another row: left out")
+                self.notes.append(f"{side.name}: {repeated} rows share keys with other rows: left out")
             found.append({keys[row]: None for row in side.store.rows_with_features if counts[keys[row]] == 1})
-        common = tuple(key for key in found[0] if all(key in other for other in found[1:]))
+        common = common_keys({side.name: keys for side, keys in zip(self.sides, found, strict=True)})
         if left := len({key for keys in found for key in keys}) - len(common):
             self.notes.append(f"{counted(left, 'image')} left out: no features on some side")
-        if not common:
-            examples = ", ".join(f"{side.name}: {next(iter(keys), 'none')!r}" for side, keys in self._with(found))
-            raise JobError(f"--features: no image has features on every side; keys look like {examples}")
         return common
-
-    def _with(self, found: Sequence[dict[str, None]]) -> list[tuple[Side, dict[str, None]]]:
-        return list(zip(self.sides, found, strict=True))
 
     def grid(self, key: str) -> Grid:
         """The grid of an image.
@@ -94,6 +88,20 @@ class Comparison:
             shown = "; ".join(f"{key}: {reason}" for key, reason in list(reasons.items())[:_SHOWN])
             more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
             self.notes.append(f"{counted(len(reasons), unit)} left out: {what} ({shown}{more})")
+
+
+def common_keys(of_sides: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
+    """Keys that all sides have, in the order of the first.
+
+    Raises:
+        JobError: there is none.
+    """
+    first, *others = (dict.fromkeys(keys) for keys in of_sides.values())
+    common = tuple(key for key in first if all(key in other for other in others))
+    if not common:
+        examples = ", ".join(f"{name}: {next(iter(keys), 'none')!r}" for name, keys in of_sides.items())
+        raise JobError(f"--features: no image has features on every side; keys look like {examples}")
+    return common
 
 
 def counted(count: int, unit: str) -> str:
@@ -132,9 +140,11 @@ def split(keys: Sequence[str], train: str | None, val: str | None, seed: int) ->
         if not part:
             raise JobError(f"--{name}: no image is in this split ({described}); keys look like {keys[0]!r}")
     if both := set(parts[0]) & set(parts[1]):
-        raise JobError(f"--train {train} and --val {val} have {len(both)} images in common, such as {min(both)!r}")
+        raise JobError(
+            f"--train {train} and --val {val} have {counted(len(both), 'image')} in common, such as {min(both)!r}"
+        )
     if others := len(keys) - len(parts[0]) - len(parts[1]):
-        described += f"; {others} images are in neither"
+        described += f"; {counted(others, 'image')} in neither"
     return Split(parts[0], parts[1], described)
 
 

@@ -2,25 +2,27 @@
 
 import io
 import json
-from collections.abc import Callable, Sequence
-from pathlib import PurePosixPath
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
 
+from densefeat.align import MaskFolder, decode_png
+from densefeat.storage.keyed_files import KeyedFiles
 from densefeat.storage.objects import Objects
 from densefeat.storage.places import split_place
 from pipeline.errors import JobError
-from pipeline.evaluate.data.comparison import Comparison
+from pipeline.evaluate.data.comparison import Comparison, Split, split, spread
+from schemas.evaluate_options import EvaluateConfig
 
-__all__ = ["DepthFolder", "Labels", "first_file", "labelled", "read_keypoints"]
+__all__ = ["DepthFolder", "Labels", "check_split", "first_labelled", "labelled", "labelled_split", "read_keypoints"]
 
 Array = npt.NDArray[Any]
 # Labels of a key, [height, width] of its original image.
 Labels = Callable[[str], Array]
+_GREY = ("L", "I", "I;16")  # modes of Pillow
 
 
 class DepthFolder:
@@ -33,7 +35,8 @@ class DepthFolder:
     """
 
     def __init__(self, folder: str, scale: float | None, limits: tuple[float, float]) -> None:
-        self._objects, self._scale, self._limits = Objects(folder), scale, limits
+        self._files = KeyedFiles(Objects(folder), "depth", ".npy", ".png")
+        self._scale, self._limits = scale, limits
 
     def __call__(self, key: str) -> Array:
         """Depth in metres, [height, width] float64; NaN where it is unknown.
@@ -43,45 +46,29 @@ class DepthFolder:
             ValueError: the file is no depth image.
             JobError: it is an integer image and there is no scale.
         """
-        stem = str(PurePosixPath(key).with_suffix(""))
-        names = [f"{base}{suffix}" for base in dict.fromkeys((key, stem)) for suffix in (".npy", ".png")]
-        for name in names:
-            try:
-                data = self._objects.get(name)
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            return self._in_metres(self._decoded(name, data))
-        raise FileNotFoundError(f"{self._objects.uri} has no depth for {key!r}: expected {' or '.join(names)}")
-
-    def check(self) -> None:
-        """Refuse a folder that has no depths, or integer ones without a scale, before any work.
-
-        Raises:
-            JobError: as described.
-        """
-        name = first_file(self._objects, ".npy", ".png")
-        if name is not None and name.endswith(".png") and self._scale is None:
-            raise self._without_scale()
-
-    def _decoded(self, name: str, data: bytes) -> Array:
+        name, data = self._files.get(key)
         try:
-            depth = _npy(data) if name.endswith(".npy") else _grey(data)
+            depth = _npy(data) if name.endswith(".npy") else decode_png(data, _GREY, "grey of 8 or 16 bits")
             if depth.ndim != 2 or depth.dtype.kind not in "iuf":
                 raise ValueError(f"got {depth.dtype} {depth.shape}, expected [height, width]")
-        except UnidentifiedImageError as error:  # its own message has an address in memory
-            raise ValueError(f"{name} is no depth image: not a PNG file, or a damaged one") from error
-        except (OSError, SyntaxError, ValueError, EOFError, BadZipFile) as error:  # numpy and Pillow, of damaged files
+        except (OSError, ValueError, EOFError, BadZipFile) as error:  # numpy, of damaged files
             raise ValueError(f"{name} is no depth image: {error}") from error
-        return depth
+        return self._in_metres(depth)
 
-    def _without_scale(self) -> JobError:
-        return JobError(f"--labels {self._objects.uri} has integer depths: pass --depth-scale, metres per unit")
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those of ``keys`` that have no file, by one listing of the folder.
+
+        Raises:
+            FileNotFoundError: the folder is empty or does not exist.
+        """
+        return self._files.missing(keys)
 
     def _in_metres(self, depth: Array) -> Array:
         metres = depth.astype(np.float64)
         if depth.dtype.kind != "f":
             if self._scale is None:
-                raise self._without_scale()
+                uri = self._files.objects.uri
+                raise JobError(f"--labels {uri} has integer depths: pass --depth-scale, metres per unit")
             metres *= self._scale
         low, high = self._limits
         with np.errstate(invalid="ignore"):
@@ -95,25 +82,55 @@ def _npy(data: bytes) -> Array:
     return loaded
 
 
-def _grey(data: bytes) -> Array:
-    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-        if image.mode not in ("L", "I", "I;16"):
-            raise ValueError(f"got mode {image.mode}, expected grey of 8 or 16 bits")
-        return np.asarray(image)
+def first_labelled(folder: MaskFolder | DepthFolder, keys: Sequence[str], part: str = "images") -> str:
+    """The first of ``keys`` that has a file of labels.
 
-
-def first_file(folder: Objects, *suffixes: str) -> str | None:
-    """The first file with one of ``suffixes`` in a local folder; None for a bucket, whose listing may take minutes.
+    Args:
+        folder: of the labels.
+        keys: of images.
+        part: name of ``keys`` in messages.
 
     Raises:
-        JobError: there is none.
+        JobError: none has, or the folder is empty or does not exist.
     """
-    if folder.local_path is None:
-        return None
-    names = [name for name in folder.list() if name.endswith(suffixes)]
-    if not names:
-        raise JobError(f"--labels {folder.uri}: got no {' or '.join(suffixes)} file, expected labels named by key")
-    return min(names)
+    try:
+        missing = set(folder.missing(keys))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise JobError(f"--labels: {error}") from error
+    first = next((key for key in keys if key not in missing), None)
+    if first is None:
+        raise JobError(
+            f"--labels: none of the {len(keys)} {part} has labels: expected files named by key, such as {keys[0]}.png"
+        )
+    return first
+
+
+def check_split(folder: MaskFolder | DepthFolder, keys: Sequence[str], config: EvaluateConfig) -> tuple[str, str]:
+    """The first training image and the first validation image that have files of labels.
+
+    Raises:
+        JobError: there is none, or the images cannot be split.
+    """
+    whole = split(keys, config.train, config.val, config.seed)
+    parts = (whole.train, "training images"), (whole.val, "validation images")
+    train, val = (first_labelled(folder, *part) for part in parts)
+    return train, val
+
+
+def labelled_split(
+    comparison: Comparison, labels: Labels, usable: Callable[[str, Array], bool], config: EvaluateConfig
+) -> Split:
+    """Split the images, without those whose labels cannot be used, as `labelled`.
+
+    Raises:
+        JobError: a part has no image with labels, or the images cannot be split.
+    """
+    whole = split(comparison.keys, config.train, config.val, config.seed)
+    train, val = (
+        tuple(labelled(comparison, spread(part, config.limit), labels, usable, f"{name} images"))
+        for name, part in (("training", whole.train), ("validation", whole.val))
+    )
+    return Split(train, val, whole.described)
 
 
 def labelled(

@@ -1,5 +1,6 @@
 """The original images of a store as the backbone saw them, and the backbone."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -7,14 +8,14 @@ import numpy.typing as npt
 
 from densefeat.store import FeatureStore
 from pipeline.errors import ImageError, JobError
-from pipeline.evaluate.data.sides import Side
+from pipeline.evaluate.data.sides import PlannedSide, Side
 from pipeline.features.backbone import Backbone, build_backbone
 from pipeline.images.decoding.decode import Geometry, decode
 from pipeline.images.reading.read import read_images
 from pipeline.store.layout import stored_attributes
 from schemas.configuration import StoreConfiguration
 
-__all__ = ["backbone_of", "read_photo", "stored_backbone", "stored_geometry", "weights_missing"]
+__all__ = ["backbone_of", "check_weights", "read_photo", "stored_backbone", "stored_geometry"]
 
 
 def stored_geometry(store: FeatureStore) -> Geometry:
@@ -52,20 +53,27 @@ def backbone_of(side: Side, weights: str | None) -> Backbone:
 
     Args:
         side: if its features were computed here, it knows its weights.
-        weights: value of --weights, for a store.
+        weights: value of --weights, for a store; see `check_weights`.
 
     Raises:
-        JobError: the weights are missing, or not those that made the store.
+        JobError: the weights are not those that made the store.
     """
-    chosen = side.weights or weights
-    if chosen is None:
-        raise weights_missing(side.name)
-    return stored_backbone(side.store, chosen)
+    return stored_backbone(side.store, str(side.weights or weights))
 
 
-def weights_missing(name: str) -> JobError:
-    """The error about a store whose backbone is needed."""
-    return JobError(f"--features {name}: the backbone is needed: pass its weights as --weights")
+def check_weights(sides: Sequence[PlannedSide], weights: str | None) -> None:
+    """Refuse sides whose backbone is needed, but not its weights known.
+
+    Args:
+        sides: all of them.
+        weights: value of --weights.
+
+    Raises:
+        JobError: as described.
+    """
+    for side in sides:
+        if side.weights is None and weights is None:
+            raise JobError(f"--features {side.name}: the backbone is needed: pass its weights as --weights")
 
 
 def stored_backbone(store: FeatureStore, weights: str) -> Backbone:

@@ -2,15 +2,14 @@
 
 import hashlib
 import logging
-import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,34 +24,19 @@ from densefeat.storage.parquet import read_parquet
 from densefeat.storage.places import absolute_place
 from densefeat.store import FeatureStore
 from pipeline.errors import JobError
+from pipeline.evaluate.data.side_options import SideOptions, parse_side
 from pipeline.io.storage import temporary_folder
 from pipeline.run.job import carry_out
 from pipeline.run.planning.plan import make_plan
+from pipeline.store.layout import stored_attributes
+from schemas.configuration import StoreConfiguration
 from schemas.options import UpsampleConfig
 
-__all__ = ["Side", "SideOptions", "open_sides", "parse_side"]
+__all__ = ["PlannedSide", "Side", "open_sides"]
 
 logger = logging.getLogger(__name__)
 
-_NOT_IN_A_SIDE = ("images", "store", "resume", "overwrite", "dry_run", "measure", "shards")
 _COMPUTING = ("backbone", "upsample")  # stages of the main job that compute features
-
-
-@dataclass(frozen=True)
-class SideOptions:
-    """What one value of --features asks for.
-
-    Attributes:
-        name: in tables and pictures.
-        store: folder or URI of a store; None: features are computed with ``options``.
-        options: of the main job.
-        first: number of components to use; None: all.
-    """
-
-    name: str
-    store: str | None
-    options: Mapping[str, Any]
-    first: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,59 +119,43 @@ class Side:
         }
 
 
-def parse_side(text: str) -> SideOptions:
-    """Parse a value of --features.
+@dataclass(frozen=True, eq=False)
+class PlannedSide:
+    """A side before its features are computed.
 
-    Raises:
-        JobError: it names an unknown option, or a value does not fit its option.
+    Attributes:
+        name: in tables and pictures.
+        weights: as for `Side`.
+        configuration: of the store.
+        keys: of the images, with or without features.
     """
-    parts = re.split(r",(?=[a-z_]+=)", text)
-    if not all(re.match(r"[a-z_]+=", part) for part in parts):
-        return SideOptions(text, text, {})
-    pairs = [part.split("=", 1) for part in parts]
-    named = dict(pairs)
-    if repeated := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
-        raise JobError(f"--features {text}: {', '.join(repeated)} is there more than once")
-    name, store = named.pop("name", None), named.pop("store", None)
-    first = _typed(text, "first", named.pop("first"), int) if "first" in named else None
-    if store is not None:
-        if named:
-            raise JobError(f"--features {text}: a store has its own options, leave out {', '.join(named)}")
-        return SideOptions(name or text, store, {}, first)
-    known = get_type_hints(UpsampleConfig)
-    if unknown := [option for option in named if option not in known or option in _NOT_IN_A_SIDE]:
-        allowed = ", ".join(["name", "store", "first", *sorted({*known} - {*_NOT_IN_A_SIDE})])
-        raise JobError(f"--features {text}: unknown {', '.join(unknown)}; expected {allowed}")
-    options = {option: _typed(text, option, value, known[option]) for option, value in named.items()}
-    return SideOptions(name or text, None, options, first)
 
+    name: str
+    weights: str | None
+    configuration: StoreConfiguration
+    keys: Sequence[str]
 
-def _typed(side: str, option: str, value: str, hint: Any) -> Any:
-    """A value of the option's type: int, float, bool, str, or a literal."""
-    kinds = get_args(hint) or (hint,)
-    for kind in (int, float):
-        if kind in kinds:
-            try:
-                return kind(value)
-            except ValueError:
-                continue
-    if bool in kinds and value in ("true", "false"):
-        return value == "true"
-    if str in kinds or value in kinds or any(value in get_args(kind) for kind in kinds):
-        return value
-    choices = [choice for kind in (hint, *kinds) for choice in get_args(kind) if isinstance(choice, str)]
-    expected = " or ".join(choices or (["true", "false"] if bool in kinds else ["a number"]))
-    raise JobError(f"--features {side}: {option}={value}: expected {expected}")
+    @classmethod
+    def of_store(cls, side: SideOptions, store: FeatureStore) -> "PlannedSide":
+        """A side whose features are there."""
+        attributes = stored_attributes(store.uri, store.attributes)
+        return cls(side.name, side.weights, attributes.configuration, store.keys)
 
 
 @contextmanager
-def open_sides(features: Sequence[str], images: str | None, stores: str | None) -> Iterator[list[Side]]:
+def open_sides(
+    features: Sequence[str],
+    images: str | None,
+    stores: str | None,
+    check: Callable[[Sequence[PlannedSide]], None] = lambda sides: None,
+) -> Iterator[list[Side]]:
     """Open the features to compare; those of configurations are computed first, after all sides are checked.
 
     Args:
         features: values of --features.
         images: for configurations.
         stores: folder that keeps the stores of configurations; None: they are deleted with the context.
+        check: called with all sides before features are computed; it may raise a JobError.
 
     Raises:
         JobError: two sides have one name, or the main job refuses a configuration.
@@ -202,14 +170,18 @@ def open_sides(features: Sequence[str], images: str | None, stores: str | None) 
     with ExitStack() as stack:
         folder = stores or str(stack.enter_context(temporary_folder("evaluate-")))
         configurations = {side.name: _configuration(side, str(images), folder) for side in sides if side.store is None}
-        if len(configurations) > 1:
-            for name, config in configurations.items():
-                _check(name, config)
+        check(
+            [
+                _planned(side, configurations[side.name])
+                if side.store is None
+                else PlannedSide.of_store(side, opened[side.name].store)
+                for side in sides
+            ]
+        )
         for side in sides:
             if side.store is None:
                 store = _computed(side.name, configurations[side.name])
-                weights = side.options.get("weights", "pretrained")
-                opened[side.name] = Side.of(side.name, store, side.first, weights)
+                opened[side.name] = Side.of(side.name, store, side.first, side.weights)
         yield [opened[side.name] for side in sides]
 
 
@@ -226,14 +198,15 @@ def _configuration(side: SideOptions, images: str, folder: str) -> UpsampleConfi
     return config
 
 
-def _check(name: str, config: UpsampleConfig) -> None:
-    """Refuse a configuration before another one's features are computed; those in a finished store are not checked."""
-    if Objects(config.store).exists(layout.MANIFEST):
-        return
+def _planned(side: SideOptions, config: UpsampleConfig) -> PlannedSide:
+    """Plan a configuration without doing any work; one whose store is finished is read from there."""
     try:
-        make_plan(replace(config, dry_run=True))
+        if Objects(config.store).exists(layout.MANIFEST):
+            return PlannedSide.of_store(side, FeatureStore(config.store))
+        plan = make_plan(replace(config, dry_run=True))
     except DensefeatError as error:
-        raise JobError(f"--features {name}: {error}") from error
+        raise JobError(f"--features {side.name}: {error}") from error
+    return PlannedSide(side.name, side.weights, plan.configuration, plan.references["key"].to_pylist())
 
 
 def _computed(name: str, config: UpsampleConfig) -> str:

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from pipeline.errors import JobError
+from pipeline.evaluate import run
 from pipeline.evaluate.activation_maps import Classifier, evaluate, measures
 from pipeline.evaluate.data.comparison import Comparison
 from pipeline.evaluate.data.sides import open_sides
-from tests.pipeline.evaluate.stores import compared, config, store_of
+from tests.pipeline.evaluate.stores import config, store_of
 
 pytestmark = pytest.mark.usefixtures("seeded_on_one_thread")
 SIDE = 20
@@ -73,6 +74,6 @@ def test_maps_of_a_store_of_class_scores(tmp_path: Path) -> None:
 
 
 def test_stores_without_class_scores_are_refused(tmp_path: Path) -> None:
-    plain = compared(a=store_of(tmp_path / "a", {"x": np.ones((2, 4, 4))}))
-    with pytest.raises(JobError, match="expected class scores: make the features with --space head"):
-        evaluate(plain, config("activation_maps", None, tmp_path / "report"))
+    store = store_of(tmp_path / "a", {"x": np.ones((2, 4, 4))})
+    with pytest.raises(JobError, match=r"--features .*: expected class scores: make the features with --space head"):
+        run.evaluate(config("activation_maps", None, tmp_path / "report", features=(store,)))

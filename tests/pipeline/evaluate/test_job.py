@@ -85,21 +85,32 @@ def test_options_that_cannot_be(options: dict[str, object], words: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"labels": "nothing"}, "--labels .*nothing: got no .png file"),
-        ({"task": "depth"}, "--labels .*photos/train has integer depths: pass --depth-scale"),
-        ({"task": "keypoints"}, r"--labels .*photos/train: expected a JSON object"),
+        ({"labels": "nothing"}, "--labels: .*nothing has no files: expected masks named by key"),
+        ({"labels": "masks/val"}, r"none of the 6 training images has labels: .* such as train/0.png.png"),
+        ({"task": "discovery", "labels": "masks/val"}, "none of the 12 images has labels"),
+        ({"task": "video", "labels": "masks/val"}, "none of the 12 frames has labels"),
+        ({"train": "trian/*", "val": "val/*"}, r"--train: no image is in this split .*; keys look like 'train/0.png'"),
+        ({"task": "depth", "train": "train/*", "val": "*"}, "--train train/.* and --val .* have 6 images in common"),
+        (
+            {"task": "keypoints", "labels": "points.json"},
+            "no image with features has keypoints: keys look like '0.png",
+        ),
+        ({"task": "depth", "labels": "masks"}, "--labels .*masks has integer depths: pass --depth-scale"),
+        ({"task": "keypoints"}, r"--labels .*masks: expected a JSON object"),
         ({"task": "activation_maps"}, "--features a: expected class scores: make the features with --space head"),
-        ({"task": "reconstruction", "second": "name=b,store=x"}, "--features b: the backbone is needed: pass its weig"),
     ],
 )
 def test_a_request_is_checked_before_the_work(dataset: Path, options: dict[str, str], words: str) -> None:
     task = options.get("task", "segmentation")
+    (dataset / "points.json").write_text('{"0.png": [[1, 2]]}')
     config = EvaluateConfig(
         task=task,
-        features=(f"name=a,{SMALL}", *([options["second"]] if "second" in options else [])),
+        features=(f"name=a,{SMALL}",),
         images=str(dataset / "photos"),
         stores=str(dataset / "stores"),
-        labels=None if task in UNLABELLED else str(dataset / options.get("labels", "photos/train")),
+        labels=None if task in UNLABELLED else str(dataset / options.get("labels", "masks")),
+        train=options.get("train"),
+        val=options.get("val"),
         report=str(dataset / "report"),
     )
     with pytest.raises(JobError, match=words):

@@ -7,12 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from densefeat import FeatureStore
 from pipeline.errors import JobError
-from pipeline.evaluate import held_out, reconstruction
+from pipeline.evaluate import held_out, reconstruction, run
 from pipeline.evaluate.data.comparison import Comparison
 from pipeline.evaluate.data.originals import read_photo
-from pipeline.evaluate.data.sides import Side, open_sides
+from pipeline.evaluate.data.sides import open_sides
 from pipeline.evaluate.report.result import Result
 from pipeline.features.backbone import build_backbone
 from tests.pipeline.evaluate.stores import config
@@ -73,10 +72,10 @@ def test_coarser_steps_lose_more(tmp_path: Path, photos: str) -> None:
 
 def test_the_weights_must_be_those_of_the_store(tmp_path: Path, photos: str) -> None:
     with open_sides([f"{SMALL},upsampler=bilinear,components=8"], photos, None) as sides:
-        stored = Comparison([Side.of("a", sides[0].store.uri)])
-        for task in (reconstruction, held_out):
+        store = sides[0].store.uri
+        for task in ("reconstruction", "held_out_views"):
             with pytest.raises(JobError, match="the backbone is needed: pass its weights as --weights"):
-                task.evaluate(stored, config("reconstruction", None, tmp_path / "report"))
+                run.evaluate(config(task, None, tmp_path / "report", features=(store,)))
 
 
 def test_errors_by_hand() -> None:
@@ -102,8 +101,13 @@ def test_sides_that_views_cannot_compare(tmp_path: Path, photos: str) -> None:
     texts = [f"name=a,{SMALL},components=8,upsampler=bilinear"]
     texts.append(f"name=b,{SMALL.replace('layer=2', 'layer=1')},components=8,upsampler=bilinear")
     texts.append(f"name=c,{SMALL},components=8,upsampler=bilinear,output_size=32")
-    with open_sides(texts, photos, None) as (a, b, c):
-        for other, words in ((b, r"backbone\.layer: a 2, b 1"), (c, r"resolution of the features: a .*, c .*")):
-            with pytest.raises(JobError, match=words):
-                held_out.evaluate(Comparison([a, other]), config("held_out_views", None, tmp_path / "report"))
-        assert FeatureStore(c.store.uri).shape[1:] == (32, 32)
+    texts.append(f"name=d,{SMALL},components=8,upsampler=bilinear,fit=pad")
+    for other, words in (
+        (1, r"backbone\.layer: a 2, b 1"),
+        (2, r"resolution of the features: a .*64.*, c .*32"),
+        (3, 'fit: a "crop", d "pad"'),
+    ):
+        options = {"features": (texts[0], texts[other]), "images": photos, "stores": str(tmp_path / "stores")}
+        with pytest.raises(JobError, match=words):
+            run.evaluate(config("held_out_views", None, tmp_path / "report", **options))
+    assert not (tmp_path / "stores").exists()

@@ -108,7 +108,7 @@ def test_splits() -> None:
     keys = ["train/a", "train/b", "val/a", "extra/a"]
     by_folder = split(keys, None, None, 0)
     assert (by_folder.train, by_folder.val) == (("train/a", "train/b"), ("val/a",))
-    assert by_folder.described == "folders train/, val/; 1 images are in neither"
+    assert by_folder.described == "folders train/, val/; 1 image in neither"
     by_pattern = split(keys, "*/a", "*/b", 0)
     assert (by_pattern.train, by_pattern.val) == (("train/a", "val/a", "extra/a"), ("train/b",))
     halves = split([f"{i}.jpg" for i in range(9)], None, None, 0)

@@ -1,5 +1,6 @@
 """The features that --features names, and the features that the job computes itself."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 
 from densefeat.errors import StoreError
 from pipeline.errors import JobError
-from pipeline.evaluate.data.sides import Side, SideOptions, _typed, open_sides, parse_side
+from pipeline.evaluate.data.side_options import SideOptions, _typed, parse_side
+from pipeline.evaluate.data.sides import PlannedSide, Side, open_sides
 from pipeline.run.job import carry_out
 from pipeline.run.planning.plan import make_plan
 from schemas.options import UpsampleConfig
@@ -78,6 +80,34 @@ def test_all_sides_are_checked_before_features_are_computed(tmp_path: Path, seco
     ):
         pass
     assert not (tmp_path / "stores").exists()
+
+
+def test_sides_are_planned_before_features_are_computed(tmp_path: Path) -> None:
+    """A configuration is planned as the main job would make it, and one whose features are there is read."""
+    (tmp_path / "photos").mkdir()
+    for name in "ab":
+        (tmp_path / "photos" / f"{name}.jpg").write_bytes(photo(64, 96))
+    store, stores = store_of(tmp_path / "a", {"x": np.ones((2, 4, 4)), "y": None}), tmp_path / "stores"
+    texts = [f"name=b,{SMALL}", f"name=a,store={store}"]
+
+    def check(sides: Sequence[PlannedSide]) -> None:
+        seen.append({side.name: (side.weights, side.configuration.hash, list(side.keys)) for side in sides})
+        finished.append(any(stores.glob("*/manifest.parquet")))
+
+    seen: list[dict[str, tuple[str | None, str, list[str]]]] = []
+    finished: list[bool] = []
+    for _ in range(2):
+        with open_sides(texts, str(tmp_path / "photos"), str(stores), check) as sides:
+            assert seen[-1]["a"] == (None, sides[1].store.attributes["configuration_hash"], ["x", "y"])
+            assert seen[-1]["b"][::2] == ("random", ["a.jpg", "b.jpg"])
+    assert finished == [False, True]
+    assert seen[1]["b"][1] == sides[0].store.attributes["configuration_hash"]
+    with pytest.raises(JobError, match="not these"), open_sides(texts[1:], None, None, _refuse):
+        pass
+
+
+def _refuse(sides: Sequence[PlannedSide]) -> None:
+    raise JobError("not these")
 
 
 def test_unfinished_rows_are_said(tmp_path: Path) -> None:

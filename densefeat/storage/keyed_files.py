@@ -1,0 +1,63 @@
+"""The labels of a dataset: files named by key in one folder."""
+
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+from densefeat.storage.objects import Objects
+from densefeat.storage.parallel import in_order
+
+__all__ = ["KeyedFiles"]
+
+
+class KeyedFiles:
+    """Files named by key: of ``class/001.jpg``, ``class/001.jpg.png`` or, if there is none, ``class/001.png``.
+
+    Picklable.
+
+    Args:
+        objects: the folder.
+        contents: of a file, for messages, e.g. "mask".
+        suffixes: of files, those that are preferred first, e.g. ".png".
+    """
+
+    def __init__(self, objects: Objects, contents: str, *suffixes: str) -> None:
+        self.objects, self._contents, self._suffixes = objects, contents, suffixes
+
+    def names(self, key: str) -> list[str]:
+        """Names that the file of a key may have, in the order of preference."""
+        stem = str(PurePosixPath(key).with_suffix(""))
+        return [f"{base}{suffix}" for base in dict.fromkeys((key, stem)) for suffix in self._suffixes]
+
+    def get(self, key: str) -> tuple[str, bytes]:
+        """The name of a key's file, and its bytes.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        names = self.names(key)
+        for name in names:
+            try:
+                return name, self.objects.get(name)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+        raise FileNotFoundError(
+            f"{self.objects.uri} has no {self._contents} for {key!r}: expected {' or '.join(names)}"
+        )
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those of ``keys`` that have no file, by one listing of the folder (over http, by a request per name).
+
+        Raises:
+            FileNotFoundError: the folder is empty or does not exist.
+        """
+        keys = list(keys)
+        if not self.objects.can_list:
+            exist = in_order(lambda key: any(map(self.objects.exists, self.names(key))), keys)
+            return [key for key, exists in zip(keys, exist, strict=True) if not exists]
+        found = set(self.objects.list())
+        if not found:
+            example = " or ".join(f"KEY{suffix}" for suffix in self._suffixes)
+            raise FileNotFoundError(
+                f"{self.objects.uri} has no files: expected {self._contents}s named by key, e.g. {example}"
+            )
+        return [key for key in keys if found.isdisjoint(self.names(key))]
