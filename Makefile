@@ -19,9 +19,9 @@ test-slow: .venv/.dev
 test-all: test test-slow test-processors
 
 # The numeric tests as other processors would run them: without AVX-512, and without AVX2 too.
-NUMERIC := $(addprefix tests/kernels/,$(addsuffix .py,test_multiview test_window_sum test_window_attention \
-	test_quantization test_simd jbu/test_jbu_cpu jbu/test_jbu_cpu_gradients jbu/test_jbu_cpu_independence)) \
-	tests/pipeline/views tests/pipeline/upsamplers
+KERNELS := $(addprefix tests/kernels/,$(addsuffix .py,test_multiview test_window_sum test_window_attention \
+	test_quantization test_simd jbu/test_jbu_cpu jbu/test_jbu_cpu_gradients jbu/test_jbu_cpu_independence))
+NUMERIC = $(KERNELS) tests/pipeline/views tests/pipeline/upsamplers
 # Told a name alone, numba keeps the features of the processor it runs on.
 NUMBA_AVX2 := NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx,+avx2,+fma
 test-processors: .venv/.dev
