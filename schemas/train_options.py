@@ -1,7 +1,7 @@
 """Options of jobs/train_upsampler.py. Comments are the help texts, as in schemas/options.py."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from schemas.checks import at_least, check_method_options, parse_layers, parse_size, positive
@@ -11,6 +11,8 @@ from schemas.configuration import MAX_PIXELS, MIN_SIDE, Fit
 _BATCH_SIZE = {"jbu": 4, "lift": 16}
 # FeatUp's published rate. LiFT's, 1e-3, is too high for weights that start close to a solution.
 _LEARNING_RATE = {"jbu": 1e-3, "lift": 3e-4}
+# Options of jbu that only --target views has.
+_OF_VIEWS = ("final", "jitters", "crf_weight", "initial_sigma", "downsampler")
 _CHOICE = re.compile(r"(?P<name>[^@=\s]+)(?:@(?P<layer>-?\d+(?:,-?\d+)*))?(?:=(?P<weights>.+))?")
 
 
@@ -163,9 +165,12 @@ class JBUTrainOptions:
     # jbu: also train FeatUp's final C→C convolution. The weights then work only with this backbone and layer; without
     # it, they depend on the image alone and work with every backbone.
     final: bool = False
+    # jbu: what the upsampled features are trained to be: "views", consistent with the backbone's features of random
+    # views, as FeatUp; or "multiview", the features that --upsampler multiview solves for.
+    target: Literal["views", "multiview"] = "views"
     # jbu: views per image and step.
     jitters: int = 5
-    # jbu: number of random directions of feature space that a step compares.
+    # jbu: number of random directions of feature space that a step compares, at most all.
     projection_chs: int = 30
     # jbu: weight of the CRF term, which makes features of nearby pixels with similar colours similar.
     crf_weight: float = 1e-3
@@ -176,15 +181,25 @@ class JBUTrainOptions:
     downsampler: Literal["attention", "simple"] = "attention"
     # jbu: also write the weights in FeatUp's layout to this .pth or .ckpt file or URI; requires a single backbone.
     featup_checkpoint: str | None = None
+    # lift, jbu --target multiview: gigabytes of main memory per worker for keeping features or solutions, which are the
+    # same in every epoch. Used only if those of all images fit.
+    cache_gb: float = 8.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        self._check_target()
         at_least("--jitters", self.jitters, 1)
         at_least("--projection-chs", self.projection_chs, 1)
         at_least("--crf-weight", self.crf_weight, 0)
         positive("--initial-sigma", self.initial_sigma)
         if self.featup_checkpoint is not None and not self.featup_checkpoint.endswith((".pth", ".ckpt")):
             raise ValueError(f"--featup-checkpoint is a .pth or .ckpt file: got {self.featup_checkpoint!r}")
+
+    def _check_target(self) -> None:
+        defaults = {field.name: field.default for field in fields(JBUTrainOptions)}
+        for option in _OF_VIEWS if self.target == "multiview" else ():
+            if (value := getattr(self, option)) != defaults[option]:
+                raise ValueError(f"--{option.replace('_', '-')} {value} is for --target views: got multiview")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,8 +215,8 @@ class LiFTTrainOptions:
     # lift: weight of the consistency term, which makes upsampled features, averaged over each cell, equal their input.
     # Published: 0.
     lift_consistency: float = 1.0
-    # lift: gigabytes of main memory per worker for caching features, which are the same in every epoch. Used only if
-    # the features of all images fit.
+    # lift, jbu --target multiview: gigabytes of main memory per worker for keeping features or solutions, which are the
+    # same in every epoch. Used only if those of all images fit.
     cache_gb: float = 8.0
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ METHODS = {
     "jbu": "upsampler=jbu",
     "jbu, wide kernels": "upsampler=jbu,jbu_kernels=wide",
     "jbu, trained": "upsampler=jbu,upsampler_weights={trainings}/jbu_on_lite0/upsampler.safetensors",
+    "jbu, trained on solutions": "upsampler=jbu,upsampler_weights={trainings}/jbu_on_solutions/upsampler.safetensors",
     "lift": "upsampler=lift,upsampler_weights={trainings}/lift_on_{backbone}/upsampler.safetensors",
     "anyup": f"upsampler=anyup,upsampler_weights={SHARED / 'weights' / 'anyup_multi_backbone.pth'}",
     "multiview, 5 views": "upsampler=multiview,views=5",

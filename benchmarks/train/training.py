@@ -39,6 +39,16 @@ RECIPES: dict[str, dict[str, Any]] = {
         "steps": 300,
         "evaluate_every": 150,
     },
+    # To copy what multiview solves for on two backbones; measured on a third.
+    "jbu on solutions": {
+        "target": "multiview",
+        "backbones": (_LITE0.format(3), _VIT_TI.format(11)),
+        "held_out_backbone": _VIT.format(10),
+        "steps": 800,
+        "batch_size": 2,
+        "learning_rate": 2e-3,
+        "evaluate_every": 200,
+    },
     "lift on vit": {"upsampler": "lift", "backbones": (_VIT.format(10),), "steps": 600, "evaluate_every": 100},
     "lift on vit-ti": {"upsampler": "lift", "backbones": (_VIT_TI.format(11),), "steps": 600, "evaluate_every": 100},
     # The main job's default layers, so that benchmarks/evaluate/tasks.py can use the weights.
@@ -57,10 +67,11 @@ def config_of(recipe: str, output: Path, **changes: Any) -> TrainConfig:
 
 
 def seconds_of_a_step(recipe: str, device: str) -> dict[str, float]:
-    """Mean seconds of warm steps by part; the backbone's include its random views, without cached features."""
+    """Mean seconds of warm steps by part; the backbone's include its views and solutions, none of which are kept."""
     with tempfile.TemporaryDirectory() as folder:
         measured = {"steps": 2 * _TIMED_STEPS, "val_count": 1, "val_views": 1, "evaluate_every": 999}
-        uncached = {"cache_gb": 0} if RECIPES[recipe].get("upsampler") == "lift" else {}
+        keeps = RECIPES[recipe].get("upsampler") == "lift" or RECIPES[recipe].get("target") == "multiview"
+        uncached = {"cache_gb": 0} if keeps else {}
         config = config_of(recipe, Path(folder), **measured, **uncached)
         plan, backbones = make_train_plan(config)
         world = World(torch.device(device))

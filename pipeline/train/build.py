@@ -17,7 +17,8 @@ from pipeline.train.data import first_usable
 from pipeline.train.held_out import HeldOutViews
 from pipeline.train.objectives.base import FeatureSample, Objective
 from pipeline.train.objectives.feature_cache import FeatureCache
-from pipeline.train.objectives.jbu import JBUObjective
+from pipeline.train.objectives.jbu_solutions import JBUSolutionsObjective
+from pipeline.train.objectives.jbu_views import JBUViewsObjective
 from pipeline.train.objectives.lift import AT_SIZE, LiFTObjective, lift_scales
 from pipeline.train.objectives.lift_initial import PLACES_PER_CHANNEL
 from pipeline.train.plan import TrainPlan, backbone_at, build_backbones
@@ -77,11 +78,7 @@ def build_stages(plan: TrainPlan, world: World, threads: int, built: list[Backbo
     samples = _samples(plan, world, threads, backbones)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        objective: Objective = (
-            LiFTObjective(config, by_scale[0], samples[0], _feature_cache(plan, world, by_scale[0]))
-            if config.upsampler == "lift"
-            else JBUObjective(config, backbones, [sample.statistics for sample in samples])
-        )
+        objective = _objective(plan, world, by_scale, samples)
     _, held_out = first_usable(
         plan.val.references, plan.val.loader(config, 8, threads), config.val_count, tell=world.leads
     )
@@ -94,8 +91,21 @@ def build_stages(plan: TrainPlan, world: World, threads: int, built: list[Backbo
     )
 
 
+def _objective(
+    plan: TrainPlan, world: World, by_scale: list[list[Backbone]], samples: list[FeatureSample]
+) -> Objective:
+    config = plan.config
+    if config.upsampler == "lift":
+        return LiFTObjective(config, by_scale[0], samples[0], _feature_cache(plan, world, by_scale[0]))
+    backbones = [backbone for (backbone,) in by_scale]
+    if config.target == "multiview":
+        return JBUSolutionsObjective(config, backbones, samples, 1e9 * config.cache_gb, plan.train.references.num_rows)
+    return JBUViewsObjective(config, backbones, [sample.statistics for sample in samples])
+
+
 def _feature_cache(plan: TrainPlan, world: World, backbones: list[Backbone]) -> FeatureCache:
-    cache = FeatureCache(plan.train.references.num_rows, backbones, 1e9 * plan.config.cache_gb)
+    values = sum(backbone.num_chs * math.prod(backbone.grid) for backbone in backbones)
+    cache = FeatureCache(plan.train.references.num_rows, values, 1e9 * plan.config.cache_gb)
     if world.leads:
         logger.info(
             "features of all images take %.3g GB per worker: %s (--cache-gb %g)",

@@ -295,7 +295,9 @@ def _configuration(
     """Everything that weights and measurements depend on, except the number of steps."""
     names = ["batch_images", "effective_learning_rate", "seed", "workers"]
     if config.upsampler == "jbu":
-        names += ["jitters", "projection_chs", "crf_weight", "initial_sigma", "downsampler", "final"]
+        names.append("projection_chs")
+        of_views = ["jitters", "crf_weight", "initial_sigma", "downsampler", "final"]
+        names += of_views if config.target == "views" else ["target"]
     else:
         names += ["lift_initial", "lift_loss", "lift_octaves", "lift_consistency"]
     backbones = {choice_label(identity["name"], identity["layer"]): identity for identity in identities}

@@ -1,12 +1,10 @@
 """Cache of training images' features, computed in the first epoch and kept in main memory for later ones."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from pipeline.features.backbone import Backbone
 
 __all__ = ["FeatureCache"]
 
@@ -18,7 +16,7 @@ class FeatureCache:
 
     Args:
         images: number of images in the dataset.
-        backbones: the backbones whose features are cached for each image.
+        values: number of features of an image, of all tensors together.
         max_bytes: limit in main memory; if all features do not fit, nothing is kept.
 
     Attributes:
@@ -26,8 +24,7 @@ class FeatureCache:
         keeps: whether features are kept.
     """
 
-    def __init__(self, images: int, backbones: Sequence[Backbone], max_bytes: float) -> None:
-        values = sum(backbone.num_chs * backbone.grid[0] * backbone.grid[1] for backbone in backbones)
+    def __init__(self, images: int, values: int, max_bytes: float) -> None:
         self.bytes = images * values * torch.float32.itemsize
         self.keeps = self.bytes <= max_bytes
         self._features: dict[bytes, list[Tensor]] = {}
@@ -37,7 +34,7 @@ class FeatureCache:
 
         Args:
             images: uint8 [B, 3, H, W], identified by their pixels.
-            make: computes the features: [B, C, h, w] for each backbone.
+            make: computes the features: tensors [B, …].
 
         Returns:
             What ``make`` returned, on the device of ``images``.

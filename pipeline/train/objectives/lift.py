@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from densefeat.torch.bilateral import resize
 from pipeline.features.backbone import Backbone
 from pipeline.train.data import Draw
+from pipeline.train.objectives.averaging import MEMORY, averaged_copy
 from pipeline.train.objectives.base import LOSS, FeatureSample, Objective
 from pipeline.train.objectives.feature_cache import FeatureCache
 from pipeline.train.objectives.lift_initial import begin_as_interpolation
@@ -30,7 +30,6 @@ from schemas.train_options import TrainConfig
 __all__ = ["AT_SIZE", "LiFTObjective", "lift_scales"]
 
 AT_SIZE = 1  # index of --size in `lift_scales`
-_MEMORY = 0.98  # decay per step of averages over steps
 
 
 def lift_scales(octaves: int) -> tuple[float, ...]:
@@ -76,8 +75,7 @@ class LiFTObjective(Objective):
         self.lift = LiFT(backbones[AT_SIZE].num_chs, backbones[AT_SIZE].reduction)
         if config.lift_initial == "interpolation":
             begin_as_interpolation(self.lift, sample.features.cpu(), imagenet_normalised(sample.images.cpu()))
-        self.averaged = AveragedModel(self.lift, avg_fn=_averaged, use_buffers=True)
-        self.averaged.requires_grad_(False).eval()
+        self.averaged = averaged_copy(self.lift)
         for name in ("predicted_on_target", "predicted_squared"):
             self.register_buffer(name, torch.zeros(()))
 
@@ -142,7 +140,7 @@ class LiFTObjective(Objective):
             (self.predicted_on_target, (predicted * target).mean()),
             (self.predicted_squared, predicted.square().mean()),
         ):
-            mean.mul_(_MEMORY).add_((1 - _MEMORY) * value)
+            mean.mul_(MEMORY).add_((1 - MEMORY) * value)
 
     def _scale(self) -> Tensor:
         """Positive factor [] on the output.
@@ -153,11 +151,6 @@ class LiFTObjective(Objective):
         if not (self.predicted_squared > 0 and self.predicted_on_target > 0):
             return torch.ones_like(self.predicted_squared)
         return self.predicted_on_target / self.predicted_squared
-
-
-def _averaged(average: Tensor, latest: Tensor, steps: Tensor | int) -> Tensor:
-    """Average over about the last ninth of the steps, as early weights are poor, and over at most about 50."""
-    return average + (latest - average) * max(1 - _MEMORY, 1 / (1 + float(steps) / 9))
 
 
 def _halved(images: Tensor, times: int) -> Tensor:

@@ -29,7 +29,12 @@ def lift_objective(size: tuple[int, int], max_bytes: float = 1e9, **options: Any
     ]
     images = blocks(8, size)
     sample = FeatureSample(images, backbones[AT_SIZE](images))
-    return LiFTObjective(config, backbones, sample, FeatureCache(2, backbones, max_bytes))
+    return LiFTObjective(
+        config,
+        backbones,
+        sample,
+        FeatureCache(2, sum(one.num_chs * one.grid[0] * one.grid[1] for one in backbones), max_bytes),
+    )
 
 
 def blocks(count: int, size: tuple[int, int]) -> torch.Tensor:
@@ -108,7 +113,7 @@ def test_features_that_all_fit_are_made_once() -> None:
     images = torch.randint(0, 256, (3, 3, 64, 32), dtype=torch.uint8)
     takes = 3 * backbone.num_chs * 8 * 4 * 4
     for max_bytes, times in ((takes, 2), (takes - 1, 4)):
-        cache, make = FeatureCache(3, [backbone], max_bytes), Mock(side_effect=lambda batch: [backbone(batch)])
+        cache, make = FeatureCache(3, takes // 12, max_bytes), Mock(side_effect=lambda batch: [backbone(batch)])
         assert (cache.bytes, cache.keeps) == (takes, times == 2)
         # The second batch has a new image; the last two, none.
         for rows in ([0, 1], [1, 2], [2, 0], [1, 1]):

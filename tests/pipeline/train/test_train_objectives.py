@@ -19,7 +19,7 @@ from pipeline.train.data import Draw
 from pipeline.train.held_out import HeldOutViews, rendered_size
 from pipeline.train.loop import autocast
 from pipeline.train.objectives.base import LOSS, FeatureStatistics
-from pipeline.train.objectives.jbu import JBUObjective
+from pipeline.train.objectives.jbu_views import JBUViewsObjective
 from pipeline.train.objectives.lift import LiFTObjective
 from pipeline.train.objectives.losses import (
     Uncertainty,
@@ -90,7 +90,7 @@ def test_losses_on_few_directions_are_those_on_all_channels(
         photographs, "unused", final=final, downsampler=downsampler, backbones=("resnet18@3",), crf_weight=0.1
     )
     images = torch.randint(0, 256, (2, 3, 12, 16), dtype=torch.uint8).repeat_interleave(4, 2).repeat_interleave(4, 3)
-    objective = JBUObjective(config, [backbone], [FeatureStatistics.of(backbone(images))])
+    objective = JBUViewsObjective(config, [backbone], [FeatureStatistics.of(backbone(images))])
     prepared = objective.prepare(0, images, Draw(0, 0, 0))
     losses = objective(prepared)
 
@@ -123,7 +123,7 @@ def test_compiled_stages_train_as_their_definition_does(
 ) -> None:
     config = train_config(photographs, "unused", backbones=("resnet18@3",), jitters=2)
     images = torch.randint(0, 256, (2, 3, 12, 16), dtype=torch.uint8).repeat_interleave(4, 2).repeat_interleave(4, 3)
-    objective = JBUObjective(config, [backbone], [FeatureStatistics.of(backbone(images))])
+    objective = JBUViewsObjective(config, [backbone], [FeatureStatistics.of(backbone(images))])
     prepared = objective.prepare(0, images, Draw(0, 0, 0))
 
     def loss_and_gradients(*parameters: torch.Tensor) -> list[torch.Tensor]:
@@ -146,7 +146,7 @@ def test_compiled_stages_train_as_their_definition_does(
 def test_mixed_precision_is_for_lift_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda device, dtype, *, enabled: enabled and (device, dtype))
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
-    asked = [autocast(device, cast(Any, kind)) for kind in (LiFTObjective, JBUObjective) for device in (cpu, cuda)]
+    asked = [autocast(device, cast(Any, kind)) for kind in (LiFTObjective, JBUViewsObjective) for device in (cpu, cuda)]
     assert asked == [False, ("cuda", torch.bfloat16), False, False]
 
 

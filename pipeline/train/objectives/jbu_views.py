@@ -23,15 +23,15 @@ from kernels.jbu import JBUStack
 from pipeline.features.backbone import Backbone
 from pipeline.train.data import Draw
 from pipeline.train.held_out import rendered_size
-from pipeline.train.objectives.base import LOSS, FeatureStatistics, Objective
+from pipeline.train.objectives.base import LOSS, FeatureStatistics
+from pipeline.train.objectives.jbu_stack import StackObjective
 from pipeline.train.objectives.losses import Uncertainty, random_projection, sampled_crf, uncertain_error
 from pipeline.upsamplers.images import imagenet_normalised
-from pipeline.upsamplers.jbu import JBU
 from pipeline.views.downsample import AttentionDownsampler, SimpleDownsampler, blur_matrix
 from pipeline.views.jitter import apply_matrices, sample_jitter, view_images, view_matrices
 from schemas.train_options import TrainConfig
 
-__all__ = ["JBUObjective"]
+__all__ = ["JBUViewsObjective"]
 
 _CRF_POINTS = 1000  # published
 _DROPOUT = 0.2  # published, for the saliency
@@ -95,7 +95,7 @@ class _Head(nn.Module):
         return uncertain_error(self.downsample(seen, view.kept_cells), target, deviation)
 
 
-class JBUObjective(Objective):
+class JBUViewsObjective(StackObjective):
     """A JBU stack, and for each backbone a downsampler and an uncertainty.
 
     Args:
@@ -104,20 +104,15 @@ class JBUObjective(Objective):
         statistics: statistics of their features.
     """
 
-    name = "jbu"
-    mixed_precision = False  # colour distances lose precision; most time is spent in backbone and kernels
-
     def __init__(
         self, config: TrainConfig, backbones: Sequence[Backbone], statistics: Sequence[FeatureStatistics]
     ) -> None:
-        super().__init__()
-        self._config = config
-        self._backbones = tuple(backbones)  # a tuple, so that they are not registered: neither trained nor saved
         stack = JBUStack(backbones[0].num_chs if config.final else None)
         for stage in stack.stages:
             nn.init.constant_(stage.sigma_spatial, config.initial_sigma)
-        self.upsampler = JBU(stack)
-        self.upsampler.requires_grad_(True)
+        super().__init__(stack)
+        self._config = config
+        self._backbones = tuple(backbones)  # a tuple, so that they are not registered: neither trained nor saved
         self.heads = nn.ModuleList(_Head(*both, config.downsampler) for both in zip(backbones, statistics, strict=True))
 
     @override
@@ -160,24 +155,6 @@ class JBUObjective(Objective):
             [head(apply_matrices(high, view.rows, view.columns), view, prepared.projection) for view in prepared.views]
         ).mean()
         return {LOSS: likelihood + self._config.crf_weight * crf, "likelihood": likelihood, "crf": crf}
-
-    def optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
-        """Create NAdam, as published."""
-        return torch.optim.NAdam(self.parameters(), lr=learning_rate)
-
-    @override
-    def upsample(self, features: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.upsampler.forward_full(features, images, size)
-
-    @override
-    def weights(self) -> dict[str, Tensor]:
-        assert self.upsampler.stack is not None
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.upsampler.stack.state_dict().items()}
-
-    @override
-    def metadata(self) -> dict[str, str]:
-        """Return whether there is a final convolution, which ties the weights to one backbone."""
-        return {"final": "on" if self._config.final else "off"}
 
 
 def _projected(features: Tensor, projection: Tensor) -> Tensor:

@@ -1,0 +1,120 @@
+"""Training joint bilateral upsampling to copy multiview's solutions (`pipeline.upsamplers.multiview`) in one pass.
+
+A solution explains several views of its image, and is sharp where they are; it is a target for every pixel. FeatUp's
+consistency with views (`pipeline.train.objectives.jbu_views`) leaves open which of the many features that explain a
+view are meant. Errors between neighbouring pixels count as well as those of pixels: with the latter alone, a blur is
+nearly as good. The kernels should sum to 1: features are centred here, but not where the weights are used.
+
+As all of a stack treats every channel alike, a step upsamples random directions of the components.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from kernels.jbu import JBUStack
+from pipeline.features.backbone import Backbone
+from pipeline.train.data import Draw
+from pipeline.train.objectives.averaging import averaged_copy
+from pipeline.train.objectives.base import LOSS, FeatureSample
+from pipeline.train.objectives.feature_cache import FeatureCache
+from pipeline.train.objectives.jbu_initial import begin_as_bilateral
+from pipeline.train.objectives.jbu_stack import StackObjective
+from pipeline.train.objectives.solutions import Solutions
+from pipeline.upsamplers.jbu import JBU
+from schemas.train_options import TrainConfig
+
+__all__ = ["JBUSolutionsObjective"]
+
+_EDGES = 10.0  # weight of errors between neighbours: their squares are about a tenth of those of pixels
+_SUM = 4.0  # weight of errors of the kernels' sums
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    images: Tensor  # [B, 3, H, W] uint8
+    low: Tensor  # [B, d, h, w], in random directions
+    target: Tensor  # [B, d, H, W]
+    scale: Tensor  # [B], expected variance of the target; infinite for an image without solution
+
+
+class JBUSolutionsObjective(StackObjective):
+    """A JBU stack without final convolution, which begins at the training-free kernels.
+
+    Args:
+        config: the job's options.
+        backbones: backbones to train on, on the device.
+        samples: samples of their features.
+        max_bytes: of main memory for keeping solutions, which are the same in every epoch.
+        images: number of training images.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        backbones: Sequence[Backbone],
+        samples: Sequence[FeatureSample],
+        max_bytes: float,
+        images: int,
+    ) -> None:
+        stack = JBUStack(None)
+        begin_as_bilateral(stack, samples[0].images)
+        super().__init__(stack)
+        self._directions = config.projection_chs
+        self._solutions = [Solutions(*both) for both in zip(backbones, samples, strict=True)]
+        values = [
+            solutions.shape[0] * (solutions.shape[1] * solutions.shape[2] + backbone.grid[0] * backbone.grid[1])
+            for solutions, backbone in zip(self._solutions, backbones, strict=True)
+        ]
+        self._caches = [FeatureCache(images, own, max_bytes * own / sum(values)) for own in values]
+        self.averaged = averaged_copy(self.upsampler)
+
+    @property
+    @override
+    def trained(self) -> JBU:
+        upsampler = self.averaged.module
+        assert isinstance(upsampler, JBU)
+        return upsampler
+
+    @override
+    def after_step(self) -> None:
+        self.averaged.update_parameters(self.upsampler)
+
+    @override
+    def prepare(self, turn: int, images: Tensor, draw: Draw) -> _Prepared:
+        """Solve for the images' features, unless they are kept, and draw directions; flip every other batch."""
+        solutions = self._solutions[turn]
+        low, solved = self._caches[turn].features(images, lambda: solutions.solve(images))
+        target = solutions.finish(solved, images)
+        variance = target.var((2, 3)).sum(1)
+        usable = variance.isfinite() & (variance > 0)
+        k = low.shape[1]
+        directions = torch.linalg.qr(torch.randn(k, min(k, self._directions), generator=draw.torch))[0].to(low)
+        low, target = (
+            torch.einsum("bkhw,kd->bdhw", torch.where(usable[:, None, None, None], one, 0), directions)
+            for one in (low, target)
+        )
+        if torch.rand((), generator=draw.torch) < 0.5:
+            images, low, target = images.flip(3), low.flip(3), target.flip(3)
+        scale = variance * (directions.shape[1] / k)
+        return _Prepared(images, low, target, torch.where(usable, scale, torch.inf))
+
+    @override
+    def forward(self, prepared: _Prepared) -> dict[str, Tensor]:
+        low = torch.cat([prepared.low, torch.ones_like(prepared.low[:, :1])], 1)
+        size = (prepared.target.shape[2], prepared.target.shape[3])
+        high = self.upsampler(low, prepared.images, size)
+        difference = high[:, :-1] - prepared.target
+        error = (_squared(difference) / prepared.scale).mean()
+        between = _squared(difference.diff(dim=2)) + _squared(difference.diff(dim=3))
+        edges = (between / prepared.scale).mean()
+        sums = (high[:, -1] - 1).square().mean()
+        return {LOSS: error + _EDGES * edges + _SUM * sums, "error": error, "edges": edges, "sums": sums}
+
+
+def _squared(difference: Tensor) -> Tensor:
+    """Squared length over channels, mean over pixels: [B, d, H, W] -> [B]."""
+    return difference.square().sum(1).mean((1, 2))

@@ -1,0 +1,66 @@
+"""The features that ``--upsampler multiview`` solves for, as targets of training."""
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import JobError
+from pipeline.features.backbone import Backbone
+from pipeline.features.pca import Moments, fit
+from pipeline.train.objectives.base import FeatureSample
+from pipeline.upsamplers.build import build_upsampler
+from pipeline.upsamplers.multiview.upsampler import MultiviewUpsampler
+from pipeline.views.features import project
+from schemas.upsamplers import MultiviewOptions
+
+__all__ = ["Solutions"]
+
+COMPONENTS = 64  # fewer if the backbone has fewer channels
+
+
+class Solutions:
+    """Multiview, fitted to a sample of the training images, in principal components of the backbone's features.
+
+    Args:
+        backbone: on the device.
+        sample: of its features.
+
+    Attributes:
+        shape: (k, H', W') of a solution, on the solver's grid.
+
+    Raises:
+        JobError: the features of no sampled image vary.
+    """
+
+    def __init__(self, backbone: Backbone, sample: FeatureSample) -> None:
+        device = backbone.get_buffer("mean").device
+        usable = torch.ones_like(sample.features[:, 0], dtype=torch.bool)
+        basis = fit(Moments.of(sample.features, usable), COMPONENTS, at_most=True).tensors
+        mean, components = (tensor.float().to(device) for tensor in basis)
+        upsampler = build_upsampler(MultiviewUpsampler.name, None, backbone, MultiviewOptions())
+        assert isinstance(upsampler, MultiviewUpsampler)
+        fitting = upsampler.fitting()
+        assert fitting is not None
+        seen = fitting.sample(sample.images[: fitting.images].to(device), mean, components)
+        if seen is None:
+            raise JobError(f"{backbone.label}: its features of the sampled training images are the same everywhere")
+        fitted = fitting.fit(seen, lambda trials: [fitting.trial(seen, trial, device) for trial in trials])
+        self._backbone, self._upsampler = backbone, upsampler.fitted(fitted)
+        self._basis = mean, components
+        self._projected = self._upsampler.with_basis(mean, components).to(device)
+        self.shape = (len(components), *self._upsampler.grid_before_last_step(backbone.grid))
+
+    def solve(self, images: Tensor) -> list[Tensor]:
+        """The backbone's features without the positional bias [B, k, h, w]; the solutions, NaN where there is none.
+
+        Args:
+            images: [B, 3, H, W] uint8, of the backbone's size.
+        """
+        features = self._backbone(images)
+        low = project(features, *self._basis) - self._projected.get_buffer("bias")
+        solved, _ = self._projected.before_last_step(features, images, self._backbone.size)
+        return [low, solved.float()]
+
+    def finish(self, solved: Tensor, images: Tensor) -> Tensor:
+        """Solutions at the resolution of the images: [B, k, H, W]."""
+        finished: Tensor = self._upsampler.finish(solved, images, self._backbone.size)
+        return finished
