@@ -13,7 +13,7 @@ import torch
 
 from jobs.train_upsampler import train_upsampler
 from pipeline.errors import JobError
-from pipeline.train.objectives import jbu as jbu_training
+from pipeline.train.objectives import jbu_views as jbu_training
 from tests.helpers.trainings import (
     ROOT,
     arguments,
