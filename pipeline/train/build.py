@@ -21,6 +21,7 @@ from pipeline.train.objectives.jbu_solutions import JBUSolutionsObjective
 from pipeline.train.objectives.jbu_views import JBUViewsObjective
 from pipeline.train.objectives.lift import AT_SIZE, LiFTObjective, lift_scales
 from pipeline.train.objectives.lift_initial import PLACES_PER_CHANNEL
+from pipeline.train.objectives.solutions import Solutions
 from pipeline.train.plan import TrainPlan, backbone_at, build_backbones
 from pipeline.train.world import World
 from schemas.train_options import TrainConfig
@@ -96,24 +97,28 @@ def _objective(
 ) -> Objective:
     config = plan.config
     if config.upsampler == "lift":
-        return LiFTObjective(config, by_scale[0], samples[0], _feature_cache(plan, world, by_scale[0]))
+        values = sum(backbone.num_chs * math.prod(backbone.grid) for backbone in by_scale[0])
+        return LiFTObjective(config, by_scale[0], samples[0], *_caches(plan, world, [values]))
     backbones = [backbone for (backbone,) in by_scale]
     if config.target == "multiview":
-        return JBUSolutionsObjective(config, backbones, samples, 1e9 * config.cache_gb, plan.train.references.num_rows)
+        solutions = [Solutions(*both) for both in zip(backbones, samples, strict=True)]
+        caches = _caches(plan, world, [own.values for own in solutions])
+        return JBUSolutionsObjective(config, solutions, caches, samples[0].images)
     return JBUViewsObjective(config, backbones, [sample.statistics for sample in samples])
 
 
-def _feature_cache(plan: TrainPlan, world: World, backbones: list[Backbone]) -> FeatureCache:
-    values = sum(backbone.num_chs * math.prod(backbone.grid) for backbone in backbones)
-    cache = FeatureCache(plan.train.references.num_rows, values, 1e9 * plan.config.cache_gb)
+def _caches(plan: TrainPlan, world: World, values: list[int]) -> list[FeatureCache]:
+    """Caches of so many values of each image, all of which keep theirs, or none."""
+    max_bytes = 1e9 * plan.config.cache_gb / sum(values)
+    caches = [FeatureCache(plan.train.references.num_rows, own, max_bytes * own) for own in values]
     if world.leads:
         logger.info(
             "features of all images take %.3g GB per worker: %s (--cache-gb %g)",
-            cache.bytes / 1e9,
-            "kept from the first epoch on" if cache.keeps else "recomputed in every epoch",
+            sum(cache.bytes for cache in caches) / 1e9,
+            "kept from the first epoch on" if caches[0].keeps else "recomputed in every epoch",
             plan.config.cache_gb,
         )
-    return cache
+    return caches
 
 
 def _samples(plan: TrainPlan, world: World, threads: int, backbones: list[Backbone]) -> list[FeatureSample]:

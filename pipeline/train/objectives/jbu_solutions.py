@@ -16,10 +16,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from kernels.jbu import JBUStack
-from pipeline.features.backbone import Backbone
 from pipeline.train.data import Draw
 from pipeline.train.objectives.averaging import averaged_copy
-from pipeline.train.objectives.base import LOSS, FeatureSample
+from pipeline.train.objectives.base import LOSS
 from pipeline.train.objectives.feature_cache import FeatureCache
 from pipeline.train.objectives.jbu_initial import begin_as_bilateral
 from pipeline.train.objectives.jbu_stack import StackObjective
@@ -46,30 +45,18 @@ class JBUSolutionsObjective(StackObjective):
 
     Args:
         config: the job's options.
-        backbones: backbones to train on, on the device.
-        samples: samples of their features.
-        max_bytes: of main memory for keeping solutions, which are the same in every epoch.
-        images: number of training images.
+        solutions: of the backbones to train on.
+        caches: of each backbone's solutions, which are the same in every epoch.
+        sample: training images, [n, 3, H, W] uint8, on the CPU.
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        backbones: Sequence[Backbone],
-        samples: Sequence[FeatureSample],
-        max_bytes: float,
-        images: int,
+        self, config: TrainConfig, solutions: Sequence[Solutions], caches: Sequence[FeatureCache], sample: Tensor
     ) -> None:
         stack = JBUStack(None)
-        begin_as_bilateral(stack, samples[0].images)
+        begin_as_bilateral(stack, sample)
         super().__init__(stack)
-        self._directions = config.projection_chs
-        self._solutions = [Solutions(*both) for both in zip(backbones, samples, strict=True)]
-        values = [
-            solutions.shape[0] * (solutions.shape[1] * solutions.shape[2] + backbone.grid[0] * backbone.grid[1])
-            for solutions, backbone in zip(self._solutions, backbones, strict=True)
-        ]
-        self._caches = [FeatureCache(images, own, max_bytes * own / sum(values)) for own in values]
+        self._directions, self._solutions, self._caches = config.projection_chs, tuple(solutions), tuple(caches)
         self.averaged = averaged_copy(self.upsampler)
 
     @property

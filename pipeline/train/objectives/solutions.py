@@ -1,5 +1,7 @@
 """The features that ``--upsampler multiview`` solves for, as targets of training."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ class Solutions:
         sample: of its features.
 
     Attributes:
-        shape: (k, H', W') of a solution, on the solver's grid.
+        values: number of values of what `solve` returns for an image.
 
     Raises:
         JobError: the features of no sampled image vary.
@@ -47,7 +49,8 @@ class Solutions:
         self._backbone, self._upsampler = backbone, upsampler.fitted(fitted)
         self._basis = mean, components
         self._projected = self._upsampler.with_basis(mean, components).to(device)
-        self.shape = (len(components), *self._upsampler.grid_before_last_step(backbone.grid))
+        grids = backbone.grid, self._upsampler.grid_before_last_step(backbone.grid)
+        self.values = len(components) * sum(math.prod(grid) for grid in grids)
 
     def solve(self, images: Tensor) -> list[Tensor]:
         """The backbone's features without the positional bias [B, k, h, w]; the solutions, NaN where there is none.

@@ -22,6 +22,7 @@ from pipeline.train.objectives.base import LOSS, FeatureSample
 from pipeline.train.objectives.feature_cache import FeatureCache
 from pipeline.train.objectives.jbu_initial import begin_as_bilateral
 from pipeline.train.objectives.jbu_solutions import JBUSolutionsObjective
+from pipeline.train.objectives.solutions import Solutions
 from pipeline.upsamplers.jbu import JBU
 from tests.helpers.trainings import table, train_config, write_photographs
 
@@ -52,7 +53,9 @@ def objective(photographs: Tensor, tmp_path_factory: pytest.TempPathFactory) -> 
     backbone = build_backbone("tf_efficientnet_lite0", size=(96, 96), weights=str(weights), layer=-2)
     config = train_config(Path("unused"), "unused", target="multiview", jitters=5, projection_chs=30)
     sample = FeatureSample(photographs[:24], torch.cat([backbone(one) for one in photographs[:24].split(8)]))
-    return JBUSolutionsObjective(config, [backbone], [sample], 1e9, len(photographs))
+    solutions = Solutions(backbone, sample)
+    cache = FeatureCache(len(photographs), solutions.values, 1e9)
+    return JBUSolutionsObjective(config, [solutions], [cache], photographs[:24])
 
 
 @pytest.mark.parametrize("side", [64, 20])
@@ -101,10 +104,9 @@ def test_images_without_a_solution_are_left_out(photographs: Tensor, objective: 
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_solutions_are_kept_if_they_fit(photographs: Tensor, objective: JBUSolutionsObjective, kept: bool) -> None:
-    (solutions,), (k, *grid) = objective._solutions, objective._solutions[0].shape
-    values = k * (grid[0] * grid[1] + 6 * 6)
-    own = copy.copy(objective)
-    own._caches = [FeatureCache(10, values, 4 * 10 * values - (not kept))]
+    (solutions,), own = objective._solutions, copy.copy(objective)
+    assert solutions.values == sum(tensor.numel() for tensor in solutions.solve(photographs[:1]))
+    own._caches = (FeatureCache(10, solutions.values, 4 * 10 * solutions.values - (not kept)),)
     calls = []
     handle = solutions._backbone.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
     first = own.prepare(0, photographs[:2], Draw(0, 0, 0))
