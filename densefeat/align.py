@@ -238,6 +238,9 @@ class MaskFolder:
         folder: path or URI.
         storage_options: passed to fsspec.
 
+    Attributes:
+        files: the masks' files by key.
+
     Raises:
         MissingPackage: Pillow is not installed.
     """
@@ -249,7 +252,7 @@ class MaskFolder:
             if error.name != "PIL":
                 raise
             raise missing_package("reading masks", "Pillow", "masks") from error
-        self._files = KeyedFiles(Objects(folder, storage_options), "mask", ".png")
+        self.files = KeyedFiles(Objects(folder, storage_options), "mask", ".png")
 
     def __call__(self, key: str) -> Array:
         """Read the mask of a key: [height, width], of an integer dtype or bool.
@@ -258,11 +261,11 @@ class MaskFolder:
             FileNotFoundError: there is no mask for the key.
             ValueError: the file is not a PNG image of classes.
         """
-        name, data = self._files.get(key)
+        name, data = self.files.get(key)
         try:
             return decode_png(data, ("1", "L", "P", "I", "I;16"), "a grey or palette image of classes")
         except ValueError as error:
-            raise ValueError(f"{self._files.objects.uri}/{name} is not a mask: {error}") from error
+            raise ValueError(f"{self.files.objects.uri}/{name} is not a mask: {error}") from error
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of ``keys`` that have no mask, by one listing of the folder (over http, by a request per name).
@@ -270,7 +273,7 @@ class MaskFolder:
         Raises:
             FileNotFoundError: the folder is empty or does not exist.
         """
-        return self._files.missing(keys)
+        return self.files.missing(keys)
 
 
 def decode_png(data: bytes, modes: Collection[str], expected: str) -> Array:

@@ -86,9 +86,9 @@ class SharedTrainOptions:
     batch_size: int | None = None
     # Learning rate of NAdam (jbu) or Adam (lift); if omitted, 1e-3 for jbu, 3e-4 for lift.
     learning_rate: float | None = None
-    # Padding around an image, in pixels, that a view may include; also for held-out views.
+    # Padding around an image, in pixels, that a view may include, in training (jbu --target views) and held out.
     max_pad_px: int = 20
-    # Largest enlargement factor of a view; also for held-out views.
+    # Largest enlargement factor of a view, in training (jbu --target views) and held out.
     max_zoom: float = 2.0
     # Seed of all random numbers. Together with the step and the worker it determines the order of images and the views.
     seed: int = 0
@@ -159,7 +159,20 @@ class SharedTrainOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JBUTrainOptions:
+class _CacheOptions:
+    """Options of trainings whose targets are the same in every epoch."""
+
+    # lift, jbu --target multiview: gigabytes of main memory per worker for keeping features or solutions, which are the
+    # same in every epoch. Used only if those of all images fit.
+    cache_gb: float = 8.0
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        at_least("--cache-gb", self.cache_gb, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JBUTrainOptions(_CacheOptions):
     """Options for training ``jbu``."""
 
     # jbu: also train FeatUp's final C→C convolution. The weights then work only with this backbone and layer; without
@@ -181,12 +194,10 @@ class JBUTrainOptions:
     downsampler: Literal["attention", "simple"] = "attention"
     # jbu: also write the weights in FeatUp's layout to this .pth or .ckpt file or URI; requires a single backbone.
     featup_checkpoint: str | None = None
-    # lift, jbu --target multiview: gigabytes of main memory per worker for keeping features or solutions, which are the
-    # same in every epoch. Used only if those of all images fit.
-    cache_gb: float = 8.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        super().__post_init__()
         self._check_target()
         at_least("--jitters", self.jitters, 1)
         at_least("--projection-chs", self.projection_chs, 1)
@@ -203,7 +214,7 @@ class JBUTrainOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LiFTTrainOptions:
+class LiFTTrainOptions(_CacheOptions):
     """Options for training ``lift``."""
 
     # lift: initial weights, bilinear interpolation or random (as published).
@@ -215,15 +226,12 @@ class LiFTTrainOptions:
     # lift: weight of the consistency term, which makes upsampled features, averaged over each cell, equal their input.
     # Published: 0.
     lift_consistency: float = 1.0
-    # lift, jbu --target multiview: gigabytes of main memory per worker for keeping features or solutions, which are the
-    # same in every epoch. Used only if those of all images fit.
-    cache_gb: float = 8.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        super().__post_init__()
         at_least("--lift-octaves", self.lift_octaves, 1)
         at_least("--lift-consistency", self.lift_consistency, 0)
-        at_least("--cache-gb", self.cache_gb, 0)
 
 
 # Options of each upsampler that can be trained, by its name.
@@ -238,6 +246,8 @@ class TrainConfig(JBUTrainOptions, LiFTTrainOptions, SharedTrainOptions):
         """Check everything that needs no access to data."""
         SharedTrainOptions.__post_init__(self)
         check_method_options(self, self.upsampler, TRAIN_OPTIONS)
+        if self.upsampler == "jbu" and self.target == "views" and self.cache_gb != _CacheOptions.cache_gb:
+            raise ValueError(f"--cache-gb {self.cache_gb} is for --target multiview: got views")
         self._check_octaves()
         self._check_backbones()
 

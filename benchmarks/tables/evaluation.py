@@ -18,7 +18,8 @@ _COLUMNS = (
 )
 HEADINGS = {(task, figure): heading for task, figure, heading in _COLUMNS}
 _ORDER = (
-    "bilinear", "jbu", "jbu, wide kernels", "jbu, trained", "lift", "anyup", "bilinear, image at 2×",
+    "bilinear", "jbu", "jbu, wide kernels", "jbu, trained", "jbu, trained on solutions", "lift", "anyup",
+    "bilinear, image at 2×",
     "multiview, 5 views", "multiview", "multiview, not smoothed", "multiview, 21 views",
 )  # fmt: skip
 _BACKBONES = {"lite0": "EfficientNet-Lite0", "vit-ti": "ViT-Ti/16", "vit": "a ViT-S/14 of DINOv2's family"}

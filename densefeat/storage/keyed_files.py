@@ -1,12 +1,14 @@
 """The labels of a dataset: files named by key in one folder."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import in_order
 
 __all__ = ["KeyedFiles"]
+
+_PROBED = 8  # keys, before the folder is listed
 
 
 class KeyedFiles:
@@ -43,6 +45,28 @@ class KeyedFiles:
         raise FileNotFoundError(
             f"{self.objects.uri} has no {self._contents} for {key!r}: expected {' or '.join(names)}"
         )
+
+    def first(self, keys: Sequence[str]) -> str | None:
+        """The first of ``keys`` that has a file; None if none has.
+
+        Usually the first key has one. If none of the first few has, the folder is listed.
+
+        Raises:
+            FileNotFoundError: the folder is empty or does not exist.
+        """
+        few = next((key for key in keys[:_PROBED] if any(map(self._readable, self.names(key)))), None)
+        if few is not None:
+            return few
+        if not self.objects.can_list:
+            return next((key for key in keys[_PROBED:] if any(map(self._readable, self.names(key)))), None)
+        missing = set(self.missing(keys))
+        return next((key for key in keys if key not in missing), None)
+
+    def _readable(self, name: str) -> bool:
+        try:
+            return self.objects.exists(name)
+        except PermissionError:  # how a bucket that cannot be listed answers for a missing object
+            return False
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of ``keys`` that have no file, by one listing of the folder (over http, by a request per name).

@@ -29,13 +29,13 @@ _RATIO = 1.25
 
 
 def check(config: EvaluateConfig, sides: Sequence[PlannedSide], keys: Sequence[str]) -> None:
-    """Refuse labels that are not there, and integers without a scale.
+    """Refuse labels that are not there, and integers without a scale, judged by the first image of each part.
 
     Raises:
         JobError: as described.
     """
     depths = _depths(config)
-    for key in check_split(depths, keys, config):
+    for key in check_split(depths.files, keys, config):
         with contextlib.suppress(ValueError):  # a damaged file leaves out its image
             depths(key)
 

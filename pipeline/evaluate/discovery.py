@@ -42,7 +42,7 @@ def check(config: EvaluateConfig, sides: Sequence[PlannedSide], keys: Sequence[s
     Raises:
         JobError: as described.
     """
-    first_labelled(MaskFolder(str(config.labels)), keys)
+    first_labelled(MaskFolder(str(config.labels)).files, spread(keys, config.limit))
 
 
 def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:

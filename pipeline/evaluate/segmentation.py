@@ -57,7 +57,7 @@ def check(config: EvaluateConfig, sides: Sequence[PlannedSide], keys: Sequence[s
     Raises:
         JobError: as described.
     """
-    check_split(MaskFolder(str(config.labels)), keys, config)
+    check_split(MaskFolder(str(config.labels)).files, keys, config)
 
 
 def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:

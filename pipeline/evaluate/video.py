@@ -79,7 +79,8 @@ def check(config: EvaluateConfig, sides: Sequence[PlannedSide], keys: Sequence[s
     Raises:
         JobError: as described.
     """
-    first_labelled(MaskFolder(str(config.labels)), keys, "frames")
+    first = [min(frames) for frames in _frames(keys, config.limit).values()]
+    first_labelled(MaskFolder(str(config.labels)).files, first, "sequences")
 
 
 def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
@@ -136,12 +137,8 @@ def _sequences(comparison: Comparison, masks: MaskFolder, limit: int | None) -> 
     Raises:
         JobError: there is none.
     """
-    frames: dict[str, list[str]] = {}
-    for key in comparison.keys:
-        frames.setdefault(str(PurePosixPath(key).parent), []).append(key)
     found, reasons = [], dict[str, str]()
-    for name in spread(list(frames), limit):
-        keys = frames[name]
+    for name, keys in _frames(comparison.keys, limit).items():
         try:
             found.append(_sequence(comparison, masks, name, tuple(sorted(keys))))
         except (FileNotFoundError, NotADirectoryError, ValueError) as error:
@@ -150,6 +147,14 @@ def _sequences(comparison: Comparison, masks: MaskFolder, limit: int | None) -> 
     if not found:
         raise JobError(f"--labels: no sequence can be tracked; the first: {next(iter(reasons.values()))}")
     return found
+
+
+def _frames(keys: Sequence[str], limit: int | None) -> dict[str, list[str]]:
+    """Keys of the frames of ``limit`` sequences, by folder."""
+    frames: dict[str, list[str]] = {}
+    for key in keys:
+        frames.setdefault(str(PurePosixPath(key).parent), []).append(key)
+    return {name: frames[name] for name in spread(list(frames), limit)}
 
 
 def _sequence(comparison: Comparison, masks: MaskFolder, name: str, keys: tuple[str, ...]) -> _Sequence:

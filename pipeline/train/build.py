@@ -76,13 +76,13 @@ def build_stages(plan: TrainPlan, world: World, threads: int, built: list[Backbo
     expected = [*plan.identities, *([plan.held_out] if plan.held_out else [])]
     for backbone, identity in zip(measured, expected, strict=True):
         _check_identity(backbone, identity)
+    _, held_out = first_usable(
+        plan.val.references, plan.val.loader(config, 8, threads), config.val_count, tell=world.leads
+    )
     samples = _samples(plan, world, threads, backbones)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         objective = _objective(plan, world, by_scale, samples)
-    _, held_out = first_usable(
-        plan.val.references, plan.val.loader(config, 8, threads), config.val_count, tell=world.leads
-    )
     return TrainStages(
         objective.to(world.device),
         plan.train.loader(config, config.batch_images, threads, lift_scales(1)[0] if config.upsampler == "lift" else 1),

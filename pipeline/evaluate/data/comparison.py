@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.errors import JobError
 from pipeline.evaluate.data.grid import Grid
-from pipeline.evaluate.data.sides import Side
+from pipeline.evaluate.data.sides import Side, keys_with_features
 from schemas.index import OK, PENDING
 
 __all__ = ["Comparison", "Split", "common_keys", "counted", "split", "spread"]
@@ -48,16 +48,13 @@ class Comparison:
         Raises:
             JobError: there is none.
         """
-        found: list[dict[str, None]] = []
+        found: list[list[str]] = []
         for side in self.sides:
-            keys = side.store.keys
-            counts = Counter(keys)
             if without := _without_features(side):
                 self.notes.append(f"{side.name}: rows without features: {without}")
-            repeated = sum(count for count in counts.values() if count > 1)
-            if repeated:
+            if repeated := sum(count for count in Counter(side.store.keys).values() if count > 1):
                 self.notes.append(f"{side.name}: {repeated} rows share keys with other rows: left out")
-            found.append({keys[row]: None for row in side.store.rows_with_features if counts[keys[row]] == 1})
+            found.append(keys_with_features(side.store))
         common = common_keys({side.name: keys for side, keys in zip(self.sides, found, strict=True)})
         if left := len({key for keys in found for key in keys}) - len(common):
             self.notes.append(f"{counted(left, 'image')} left out: no features on some side")

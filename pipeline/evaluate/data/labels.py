@@ -2,14 +2,14 @@
 
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
-from densefeat.align import MaskFolder, decode_png
+from densefeat.align import decode_png
 from densefeat.storage.keyed_files import KeyedFiles
 from densefeat.storage.objects import Objects
 from densefeat.storage.places import split_place
@@ -32,10 +32,13 @@ class DepthFolder:
         folder: path or URI.
         scale: metres per unit of integer files; None: there are none. Others are in metres.
         limits: smallest and largest depth in metres; others become NaN.
+
+    Attributes:
+        files: the depths' files by key.
     """
 
     def __init__(self, folder: str, scale: float | None, limits: tuple[float, float]) -> None:
-        self._files = KeyedFiles(Objects(folder), "depth", ".npy", ".png")
+        self.files = KeyedFiles(Objects(folder), "depth", ".npy", ".png")
         self._scale, self._limits = scale, limits
 
     def __call__(self, key: str) -> Array:
@@ -46,7 +49,7 @@ class DepthFolder:
             ValueError: the file is no depth image.
             JobError: it is an integer image and there is no scale.
         """
-        name, data = self._files.get(key)
+        name, data = self.files.get(key)
         try:
             depth = _npy(data) if name.endswith(".npy") else decode_png(data, _GREY, "grey of 8 or 16 bits")
             if depth.ndim != 2 or depth.dtype.kind not in "iuf":
@@ -55,19 +58,11 @@ class DepthFolder:
             raise ValueError(f"{name} is no depth image: {error}") from error
         return self._in_metres(depth)
 
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of ``keys`` that have no file, by one listing of the folder.
-
-        Raises:
-            FileNotFoundError: the folder is empty or does not exist.
-        """
-        return self._files.missing(keys)
-
     def _in_metres(self, depth: Array) -> Array:
         metres = depth.astype(np.float64)
         if depth.dtype.kind != "f":
             if self._scale is None:
-                uri = self._files.objects.uri
+                uri = self.files.objects.uri
                 raise JobError(f"--labels {uri} has integer depths: pass --depth-scale, metres per unit")
             metres *= self._scale
         low, high = self._limits
@@ -82,11 +77,11 @@ def _npy(data: bytes) -> Array:
     return loaded
 
 
-def first_labelled(folder: MaskFolder | DepthFolder, keys: Sequence[str], part: str = "images") -> str:
+def first_labelled(files: KeyedFiles, keys: Sequence[str], part: str = "images") -> str:
     """The first of ``keys`` that has a file of labels.
 
     Args:
-        folder: of the labels.
+        files: the labels.
         keys: of images.
         part: name of ``keys`` in messages.
 
@@ -94,10 +89,9 @@ def first_labelled(folder: MaskFolder | DepthFolder, keys: Sequence[str], part: 
         JobError: none has, or the folder is empty or does not exist.
     """
     try:
-        missing = set(folder.missing(keys))
+        first = files.first(keys)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise JobError(f"--labels: {error}") from error
-    first = next((key for key in keys if key not in missing), None)
     if first is None:
         raise JobError(
             f"--labels: none of the {len(keys)} {part} has labels: expected files named by key, such as {keys[0]}.png"
@@ -105,15 +99,17 @@ def first_labelled(folder: MaskFolder | DepthFolder, keys: Sequence[str], part: 
     return first
 
 
-def check_split(folder: MaskFolder | DepthFolder, keys: Sequence[str], config: EvaluateConfig) -> tuple[str, str]:
-    """The first training image and the first validation image that have files of labels.
+def check_split(files: KeyedFiles, keys: Sequence[str], config: EvaluateConfig) -> tuple[str, str]:
+    """The first training image and the first validation image that have files of labels, of those within --limit.
 
     Raises:
         JobError: there is none, or the images cannot be split.
     """
     whole = split(keys, config.train, config.val, config.seed)
-    parts = (whole.train, "training images"), (whole.val, "validation images")
-    train, val = (first_labelled(folder, *part) for part in parts)
+    train, val = (
+        first_labelled(files, spread(part, config.limit), f"{name} images")
+        for name, part in (("training", whole.train), ("validation", whole.val))
+    )
     return train, val
 
 

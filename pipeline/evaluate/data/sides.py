@@ -32,7 +32,7 @@ from pipeline.store.layout import stored_attributes
 from schemas.configuration import StoreConfiguration
 from schemas.options import UpsampleConfig
 
-__all__ = ["PlannedSide", "Side", "open_sides"]
+__all__ = ["PlannedSide", "Side", "keys_with_features", "open_sides"]
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class PlannedSide:
         name: in tables and pictures.
         weights: as for `Side`.
         configuration: of the store.
-        keys: of the images, with or without features.
+        keys: of the images; if the features are there, of those that have some.
     """
 
     name: str
@@ -139,7 +139,14 @@ class PlannedSide:
     def of_store(cls, side: SideOptions, store: FeatureStore) -> "PlannedSide":
         """A side whose features are there."""
         attributes = stored_attributes(store.uri, store.attributes)
-        return cls(side.name, side.weights, attributes.configuration, store.keys)
+        return cls(side.name, side.weights, attributes.configuration, keys_with_features(store))
+
+
+def keys_with_features(store: FeatureStore) -> list[str]:
+    """Keys of the rows with features, without those that another row has too."""
+    keys = store.keys
+    counts = Counter(keys)
+    return [keys[row] for row in store.rows_with_features if counts[keys[row]] == 1]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Initial weights for JBU: the training-free kernels, as closely as products of keys can express them."""
 
 import itertools
+import logging
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,10 @@ from pipeline.upsamplers.jbu import NARROW
 
 __all__ = ["begin_as_bilateral"]
 
+logger = logging.getLogger(__name__)
+
 _STEPS, _LEARNING_RATE = 300, 5e-3
-_SELDOM = 4  # the last stage's kernels, which take most of the time, are compared at every fourth step
+_CROP, _STRIDE = 48, 37  # of guidance images, in pixels, from step to step at another place: kernels are local
 _LOG_TEMPERATURE = 2.0  # at which keys of unit size tell colours about as far apart as the training-free kernel does
 _LEAST = 1e-6  # of a weight, in logarithms
 
@@ -42,19 +45,23 @@ def begin_as_bilateral(stack: JBUStack, images: Tensor) -> None:
     with torch.enable_grad():
         for step, image in zip(range(_STEPS), itertools.cycle(images.unbind()), strict=False):
             optimizer.zero_grad()
-            _divergence(stack, image[None], len(stack.stages) - (step % _SELDOM > 0)).backward()  # type: ignore[no-untyped-call]
+            divergence = _divergence(stack, image[None], step)
+            divergence.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+    logger.info("jbu begins at the training-free kernels: divergence %.2g", divergence.item() / len(stack.stages))
 
 
-def _divergence(stack: JBUStack, image: Tensor, stages: int) -> Tensor:
-    """Mean divergence of the learned kernels from the training-free ones, of the first stages: []."""
+def _divergence(stack: JBUStack, image: Tensor, step: int) -> Tensor:
+    """Divergence of the learned kernels from the training-free ones, mean over a crop, sum over the stages: []."""
     total = torch.zeros((), device=image.device)
-    for number, stage in enumerate(stack.stages[:stages]):
+    for number, stage in enumerate(stack.stages):
         shrunk = len(stack.stages) - 1 - number
         height, width = (max(side >> shrunk, 2 * stage.radius) for side in image.shape[2:])
-        colours = F.adaptive_avg_pool2d(image.float() / 255, (height, width))
-        wanted = bilateral_kernel(colours, NARROW[0].sigma_spatial, NARROW[0].sigma_range, NARROW[0].radius)
-        kernel = learned_kernel(F.adaptive_avg_pool2d(imagenet_normalised(image), (height, width)), stage)
+        small = F.adaptive_avg_pool2d(image.float(), (height, width))
+        top, left = (step * _STRIDE % max(1, side - _CROP) for side in (height, width))
+        crop = small[:, :, top : top + _CROP, left : left + _CROP]
+        wanted = bilateral_kernel(crop / 255, NARROW[0].sigma_spatial, NARROW[0].sigma_range, NARROW[0].radius)
+        kernel = learned_kernel(imagenet_normalised(crop), stage)
         logarithms = (one.clamp(min=_LEAST).log() for one in (wanted, kernel))
         total = total + (wanted * torch.sub(*logarithms)).sum(1).mean()
     return total

@@ -8,6 +8,7 @@ nearly as good. The kernels should sum to 1: features are centred here, but not 
 As all of a stack treats every channel alike, a step upsamples random directions of the components.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ class _Prepared:
     images: Tensor  # [B, 3, H, W] uint8
     low: Tensor  # [B, d, h, w], in random directions
     target: Tensor  # [B, d, H, W]
-    scale: Tensor  # [B], expected variance of the target; infinite for an image without solution
+    weights: Tensor  # [B], of the images' errors: over the target's variance and the number of images; 0: no solution
 
 
 class JBUSolutionsObjective(StackObjective):
@@ -72,9 +73,11 @@ class JBUSolutionsObjective(StackObjective):
 
     @override
     def prepare(self, turn: int, images: Tensor, draw: Draw) -> _Prepared:
-        """Solve for the images' features, unless they are kept, and draw directions; flip every other batch."""
+        """Solve for the images' features, unless they are kept; draw directions, and whether to flip the batch."""
         solutions = self._solutions[turn]
-        low, solved = self._caches[turn].features(images, lambda: solutions.solve(images))
+        # One by one, because in later epochs a batch has images that were solved before, and others.
+        own = [self._caches[turn].features(one, functools.partial(solutions.solve, one)) for one in images[:, None]]
+        low, solved = (torch.cat(tensors) for tensors in zip(*own, strict=True))
         target = solutions.finish(solved, images)
         variance = target.var((2, 3)).sum(1)
         usable = variance.isfinite() & (variance > 0)
@@ -86,8 +89,8 @@ class JBUSolutionsObjective(StackObjective):
         )
         if torch.rand((), generator=draw.torch) < 0.5:
             images, low, target = images.flip(3), low.flip(3), target.flip(3)
-        scale = variance * (directions.shape[1] / k)
-        return _Prepared(images, low, target, torch.where(usable, scale, torch.inf))
+        weights = k / directions.shape[1] / variance / usable.sum()
+        return _Prepared(images, low, target, torch.where(usable, weights, 0))
 
     @override
     def forward(self, prepared: _Prepared) -> dict[str, Tensor]:
@@ -95,9 +98,8 @@ class JBUSolutionsObjective(StackObjective):
         size = (prepared.target.shape[2], prepared.target.shape[3])
         high = self.upsampler(low, prepared.images, size)
         difference = high[:, :-1] - prepared.target
-        error = (_squared(difference) / prepared.scale).mean()
         between = _squared(difference.diff(dim=2)) + _squared(difference.diff(dim=3))
-        edges = (between / prepared.scale).mean()
+        error, edges = (prepared.weights @ one for one in (_squared(difference), between))
         sums = (high[:, -1] - 1).square().mean()
         return {LOSS: error + _EDGES * edges + _SUM * sums, "error": error, "edges": edges, "sums": sums}
 

@@ -1,5 +1,6 @@
 """The features that ``--upsampler multiview`` solves for, as targets of training."""
 
+import logging
 import math
 
 import torch
@@ -16,7 +17,10 @@ from schemas.upsamplers import MultiviewOptions
 
 __all__ = ["Solutions"]
 
-COMPONENTS = 64  # fewer if the backbone has fewer channels
+logger = logging.getLogger(__name__)
+
+_COMPONENTS = 64  # fewer if the backbone has fewer channels
+_HOPELESS = 32  # images without a solution, if none has one
 
 
 class Solutions:
@@ -30,13 +34,16 @@ class Solutions:
         values: number of values of what `solve` returns for an image.
 
     Raises:
-        JobError: the features of no sampled image vary.
+        JobError: the features of the sampled images are the same everywhere.
     """
 
     def __init__(self, backbone: Backbone, sample: FeatureSample) -> None:
         device = backbone.get_buffer("mean").device
+        constant = JobError(f"{backbone.label}: its features of the sampled training images are the same everywhere")
+        if sample.features.var((0, 2, 3)).sum() == 0:
+            raise constant
         usable = torch.ones_like(sample.features[:, 0], dtype=torch.bool)
-        basis = fit(Moments.of(sample.features, usable), COMPONENTS, at_most=True).tensors
+        basis = fit(Moments.of(sample.features, usable), _COMPONENTS, at_most=True).tensors
         mean, components = (tensor.float().to(device) for tensor in basis)
         upsampler = build_upsampler(MultiviewUpsampler.name, None, backbone, MultiviewOptions())
         assert isinstance(upsampler, MultiviewUpsampler)
@@ -44,10 +51,11 @@ class Solutions:
         assert fitting is not None
         seen = fitting.sample(sample.images[: fitting.images].to(device), mean, components)
         if seen is None:
-            raise JobError(f"{backbone.label}: its features of the sampled training images are the same everywhere")
+            raise constant
         fitted = fitting.fit(seen, lambda trials: [fitting.trial(seen, trial, device) for trial in trials])
         self._backbone, self._upsampler = backbone, upsampler.fitted(fitted)
         self._basis = mean, components
+        self._with = self._without = 0  # images with a solution, and without
         self._projected = self._upsampler.with_basis(mean, components).to(device)
         grids = backbone.grid, self._upsampler.grid_before_last_step(backbone.grid)
         self.values = len(components) * sum(math.prod(grid) for grid in grids)
@@ -57,10 +65,22 @@ class Solutions:
 
         Args:
             images: [B, 3, H, W] uint8, of the backbone's size.
+
+        Raises:
+            JobError: no image so far has a solution, and there were many.
         """
         features = self._backbone(images)
         low = project(features, *self._basis) - self._projected.get_buffer("bias")
-        solved, _ = self._projected.before_last_step(features, images, self._backbone.size)
+        solved, failures = self._projected.before_last_step(features, images, self._backbone.size)
+        for failure in failures.values():
+            logger.warning("an image is left out of training on %s: %s", self._backbone.label, failure)
+        self._without += len(failures)
+        self._with += len(images) - len(failures)
+        if self._with == 0 and self._without >= _HOPELESS:
+            raise JobError(
+                f"{self._backbone.label}: multiview has no solution for any of {self._without} images; the last: "
+                f"{next(iter(failures.values()))}"
+            )
         return [low, solved.float()]
 
     def finish(self, solved: Tensor, images: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def test_options_that_cannot_be(options: dict[str, object], words: str) -> None:
         ({"labels": "nothing"}, "--labels: .*nothing has no files: expected masks named by key"),
         ({"labels": "masks/val"}, r"none of the 6 training images has labels: .* such as train/0.png.png"),
         ({"task": "discovery", "labels": "masks/val"}, "none of the 12 images has labels"),
-        ({"task": "video", "labels": "masks/val"}, "none of the 12 frames has labels"),
+        ({"task": "video", "labels": "masks/val"}, "none of the 2 sequences has labels"),
         ({"train": "trian/*", "val": "val/*"}, r"--train: no image is in this split .*; keys look like 'train/0.png'"),
         ({"task": "depth", "train": "train/*", "val": "*"}, "--train train/.* and --val .* have 6 images in common"),
         (

@@ -98,7 +98,7 @@ def test_sides_are_planned_before_features_are_computed(tmp_path: Path) -> None:
     finished: list[bool] = []
     for _ in range(2):
         with open_sides(texts, str(tmp_path / "photos"), str(stores), check) as sides:
-            assert seen[-1]["a"] == (None, sides[1].store.attributes["configuration_hash"], ["x", "y"])
+            assert seen[-1]["a"] == (None, sides[1].store.attributes["configuration_hash"], ["x"])
             assert seen[-1]["b"][::2] == ("random", ["a.jpg", "b.jpg"])
     assert finished == [False, True]
     assert seen[1]["b"][1] == sides[0].store.attributes["configuration_hash"]

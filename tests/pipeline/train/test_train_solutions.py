@@ -15,6 +15,7 @@ from torch import Tensor
 from jobs.demo import write_weights
 from jobs.train_upsampler import train_upsampler
 from kernels.jbu import JBUStack
+from pipeline.errors import JobError
 from pipeline.features.backbone import build_backbone
 from pipeline.features.checkpoints import read_metadata
 from pipeline.train.data import Draw
@@ -24,7 +25,7 @@ from pipeline.train.objectives.jbu_initial import begin_as_bilateral
 from pipeline.train.objectives.jbu_solutions import JBUSolutionsObjective
 from pipeline.train.objectives.solutions import Solutions
 from pipeline.upsamplers.jbu import JBU
-from tests.helpers.trainings import table, train_config, write_photographs
+from tests.helpers.trainings import record, same_tensors, table, train_config, write_photographs
 
 pytestmark = pytest.mark.usefixtures("seeded_on_one_thread")
 
@@ -90,16 +91,23 @@ def test_it_learns_what_multiview_solves_for(photographs: Tensor, objective: JBU
     assert (trained.trained(torch.ones(1, 1, 6, 6), unseen[:1], size) - 1).abs().mean() < 0.05
 
 
-def test_images_without_a_solution_are_left_out(photographs: Tensor, objective: JBUSolutionsObjective) -> None:
+def test_images_without_a_solution_are_left_out(
+    photographs: Tensor, objective: JBUSolutionsObjective, caplog: pytest.LogCaptureFixture
+) -> None:
     grey = torch.full_like(photographs[:1], 128)
     error = objective(objective.prepare(0, photographs[:1], Draw(0, 0, 0)))["error"]
     both = objective(objective.prepare(0, torch.cat([photographs[:1], grey]), Draw(0, 0, 0)))
-    torch.testing.assert_close(2 * both["error"], error, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(both["error"], error, rtol=1e-4, atol=1e-5)
+    assert "an image is left out of training on tf_efficientnet_lite0" in caplog.text
     alone = objective(objective.prepare(0, grey, Draw(0, 0, 0)))
     objective.zero_grad()
     alone[LOSS].backward()
     assert float(alone["error"].detach()) == 0
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
+    (solutions,) = copy.deepcopy(objective._solutions)
+    solutions._with, solutions._without = 0, 31
+    with pytest.raises(JobError, match=r"multiview has no solution for any of \d+ images; the last: "):
+        solutions.solve(grey)
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -126,13 +134,17 @@ def test_the_job_trains(tmp_path: Path) -> None:
     weights = tmp_path / "out" / "upsampler.safetensors"
     assert read_metadata(str(weights))["final"] == "off"
     assert train_upsampler(replace(config, steps=6, resume=True)) == 0
-    assert table(tmp_path / "out", "losses.csv")["step"] == [1, 2, 3, 4, 5, 6]
+    whole = replace(config, steps=6, output=str(tmp_path / "whole"))
+    assert train_upsampler(whole) == 0
+    assert record(tmp_path / "out") == record(tmp_path / "whole")
+    assert same_tensors(weights, tmp_path / "whole" / "upsampler.safetensors")
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"final": True}, "--final True is for --target views: got multiview"),
+        ({"target": "views", "cache_gb": 3.0}, "--cache-gb 3.0 is for --target multiview: got views"),
         ({"jitters": 2}, "--jitters 2 is for --target views: got multiview"),
         ({"upsampler": "lift"}, "--target multiview is for --upsampler jbu: got lift"),
     ],

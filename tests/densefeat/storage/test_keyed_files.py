@@ -1,0 +1,49 @@
+"""Files of labels by key: their names, and which keys have some."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from densefeat.storage.keyed_files import KeyedFiles
+from densefeat.storage.objects import Objects
+
+
+def files(folder: Path, *suffixes: str) -> KeyedFiles:
+    return KeyedFiles(Objects(folder), "mask", *(suffixes or (".png",)))
+
+
+def test_a_name_with_the_images_extension_is_preferred(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name in ("1.jpg.png", "1.png", "2.png", "3.png", "3.npy"):
+        (tmp_path / "a" / name).write_bytes(name.encode())
+    own = files(tmp_path, ".npy", ".png")
+    assert own.names("a/1.jpg") == ["a/1.jpg.npy", "a/1.jpg.png", "a/1.npy", "a/1.png"]
+    assert [own.get(f"a/{key}.jpg")[1] for key in (1, 2, 3)] == [b"1.jpg.png", b"2.png", b"3.npy"]
+    assert own.get("a/2") == ("a/2.png", b"2.png")
+    with pytest.raises(FileNotFoundError, match=r"has no mask for 'a/4.jpg': expected a/4.jpg.npy or a/4.jpg.png or"):
+        own.get("a/4.jpg")
+
+
+@pytest.mark.parametrize("labelled", [0, 5, 30])
+def test_the_first_key_with_a_file(tmp_path: Path, labelled: int) -> None:
+    keys = [f"{number:02}.jpg" for number in range(40)]
+    (tmp_path / "other.png").write_bytes(b"")
+    assert files(tmp_path).first(keys) is None
+    for number in (labelled, 35):
+        (tmp_path / f"{number:02}.png").write_bytes(b"")
+    assert files(tmp_path).first(keys) == keys[labelled]
+    assert files(tmp_path).missing(keys) == [key for key in keys if key not in (keys[labelled], keys[35])]
+
+
+def test_folders_that_are_empty_or_missing(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(FileNotFoundError, match="has no files: expected masks named by key"):
+            files(folder).first(["a"])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    (tmp_path / "1.png").write_bytes(b"")
+    assert files(tmp_path).first(["closed/0.jpg", "1.jpg"]) == "1.jpg"
