@@ -66,10 +66,7 @@ class TrainPlan:
         """Describe the plan in human-readable lines."""
         config, training, views = self.config, self.configuration["training"], self.configuration["views"]
         lines = [
-            f"train       {config.upsampler}"
-            + (
-                "" if config.upsampler == "lift" else f", {'with' if config.final else 'without'} the final convolution"
-            ),
+            f"train       {config.upsampler}{self._details}",
             f"images      {self.train.references.num_rows:,} from {config.images}",
             *describe_findings(self.findings),
             f"held out    {config.val_count:,} of {self.val.references.num_rows:,} from "
@@ -82,6 +79,15 @@ class TrainPlan:
             "training    " + ", ".join(f"{name} {value}" for name, value in {**training, **views}.items()),
         ]
         return "\n".join(lines)
+
+    @property
+    def _details(self) -> str:
+        config = self.config
+        if config.upsampler == "lift":
+            return ""
+        if config.target == "multiview":
+            return ", to copy the solutions of multiview"
+        return f", {'with' if config.final else 'without'} the final convolution"
 
 
 def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
