@@ -167,8 +167,9 @@ class Training:
         """The module that computes the losses; with several processes, DDP averages its gradients."""
         if self._world.size == 1:
             return self._stages.objective
-        # A step does not use parameters that belong to other backbones only.
-        return DistributedDataParallel(self._stages.objective, find_unused_parameters=len(self._stages.backbones) > 1)
+        objective = self._stages.objective
+        unused = objective.has_heads and len(self._stages.backbones) > 1
+        return DistributedDataParallel(objective, find_unused_parameters=unused)
 
     def _batches(self, steps: range) -> Iterator[tuple[list[str], Tensor]]:
         config, references = self._plan.config, self._plan.train.references

@@ -59,10 +59,12 @@ class Objective(nn.Module):
     Attributes:
         name: name of the upsampler.
         mixed_precision: whether ``forward`` may run in bfloat16 autocast on a GPU; losses are float32 even then.
+        has_heads: whether each backbone has parameters of its own, which steps on others do not use.
     """
 
     name: ClassVar[str]
     mixed_precision: ClassVar[bool]
+    has_heads: ClassVar[bool] = False
 
     @abstractmethod
     def prepare(self, turn: int, images: Tensor, draw: Draw) -> Any:

@@ -104,6 +104,8 @@ class JBUViewsObjective(StackObjective):
         statistics: statistics of their features.
     """
 
+    has_heads = True
+
     def __init__(
         self, config: TrainConfig, backbones: Sequence[Backbone], statistics: Sequence[FeatureStatistics]
     ) -> None:
