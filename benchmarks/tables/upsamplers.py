@@ -105,8 +105,7 @@ def training() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for recipe, row in latest.items():
-        seconds = sum(row["step_s"].values())
-        share = row["step_s"]["backbone"] / seconds
+        step = "" if row["step_s"] is None else _step(row["step_s"])
         for backbone, own in rows.by_backbone(row["held_out"]).items():
             trained = recipe.split()[0]
             seen = "" if own[0]["trained_on"] == "1" else ", not trained on"
@@ -114,15 +113,21 @@ def training() -> str:
             errors += [own[0][f"{other}_relative_error"] for other in ("bilinear", "training_free")]
             cells = " | ".join(f"{float(error):.3f}" for error in errors)
             table.append(
-                f"| {recipe}{formats.elsewhere(row, sample)} | {own[-1]['step']} | {seconds:.1f}, {share:.0%} "
+                f"| {recipe}{formats.elsewhere(row, sample)} | {own[-1]['step']} | {step} "
                 f"| `{backbone}`{seen} | {cells} |"
             )
     return (
         "Squared error on views of photographs of coco200's validation half, not used in training, as a share of their "
         f"variance; trained on the other 100, on one core of {formats.machine(sample)} "
-        "(`python -m benchmarks.train.training`). LiFT runs the backbone only in the first epoch, then it uses cached "
-        "features.\n\n"
+        "(`python -m benchmarks.train.training`). LiFT and a copy of solutions run the backbone only in the first "
+        "epochs, then they use what they kept.\n\n"
     ) + "\n".join(table)
+
+
+def _step(seconds: dict[str, float]) -> str:
+    """Seconds of a step, and the backbone's share of them."""
+    total = sum(seconds.values())
+    return f"{total:.1f}, {seconds['backbone'] / total:.0%}"
 
 
 def _errors(row: dict[str, Any], few: int) -> tuple[Any, float]:
