@@ -105,7 +105,7 @@ def training() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for recipe, row in latest.items():
-        step = "" if row["step_s"] is None else _step(row["step_s"])
+        step = _step(row["step_s"])
         for backbone, own in rows.by_backbone(row["held_out"]).items():
             trained = recipe.split()[0]
             seen = "" if own[0]["trained_on"] == "1" else ", not trained on"
