@@ -11,8 +11,11 @@ from schemas.configuration import MAX_PIXELS, MIN_SIDE, Fit
 _BATCH_SIZE = {"jbu": 4, "lift": 16}
 # FeatUp's published rate. LiFT's, 1e-3, is too high for weights that start close to a solution.
 _LEARNING_RATE = {"jbu": 1e-3, "lift": 3e-4}
-# Options of jbu that only --target views has.
-_OF_VIEWS = ("final", "jitters", "crf_weight", "initial_sigma", "downsampler")
+# Options of jbu that only one --target has.
+OF_TARGET = {
+    "views": ("jitters", "crf_weight", "initial_sigma", "downsampler", "final"),
+    "multiview": ("cache_gb",),
+}
 _CHOICE = re.compile(r"(?P<name>[^@=\s]+)(?:@(?P<layer>-?\d+(?:,-?\d+)*))?(?:=(?P<weights>.+))?")
 
 
@@ -198,19 +201,12 @@ class JBUTrainOptions(_CacheOptions):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        self._check_target()
         at_least("--jitters", self.jitters, 1)
         at_least("--projection-chs", self.projection_chs, 1)
         at_least("--crf-weight", self.crf_weight, 0)
         positive("--initial-sigma", self.initial_sigma)
         if self.featup_checkpoint is not None and not self.featup_checkpoint.endswith((".pth", ".ckpt")):
             raise ValueError(f"--featup-checkpoint is a .pth or .ckpt file: got {self.featup_checkpoint!r}")
-
-    def _check_target(self) -> None:
-        defaults = {field.name: field.default for field in fields(JBUTrainOptions)}
-        for option in _OF_VIEWS if self.target == "multiview" else ():
-            if (value := getattr(self, option)) != defaults[option]:
-                raise ValueError(f"--{option.replace('_', '-')} {value} is for --target views: got multiview")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,10 +242,19 @@ class TrainConfig(JBUTrainOptions, LiFTTrainOptions, SharedTrainOptions):
         """Check everything that needs no access to data."""
         SharedTrainOptions.__post_init__(self)
         check_method_options(self, self.upsampler, TRAIN_OPTIONS)
-        if self.upsampler == "jbu" and self.target == "views" and self.cache_gb != _CacheOptions.cache_gb:
-            raise ValueError(f"--cache-gb {self.cache_gb} is for --target multiview: got views")
+        self._check_target()
         self._check_octaves()
         self._check_backbones()
+
+    def _check_target(self) -> None:
+        if self.upsampler != "jbu":
+            return
+        defaults = {field.name: field.default for field in fields(self)}
+        for target, options in OF_TARGET.items():
+            given = [option for option in options if getattr(self, option) != defaults[option]]
+            if given and target != self.target:
+                option, value = given[0].replace("_", "-"), getattr(self, given[0])
+                raise ValueError(f"--{option} {value} is for --target {target}: got {self.target}")
 
     def _check_octaves(self) -> None:
         smallest = 2 ** (self.lift_octaves - 1)

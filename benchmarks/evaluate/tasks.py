@@ -27,6 +27,7 @@ from schemas.evaluate_options import EvaluateConfig, TaskName
 DATA = SHARED / "data"
 COMPONENTS = 64
 BASELINE = "bilinear"
+# In the order of the tables.
 METHODS = {
     "bilinear": "upsampler=bilinear",
     "jbu": "upsampler=jbu",
@@ -35,11 +36,11 @@ METHODS = {
     "jbu, trained on solutions": "upsampler=jbu,upsampler_weights={trainings}/jbu_on_solutions/upsampler.safetensors",
     "lift": "upsampler=lift,upsampler_weights={trainings}/lift_on_{backbone}/upsampler.safetensors",
     "anyup": f"upsampler=anyup,upsampler_weights={SHARED / 'weights' / 'anyup_multi_backbone.pth'}",
+    "bilinear, image at 2×": "upsampler=bilinear",
     "multiview, 5 views": "upsampler=multiview,views=5",
     "multiview": "upsampler=multiview",
     "multiview, not smoothed": "upsampler=multiview,smoothing=0",
     "multiview, 21 views": "upsampler=multiview,views=21",
-    "bilinear, image at 2×": "upsampler=bilinear",
 }
 
 

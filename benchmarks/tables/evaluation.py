@@ -3,6 +3,7 @@
 from typing import Any
 
 from benchmarks import rows
+from benchmarks.evaluate.tasks import METHODS
 from benchmarks.tables import formats
 from pipeline.evaluate.bootstrap import Estimate
 
@@ -17,11 +18,7 @@ _COLUMNS = (
     ("held_out_views", "error on held-out views", "held-out views, error ↓"),
 )
 HEADINGS = {(task, figure): heading for task, figure, heading in _COLUMNS}
-_ORDER = (
-    "bilinear", "jbu", "jbu, wide kernels", "jbu, trained", "jbu, trained on solutions", "lift", "anyup",
-    "bilinear, image at 2×",
-    "multiview, 5 views", "multiview", "multiview, not smoothed", "multiview, 21 views",
-)  # fmt: skip
+_ORDER = tuple(METHODS)
 _BACKBONES = {"lite0": "EfficientNet-Lite0", "vit-ti": "ViT-Ti/16", "vit": "a ViT-S/14 of DINOv2's family"}
 # Of the table in short. Method -> how the command line names it, and its weights; figures.
 _OPTIONS = {

@@ -13,7 +13,7 @@ from kernels.multiview import ViewMatrices
 from pipeline.features.backbone import Backbone, build_backbone
 from pipeline.features.pca import Moments, fit
 from pipeline.images.decoding.decode import Geometry, decode
-from pipeline.upsamplers.fitting import UpsamplerFit
+from pipeline.upsamplers.fitting import UpsamplerFit, fitted_on
 from pipeline.upsamplers.interface import Upsampler
 from pipeline.upsamplers.multiview.pooling import PoolingModel
 from pipeline.upsamplers.multiview.trials import relative_error
@@ -84,7 +84,7 @@ def fitted_to_photos(upsampler: Upsampler, basis: tuple[Tensor, Tensor], size: t
     assert fitting is not None
     samples = [fitting.sample(photo, *basis) for photo in photos("train", fitting.images, device, size)]
     sample = functools.reduce(lambda one, other: one.merged(other), filter(None, samples))
-    return fitting.fit(sample, lambda trials: [fitting.trial(sample, trial, device) for trial in trials])
+    return fitted_on(device, fitting, sample)
 
 
 class Judge:

@@ -54,11 +54,11 @@ class KeyedFiles:
         Raises:
             FileNotFoundError: the folder is empty or does not exist.
         """
-        few = next((key for key in keys[:_PROBED] if any(map(self._readable, self.names(key)))), None)
-        if few is not None:
-            return few
-        if not self.objects.can_list:
-            return next((key for key in keys[_PROBED:] if any(map(self._readable, self.names(key)))), None)
+        can_list = self.objects.can_list
+        probed = keys[:_PROBED] if can_list else keys
+        found = next((key for key in probed if any(map(self._readable, self.names(key)))), None)
+        if found is not None or not can_list:
+            return found
         missing = set(self.missing(keys))
         return next((key for key in keys if key not in missing), None)
 

@@ -25,6 +25,7 @@ from pipeline.evaluate.report.pictures import of_cells, photograph
 from pipeline.evaluate.task import Figure, Outcome, Panel
 from pipeline.features.backbone import Backbone
 from pipeline.upsamplers.build import build_upsampler
+from pipeline.upsamplers.fitting import fitted_on
 from pipeline.upsamplers.multiview.upsampler import MultiviewUpsampler
 from pipeline.upsamplers.multiview.views import held_out_views, view_operators
 from pipeline.views.features import JitterMatrices, view_features
@@ -182,7 +183,7 @@ def _judge(comparison: Comparison, evaluated: Sequence[str], weights: str | None
             f"held-out views: the features of none of {counted(len(keys), 'image')} vary; compare other images"
         )
     sample = functools.reduce(lambda one, other: one.merged(other), samples)
-    fit = fitting.fit(sample, lambda trials: [fitting.trial(sample, trial, torch.device("cpu")) for trial in trials])
+    fit = fitted_on(torch.device("cpu"), fitting, sample)
     jitters = held_out_views(backbone.size, VIEWS)
     operators = view_operators(jitters, backbone.grid, backbone.size, fit.settings["sigma_px"])
     matrices = JitterMatrices.of(jitters, torch.device("cpu"))

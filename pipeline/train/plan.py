@@ -28,7 +28,7 @@ from pipeline.train.checkpoints import has_checkpoints
 from pipeline.train.data import ImageTable, key_hash
 from pipeline.train.objectives.lift import lift_scales
 from schemas.configuration import differences
-from schemas.train_options import BackboneChoice, TrainConfig
+from schemas.train_options import OF_TARGET, BackboneChoice, TrainConfig
 
 __all__ = ["TrainPlan", "backbone_at", "build_backbones", "claimed_output", "make_train_plan"]
 
@@ -302,8 +302,7 @@ def _configuration(
     names = ["batch_images", "effective_learning_rate", "seed", "workers"]
     if config.upsampler == "jbu":
         names.append("projection_chs")
-        of_views = ["jitters", "crf_weight", "initial_sigma", "downsampler", "final"]
-        names += of_views if config.target == "views" else ["target"]
+        names += OF_TARGET["views"] if config.target == "views" else ["target"]
     else:
         names += ["lift_initial", "lift_loss", "lift_octaves", "lift_consistency"]
     backbones = {choice_label(identity["name"], identity["layer"]): identity for identity in identities}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.features.checkpoints import state_digest
 
-__all__ = ["Fitting", "UpsamplerFit"]
+__all__ = ["Fitting", "UpsamplerFit", "fitted_on"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,3 +68,8 @@ class Fitting(Protocol):
 
     def usual(self, components: int) -> UpsamplerFit:
         """A fit without images, to estimate what a job will cost."""
+
+
+def fitted_on(device: torch.device, fitting: Fitting, sample: Any) -> UpsamplerFit:
+    """Fit to a sample, with one trial after another on a device."""
+    return fitting.fit(sample, lambda trials: [fitting.trial(sample, trial, device) for trial in trials])

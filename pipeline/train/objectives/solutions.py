@@ -11,6 +11,7 @@ from pipeline.features.backbone import Backbone
 from pipeline.features.pca import Moments, fit
 from pipeline.train.objectives.base import FeatureSample
 from pipeline.upsamplers.build import build_upsampler
+from pipeline.upsamplers.fitting import fitted_on
 from pipeline.upsamplers.multiview.upsampler import MultiviewUpsampler
 from pipeline.views.features import project
 from schemas.upsamplers import MultiviewOptions
@@ -52,8 +53,7 @@ class Solutions:
         seen = fitting.sample(sample.images[: fitting.images].to(device), mean, components)
         if seen is None:
             raise constant
-        fitted = fitting.fit(seen, lambda trials: [fitting.trial(seen, trial, device) for trial in trials])
-        self._backbone, self._upsampler = backbone, upsampler.fitted(fitted)
+        self._backbone, self._upsampler = backbone, upsampler.fitted(fitted_on(device, fitting, seen))
         self._basis = mean, components
         self._with = self._without = 0  # images with a solution, and without
         self._projected = self._upsampler.with_basis(mean, components).to(device)
