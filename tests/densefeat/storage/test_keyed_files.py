@@ -1,6 +1,8 @@
 """Files of labels by key: their names, and which keys have some."""
 
-import os
+import functools
+import http.server
+import threading
 from pathlib import Path
 
 import pytest
@@ -42,8 +44,24 @@ def test_folders_that_are_empty_or_missing(tmp_path: Path) -> None:
             files(folder).first(["a"])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+class _Closed(http.server.SimpleHTTPRequestHandler):
+    """As a bucket that must not be listed: what is not there is forbidden."""
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        super().send_error(403 if code == 404 else code, message, explain)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
 def test_what_may_not_be_read_is_not_there(tmp_path: Path) -> None:
-    (tmp_path / "closed").mkdir(mode=0)
     (tmp_path / "1.png").write_bytes(b"")
-    assert files(tmp_path).first(["closed/0.jpg", "1.jpg"]) == "1.jpg"
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Closed, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        own = KeyedFiles(Objects(f"http://127.0.0.1:{server.server_port}"), "mask", ".png")
+        assert own.first(["closed/0.jpg", "1.jpg"]) == "1.jpg"
+        assert own.first(["closed/0.jpg"]) is None
+    finally:
+        server.shutdown()
+        server.server_close()
