@@ -94,8 +94,20 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def idle(cluster: None) -> None:
-    """All of the cluster is free: the workers of another test are gone."""
-    wait_for(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
+    """All of the cluster is free, and the driver knows it: the workers of another test are gone.
+
+    What `ray.available_resources` says is some reports old, so it may tell of the time before another test's workers
+    started. It has caught up when it tells of an actor that started after they ended.
+    """
+
+    class Probe:  # here, so that Ray need not import it
+        pass
+
+    there = ray.cluster_resources()
+    probe = ray.remote(Probe).options(num_cpus=there["CPU"], memory=2**20).remote()
+    wait_for(lambda: ray.available_resources()["memory"] < there["memory"])
+    ray.kill(probe)
+    wait_for(lambda: ray.available_resources().get("CPU") == there["CPU"])
 
 
 @pytest.mark.usefixtures("idle")
