@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -29,7 +29,7 @@ from pipeline.store.layout import existing_store, finish, reopen
 from pipeline.store.lease import Lease
 from pipeline.store.reports import keep_card, keep_report
 from pipeline.store.shard import finished_shards
-from pipeline.store.space import check_space
+from pipeline.store.space import check_space, check_space_for_rest
 from schemas.ledger import LedgerRecord
 from schemas.options import FeatureConfig
 
@@ -114,7 +114,8 @@ def _make_missing(plan: Plan, objects: Objects, lease: Lease, state: _JobState, 
         state.done = finished_shards(objects, stored.hash)
     if state.done.keys() >= {*plan.shards}:
         return
-    _check_space(plan, objects, state.done)
+    rows = sum(len(plan.features.rows_of(shard)) for shard in plan.shards if shard not in state.done)
+    check_space_for_rest(objects, state.done.values(), rows, _FREE_SOME)
     with open_workers(
         plan.spec,
         plan.stages,
@@ -134,18 +135,6 @@ def _make_missing(plan: Plan, objects: Objects, lease: Lease, state: _JobState, 
         known = state.done.values()
         state.made, state.given_up = make_shards(plan, objects, workers, encoding, to_do, known, lease.check)
         state.seconds = time.monotonic() - begun
-
-
-def _check_space(plan: Plan, objects: Objects, done: Mapping[int, LedgerRecord]) -> None:
-    """Check that the missing shards of a begun store fit on a local disk, if they are as large as those that are done.
-
-    Raises:
-        JobError: the free space is too small.
-    """
-    if done:
-        row_nbytes = sum(record.total_nbytes for record in done.values()) / sum(record.rows for record in done.values())
-        rows = sum(len(plan.features.rows_of(shard)) for shard in plan.shards if shard not in done)
-        check_space(objects, row_nbytes * rows, _FREE_SOME)
 
 
 def _report(plan: Plan, objects: Objects, state: _JobState, started: float) -> Report:

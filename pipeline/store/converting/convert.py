@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from densefeat import layout
 from densefeat.layout import ZSTD_LEVEL, FeatureLayout
 from densefeat.rows.embeddings import encode_embeddings
 from densefeat.storage.objects import Objects
-from densefeat.storage.parallel import in_order
+from densefeat.storage.parallel import emptied, in_order
 from densefeat.store import FeatureStore
 from kernels.quantization import Encoding
 from pipeline.errors import JobError
@@ -23,11 +24,12 @@ from pipeline.reporting.seconds import StageSeconds
 from pipeline.reporting.software import software_versions
 from pipeline.store.calibration import Calibration, choose_steps
 from pipeline.store.converting.copying import outcomes_of
-from pipeline.store.converting.places import finish_with, source_differences, store_at
+from pipeline.store.converting.places import FREE_SOME, finish_with, source_differences, store_at
 from pipeline.store.fitted import stored_fit
 from pipeline.store.layout import claim, complete_setup, step_sha256, stored_attributes
 from pipeline.store.retirement import add
 from pipeline.store.shard import NewShard, finished_shards, write_shard
+from pipeline.store.space import check_space, check_space_for_rest
 from schemas.attributes import StoreAttributes
 from schemas.configuration import StorageConfiguration
 from schemas.index import OK, PENDING, REFERENCES, pending_index
@@ -37,7 +39,7 @@ __all__ = ["DenseStorage", "convert"]
 
 logger = logging.getLogger(__name__)
 
-_CALIBRATED = 32  # rows whose features set the quantization steps
+_SAMPLED = 32  # rows whose features set the quantization steps, and tell how large the store will be
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def convert(source: FeatureStore, target: Objects, storage: DenseStorage, *, res
 
     Raises:
         JobError: the source is not finished; there is a store at the location and ``resume`` is not set, or it is
-            another one.
+            another one; or a local disk has no space for it.
     """
     if PENDING in source.index["status"].unique().to_pylist():
         raise JobError(f"{source.uri} is not finished: finish it first, with --resume")
@@ -88,7 +90,9 @@ def convert(source: FeatureStore, target: Objects, storage: DenseStorage, *, res
 
 
 def _set_up(source: FeatureStore, target: Objects, storage: DenseStorage) -> None:
-    step = _steps(source, storage)
+    sample = _sample(source)
+    step = _steps(source, sample, storage)
+    check_space(target, _image_nbytes(source, sample, step) * len(source.rows_with_features), FREE_SOME)
     attributes = _attributes(source, storage, step)
     fit = stored_fit(source, attributes.configuration)
     claim(target, attributes, Basis.of_store(source), step, {} if fit is None else fit.arrays)
@@ -116,24 +120,47 @@ def _attributes(source: FeatureStore, storage: DenseStorage, step: npt.NDArray[n
     )
 
 
-def _steps(source: FeatureStore, storage: DenseStorage) -> npt.NDArray[np.float32] | None:
-    """Quantization steps from rows spread evenly over the store."""
+def _sample(source: FeatureStore) -> list[int]:
+    """Rows with features, spread evenly over the store."""
     rows = source.rows_with_features
     if len(rows) == 0:
         raise JobError(f"{source.uri}: no row has features, there is nothing to convert")
-    chosen = rows[np.unique(np.linspace(0, len(rows) - 1, _CALIBRATED).round().astype(int))]
+    chosen: list[int] = rows[np.unique(np.linspace(0, len(rows) - 1, _SAMPLED).round().astype(int))].tolist()
+    return chosen
+
+
+def _steps(source: FeatureStore, sample: Sequence[int], storage: DenseStorage) -> npt.NDArray[np.float32] | None:
+    """Quantization steps that suit some rows; None for float16."""
     total, count = Calibration.none(source.shape[0]), 0
-    for features in (source.read(row) for row in chosen.tolist()):
-        found = Calibration.of(torch.from_numpy(features), storage.dtype, storage.error_floor)
+    for row in sample:
+        found = Calibration.of(torch.from_numpy(source.read(row)), storage.dtype, storage.error_floor)
         if found is not None:
             total, count = total.merged(found), count + 1
     return choose_steps(storage.dtype, total.mean_square / max(count, 1), storage.error_floor)
 
 
+def _image_nbytes(source: FeatureStore, sample: Sequence[int], step: npt.NDArray[np.float32] | None) -> float:
+    """Mean size of the chunks of some rows, and of their embeddings."""
+    encoding = Encoding.of_steps(step, torch.device("cpu"))
+    chunks = sum(len(_encoded(source, row, encoding, StageSeconds())[0]) for row in sample) / len(sample)
+    return chunks + (source.embedding(sample).nbytes / len(sample) if source.has_embedding else 0)
+
+
+def _encoded(source: FeatureStore, row: int, encoding: Encoding, seconds: StageSeconds) -> tuple[bytes, int]:
+    """Chunk of a row, and how many of its values were clipped."""
+    with seconds.stage("read"):
+        values = torch.from_numpy(np.ascontiguousarray(source.read(row)))[None]
+    with seconds.stage("encode"):
+        codes = encoding.encode(values)
+        return layout.encode_chunk(codes.codes[0].numpy()), int(codes.clipped.sum())
+
+
 def _write(source: FeatureStore, target: Objects, features: FeatureLayout, digest: str, threads: int) -> None:
     """Write the shards that are missing, and finish the store."""
     done = finished_shards(target, digest)
-    if len(done) < features.shards:
+    missing = sum(len(features.rows_of(shard)) for shard in range(features.shards) if shard not in done)
+    check_space_for_rest(target, done.values(), missing, FREE_SOME)
+    if missing:
         add(target, source.retired)  # a shard that is computed again must not bring rows back
     step = FeatureStore(target.uri, target.storage_options).step
     finish_with(target, features, done, lambda shard: _shard(source, target, features, shard, step, digest, threads))
@@ -155,18 +182,17 @@ def _shard(
     def encoded(outcome: RowOutcome) -> bytes | None:
         if not outcome.ok:
             return None
-        with seconds.stage("read"):
-            values = torch.from_numpy(np.ascontiguousarray(source.read(outcome.row)))[None]
-        with seconds.stage("encode"):
-            codes = encoding.encode(values)
-            clipped.append(int(codes.clipped.sum()))
-            return layout.encode_chunk(codes.codes[0].numpy())
+        chunk, values = _encoded(source, outcome.row, encoding, seconds)
+        clipped.append(values)
+        return chunk
 
     chunks = list(in_order(encoded, outcomes, threads))
     companions = {layout.EMBEDDING: _embeddings(source, outcomes, features.shard_rows)} if source.has_embedding else {}
     made_by = {"host": socket.gethostname(), "pid": str(os.getpid()), "device": "cpu", "upsampled_by": "conversion"}
     facts: dict[str, Any] = {"configuration_hash": digest, "clipped": sum(clipped), "made_by": made_by}
-    return write_shard(target, NewShard(shard, features.shard_rows, chunks, outcomes, facts, seconds, companions))
+    return write_shard(
+        target, NewShard(shard, features.shard_rows, emptied(chunks), outcomes, facts, seconds, companions)
+    )
 
 
 def _embeddings(source: FeatureStore, outcomes: list[RowOutcome], shard_rows: int) -> bytes:

@@ -15,7 +15,7 @@ from pipeline.errors import JobError
 from pipeline.reporting.seconds import StageSeconds
 from pipeline.store.converting.copying import CopiedRows, copied_rows
 from pipeline.store.converting.joining import Joined, Part
-from pipeline.store.converting.places import finish_with, source_differences, store_at
+from pipeline.store.converting.places import FREE_SOME, finish_with, source_differences, store_at
 from pipeline.store.layout import claim, complete_setup
 from pipeline.store.retirement import add
 from pipeline.store.shard import NewShard, finished_shards, write_shard
@@ -25,8 +25,6 @@ from schemas.index import pending_index
 from schemas.ledger import LedgerRecord
 
 __all__ = ["merge"]
-
-_FREE_SOME = "free some, and run the same command with --resume"
 
 
 def merge(whole: Joined, target: Objects, *, resume: bool, threads: int) -> int:
@@ -51,14 +49,14 @@ def merge(whole: Joined, target: Objects, *, resume: bool, threads: int) -> int:
     """
     stored = store_at(target, resume=resume)
     if stored is None:
-        check_space(target, whole.nbytes, _FREE_SOME)
+        check_space(target, whole.nbytes, FREE_SOME)
         fit = whole.fitted.upsampler
         claim(target, whole.attributes, whole.fitted.basis, whole.fitted.step, {} if fit is None else fit.arrays)
     elif different := _differences(stored, whole.attributes):
         raise JobError(f"the store at {target.uri} is another one: {'; '.join(different)}")
     stored = complete_setup(target, whole.features, pending_index(whole.references))
     features, done = whole.features, finished_shards(target, stored.hash)
-    check_space(target, whole.nbytes * (1 - len(done) / features.shards), _FREE_SOME)
+    check_space(target, whole.nbytes * (1 - len(done) / features.shards), FREE_SOME)
     if len(done) < features.shards:
         add(target, whole.retired)  # a shard that is computed again must not bring rows back
     finish_with(target, features, done, lambda shard: _shard(whole, target, shard, stored.hash, threads))

@@ -13,8 +13,9 @@ from schemas.attributes import StoreAttributes
 from schemas.configuration import differences
 from schemas.ledger import LedgerRecord
 
-__all__ = ["finish_with", "source_differences", "store_at"]
+__all__ = ["FREE_SOME", "finish_with", "source_differences", "store_at"]
 
+FREE_SOME = "free some, and run the same command with --resume"  # if a local disk has no space for the store
 _SHOWN = 3
 
 

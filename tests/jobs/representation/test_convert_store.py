@@ -1,6 +1,7 @@
 """A dense store made of another one: the same features, rows and reasons."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import zarr
 
-from densefeat import FeatureStore, MissingFeatures
+from densefeat import FeatureStore, MissingFeatures, layout
 from densefeat.conformance import problems
+from densefeat.storage.objects import Objects
 from jobs.convert_store import ConvertConfig, convert
 from jobs.upsample_imagenet import upsample
 from jobs.verify_store import VerifyConfig, verify
@@ -89,6 +91,32 @@ def test_a_killed_conversion_goes_on(made: UpsampleConfig, tmp_path: Path) -> No
         assert done.returncode == -signal.SIGKILL
     assert convert(conversion(made, killed, resume=True)) == 0
     assert shard_bytes(killed, "embedding") == shard_bytes(whole, "embedding")
+
+
+def test_no_space_is_said_before_a_shard_is_written(
+    made: UpsampleConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At first from a sample of rows; for the rest of a begun store, from the shards that are done."""
+    whole, begun = tmp_path / "whole", tmp_path / "begun"
+    for output in (whole, begun):
+        assert convert(conversion(made, output)) == 0
+    nbytes = sum(sum(Objects(str(whole)).list(f"{array}/c").values()) for array in ("features", "embedding"))
+    for path in (begun / layout.MANIFEST, begun / layout.shard_key(1)):
+        path.unlink()
+    before = {path: path.stat().st_mtime_ns for path in begun.rglob("*") if path.is_file()}
+    usage = shutil.disk_usage(tmp_path)
+    refused = pytest.raises(JobError, match=r"no space for .* needed, .* free; free some, and .* with --resume")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(0.8 * nbytes)))
+    with refused:
+        convert(conversion(made, tmp_path / "new"))
+    assert not any(path.is_file() for path in (tmp_path / "new").rglob("*"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with refused:
+        convert(conversion(made, begun, resume=True))
+    assert {path: path.stat().st_mtime_ns for path in begun.rglob("*") if path.is_file()} == before
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(1.2 * nbytes)))
+    assert convert(conversion(made, tmp_path / "new", resume=True)) == 0
+    assert convert(conversion(made, begun, resume=True)) == 0
 
 
 def test_other_stores_are_not_touched(made: UpsampleConfig, tmp_path: Path) -> None:
