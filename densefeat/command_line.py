@@ -175,6 +175,8 @@ def _export(options: argparse.Namespace) -> None:
     try:
         write(store, rows.tolist(), partial)
         partial.replace(options.output)
+    except OSError as error:  # has no name of a file if the disk is full
+        raise _Refused(f"--output {options.output} cannot be written: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
     print(f"{options.output}: {len(rows):,} row{'s' if len(rows) != 1 else ''}")  # noqa: T201

@@ -41,8 +41,8 @@ def explain_storage_error(
         )
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return JobError(
-            f"no space left for {place} ({error.strerror}): free some space and run the job again with --resume; "
-            "finished work is kept"
+            f"no space left for {place} ({error.strerror}): free some, and run the job again; with --resume, if it has "
+            "that option: finished work is kept"
         )
     if isinstance(error, PermissionError) or getattr(error, "errno", None) in (errno.EROFS, errno.EACCES):
         if access == "read":

@@ -1,6 +1,8 @@
 """The command ``densefeat``."""
 
 import json
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -76,6 +78,20 @@ def test_export_to_numpy(known: KnownStore, tmp_path: Path) -> None:
         assert exported["label"].tolist() == [0, 0, 1, 1, 0]
         assert exported["valid_box"].tolist() == [[0, 0, H, W]] * 5
     assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.parquet"])
+def test_export_to_a_full_disk(
+    known: KnownStore, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        assert exit_code("export", known.uri, "--rows", "9:11", "--output", tmp_path / name) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.search(rf"error: --output {tmp_path / name} cannot be written: .*File too large", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_export_of_pixels(known: KnownStore, tmp_path: Path) -> None:
