@@ -155,6 +155,7 @@ def _check(store: "FeatureStore", *, as_json: bool) -> None:
 def _export(options: argparse.Namespace) -> None:
     from densefeat.arguments import row_numbers
     from densefeat.console import export
+    from densefeat.storage.failures import is_full
     from densefeat.store import FeatureStore
 
     write = {".npz": export.write_npz, ".parquet": export.write_pixels}.get(options.output.suffix.lower())
@@ -175,7 +176,9 @@ def _export(options: argparse.Namespace) -> None:
     try:
         write(store, rows.tolist(), partial)
         partial.replace(options.output)
-    except OSError as error:  # has no name of a file if the disk is full
+    except OSError as error:
+        if not is_full(error):  # of the store, or has the name of a file
+            raise
         raise _Refused(f"--output {options.output} cannot be written: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)

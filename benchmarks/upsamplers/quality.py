@@ -38,7 +38,6 @@ from schemas.upsamplers import JBUOptions, MultiviewOptions
 BASELINE = "bilinear"
 ANYUP = str(SHARED / "weights" / "anyup_multi_backbone.pth")
 BATCH = 8
-_SMOOTHED_MORE = 30.0  # three times the default
 STRIDE_PX = 4  # of the grid of the mean of views, as in multiview
 Basis = tuple[Tensor, Tensor]
 
@@ -134,7 +133,7 @@ class Methods:
             "multiview": lambda: self.multiview(9),
             "multiview, 21 views": lambda: self.multiview(21),
             "multiview, not smoothed": lambda: self.multiview(9, smoothing=0.0),
-            "multiview, smoothed more": lambda: self.multiview(9, smoothing=_SMOOTHED_MORE),
+            "multiview, smoothed more": lambda: self.multiview(9, smoothing=30.0),
         }
 
 

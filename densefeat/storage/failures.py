@@ -13,12 +13,13 @@ import ssl
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeGuard
 
 from densefeat.errors import StorageUnavailable, WrongClock
 
 __all__ = [
     "http_status",
+    "is_full",
     "is_transient",
     "is_unreachable",
     "is_unreachable_for_good",
@@ -43,6 +44,7 @@ _TRANSIENT_ERRNO = _errnos(
     # this machine, at this moment
     "EAGAIN", "EINTR", "ECANCELED", "ENOBUFS", "ENOMEM", "ENOSR", "EMFILE", "ENFILE", "EUSERS",
 )  # fmt: skip
+_FULL_ERRNO = _errnos("ENOSPC", "EDQUOT", "EFBIG")
 _CREDENTIAL_ERRNO = _errnos("ENOKEY", "EKEYEXPIRED", "EKEYREVOKED", "EKEYREJECTED")  # NFS and AFS with Kerberos
 
 _NAME_UNKNOWN = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
@@ -93,6 +95,11 @@ _CREDENTIAL_CODES = frozenset({
 })  # fmt: skip
 _CLOCK_CODE = "RequestTimeTooSkewed"
 _MOST_SKEW_S = 15 * 60  # beyond which S3 refuses requests
+
+
+def is_full(error: BaseException) -> TypeGuard[OSError]:
+    """Whether there is no space left for what was to be written: the disk is full, or a quota or limit is reached."""
+    return isinstance(error, OSError) and error.errno in _FULL_ERRNO
 
 
 def is_transient(error: BaseException) -> bool:

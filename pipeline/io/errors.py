@@ -4,12 +4,10 @@ import errno
 from typing import Literal
 
 from densefeat.errors import DensefeatError
-from densefeat.storage.failures import is_transient, lacks_credentials, wrong_clock
+from densefeat.storage.failures import is_full, is_transient, lacks_credentials, wrong_clock
 from pipeline.errors import JobError
 
 __all__ = ["explain_storage_error"]
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def explain_storage_error(
@@ -39,7 +37,7 @@ def explain_storage_error(
             "and AWS_SECRET_ACCESS_KEY or AWS_PROFILE (GOOGLE_APPLICATION_CREDENTIALS for gs://), give the machine a "
             "role, or set FSSPEC_S3_ANON=true if it is public; on a cluster, on every node. Renew expired credentials"
         )
-    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+    if is_full(error):
         return JobError(
             f"no space left for {place} ({error.strerror}): free some, and run the job again; with --resume, if it has "
             "that option: finished work is kept"

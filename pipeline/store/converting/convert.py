@@ -92,7 +92,8 @@ def convert(source: FeatureStore, target: Objects, storage: DenseStorage, *, res
 def _set_up(source: FeatureStore, target: Objects, storage: DenseStorage) -> None:
     sample = _sample(source)
     step = _steps(source, sample, storage)
-    check_space(target, _image_nbytes(source, sample, step) * len(source.rows_with_features), FREE_SOME)
+    if target.local_path is not None:  # else there is nothing to check, and nothing to encode for it
+        check_space(target, _image_nbytes(source, sample, step) * len(source.rows_with_features), FREE_SOME)
     attributes = _attributes(source, storage, step)
     fit = stored_fit(source, attributes.configuration)
     claim(target, attributes, Basis.of_store(source), step, {} if fit is None else fit.arrays)
