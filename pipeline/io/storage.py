@@ -71,10 +71,11 @@ def _tried(place: str, what: str) -> Iterator[None]:
     except (StorageUnavailable, WrongClock):
         raise
     except Exception as error:  # each client has its own exception types
-        explained = explain_storage_error(error, place)
-        if explained is None and not isinstance(error, OSError):
+        if (explained := explain_storage_error(error, place)) is not None:
+            raise JobError(f"{explained} (the storage cannot {what})") from error
+        if not isinstance(error, OSError):
             raise
-        raise JobError(f"{place}: the storage cannot {what}: {explained or error}") from error
+        raise JobError(f"{place}: the storage cannot {what}: {error}") from error
 
 
 def _expect(got: object, expected: object) -> None:

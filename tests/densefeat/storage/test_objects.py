@@ -217,8 +217,9 @@ def test_storage_that_lacks_something_is_found_before_work(
     s3_bucket: str, s3_proxy: S3Proxy, method: str, within: str, fault: str, words: str
 ) -> None:
     s3_proxy.fault = lambda m, path: fault if m == method and within in path else ""
-    with pytest.raises(JobError, match=f"--store here: the storage {words}"):
+    with pytest.raises(JobError, match=rf"--store here\b.*the storage {words}") as raised:
         check_writable(Objects(f"{s3_bucket}/store"), "--store here")
+    assert str(raised.value).count("--store here") == 1
     s3_proxy.fault = lambda method, path: ""
     if method != "DELETE":
         assert Objects(s3_bucket).list() == {}

@@ -191,19 +191,20 @@ def test_a_count_that_is_delivered_late_brings_no_job_back(s3_bucket: str, s3_pr
     objects = Objects(f"{s3_bucket}/store")
     with lease(objects, range(4)) as first:
         (key,) = objects.list(layout.JOBS)
-        held_back, delivered = threading.Event(), list[str]()
+        held_back, replaced, delivered = threading.Event(), threading.Event(), list[str]()
 
         def late(method: str, path: str) -> str:
-            if method != "PUT" or not path.endswith(key):
-                return ""
-            held_back.set()
-            return "stall-3"
+            if method == "PUT" and path.endswith(key):
+                held_back.set()
+                assert replaced.wait(30)
+            return ""
 
         s3_proxy.fault = late
         s3_proxy.passed = lambda method, path, body, status: delivered.append(path) if method == "PUT" else None
         assert held_back.wait(30)
         delivered.clear()
         with lease(objects, range(2)) as second:
+            replaced.set()
             wait_for(lambda: any(path.endswith(key) for path in delivered))
             wait_for(first._lost.is_set)
             with pytest.raises(JobError, match=r"the lease of this job on .* is gone"):
