@@ -84,8 +84,9 @@ def undisturbed(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return shard_bytes(store)
 
 
+@pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_goes_on_where_it_was(
-    photographs: Path, undisturbed: dict[str, bytes], tmp_path: Path
+    photographs: Path, undisturbed: dict[str, bytes], tmp_path: Path, workers: str
 ) -> None:
     store = tmp_path / "store"
     moments: list[Callable[[], Any]] = [
@@ -94,15 +95,15 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(
         lambda: (done := shards_done(store)) >= 8 or (done >= 5 and any(store.rglob(".*.partial"))),
     ]
     for moment in moments:
-        job = start(command(photographs, store, "--resume"))
-        children = wait_for(lambda job=job: worker_processes(job.pid))
+        job = start(command(photographs, store, "--resume", "--workers", workers))
+        children = wait_for(lambda job=job: worker_processes(job.pid)) if workers != "0" else []
         wait_for(moment)
         job.send_signal(signal.SIGKILL)
         job.communicate(timeout=60)
         # Ray's own processes notice that their driver is gone.
         psutil.wait_procs(children, timeout=60)
     assert shards_done(store) < len(undisturbed)
-    finished = run(command(photographs, store, "--resume"))
+    finished = run(command(photographs, store, "--resume", "--workers", workers))
     assert finished.returncode == 0, finished.stderr
     assert shard_bytes(store) == undisturbed
     # What was half-written is nobody's a day later.

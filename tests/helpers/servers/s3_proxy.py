@@ -18,8 +18,8 @@ class S3Proxy:
     """What to do to requests, by a function of (method, path): "" to pass one on, or the name of a fault.
 
     "503", "403": answered so. "lose": passed on, and the connection closed without an answer. "cut": closed without
-    an answer, and not passed on. "stall-…": passed on after so many seconds. "hang": never answered. "drop-…": the
-    header of that name is not passed on.
+    an answer, and not passed on. "hang": never answered. "drop-…": the header of that name is not passed on. A function
+    that waits delays the request.
 
     Args:
         endpoint: of the other server.
@@ -59,7 +59,6 @@ class S3Proxy:
                     time.sleep(_HANG_S if fault == "hang" else 0)
                     self.close_connection = True
                 else:
-                    time.sleep(float(fault.removeprefix("stall-")) if fault.startswith("stall-") else 0)
                     self.pass_on(body, fault)
 
             def pass_on(self, body: bytes, fault: str) -> None:

@@ -253,7 +253,9 @@ def test_a_worker_that_cannot_be_reached_for_a_moment_is_not_dead(caplog: pytest
 
 
 @pytest.mark.usefixtures("ray_here")
-@pytest.mark.parametrize("how", ["raises", "dies", pytest.param("hangs", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", [pytest.param("raises", marks=pytest.mark.slow), "dies", pytest.param("hangs", marks=pytest.mark.slow)]
+)
 def test_a_set_up_that_fails_is_tried_again(tmp_path: Path, how: str) -> None:
     bad = making_badly(tmp_path / "log", 1, how)
     # It imports torch in this time, on a machine that may have other things to do.
@@ -266,7 +268,7 @@ def test_a_set_up_that_fails_is_tried_again(tmp_path: Path, how: str) -> None:
     ("how", "words"),
     [
         ("raises", "no worker can be started: 2 setups failed in a row, the last with: OSError: no weights"),
-        ("dies", "no worker can be started: 2 setups failed in a row"),
+        pytest.param("dies", "no worker can be started: 2 setups failed in a row", marks=pytest.mark.slow),
         ("refuses", "the backbone is not the driver's"),
     ],
 )

@@ -124,7 +124,8 @@ def test_solutions_are_kept_if_they_fit(photographs: Tensor, objective: JBUSolut
     handle.remove()
 
 
-def test_the_job_trains(tmp_path: Path) -> None:
+def test_the_job_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.train.objectives.jbu_initial._STEPS", 20)  # each training begins, also a resumed one
     folder = tmp_path / "photographs"
     write_photographs(folder / "train", 6)
     write_photographs(folder / "val", 2, first=6)
