@@ -9,6 +9,7 @@ the last, and over objects.
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -79,7 +80,7 @@ def check(config: EvaluateConfig, sides: Sequence[PlannedSide], keys: Sequence[s
     Raises:
         JobError: as described.
     """
-    first = [min(frames) for frames in _frames(keys, config.limit).values()]
+    first = [frames[0] for frames in _frames(keys, config.limit).values()]
     first_labelled(MaskFolder(str(config.labels)).files, first, "sequences")
 
 
@@ -140,7 +141,7 @@ def _sequences(comparison: Comparison, masks: MaskFolder, limit: int | None) -> 
     found, reasons = [], dict[str, str]()
     for name, keys in _frames(comparison.keys, limit).items():
         try:
-            found.append(_sequence(comparison, masks, name, tuple(sorted(keys))))
+            found.append(_sequence(comparison, masks, name, keys))
         except (FileNotFoundError, NotADirectoryError, ValueError) as error:
             reasons[name] = str(error)
     comparison.left_out(reasons, "cannot be tracked", "sequence")
@@ -149,12 +150,18 @@ def _sequences(comparison: Comparison, masks: MaskFolder, limit: int | None) -> 
     return found
 
 
-def _frames(keys: Sequence[str], limit: int | None) -> dict[str, list[str]]:
-    """Keys of the frames of ``limit`` sequences, by folder."""
+def _frames(keys: Sequence[str], limit: int | None) -> dict[str, tuple[str, ...]]:
+    """Keys of the frames of ``limit`` sequences in their order, by folder."""
     frames: dict[str, list[str]] = {}
     for key in keys:
         frames.setdefault(str(PurePosixPath(key).parent), []).append(key)
-    return {name: frames[name] for name in spread(list(frames), limit)}
+    return {name: tuple(sorted(frames[name], key=_by_numbers)) for name in spread(list(frames), limit)}
+
+
+def _by_numbers(key: str) -> tuple[list[str | int], str]:
+    """For sorting: numbers by their value, so that frame 2 is before frame 10."""
+    parts = re.split(r"(\d+)", key)  # each second one is a number
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], key
 
 
 def _sequence(comparison: Comparison, masks: MaskFolder, name: str, keys: tuple[str, ...]) -> _Sequence:

@@ -95,14 +95,19 @@ def moving(frame: int, colour: bool) -> tuple[np.ndarray, np.ndarray]:
     return mask, told.astype(np.float32)
 
 
-def test_objects_that_features_tell_are_tracked(tmp_path: Path) -> None:
+# Numbers of frames may have zeros in front of them, or none.
+@pytest.mark.parametrize("name", ["{:02d}", "frame{}", "shot 3, {}"])
+def test_objects_that_features_tell_are_tracked(tmp_path: Path, name: str) -> None:
     told, blank = {}, {}
     for frame in range(FRAMES):
-        mask, told[f"clip/{frame:02d}.jpg"] = moving(frame, True)
-        blank[f"clip/{frame:02d}.jpg"] = moving(frame, False)[1]
-        write_png(tmp_path / "masks" / "clip" / f"{frame:02d}.png", mask)
+        number = name.format(8 + frame)
+        mask, told[f"clip/{number}.jpg"] = moving(frame, True)
+        blank[f"clip/{number}.jpg"] = moving(frame, False)[1]
+        if frame < FRAMES - 1:  # the last frame needs none
+            write_png(tmp_path / "masks" / "clip" / f"{number}.png", mask)
     comparison = compared(blank=store_of(tmp_path / "a", blank), told=store_of(tmp_path / "b", told))
     outcome = evaluate(comparison, config("video", tmp_path / "masks", tmp_path / "report", video_rows=SIDE))
+    assert comparison.notes == []
     result = Result.of("video", outcome, comparison)
     assert outcome.units == ["clip"]
     assert result.estimates["J"]["told"][0].mean == 1
