@@ -5,6 +5,7 @@ a diverged training); 2: cannot be done as requested; 70: internal error in dens
 """
 
 import importlib.metadata
+import io
 import logging
 import os
 import signal
@@ -38,6 +39,8 @@ def run(
         description: text for ``--help``.
         interrupted: message for an interrupted job, unless the ``KeyboardInterrupt`` that the job raises has a message.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may hold bytes that are no text
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for ours in ("__main__", "densefeat", *_APPLICATION):
         logging.getLogger(ours).setLevel(logging.INFO)

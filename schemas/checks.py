@@ -10,6 +10,7 @@ __all__ = [
     "at_least",
     "check_components",
     "check_method_options",
+    "check_seed",
     "own_options",
     "parse_layers",
     "parse_size",
@@ -71,7 +72,7 @@ def at_least(option: str, value: float | None, least: float) -> None:
     """
     if value is None:
         return
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{option} must be a finite number: got {value}")
     if value < least:
         raise ValueError(f"{option} must be at least {least}: got {value}")
@@ -99,6 +100,16 @@ def positive(option: str, value: float) -> None:
     """
     if not 0 < value < math.inf:
         raise ValueError(f"{option} must be positive and finite: got {value}")
+
+
+def check_seed(option: str, value: int) -> None:
+    """Refuse a seed that torch's generators do not take.
+
+    Raises:
+        ValueError: the value is refused.
+    """
+    if not 0 <= value < 2**63:
+        raise ValueError(f"{option} must be at least 0 and less than 2^63: got {value}")
 
 
 def own_options(config: object, kind: type[Options]) -> Options:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from schemas.checks import at_least
+from schemas.checks import at_least, check_seed, positive
 
 __all__ = ["EvaluateConfig", "TaskName"]
 
@@ -82,14 +82,18 @@ class EvaluateConfig:
             raise ValueError(f"--task {self.task} trains nothing: leave out --train and --val")
         for option in ("limit", "runs", "pixels", "video_rows", "discovery_rows"):
             at_least(f"--{option.replace('_', '-')}", getattr(self, option), 1)
-        at_least("--seed", self.seed, 0)
+        check_seed("--seed", self.seed)
         at_least("--shown", self.shown, 0)
         at_least("--classes", self.classes, 2)
         if (self.train is None) != (self.val is None):
             raise ValueError("--train and --val are patterns of keys: pass both or neither")
-        if not 0 <= self.depth_range[0] < self.depth_range[1]:
+        for depth in self.depth_range:
+            at_least("--depth-range", depth, 0)
+        if not self.depth_range[0] < self.depth_range[1]:
             raise ValueError(f"--depth-range is a range in metres: got {self.depth_range[0]} {self.depth_range[1]}")
-        if self.depth_scale is not None and self.depth_scale <= 0:
-            raise ValueError(f"--depth-scale is in metres per unit, more than 0: got {self.depth_scale}")
-        if not self.alphas or min(self.alphas) <= 0:
-            raise ValueError(f"--alphas are shares, more than 0: got {' '.join(map(str, self.alphas)) or 'none'}")
+        if self.depth_scale is not None:
+            positive("--depth-scale", self.depth_scale)
+        if not self.alphas:
+            raise ValueError("--alphas: got none, expected shares such as 0.1")
+        for alpha in self.alphas:
+            positive("--alphas", alpha)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from schemas.checks import at_least, check_method_options, parse_layers, parse_size, positive
+from schemas.checks import at_least, check_method_options, check_seed, parse_layers, parse_size, positive
 from schemas.configuration import MAX_PIXELS, MIN_SIDE, Fit
 
 # FeatUp publishes 4 images per step. LiFT publishes 64 to 256; 16 suit a CPU or a small GPU.
@@ -48,7 +48,7 @@ class BackboneChoice:
 
 _LEAST: dict[str, float] = {
     "limit": 1, "val_count": 1, "val_views": 1, "steps": 1, "batch_size": 1, "max_pad_px": 0,
-    "max_zoom": 1, "seed": 0, "workers": 1, "checkpoint_every": 1, "evaluate_every": 1, "attempts": 0, "min_side": 1,
+    "max_zoom": 1, "workers": 1, "checkpoint_every": 1, "evaluate_every": 1, "attempts": 0, "min_side": 1,
 }  # fmt: skip
 
 
@@ -121,8 +121,7 @@ class SharedTrainOptions:
         for option, least in _LEAST.items():
             at_least(f"--{option.replace('_', '-')}", getattr(self, option), least)
         parse_size("--size", self.size)
-        if self.seed >= 2**63:
-            raise ValueError(f"--seed must be less than 2^63: got {self.seed}")
+        check_seed("--seed", self.seed)
         if not 0 < self.val_share < 1:
             raise ValueError(f"--val-share is a share: got {self.val_share}, expected between 0 and 1")
         positive("--learning-rate", self.effective_learning_rate)

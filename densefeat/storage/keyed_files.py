@@ -1,5 +1,6 @@
 """The labels of a dataset: files named by key in one folder."""
 
+import errno
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
@@ -40,8 +41,9 @@ class KeyedFiles:
         for name in names:
             try:
                 return name, self.objects.get(name)
-            except (FileNotFoundError, NotADirectoryError):
-                continue
+            except OSError as error:
+                if not _is_absent(error):
+                    raise
         raise FileNotFoundError(
             f"{self.objects.uri} has no {self._contents} for {key!r}: expected {' or '.join(names)}"
         )
@@ -67,6 +69,10 @@ class KeyedFiles:
             return self.objects.exists(name)
         except PermissionError:  # how a bucket that cannot be listed answers for a missing object
             return False
+        except OSError as error:
+            if not _is_absent(error):
+                raise
+            return False
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of ``keys`` that have no file, by one listing of the folder (over http, by a request per name).
@@ -85,3 +91,8 @@ class KeyedFiles:
                 f"{self.objects.uri} has no files: expected {self._contents}s named by key, e.g. {example}"
             )
         return [key for key in keys if found.isdisjoint(self.names(key))]
+
+
+def _is_absent(error: OSError) -> bool:
+    """Whether there is no such file, maybe because no file can have the name: a suffix can make it too long."""
+    return isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno == errno.ENAMETOOLONG

@@ -9,7 +9,7 @@ image, or replaced by grey, those with the highest values first. The class is th
 The features must be class scores at every position, of ``--space head``: the map of a class is then a channel.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from pipeline.errors import JobError
 from pipeline.evaluate.data.comparison import Comparison, counted, spread
-from pipeline.evaluate.data.originals import backbone_of, check_weights, read_photo
+from pipeline.evaluate.data.originals import backbone_of, check_weights, on_image, read_photo
 from pipeline.evaluate.data.sides import PlannedSide, Side
 from pipeline.evaluate.probe import share
 from pipeline.evaluate.report.pictures import ramp_colours
@@ -29,6 +29,8 @@ from schemas.evaluate_options import EvaluateConfig
 
 __all__ = ["Classifier", "check", "evaluate", "measures"]
 
+_OF_TEXTS = ("clip", "siglip")  # in timm's names of models trained with texts,
+_TUNED = "_ft_"  # and of weights tuned to a classifier afterwards
 _STEPS = 10  # of insertion and deletion
 _GREY = 127.5
 _BLUR = (11, 5.0)  # RISE: kernel and standard deviation in pixels
@@ -65,13 +67,15 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
         JobError: the weights are not those that made a store, or an image cannot be read.
     """
     keys = spread(comparison.keys, config.limit)
+    comparison.notes.extend(_doubts(comparison.sides))
     classifiers = {side.name: Classifier(backbone_of(side, config.weights)) for side in comparison.sides}
     found: dict[str, list[Tensor]] = {side.name: [] for side in comparison.sides}
     with torch.inference_mode():
         for key in keys:
             for side in comparison.sides:
                 photo, heat, number = _map(side, classifiers[side.name], key)
-                found[side.name].append(measures(classifiers[side.name], photo, heat, number))
+                valid = on_image(side.store, key, (heat.shape[0], heat.shape[1]))
+                found[side.name].append(measures(classifiers[side.name], photo, heat, number, valid))
     values = {side: torch.stack(own)[None] for side, own in found.items()}
 
     def figure(name: str, place: int, higher_is_better: bool) -> Figure:
@@ -107,35 +111,56 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     )
 
 
+def _doubts(sides: Sequence[Side]) -> Iterator[str]:
+    """Notes on sides whose channels may be no class scores: timm does not tell a projection from a classifier."""
+    for side in sides:
+        name = side.store.attributes["configuration"]["backbone"]["name"]
+        if any(family in name for family in _OF_TEXTS) and _TUNED not in name:
+            yield (
+                f"{side.name}: {name} is trained with texts. If its head is the projection into their space, its "
+                "channels are no class scores, and the figures mean nothing: use a classifier"
+            )
+
+
 def _map(side: Side, classifier: Classifier, key: str) -> tuple[Tensor, Tensor, int]:
-    """The photograph [3, H, W] uint8, the map [H, W] of the most probable class, 0 … 1, and the class."""
+    """The photograph [3, H, W] uint8, the map [H, W] of the most probable class, and the class.
+
+    The map is 0 … 1 on the image; padding does not count.
+    """
     photo = torch.from_numpy(read_photo(side.store, side.store.row_of(key)))
     number = int(classifier.probabilities(photo[None])[0].argmax())
     components = torch.from_numpy(side.components[:, number].copy())
     scores = torch.einsum("k,khw->hw", components, side.read(key))
     large = F.interpolate(scores[None, None], photo.shape[1:], mode="bilinear", align_corners=False)[0, 0]
-    low, high = large.min(), large.max()
-    return photo, (large - low) / (high - low).clamp(min=1e-12), number
+    valid = on_image(side.store, key, (photo.shape[1], photo.shape[2]))
+    inside = large[valid] if valid.any() else large
+    low, high = inside.min(), inside.max()
+    return photo, ((large - low) / (high - low).clamp(min=1e-12)).clamp(0, 1), number
 
 
-def measures(classifier: Classifier, photo: Tensor, heat: Tensor, number: int) -> Tensor:
+def measures(classifier: Classifier, photo: Tensor, heat: Tensor, number: int, valid: Tensor) -> Tensor:
     """Drop, increase, insertion and deletion of an image, and 1: [5] float64.
+
+    Padding stays as it is in all of them; zeros if there is nothing else.
 
     Args:
         classifier: of images.
         photo: [3, H, W] uint8.
         heat: [H, W], 0 … 1.
         number: of the class.
+        valid: [H, W] bool, pixels of the image; the others are padding.
     """
+    if not valid.any():
+        return torch.zeros(5, dtype=torch.float64)
     whole = photo.float()
     blurred = gaussian_blur(whole, [_BLUR[0]] * 2, [_BLUR[1]] * 2)
-    order = heat.flatten().argsort(descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order))
-    shown = [(rank < len(order) * step / _STEPS).view(heat.shape) for step in range(_STEPS + 1)]
-    images = [whole, whole * heat]
-    images += [torch.where(top, whole, blurred) for top in shown]
-    images += [torch.where(top, _GREY, whole) for top in shown]
+    order = heat[valid].argsort(descending=True, stable=True)
+    rank = torch.full(heat.shape, -1)
+    rank[valid] = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    before = [rank < len(order) * step / _STEPS for step in range(_STEPS + 1)]  # padding is before all pixels
+    images = [whole, whole * heat.where(valid, 1)]
+    images += [torch.where(top, whole, blurred) for top in before]
+    images += [torch.where(top & valid, _GREY, whole) for top in before]
     stacked = torch.stack(images).round().clamp(0, 255).to(torch.uint8)
     full, masked, *rest = classifier.probabilities(stacked)[:, number].double().tolist()
     inserted, deleted = torch.tensor(rest, dtype=torch.float64).view(2, -1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 4000
+_DRAWN_AT_ONCE = 1 << 22  # photographs of all resamples
 Metric = Callable[[Tensor], Tensor]  # summed counts [..., *] -> values [...]
 
 
@@ -52,13 +53,17 @@ def paired(counts: Mapping[str, Tensor], metric: Metric, baseline: str) -> dict[
     """
     runs, photos = counts[baseline].shape[:2]
     generator = torch.Generator().manual_seed(0)
-    run = torch.randint(runs, (RESAMPLES,), generator=generator)
-    drawn = torch.randint(photos, (RESAMPLES, photos), generator=generator)
-    times = torch.zeros(RESAMPLES, photos, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones(RESAMPLES, photos, dtype=torch.float64)
-    )
-    whole = {side: metric(count.double().sum(1)).nanmean() for side, count in counts.items()}
-    resampled = {side: metric(_summed(count.double(), run, times)) for side, count in counts.items()}
+    precise = {side: count.double() for side, count in counts.items()}
+    whole = {side: metric(count.sum(1)).nanmean() for side, count in precise.items()}
+    parts: dict[str, list[Tensor]] = {side: [] for side in counts}
+    of_resamples = torch.randint(runs, (RESAMPLES,), generator=generator)
+    for run in torch.split(of_resamples, max(1, _DRAWN_AT_ONCE // photos)):
+        drawn = torch.randint(photos, (len(run), photos), generator=generator)
+        times = torch.zeros(drawn.shape, dtype=torch.float64)
+        times.scatter_add_(1, drawn, torch.ones((), dtype=torch.float64).expand(drawn.shape))
+        for side, count in precise.items():
+            parts[side].append(metric(_summed(count, run, times)))
+    resampled = {side: torch.cat(own) for side, own in parts.items()}
     return {
         side: (
             _estimate(whole[side], resampled[side]),

@@ -59,7 +59,9 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     def usable(_: str, mask: npt.NDArray[Any]) -> bool:
         return bool(objects(mask))
 
-    keys = labelled(comparison, spread(comparison.keys, config.limit), folder, usable)
+    values = " ".join(map(str, config.objects)) or f"any but 0 and --ignore {' '.join(map(str, config.ignore))}"
+    expected = f"an object (value {values}) of {_LEAST_AREA:.0%} of the image or more"
+    keys = labelled(comparison, spread(comparison.keys, config.limit), folder, usable, expected=expected)
     overlaps: dict[str, list[float]] = {side.name: [] for side in comparison.sides}
     for key in keys:
         grid = comparison.grid(key)

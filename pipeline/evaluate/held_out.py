@@ -143,9 +143,14 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
 
 
 def squared_errors(predicted: Tensor, seen: Tensor) -> Tensor:
-    """Error of an image, as a share of the variance of its features [V, k, h, w], and 1: [2] float64."""
+    """Error of an image, as a share of the variance of its features [V, k, h, w], and 1: [2] float64.
+
+    0 and 0 if its features do not vary.
+    """
     error = (predicted - seen).square().sum().double()
     variance = (seen - seen.mean((0, 2, 3), keepdim=True)).square().sum().double()
+    if not variance:
+        return torch.zeros(2, dtype=torch.float64)
     return torch.stack([error / variance, torch.ones((), dtype=torch.float64)])
 
 

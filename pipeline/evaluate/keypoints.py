@@ -6,6 +6,7 @@ features. PCK@α is the share of keypoints that arrive within α × the larger s
 keypoints, or of the target image. As in PF-WILLOW, the box is that of the keypoints.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class _Image:
         key: of the image.
         grid: of the image.
         points: [n, 2] (x, y) in pixels of the original; NaN where there is none, or not within the grid.
-        lengths: larger side of the box around all keypoints, and of the image, in pixels of the original.
+        lengths: larger side of the box around the keypoints on the image, and of the image, in pixels of the original.
     """
 
     key: str
@@ -49,13 +50,9 @@ class _Image:
     @classmethod
     def of(cls, key: str, grid: Grid, points: Points) -> "_Image":
         places = grid.points(points)
-        height, width = grid.shape
-        with np.errstate(invalid="ignore"):
-            inside = (places >= 0).all(1) & (places[:, 0] <= width) & (places[:, 1] <= height)
-        box = np.nanmax(points, 0) - np.nanmin(points, 0)
-        return cls(
-            key, grid, np.where(inside[:, None], points, np.nan), (float(box.max()), float(max(grid.image_size)))
-        )
+        inside, on_image = _within(places, grid.shape), _within(points, grid.image_size)
+        box = np.ptp(points[on_image], 0).max() if on_image.any() else 0
+        return cls(key, grid, np.where(inside[:, None], points, np.nan), (float(box), float(max(grid.image_size))))
 
     def descriptors(self, side: Side, comparison: Comparison) -> Tensor:
         """Features at the keypoints, bilinear between pixels: [n, k + 1]; those of missing points mean nothing."""
@@ -74,12 +71,15 @@ class _Image:
 
 
 def check(config: EvaluateConfig, sides: Sequence[PlannedSide], keys: Sequence[str]) -> None:
-    """Refuse keypoints of other images.
+    """Refuse keypoints of other images, and images without a pair.
 
     Raises:
-        JobError: none of the images has keypoints, or the file cannot be read.
+        JobError: none of the images has keypoints, no two have some in common, or the file cannot be read.
     """
-    _with_keypoints(read_keypoints(str(config.labels)), keys, config)
+    listed = read_keypoints(str(config.labels))
+    points = {key: listed[key] for key in spread(_with_keypoints(listed, keys, config), config.limit)}
+    if not any(_targets(points, config.same_folder).values()):
+        raise JobError(_why_no_pair(points, config, ()))
 
 
 def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
@@ -89,10 +89,16 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
         JobError: no two images have keypoints in common.
     """
     images = _images(comparison, config)
-    targets = _targets(images, config.same_folder)
+    points = {key: one.points for key, one in images.items()}
+    targets = _targets(points, config.same_folder)
     sources = [key for key in images if targets[key]]
     if not sources:
-        raise JobError(_why_no_pair(comparison, images, config))
+        raise JobError(_why_no_pair(points, config, comparison.notes))
+    if unlike := _of_other_lengths(points, config.same_folder):
+        comparison.notes.append(
+            f"{counted(unlike, 'pair')} left out: their lists have different lengths; point i corresponds to point i, "
+            "null where there is none"
+        )
     unpaired = {key: counted(len(one.points), "point") for key, one in images.items() if not targets[key]}
     comparison.left_out(unpaired, "no keypoint in common with another image")
     hits = {side.name: _hits(comparison, side, images, targets, sources, config.alphas) for side in comparison.sides}
@@ -111,7 +117,7 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     def draw(unit: int) -> list[Panel]:
         source = images[sources[unit]]
         target = images[targets[source.key][0]]
-        common = _in_common(source, target)
+        common = _in_common(source.points, target.points)
         photo = photograph(comparison, source.key, source.grid)
         panels = [with_points(photo, source.grid.points(source.points[common]))]
         for side in comparison.sides:
@@ -155,12 +161,18 @@ def _images(comparison: Comparison, config: EvaluateConfig) -> dict[str, _Image]
         comparison.notes.append(
             f"{counted(hidden, 'keypoint')} left out: outside of the features; --fit pad keeps all within the image"
         )
-    if boxless := sum(one.lengths[0] == 0 for one in images.values()):
+    if boxless := sum(one.lengths[0] == 0 and bool(np.isfinite(one.points).any()) for one in images.values()):
         comparison.notes.append(
             f"{counted(boxless, 'image')} with keypoints at one place only: their box has no size, and no point is "
             "within a share of it"
         )
     return images
+
+
+def _within(points: Points, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """Which points (x, y) [n, 2] are within an area of (height, width): [n]; those that are NaN are not."""
+    height, width = size
+    return np.asarray((points >= 0).all(1) & (points[:, 0] <= width) & (points[:, 1] <= height))
 
 
 def _with_keypoints(listed: Mapping[str, Points], keys: Sequence[str], config: EvaluateConfig) -> list[str]:
@@ -178,35 +190,47 @@ def _with_keypoints(listed: Mapping[str, Points], keys: Sequence[str], config: E
     return found
 
 
-def _in_common(source: _Image, target: _Image) -> npt.NDArray[np.bool_]:
+def _in_common(source: Points, target: Points) -> npt.NDArray[np.bool_]:
     """Which keypoints both have: [n]."""
-    return np.asarray(~np.isnan(source.points + target.points).any(1))
+    return np.asarray(~np.isnan(source + target).any(1))
 
 
-def _why_no_pair(comparison: Comparison, images: Mapping[str, _Image], config: EvaluateConfig) -> str:
-    found = f"--labels {config.labels}: no two of {counted(len(images), 'image')} have keypoints in common"
-    reasons = []
-    if config.same_folder and len({key.split("/")[0] for key in images}) == len(images):
+def _why_no_pair(points: Mapping[str, Points], config: EvaluateConfig, notes: Sequence[str]) -> str:
+    found = f"--labels {config.labels}: no two of {counted(len(points), 'image')} have keypoints in common"
+    reasons = ["--limit leaves one"] if len(points) == 1 == config.limit else []
+    if len(points) > 1 and config.same_folder and len({_folder(key) for key in points}) == len(points):
         reasons.append("every image is alone in its folder: pass --no-same-folder to pair all")
-    if len({len(one.points) for one in images.values()}) > 1:
+    if len({len(one) for one in points.values()}) > 1:
         reasons.append("their lists have different lengths: point i corresponds to point i, null where there is none")
-    return "; ".join([found, *reasons, *comparison.notes])
+    return "; ".join([found, *reasons, *notes])
 
 
-def _targets(images: Mapping[str, _Image], same_folder: bool) -> dict[str, list[str]]:
+def _folder(key: str) -> str:
+    return key.split("/")[0]
+
+
+def _targets(points: Mapping[str, Points], same_folder: bool) -> dict[str, list[str]]:
     """For every source image, the target images; those next in the order come first."""
-    keys = list(images)
+    keys = list(points)
     targets: dict[str, list[str]] = {}
     for place, key in enumerate(keys):
         others = keys[place + 1 :] + keys[:place]
-        own = images[key].points
         targets[key] = [
             other
             for other in others
-            if not same_folder or other.split("/")[0] == key.split("/")[0]
-            if len(images[other].points) == len(own) and _in_common(images[key], images[other]).any()
+            if not same_folder or _folder(other) == _folder(key)
+            if len(points[other]) == len(points[key]) and _in_common(points[key], points[other]).any()
         ]
     return targets
+
+
+def _of_other_lengths(points: Mapping[str, Points], same_folder: bool) -> int:
+    """Number of pairs, of a source and a target, whose lists have different lengths."""
+    lengths = Counter((_folder(key) if same_folder else "", len(one)) for key, one in points.items())
+    images = Counter[str]()
+    for (folder, _), count in lengths.items():
+        images[folder] += count
+    return sum(count * (images[folder] - count) for (folder, _), count in lengths.items())
 
 
 def _hits(
@@ -226,8 +250,10 @@ def _hits(
             continue
         found = target.nearest(side, comparison, torch.cat([described[sources[unit]] for unit in own]))
         for unit, places in zip(own, np.split(found, len(own)), strict=True):
-            distance = np.linalg.norm(places - target.points, axis=1)[_in_common(images[sources[unit]], target)]
+            common = _in_common(images[sources[unit]].points, target.points)
+            distance = np.linalg.norm(places - target.points, axis=1)[common]
             for i, alpha in enumerate(alphas):
                 for j, length in enumerate(target.lengths):
-                    hits[0, unit, i, j] += torch.tensor([int((distance <= alpha * length).sum()), len(distance)])
+                    near = distance <= alpha * length if length else np.zeros(len(distance), np.bool_)
+                    hits[0, unit, i, j] += torch.tensor([int(near.sum()), len(distance)])
     return hits

@@ -8,14 +8,13 @@ the worst percentile of each image's cells. How many components a task needs is 
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.quantization import Encoding
 from pipeline.evaluate.data.comparison import Comparison, counted, spread
-from pipeline.evaluate.data.originals import backbone_of, check_weights, read_photo
+from pipeline.evaluate.data.originals import backbone_of, check_weights, on_image, read_photo
 from pipeline.evaluate.data.sides import PlannedSide, Side
 from pipeline.evaluate.probe import share
 from pipeline.evaluate.report.pictures import of_cells, photograph
@@ -56,9 +55,7 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
 
     def figure(name: str, place: int, kind: int) -> Figure:
         """``place``: stored values, or PCA with so many components; ``kind``: mean or worst percentile."""
-        values = {
-            side: torch.stack([own[:, place, kind], torch.ones(len(keys))], 1)[None] for side, own in found.items()
-        }
+        values = {side: _counts(own[:, place, kind]) for side, own in found.items()}
         return Figure(name, values, share, digits=4)
 
     def draw(unit: int) -> list[Panel]:
@@ -105,21 +102,16 @@ def _cosines(side: Side, backbone: Backbone, key: str, counts: Sequence[int]) ->
             )
             for one in parts
         ]
-    valid = _valid_cells(side, key, backbone.grid)
-    return torch.cat(cosines).where(valid, torch.nan)
+    return torch.cat(cosines).where(on_image(side.store, key, backbone.grid), torch.nan)
 
 
-def _valid_cells(side: Side, key: str, cells: tuple[int, int]) -> Tensor:
-    """Cells whose centre lies on the image, not on padding: [h, w] bool."""
-    box, size = side.store.geometry(key).valid_box, side.store.shape[1:]
-    inside = []
-    for axis in range(2):
-        centres = (np.arange(cells[axis]) + 0.5) * size[axis] / cells[axis]
-        inside.append((centres >= box[axis]) & (centres < box[axis + 2]))
-    return torch.from_numpy(inside[0][:, None] & inside[1])
+def _counts(values: Tensor) -> Tensor:
+    """Values of the images [P] and 1, or 0 and 0 of an image without a cell: [1, P, 2]."""
+    known = ~values.isnan()
+    return torch.stack([values.where(known, 0), known.float()], 1)[None]
 
 
 def _figures(cosines: Tensor) -> Tensor:
-    """Mean and worst percentile of cosines [n, h, w] over the cells: [n, 2]."""
+    """Mean and worst percentile of cosines [n, h, w] over the cells: [n, 2]; NaN if all cells are padding."""
     flat = cosines.flatten(1)
     return torch.stack([flat.nanmean(1), flat.nanquantile(_WORST, 1)], 1)

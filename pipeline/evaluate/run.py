@@ -25,6 +25,8 @@ from schemas.evaluate_options import EvaluateConfig, TaskName
 
 __all__ = ["TASKS", "evaluate"]
 
+_UNDECODABLE = "backslashreplace"  # bytes of a path or name that are no text; in JSON that is how to write them
+
 TASKS: dict[TaskName, Task] = {
     "segmentation": Task(segmentation.check, segmentation.evaluate),
     "depth": Task(depth.check, depth.evaluate),
@@ -59,6 +61,6 @@ def evaluate(config: EvaluateConfig) -> Result:
         document = json.dumps(result.to_dict(asdict(config)), indent=1, ensure_ascii=False, allow_nan=False)
         drawn = page(result, config.shown)
         with storage_explained(f"--report {config.report}"):
-            report.put("report.json", document.encode())
-            report.put("report.html", drawn.encode())
+            report.put("report.json", document.encode(errors=_UNDECODABLE))
+            report.put("report.html", drawn.encode(errors=_UNDECODABLE))
     return result

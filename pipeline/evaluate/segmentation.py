@@ -115,7 +115,7 @@ def _prepared(comparison: Comparison, config: EvaluateConfig) -> tuple[Split, _M
     pixels: dict[str, Counter[int]] = {}
 
     def usable(key: str, mask: npt.NDArray[Any]) -> bool:
-        values, counts = np.unique(mask, return_counts=True)
+        values, counts = np.unique(mask.astype(np.int64), return_counts=True)
         found = dict(zip(values.tolist(), counts.tolist(), strict=True))
         pixels[key] = Counter({value: count for value, count in found.items() if value not in config.ignore})
         return bool(pixels[key])
@@ -124,7 +124,11 @@ def _prepared(comparison: Comparison, config: EvaluateConfig) -> tuple[Split, _M
     in_train, in_val = (sum((pixels[key] for key in part), Counter[int]()) for part in (whole.train, whole.val))
     values = tuple(sorted(value for value, _ in in_train.most_common(config.classes)))
     if len(values) < 2:
-        raise JobError(f"--labels: the training images have the classes {values}, expected two or more")
+        ignored = ", ".join(map(str, config.ignore)) or "none"
+        raise JobError(
+            f"--labels: the training images have the classes {values}, expected two or more; values left out by "
+            f"--ignore: {ignored}"
+        )
     if lost := {value: count for value, count in in_val.items() if value not in values}:
         comparison.notes.append(
             f"{len(lost)} of the validation images' classes are not among those of the probe: their pixels are left "

@@ -23,6 +23,7 @@ class Figure:
     Attributes:
         name: e.g. "mean IoU".
         counts: for each side [R, P, …]: counts of R runs on P units, summed over units before ``metric`` is taken.
+            Finite: zeros of a unit that has nothing to count.
         metric: from summed counts [N, …] to values [N].
         higher_is_better: whether a greater value is better.
         digits: after the decimal point.
@@ -57,7 +58,7 @@ class Outcome:
         unit: what the intervals resample, e.g. "image".
         units: their names.
         figures: the first is the main one.
-        draw: pictures of a unit, given by its number.
+        draw: pictures of a unit, given by its number; the last ones are those of the sides, in their order.
         details: further results for report.json.
         legend: colours of the pictures, (red, green, blue), by what they stand for.
     """

@@ -35,6 +35,7 @@ __all__ = ["boundary_measure", "check", "evaluate", "propagate", "region_similar
 _FRAMES, _NEIGHBOURS, _TEMPERATURE = 7, 5, 0.1
 _WINDOW = 12 / 60  # of the rows of the grid: 12 of DINO's 60
 _TILE = (4, 16)  # rows and columns that are propagated at once: their windows overlap
+_LEAST_FRAMES = 3  # of a sequence: the first and the last are not evaluated
 _TOLERANCE = 0.008  # of the image's diagonal, for boundaries
 
 Mask = npt.NDArray[np.bool_]
@@ -75,13 +76,19 @@ class _Tracked:
 
 
 def check(config: EvaluateConfig, sides: Sequence[PlannedSide], keys: Sequence[str]) -> None:
-    """Refuse masks that are not there.
+    """Refuse masks that are not there, and folders with too few frames.
 
     Raises:
         JobError: as described.
     """
-    first = [frames[0] for frames in _frames(keys, config.limit).values()]
-    first_labelled(MaskFolder(str(config.labels)).files, first, "sequences")
+    sequences = _frames(keys, config.limit)
+    if max(map(len, sequences.values())) < _LEAST_FRAMES:
+        name, frames = next(iter(sequences.items()))
+        raise JobError(
+            f"--features: no folder has {_LEAST_FRAMES} frames or more, as a sequence must have; {name}/ has "
+            f"{len(frames)}, such as {frames[0]}"
+        )
+    first_labelled(MaskFolder(str(config.labels)).files, [frames[0] for frames in sequences.values()], "sequences")
 
 
 def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
@@ -142,7 +149,7 @@ def _sequences(comparison: Comparison, masks: MaskFolder, limit: int | None) -> 
     for name, keys in _frames(comparison.keys, limit).items():
         try:
             found.append(_sequence(comparison, masks, name, keys))
-        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        except (OSError, ValueError) as error:
             reasons[name] = str(error)
     comparison.left_out(reasons, "cannot be tracked", "sequence")
     if not found:
@@ -165,15 +172,21 @@ def _by_numbers(key: str) -> tuple[list[str | int], str]:
 
 
 def _sequence(comparison: Comparison, masks: MaskFolder, name: str, keys: tuple[str, ...]) -> _Sequence:
-    if len(keys) < 3:
-        raise ValueError(f"has {len(keys)} frames, expected three or more")
+    if len(keys) < _LEAST_FRAMES:
+        raise ValueError(f"has {counted(len(keys), 'frame')}, expected {_LEAST_FRAMES} or more")
     grids = [comparison.grid(key) for key in keys]
     if len({(grid.image_size, grid.shape) for grid in grids}) > 1:
         raise ValueError("its frames have different sizes")
-    first = grids[0].nearest(masks(keys[0]))
+    mask = masks(keys[0])
+    first = grids[0].nearest(mask)
     objects = tuple(int(value) for value in np.unique(first) if value)
     if not objects:
         raise ValueError(f"the mask of its first frame, {keys[0]}, has no object")
+    if lost := set(np.unique(mask).tolist()) - {0, *objects}:
+        comparison.notes.append(
+            f"{name}: {counted(len(lost), 'object')} of the first frame left out: outside of the features, or smaller "
+            "than a pixel of them"
+        )
     if missing := set(masks.missing(keys[1:-1])):
         comparison.notes.append(f"{name}: {counted(len(missing), 'frame')} without a mask: not evaluated")
         if len(missing) == len(keys) - 2:
@@ -182,7 +195,7 @@ def _sequence(comparison: Comparison, masks: MaskFolder, name: str, keys: tuple[
     for key in evaluated:
         try:
             grids[0].nearest(masks(key))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"the mask of {key} cannot be used: {error}") from error
     return _Sequence(name, keys, grids[0], torch.from_numpy(_numbered(first, objects)), objects, evaluated)
 

@@ -126,16 +126,21 @@ def split(keys: Sequence[str], train: str | None, val: str | None, seed: int) ->
         parts = [tuple(key for key in keys if fnmatch.fnmatchcase(key, pattern)) for pattern in (train, val)]
         described = f"--train {train}, --val {val}"
     else:
-        parts = [tuple(key for key in keys if key.split("/")[0] in names and "/" in key) for names in (_TRAIN, _VAL)]
-        described = f"folders {'/, '.join(sorted({key.split('/')[0] for part in parts for key in part}))}/"
+        folders = {key.split("/")[0] for key in keys if "/" in key}
+        chosen = [next((name for name in names if name in folders), None) for names in (_TRAIN, _VAL)]
+        parts = [tuple(key for key in keys if name is not None and key.startswith(f"{name}/")) for name in chosen]
+        described = f"folders {chosen[0]}/, {chosen[1]}/"
         if not all(parts):
             order = np.random.default_rng(seed).permutation(len(keys))
             half = sorted(order[: len(keys) // 2].tolist())
             parts = [tuple(keys[i] for i in half), tuple(keys[i] for i in sorted(set(order.tolist()) - set(half)))]
             described = f"random halves, seed {seed}"
-    for name, part in zip(("train", "val"), parts, strict=True):
+    for purpose, part in zip(("train", "evaluate"), parts, strict=True):
         if not part:
-            raise JobError(f"--{name}: no image is in this split ({described}); keys look like {keys[0]!r}")
+            raise JobError(
+                f"no image is left to {purpose} on, of {counted(len(keys), 'image')} ({described}); keys look like "
+                f"{keys[0]!r}"
+            )
     if both := set(parts[0]) & set(parts[1]):
         raise JobError(
             f"--train {train} and --val {val} have {counted(len(both), 'image')} in common, such as {min(both)!r}"

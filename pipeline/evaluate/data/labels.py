@@ -4,7 +4,6 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +53,7 @@ class DepthFolder:
             depth = _npy(data) if name.endswith(".npy") else decode_png(data, _GREY, "grey of 8 or 16 bits")
             if depth.ndim != 2 or depth.dtype.kind not in "iuf":
                 raise ValueError(f"got {depth.dtype} {depth.shape}, expected [height, width]")
-        except (OSError, ValueError, EOFError, BadZipFile) as error:  # numpy, of damaged files
+        except Exception as error:  # numpy has many for damaged files, such as one of a header without end
             raise ValueError(f"{name} is no depth image: {error}") from error
         return self._in_metres(depth)
 
@@ -135,6 +134,7 @@ def labelled(
     labels: Labels,
     usable: Callable[[str, Array], bool],
     part: str = "images",
+    expected: str = "a label",
 ) -> list[str]:
     """Those of ``keys`` whose labels can be used on the common grid; the others are noted, with their reasons.
 
@@ -144,6 +144,7 @@ def labelled(
         labels: of a key.
         usable: of a key and its labels on the grid, [m, n]: whether they hold any.
         part: name of ``keys`` in messages.
+        expected: what labels must hold, in messages.
 
     Raises:
         JobError: no image has labels.
@@ -154,7 +155,7 @@ def labelled(
             if usable(key, comparison.grid(key).nearest(labels(key))):
                 found.append(key)
             else:
-                empty[key] = "no label within the features"
+                empty[key] = f"expected {expected} within the features"
         except (FileNotFoundError, NotADirectoryError) as error:
             absent[key] = str(error)
         except (ValueError, OSError) as error:
@@ -185,7 +186,7 @@ def read_keypoints(uri: str) -> dict[str, npt.NDArray[np.float64]]:
         if not isinstance(document, dict):
             raise ValueError(f"got a {type(document).__name__}")
         return {key: _points(key, listed) for key, listed in document.items()}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError) as error:  # a number, or a nesting, without end
         raise JobError(f'--labels {uri}: expected a JSON object {{"KEY": [[x, y], null, …], …}}: {error}') from error
 
 
@@ -196,7 +197,9 @@ def _points(key: str, listed: object) -> npt.NDArray[np.float64]:
     for number, point in enumerate(listed):
         if point is None:
             continue
-        if not isinstance(point, list) or len(point) != 2 or not all(isinstance(one, int | float) for one in point):
+        if not isinstance(point, list) or len(point) != 2 or not all(type(one) in (int, float) for one in point):
             raise ValueError(f"point {number} of {key!r} is {point!r}")
         points[number] = point
+        if not np.isfinite(points[number]).all():
+            raise ValueError(f"point {number} of {key!r} is {point!r}, expected finite numbers")
     return points

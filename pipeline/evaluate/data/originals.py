@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from densefeat.store import FeatureStore
 from pipeline.errors import ImageError, JobError
@@ -15,7 +17,7 @@ from pipeline.images.reading.read import read_images
 from pipeline.store.layout import stored_attributes
 from schemas.configuration import StoreConfiguration
 
-__all__ = ["backbone_of", "check_weights", "read_photo", "stored_backbone", "stored_geometry"]
+__all__ = ["backbone_of", "check_weights", "on_image", "read_photo", "stored_backbone", "stored_geometry"]
 
 
 def stored_geometry(store: FeatureStore) -> Geometry:
@@ -43,9 +45,20 @@ def read_photo(store: FeatureStore, row: int) -> npt.NDArray[np.uint8]:
             (data,) = read_images(image, image_column=source.image_column, kind=source.kind, pool=pool)
         if isinstance(data, ImageError):
             raise data
-        return decode(data, _geometry(configuration)).pixels
+        limits = configuration.geometry
+        return decode(data, _geometry(configuration), max_pixels=limits.max_pixels, min_side=limits.min_side).pixels
     except ImageError as error:
         raise JobError(f"the image of row {row} cannot be read from {uri}: {error}") from error
+
+
+def on_image(store: FeatureStore, key: str, grid: tuple[int, int]) -> Tensor:
+    """Cells of a grid (h, w) over an image as the backbone saw it whose centre is not on padding: [h, w] bool."""
+    box, size = store.geometry(key).valid_box, store.shape[1:]
+    inside = []
+    for axis in range(2):
+        centres = (np.arange(grid[axis]) + 0.5) * size[axis] / grid[axis]
+        inside.append((centres >= box[axis]) & (centres < box[axis + 2]))
+    return torch.from_numpy(inside[0][:, None] & inside[1])
 
 
 def backbone_of(side: Side, weights: str | None) -> Backbone:

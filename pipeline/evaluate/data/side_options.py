@@ -11,7 +11,7 @@ from schemas.options import UpsampleConfig
 
 __all__ = ["SideOptions", "parse_side"]
 
-_NOT_IN_A_SIDE = ("images", "store", "resume", "overwrite", "dry_run", "measure", "shards")
+_NOT_IN_A_SIDE = ("images", "store", "resume", "append", "overwrite", "dry_run", "measure", "shards")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ class Side:
     Attributes:
         name: in tables and pictures.
         store: their store.
-        seconds_per_image: busy seconds of backbone and upsampler per image, from the ledger; None if it is unfinished.
+        seconds_per_image: busy seconds of backbone and upsampler per image, from the ledger; None if it is unfinished,
+            or made of another store.
         device: that they were computed on, from the ledger.
         first: number of components in use; None: all.
         weights: of the backbone, as passed to the main job, if the features were computed here.
@@ -74,10 +75,12 @@ class Side:
         if not objects.exists(layout.MANIFEST):
             return cls(name, store, None, None, first, weights)
         records = read_parquet(objects.get(layout.MANIFEST)).to_pylist()
-        seconds = sum(dict(record["seconds"] or ()).get(stage, 0.0) for record in records for stage in _COMPUTING)
+        by_stage = [dict(record["seconds"] or ()) for record in records]
+        seconds = [stages[stage] for stages in by_stage for stage in _COMPUTING if stage in stages]
         rows = sum(record["rows_ok"] + record["rows_failed"] for record in records)
         devices = Counter(dict(record["made_by"] or ()).get("device", "") for record in records)
-        return cls(name, store, seconds / rows, devices.most_common(1)[0][0] or None, first, weights)
+        per_image = sum(seconds) / rows if seconds else None
+        return cls(name, store, per_image, devices.most_common(1)[0][0] or None, first, weights)
 
     def read(self, key: str) -> Tensor:
         """Features of an image: [k, H, W] float32."""

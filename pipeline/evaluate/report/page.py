@@ -110,10 +110,12 @@ def _section(result: Result, heading: str, units: Sequence[int]) -> Iterator[str
     yield f"<h2>{html.escape(heading)}</h2>"
     for unit in units:
         yield '<div class="unit">'
-        for panel in result.outcome.draw(unit):
+        panels = result.outcome.draw(unit)
+        names = [None] * (len(panels) - len(values)) + list(values)
+        for panel, side in zip(panels, names, strict=True):
             caption = panel.caption
-            if caption in values:
-                caption += f": {figure.name} {float(values[caption][unit]):.{figure.digits}f}"
+            if caption == side:
+                caption += f": {figure.name} {float(values[side][unit]):.{figure.digits}f}"
             yield f"<figure>{_picture(panel)}<figcaption>{html.escape(caption)}</figcaption></figure>"
         yield "</div>"
 

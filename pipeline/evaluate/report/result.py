@@ -39,6 +39,12 @@ class Result:
             comparison.notes.append(f"there is one {outcome.unit}: no intervals")
         elif units < FEW_UNITS:
             comparison.notes.append(f"the intervals resample {units} {outcome.unit}s: with so few they are too narrow")
+        for side in comparison.sides:
+            if side.store.attributes["configuration"]["storage"].get("represent") == "compact":
+                comparison.notes.append(
+                    f"{side.name}: s per image are without the last step of upsampling, which readers of a compact "
+                    "store take"
+                )
         baseline = comparison.sides[0].name
         for figure in outcome.figures:
             if without := int(figure.of_units(baseline).isnan().sum()):

@@ -44,6 +44,16 @@ def test_folders_that_are_empty_or_missing(tmp_path: Path) -> None:
             files(folder).first(["a"])
 
 
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    """With a suffix the key is too long for a file's name; without its extension it is not."""
+    long = "t" * 250 + ".png"
+    (tmp_path / long).write_bytes(b"1")
+    assert files(tmp_path).first(["u" * 250 + ".png", long]) == long
+    assert files(tmp_path).get(long) == (long, b"1")
+    with pytest.raises(FileNotFoundError, match="has no mask for 'uu"):
+        files(tmp_path).get("u" * 250 + ".png")
+
+
 class _Closed(http.server.SimpleHTTPRequestHandler):
     """As a bucket that must not be listed: what is not there is forbidden."""
 

@@ -36,7 +36,8 @@ def test_measures_by_hand() -> None:
     left = torch.zeros(SIDE, SIDE)
     left[:, : SIDE // 2] = 1
     grey = 128 / 255
-    good, bad = measures(LooksLeft(), photo, left, 1), measures(LooksLeft(), photo, 1 - left, 1)
+    all_of_it = torch.ones(SIDE, SIDE, dtype=torch.bool)
+    good, bad = (measures(LooksLeft(), photo, heat, 1, all_of_it) for heat in (left, 1 - left))
     assert good[[0, 1, 4]].tolist() == [0, 0, 1]
     assert bad[[0, 1, 4]].tolist() == [1, 0, 1]
     # Deletion of the left half takes five of ten steps from 1 to grey, or begins after five.
@@ -45,11 +46,24 @@ def test_measures_by_hand() -> None:
     assert float(good[2]) > float(bad[2])
 
 
+def test_padding_is_never_changed() -> None:
+    """The left half is padding: all that the classifier sees."""
+    photo = torch.full((3, SIDE, SIDE), 200, dtype=torch.uint8)
+    valid = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    valid[:, SIDE // 2 :] = True
+    for heat in (torch.rand(SIDE, SIDE), 1.0 * valid, 1.0 * ~valid):
+        measured = measures(LooksLeft(), photo, heat, 1, valid)
+        torch.testing.assert_close(measured.float(), torch.tensor([0, 0, 200 / 255, 200 / 255, 1]))
+    assert measures(LooksLeft(), photo, heat, 1, ~valid | valid)[3] < 0.7  # without padding, deletion works
+    assert measures(LooksLeft(), photo, heat, 1, valid & ~valid).tolist() == [0] * 5
+
+
 def test_an_image_that_is_classified_better_without_the_rest() -> None:
     photo = torch.full((3, SIDE, SIDE), 200, dtype=torch.uint8)
     left = torch.zeros(SIDE, SIDE)
     left[:, : SIDE // 2] = 1
-    drop, increase = measures(LooksLeft(), photo, 1 - left, 0)[:2].tolist()  # class 0: the left half is dark
+    all_of_it = torch.ones(SIDE, SIDE, dtype=torch.bool)
+    drop, increase = measures(LooksLeft(), photo, 1 - left, 0, all_of_it)[:2].tolist()  # class 0: left is dark
     assert increase == 1
     assert drop == 0
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.evaluate import bootstrap
 from pipeline.evaluate.bootstrap import Estimate, paired
 
 
@@ -36,6 +37,15 @@ def test_what_is_common_to_both_sides_cancels() -> None:
     assert value.half_width > 0.05
     assert difference.mean == pytest.approx(0.05)
     assert difference.half_width == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("at_once", [1, 50 * 7, 50 * 4000])
+def test_the_memory_of_the_draws_changes_nothing(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hits = torch.randint(0, 90, (3, 50), generator=torch.Generator().manual_seed(4))
+    sides = {"a": tries(hits, 100), "b": tries(hits.flip(1), 100)}
+    whole = paired(sides, share, "a")
+    monkeypatch.setattr(bootstrap, "_DRAWN_AT_ONCE", at_once)
+    assert paired(sides, share, "a") == whole
 
 
 def test_differences_between_runs_widen_the_interval() -> None:

@@ -1,5 +1,6 @@
 """The depth task: labels in metres, figures by hand, and a store of which the right answer is known."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,13 @@ def test_depths_in_metres(tmp_path: Path) -> None:
     np.testing.assert_array_equal(folder("e.jpg"), [[0.5, 4.0]])
 
 
+def header(shape: tuple[int, ...]) -> bytes:
+    """Of an array that is not there."""
+    data = io.BytesIO()
+    np.lib.format.write_array_header_1_0(data, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    return data.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
     [
@@ -51,6 +59,8 @@ def test_depths_in_metres(tmp_path: Path) -> None:
         ("a.npy", b"PK\x03\x04 and no more"),
         ("a.npy", b"\x93NUMPY\x01\x00"),
         ("a.npy", b"no array"),
+        ("a.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '<f8\xff\xfe{{{".ljust(128)),
+        ("a.npy", header((10**9, 10**9))),
         ("a.png", b""),
         ("a.png", b"\xff\xd8\xff\xe0 a JPEG"),
         ("a.png", b"\x89PNG\r\n\x1a\n\x00\x00"),

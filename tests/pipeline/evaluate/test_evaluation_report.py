@@ -75,7 +75,7 @@ def outcome_of(counts: dict[str, list[list[int]]], runs: int = 1) -> Outcome:
 def test_one_unit_has_no_interval(tmp_path: Path) -> None:
     comparison = compared(**dict.fromkeys("ab", store_of(tmp_path / "a", {"x": np.ones((2, 4, 4))})))
     result = Result.of("segmentation", outcome_of({"a": [[1, 10]], "b": [[3, 10]]}), comparison)
-    assert result.table()[1] == [["a", "0.100", "", "0"], ["b", "0.300", "+0.200", "0"]]
+    assert result.table()[1] == [["a", "0.100", "", ""], ["b", "0.300", "+0.200", ""]]
     text = result.describe()
     assert "note: there is one image: no intervals" in text
     assert "±" not in text
@@ -86,7 +86,7 @@ def test_a_figure_that_no_unit_has(tmp_path: Path) -> None:
     comparison = compared(**dict.fromkeys("ab", store_of(tmp_path / "a", {"x": np.ones((2, 4, 4))})))
     nothing = [[0, 0], [0, 0]]
     result = Result.of("segmentation", outcome_of({"a": nothing, "b": nothing}, runs=2), comparison)
-    assert result.table()[1] == [["a", "none", "", "0"], ["b", "none", "", "0"]]
+    assert result.table()[1] == [["a", "none", "", ""], ["b", "none", "", ""]]
     assert "note: hits: 2 of 2 images have nothing to count" in result.describe()
     document = json.loads(json.dumps(result.to_dict({}), allow_nan=False))
     assert document["figures"]["hits"]["sides"]["b"]["value"] == {"mean": None, "low": None, "high": None}

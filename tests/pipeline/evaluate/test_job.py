@@ -1,7 +1,12 @@
 """The evaluation job: from photographs and masks to a table, JSON and a page."""
 
 import json
+import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ from schemas.evaluate_options import UNLABELLED, EvaluateConfig
 from tests.helpers.stores import SHARED
 from tests.pipeline.evaluate.stores import write_png
 
+ROOT = Path(__file__).parents[3]
 WEIGHTS, COCO = SHARED / "weights" / "tf_efficientnet_lite0.safetensors", SHARED / "data" / "coco200"
 SMALL = "backbone=resnet18,weights=random,layer=1,size=64,components=8,workers=0,device=cpu"
 
@@ -75,6 +81,15 @@ def test_a_report_that_cannot_be_written_is_said_before_the_work(dataset: Path) 
         ({"task": "reconstruction"}, "--task reconstruction uses no labels: leave out --labels"),
         ({"task": "discovery", "train": "a/*", "val": "b/*"}, "--task discovery trains nothing: leave out --train"),
         ({"depth_range": (3.0, 1.0)}, "--depth-range is a range in metres: got 3.0 1.0"),
+        ({"depth_range": (0.1, math.inf)}, "--depth-range must be a finite number: got inf"),
+        ({"depth_range": (math.nan, 1.0)}, "--depth-range must be a finite number: got nan"),
+        ({"depth_scale": math.nan}, "--depth-scale must be positive and finite: got nan"),
+        ({"depth_scale": 0.0}, "--depth-scale must be positive and finite: got 0.0"),
+        ({"alphas": (0.1, math.inf)}, "--alphas must be positive and finite: got inf"),
+        ({"alphas": ()}, "--alphas: got none"),
+        ({"seed": -1}, "--seed must be at least 0"),
+        ({"seed": 10**20}, r"--seed must be at least 0 and less than 2\^63: got 1"),
+        ({"limit": 0}, "--limit must be at least 1"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, object], words: str) -> None:
@@ -89,25 +104,36 @@ def test_options_that_cannot_be(options: dict[str, object], words: str) -> None:
         ({"labels": "masks/val"}, r"none of the 6 training images has labels: .* such as train/0.png.png"),
         ({"task": "discovery", "labels": "masks/val"}, "none of the 12 images has labels"),
         ({"task": "video", "labels": "masks/val"}, "none of the 2 sequences has labels"),
-        ({"train": "trian/*", "val": "val/*"}, r"--train: no image is in this split .*; keys look like 'train/0.png'"),
+        (
+            {"train": "trian/*", "val": "val/*"},
+            r"no image is left to train on, of 12 images \(--train trian.*; keys look like 'train/0.png'",
+        ),
         ({"task": "depth", "train": "train/*", "val": "*"}, "--train train/.* and --val .* have 6 images in common"),
         (
             {"task": "keypoints", "labels": "points.json"},
             "no image with features has keypoints: keys look like '0.png",
         ),
+        ({"task": "keypoints", "labels": "apart.json"}, "every image is alone in its folder: pass --no-same-folder"),
+        ({"task": "keypoints", "labels": "apart.json", "limit": 1}, "no two of 1 image .*; --limit leaves one"),
+        ({"task": "video", "images": "few"}, r"no folder has 3 frames or more, .*; clip/ has 2, such as clip/0.png"),
         ({"task": "depth", "labels": "masks"}, "--labels .*masks has integer depths: pass --depth-scale"),
         ({"task": "keypoints"}, r"--labels .*masks: expected a JSON object"),
         ({"task": "activation_maps"}, "--features a: expected class scores: make the features with --space head"),
     ],
 )
-def test_a_request_is_checked_before_the_work(dataset: Path, options: dict[str, str], words: str) -> None:
+def test_a_request_is_checked_before_the_work(dataset: Path, options: dict[str, Any], words: str) -> None:
     task = options.get("task", "segmentation")
     (dataset / "points.json").write_text('{"0.png": [[1, 2]]}')
+    (dataset / "apart.json").write_text('{"train/0.png": [[1, 2]], "val/0.png": [[1, 2]]}')
+    shutil.copytree(dataset / "photos" / "val", dataset / "few" / "clip")
+    for i in range(2, 6):
+        (dataset / "few" / "clip" / f"{i}.png").unlink()
     config = EvaluateConfig(
         task=task,
         features=(f"name=a,{SMALL}",),
-        images=str(dataset / "photos"),
+        images=str(dataset / options.get("images", "photos")),
         stores=str(dataset / "stores"),
+        limit=options.get("limit"),
         labels=None if task in UNLABELLED else str(dataset / options.get("labels", "masks")),
         train=options.get("train"),
         val=options.get("val"),
@@ -116,6 +142,20 @@ def test_a_request_is_checked_before_the_work(dataset: Path, options: dict[str, 
     with pytest.raises(JobError, match=words):
         evaluate(config)
     assert not (dataset / "stores").exists()
+
+
+def test_names_that_are_no_text(dataset: Path) -> None:
+    """Bytes of a path that are not UTF-8 are in the report as escapes, and so is what the job prints."""
+    command = [
+        sys.executable, "-m", "jobs.evaluate", "--task", "segmentation", "--images", str(dataset / "photos"),
+        "--labels", str(dataset / "masks"), "--report", str(dataset / "report"), "--runs", "1", "--pixels", "500",
+        "--features", f"name=caf\udce9,{SMALL},upsampler=bilinear",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"caf\\udce9" in done.stdout
+    assert json.loads((dataset / "report" / "report.json").read_text())["baseline"] == "caf\udce9"
+    assert "caf\\udce9" in (dataset / "report" / "report.html").read_text()
 
 
 @pytest.mark.s3

@@ -43,8 +43,9 @@ def test_shares_by_hand(tmp_path: Path) -> None:
     outcome = evaluate(comparison, config("keypoints", labels, tmp_path / "report", alphas=(0.1, 0.2)))
     assert outcome.units == ["x/a", "x/b"]
     counts = {figure.name: figure.counts["a"][0].tolist() for figure in outcome.figures}
-    # Both boxes are 17 wide, and the images 20: 0.1 is less than the error, and 0.2 more.
-    assert counts["PCK@0.2 of the box"] == [[2, 2], [2, 2]]
+    # The boxes of the points on the image are 17 wide, b's 8, and the images 20: 0.1 is less than the error, and 0.2
+    # more but for b's box.
+    assert counts["PCK@0.2 of the box"] == [[1, 2], [2, 2]]
     assert counts["PCK@0.1 of the box"] == [[1, 2], [1, 2]]
     assert counts["PCK@0.2 of the image"] == [[2, 2], [2, 2]]
     notes = "\n".join(comparison.notes)
@@ -53,7 +54,7 @@ def test_shares_by_hand(tmp_path: Path) -> None:
     assert "1 image left out: keypoints without features (y/gone" in notes
     assert "1 image left out: no keypoint in common with another image (y/c: 1 point)" in notes
     # The caption is about the middle one of the shares, here the greater.
-    assert [panel.caption for panel in outcome.draw(0)][1:] == ["a, to x/b: 2 of 2 within 0.2 of the box"]
+    assert [panel.caption for panel in outcome.draw(0)][1:] == ["a, to x/b: 1 of 2 within 0.2 of the box"]
 
 
 def test_pairs_across_folders(tmp_path: Path) -> None:
@@ -80,22 +81,57 @@ def test_why_there_is_no_pair(tmp_path: Path) -> None:
     refused({"x/a.jpg": [], "x/b.jpg": [one]}, "no two of 1 image have .* left out: no labels")
     refused({"x/a.jpg": [one], "x/b.jpg": [one, one]}, "lists have different lengths: point i corresponds to")
     refused({"x/a.jpg": [[-5, 1]], "x/b.jpg": [one]}, "1 keypoint left out: outside of the features")
-    refused({"x/a.jpg": [one], "x/b.jpg": [one]}, "every image is alone in its folder", limit=1)
+    refused({"x/a.jpg": [one], "x/b.jpg": [one]}, "no two of 1 image .*; --limit leaves one", limit=1)
 
 
 def test_a_box_without_a_size_is_said(tmp_path: Path) -> None:
     store = store_of(tmp_path / "a", {"x/a": scene(0), "x/b": scene(3)})
     comparison = compared(a=store)
     labels = written(tmp_path, {"x/a": [[2.5, 4.5]], "x/b": [[5.5, 4.5]]})
-    evaluate(comparison, config("keypoints", labels, tmp_path / "report"))
+    outcome = evaluate(comparison, config("keypoints", labels, tmp_path / "report"))
     assert "2 images with keypoints at one place only: their box has no size" in "\n".join(comparison.notes)
+    counts = {figure.name: figure.counts["a"][0].tolist() for figure in outcome.figures}
+    assert counts["PCK@0.1 of the box"] == [[0, 1], [0, 1]]  # although the point found is the right one
+    assert counts["PCK@0.1 of the image"] == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("outside", [[-1000, 3], [3, SIDE + 1], [10 * SIDE, -5]])
+def test_points_outside_of_the_image_do_not_widen_the_box(tmp_path: Path, outside: list[float]) -> None:
+    store = store_of(tmp_path / "a", {"x/a": scene(0), "x/b": scene(3, 1)})
+    a, b = [[2.5, 4.5], [8.5, 6.5]], [[5.5, 4.5], [11.5, 6.5]]
+    found = []
+    for more in ([], [outside]):
+        labels = written(tmp_path, {"x/a": a + more, "x/b": b + more})
+        comparison = compared(a=store)
+        outcome = evaluate(comparison, config("keypoints", labels, tmp_path / "report", alphas=(0.5, 1.0)))
+        found.append({figure.name: figure.counts["a"].tolist() for figure in outcome.figures})
+    assert "2 keypoints left out" in "\n".join(comparison.notes)
+    assert found[0] == found[1]
+
+
+def test_lists_of_different_lengths_are_said(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "a", {f"{folder}/{i}": scene(i) for folder in "xy" for i in range(3)})
+    one = [2.5, 4.5]
+    labels = {f"{folder}/{i}": [one] * count for folder in "xy" for i, count in enumerate((2, 2, 3))}
+    for same_folder, pairs in ((True, 8), (False, 16)):
+        comparison = compared(a=store)
+        options = config("keypoints", written(tmp_path, labels), tmp_path / "report", same_folder=same_folder)
+        evaluate(comparison, options)
+        assert f"{pairs} pairs left out: their lists have different lengths" in "\n".join(comparison.notes)
 
 
 @pytest.mark.parametrize(
-    "document", [[1, 2], {"a": [[1, 2, 3]]}, {"a": "x"}, {"a": [1.0, 2.0]}, {"a": [[1, None]]}, {"a": [["1", "2"]]}]
-)
+    "document", [[1, 2], {"a": [[1, 2, 3]]}, {"a": "x"}, {"a": [1.0, 2.0]}, {"a": [[1, None]]}, {"a": [["1", "2"]]},
+     {"a": [[float("inf"), 1]]}, {"a": [[1, float("nan")]]}, {"a": [[True, 1]]}, {"a": [[10**400, 1]]}],
+)  # fmt: skip
 def test_what_are_no_keypoints(tmp_path: Path, document: object) -> None:
     with pytest.raises(JobError, match=r"expected a JSON object \{\"KEY\": \[\[x, y\], null"):
         read_keypoints(str(written(tmp_path, document)))
     with pytest.raises(JobError, match=r"--labels .*missing.json"):
         read_keypoints(str(tmp_path / "missing.json"))
+
+
+def test_a_document_without_end(tmp_path: Path) -> None:
+    (tmp_path / "keypoints.json").write_text("[" * 200_000)
+    with pytest.raises(JobError, match=r"expected a JSON object"):
+        read_keypoints(str(tmp_path / "keypoints.json"))

@@ -56,6 +56,30 @@ def test_cosines_of_the_backbones_features(tmp_path: Path, photos: str) -> None:
     assert found["stored, worst percentile"]["a"][0].mean < found["stored"]["a"][0].mean
 
 
+def test_an_image_without_a_cell_undoes_nothing(tmp_path: Path, photos: str) -> None:
+    """Padded, it is narrower than half a cell."""
+    Image.fromarray(np.full((20, 400, 3), 90, np.uint8)).save(tmp_path / "photos" / "z.png")
+    text = f"name=a,{SMALL.replace('layer=2', 'layer=4')},upsampler=bilinear,components=4,fit=pad"
+    with open_sides([text], photos, None) as sides:
+        comparison = Comparison(sides)
+        outcome = reconstruction.evaluate(comparison, config("reconstruction", None, tmp_path / "report"))
+        found = Result.of("reconstruction", outcome, comparison)
+    assert outcome.units[-1] == "z.png"
+    assert "stored: 1 of 5 images have nothing to count" in comparison.notes
+    for of_sides in found.estimates.values():
+        assert 0 < of_sides["a"][0].low <= of_sides["a"][0].mean <= 1
+
+
+def test_images_are_read_with_the_limits_of_their_store(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (6, 6, 3)).astype(np.uint8)).save(
+            tmp_path / "photos" / f"{i}.png"
+        )
+    with open_sides([f"{SMALL},upsampler=bilinear,components=2,min_side=4"], str(tmp_path / "photos"), None) as sides:
+        assert read_photo(sides[0].store, 0).shape == (3, 64, 64)
+
+
 def test_coarser_steps_lose_more(tmp_path: Path, photos: str) -> None:
     texts = [
         f"name={floor},{SMALL.replace('float16', 'int8')},upsampler=bilinear,components=32,error_floor={floor}"
@@ -83,6 +107,10 @@ def test_errors_by_hand() -> None:
     seen = torch.tensor([[1.0, 3.0], [5.0, 7.0]]).view(2, 1, 1, 2)
     assert held_out.squared_errors(seen + torch.tensor([1.0, -2.0]), seen).tolist() == [10 / 20, 1]
     assert held_out.squared_errors(torch.full_like(seen, 4.0), seen).tolist() == [1, 1]
+    for features in (0.0, 3.0):  # of a plain image: nothing to explain
+        plain = torch.full_like(seen, features)
+        assert held_out.squared_errors(seen, plain).tolist() == [0, 0]
+        assert held_out.squared_errors(plain, plain).tolist() == [0, 0]
 
 
 def test_held_out_views_prefer_multiview(tmp_path: Path, photos: str) -> None:

@@ -117,13 +117,23 @@ def test_splits() -> None:
     assert halves == split([f"{i}.jpg" for i in range(9)], None, None, 0)
     assert halves.train != split([f"{i}.jpg" for i in range(9)], None, None, 1).train
     assert spread(keys, 2) == ("train/a", "val/a")
+    # Of val and test, one is evaluated on.
+    three = split([*keys, "test/a", "training/a"], None, None, 0)
+    assert (three.train, three.val) == (by_folder.train, by_folder.val)
+    assert three.described == "folders train/, val/; 3 images in neither"
+    assert split(["train/a", "test/a"], None, None, 0).val == ("test/a",)
+    with pytest.raises(JobError, match=r"no image is left to train on, of 1 image \(random halves, seed 0\)"):
+        split(["a"], None, None, 0)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"ignore": (10, 20, 30, 255)}, r"the training images have the classes \(40,\), expected two or more"),
-        ({"train": "no/*", "val": "val/*"}, r"--train: no image is in this split.*keys look like 'train/0.jpg'"),
+        (
+            {"ignore": (10, 20, 30, 255)},
+            r"the training images have the classes \(40,\), expected two or more; .* by --ignore: 10, 20, 30, 255",
+        ),
+        ({"train": "no/*", "val": "val/*"}, r"no image is left to train on, of 8 .*keys look like 'train/0.jpg'"),
         ({"train": "*", "val": "val/*"}, r"have 4 images in common, such as 'val/0.jpg'"),
     ],
 )

@@ -120,15 +120,23 @@ def test_objects_that_features_tell_are_tracked(tmp_path: Path, name: str) -> No
     assert shown[1:] == ["labels", "blank", "told"]
 
 
-def test_sequences_that_cannot_be_tracked(tmp_path: Path) -> None:
+def test_sequences_that_cannot_be_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features = {}
-    for name, frames in (("short", 2), ("empty", 4), ("alone", 4), ("small", 4), ("good", 4)):
+    sequences = {"short": 2, "empty": 4, "alone": 4, "small": 4, "folder": 4, "later": 4, "good": 4}
+    for name, frames in sequences.items():
         for frame in range(frames):
             mask, features[f"{name}/{frame}.jpg"] = moving(frame, True)
             if name != "alone" or frame == 0:
                 write_png(tmp_path / "masks" / name / f"{frame}.png", mask * (name != "empty"))
     (tmp_path / "masks" / "good" / "2.png").unlink()
     write_png(tmp_path / "masks" / "small" / "2.png", moving(2, True)[0][:12])
+    # Masks that cannot be read.
+    folder, loop = tmp_path / "masks" / "folder" / "0.png", tmp_path / "masks" / "later" / "2.png"
+    folder.unlink()
+    folder.mkdir()
+    loop.unlink()
+    loop.symlink_to(loop)
+    monkeypatch.setattr("pipeline.evaluate.data.comparison._SHOWN", 9)
     comparison = compared(a=store_of(tmp_path / "a", features))
     outcome = evaluate(comparison, config("video", tmp_path / "masks", tmp_path / "report", video_rows=8))
     notes = "\n".join(comparison.notes)
@@ -141,6 +149,8 @@ def test_sequences_that_cannot_be_tracked(tmp_path: Path) -> None:
         no_object,
         small,
         "alone: no frame between the first and the last has a mask",
+        "folder: [Errno 21] Is a directory",
+        "later: the mask of later/2.jpg cannot be used: [Errno 40] Too many levels of symbolic links",
     ):
         assert reason in notes
     # The page shows a frame that has a mask: the third one of four has none.
@@ -150,3 +160,17 @@ def test_sequences_that_cannot_be_tracked(tmp_path: Path) -> None:
     only = compared(a=store_of(tmp_path / "b", {key: one for key, one in features.items() if "short" in key}))
     with pytest.raises(JobError, match="no sequence can be tracked; the first: has 2 frames"):
         evaluate(only, config("video", tmp_path / "masks", tmp_path / "report"))
+
+
+def test_objects_between_the_pixels_are_said(tmp_path: Path) -> None:
+    """The features have a quarter of the resolution; an object of one pixel is at none of their centres."""
+    features = {}
+    for frame in range(4):
+        mask, told = moving(frame, True)
+        mask[0, 0] = 7
+        features[f"clip/{frame}.jpg"] = told[:, ::4, ::4]
+        write_png(tmp_path / "masks" / "clip" / f"{frame}.png", mask)
+    quarter = ((SIDE, SIDE), (0.25, 0.0, 0.0, 0.0, 0.25, 0.0), (0, 0, SIDE // 4, SIDE // 4))
+    comparison = compared(a=store_of(tmp_path / "a", features, quarter))
+    evaluate(comparison, config("video", tmp_path / "masks", tmp_path / "report", video_rows=6))
+    assert "clip: 1 object of the first frame left out: outside of the features" in "\n".join(comparison.notes)

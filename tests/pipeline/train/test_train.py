@@ -208,7 +208,7 @@ def test_a_backbone_on_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"seed": 2**63}, "--seed must be less than"),
+        ({"seed": 2**63}, "--seed must be at least 0 and less than"),
         ({"steps": 0}, "--steps must be at least 1: got 0"),
         ({"val_share": 1.0}, "--val-share"),
         ({"learning_rate": 0.0}, "--learning-rate must be positive"),
