@@ -48,7 +48,8 @@ def keep_card(objects: Objects) -> bool:
             return False
         if objects.exists(layout.CARD) and not card_is_made(objects):
             return False
-        objects.put(layout.CARD, card(FeatureStore(objects.uri, objects.storage_options)).encode())
+        text = card(FeatureStore(objects.uri, objects.storage_options))
+        objects.put(layout.CARD, text.encode(errors="backslashreplace"))  # bytes of a path that are no text
     except (DensefeatError, OSError) as error:
         logger.warning("the card of the store could not be written: %s", error)
         return False

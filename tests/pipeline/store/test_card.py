@@ -1,5 +1,6 @@
 """The card of a store: what it says, when it is written, and whose text is left alone."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,11 +13,14 @@ from densefeat import FeatureStore, layout
 from densefeat.console.describe import card
 from densefeat.storage.objects import Objects
 from jobs.retire_rows import RetireConfig, retire_rows
+from jobs.upsample_imagenet import upsample
 from pipeline.features.backbone import build_backbone
 from pipeline.store.layout import delete_store, foreign_keys, stored_attributes
 from pipeline.store.reports import card_is_made, keep_card
 from schemas.attributes import StoreAttributes
+from tests.helpers.photographs import write_random_images
 from tests.helpers.stores import FAILED_ROWS, ROWS, H, K, KnownStore, W, make_store, set_up_store
+from tests.helpers.upsample_jobs import config
 
 ROOT = Path(__file__).parents[3]
 
@@ -101,3 +105,9 @@ def test_an_unfinished_store_has_none(tmp_path: Path) -> None:
     known = set_up_store(str(tmp_path / "store"))
     assert not keep_card(Objects(known.uri))
     assert not (Path(known.uri) / layout.CARD).exists()
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    images = write_random_images(tmp_path / os.fsdecode(b"caf\xe9"), 3)
+    assert upsample(config(images, tmp_path / "store")) == 0
+    assert r"caf\udce9" in (tmp_path / "store" / layout.CARD).read_text()
