@@ -1,6 +1,7 @@
 """Read dense, high-resolution image features from a store written by the densefeat pipeline."""
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,10 @@ __all__ = [
     "TorchFeatures",
     "__version__",
 ]
+
+if importlib.util.find_spec("torch") is None:  # what `from densefeat import *` cannot have
+    for _name in ("PixelFeatures", "StreamingFeatures", "TorchFeatures"):
+        __all__.remove(_name)
 
 __version__ = "0.1.0"
 

@@ -293,8 +293,14 @@ def decode_png(data: bytes, modes: Collection[str], expected: str) -> Array:
         with PIL.Image.open(BytesIO(data), formats=["PNG"]) as image:
             if image.mode not in modes:
                 raise ValueError(f"got mode {image.mode}, expected {expected}")
-            return np.asarray(image)
+            return _samples(np.asarray(image), data)
     except PIL.UnidentifiedImageError as error:  # its own message has an address in memory
         raise ValueError("not a PNG file, or a damaged one") from error
     except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
         raise ValueError(str(error)) from error
+
+
+def _samples(pixels: Array, data: bytes) -> Array:
+    """Pixels of a PNG image as they are in the file: Pillow brings grey of 2 or 4 bits to 0 … 255."""
+    bits, colour = data[24], data[25]  # of the header, which is always first
+    return pixels // (255 // (2**bits - 1)) if colour == 0 and bits in (2, 4) else pixels

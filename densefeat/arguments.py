@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["box_of", "points_of", "row_numbers", "vectors_of", "whole_number"]
+__all__ = ["box_of", "is_text", "points_of", "row_numbers", "vectors_of", "whole_number"]
 
 _SHOWN = 5
 
@@ -25,6 +25,15 @@ def whole_number(value: Any, what: str) -> int:
     except TypeError:
         pass
     raise TypeError(f"{what} must be an integer: got {value!r} ({type(value).__name__})")
+
+
+def is_text(value: str) -> bool:
+    """Whether a string is text: not with bytes that are none, as Python has them in the names of files."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def row_numbers(texts: Iterable[str], rows: int) -> list[int]:

@@ -5,12 +5,13 @@ Exit codes: 0: done; 1: the store does not conform to its format (`info --strict
 """
 
 import argparse
+import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from densefeat import __version__
 from densefeat.errors import DensefeatError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from densefeat.store import FeatureStore
 
 __all__ = ["main"]
+
+_Description = TypeVar("_Description")
 
 DONE, NOT_CONFORMING, REFUSED, FAULT, INTERRUPTED = 0, 1, 2, 70, 130
 
@@ -35,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: without the program's name; None: those of the process.
     """
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # for terminals that lack characters, and paths that are no text
     try:
         options.command(options)
         sys.stdout.flush()
@@ -69,7 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "card", _card, "print a card of the store, in Markdown, for whoever gets a copy of it")
 
     export = _command(commands, "export", _export, "write rows to an .npz file, or their pixels to a .parquet file")
-    export.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="row numbers, or ranges such as 0:100")
+    export.add_argument(
+        "--rows",
+        nargs="+",
+        default=[],
+        metavar="ROW",
+        help="row numbers, or ranges such as 0:100; the last two: --rows=-2:",
+    )
     export.add_argument("--keys", nargs="+", default=[], metavar="KEY", help="keys of rows")
     export.add_argument("--output", required=True, type=Path, help="file to write, .npz or .parquet; must not exist")
 
@@ -100,44 +113,63 @@ def _command(commands: Any, name: str, function: Any, purpose: str) -> argparse.
 
 
 def _info(options: argparse.Namespace) -> None:
-    from densefeat.console.describe import facts_of, on_one_line
+    from densefeat.console.describe import facts_of
     from densefeat.store import FeatureStore
 
     store = FeatureStore(options.store)
     if options.strict:
         _check(store, as_json=options.json)
         return
-    facts = facts_of(store)
     if options.json:
-        print(json.dumps(facts, indent=2))  # noqa: T201
-        return
+        print(json.dumps(_described(store, facts_of), indent=2))  # noqa: T201
+    else:
+        print(_described(store, _as_text))  # noqa: T201
+
+
+def _as_text(store: "FeatureStore") -> str:
+    from densefeat.console.describe import facts_of, on_one_line
+
+    facts = facts_of(store)
     k, height, width = facts["shape"]
     statuses = dict(facts["statuses"])
     variance = facts["explained_variance"]
-    print(f"{facts['uri']}")  # noqa: T201
-    print(f"rows      {facts['rows']:,}: {statuses.pop('ok', 0):,} with features")  # noqa: T201
-    for status, count in statuses.items():
-        print(f"          {count:,} {status}, e.g. {facts['examples'][status]}")  # noqa: T201
-    print(f"features  {k}×{height}×{width} {facts['dtype']} (components × height × width)")  # noqa: T201
+    lines = [facts["uri"], f"rows      {facts['rows']:,}: {statuses.pop('ok', 0):,} with features"]
+    lines += [f"          {count:,} {status}, e.g. {facts['examples'][status]}" for status, count in statuses.items()]
+    lines.append(f"features  {k}×{height}×{width} {facts['dtype']} (components × height × width)")
     if facts["representation"] == "compact":
         _, low, wide = facts["stored_shape"]
-        print(f"          compact: stored at {low}×{wide}; readers take the last step of upsampling")  # noqa: T201
-    print(f"variance  {'unknown' if variance is None else f'{variance:.1%} explained'}")  # noqa: T201
-    print(  # noqa: T201
-        f"size      {facts['nbytes'] / 1e6:,.1f} MB compressed, {facts['uncompressed_nbytes'] / 1e6:,.1f} MB before"
-    )
-    print(f"classes   {len(facts['class_names']):,}")  # noqa: T201
-    for source in facts["appended"]:
-        print(f"appended  {on_one_line(source)}")  # noqa: T201
-    for part, settings in facts["configuration"].items():
-        print(f"{part:<9} {on_one_line(settings)}")  # noqa: T201
+        lines.append(f"          compact: stored at {low}×{wide}; readers take the last step of upsampling")
+    lines += [
+        f"variance  {'unknown' if variance is None else f'{variance:.1%} explained'}",
+        f"size      {facts['nbytes'] / 1e6:,.1f} MB compressed, {facts['uncompressed_nbytes'] / 1e6:,.1f} MB before",
+        f"classes   {len(facts['class_names']):,}",
+    ]
+    lines += [f"appended  {on_one_line(source)}" for source in facts["appended"]]
+    lines += [f"{part:<9} {on_one_line(settings)}" for part, settings in facts["configuration"].items()]
+    return "\n".join(lines)
 
 
 def _card(options: argparse.Namespace) -> None:
     from densefeat.console.describe import card
     from densefeat.store import FeatureStore
 
-    print(card(FeatureStore(options.store)), end="")  # noqa: T201
+    print(_described(FeatureStore(options.store), card), end="")  # noqa: T201
+
+
+def _described(store: "FeatureStore", describe: Callable[["FeatureStore"], _Description]) -> _Description:
+    """A description, of which damaged attributes may undo any part.
+
+    Raises:
+        _Refused: the store does not conform to its format.
+    """
+    try:
+        return describe(store)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        from densefeat.conformance import problems
+
+        if found := problems(store):
+            raise _Refused(f"{store.uri} does not conform to its format: {'; '.join(found)}") from None
+        raise
 
 
 def _check(store: "FeatureStore", *, as_json: bool) -> None:
@@ -172,7 +204,7 @@ def _export(options: argparse.Namespace) -> None:
         rows = store.checked_rows([*row_numbers(options.rows, len(store)), *options.keys])
     except (KeyError, ValueError) as error:
         raise _Refused(str(error.args[0])) from error
-    partial = options.output.with_name(f".{options.output.name}.{os.getpid()}.tmp")
+    partial = options.output.with_name(f".export-{os.getpid()}.tmp")
     try:
         write(store, rows.tolist(), partial)
         partial.replace(options.output)

@@ -1,5 +1,6 @@
 """Check a store against its format (docs/format.md), without reading features."""
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -39,12 +40,14 @@ def problems(store: FeatureStore) -> list[str]:
 
     Opening the store has checked the layout of the features, and the types of the attributes that readers need.
     """
-    found = []
-    for check in (_attributes, _retired, _basis, _step, _index):
+    found: list[str] = []
+    for part, check in _CHECKS.items():
         try:
-            found += list(check(store))
+            found.extend(check(store))  # also those before an error
         except StoreError as error:
             found.append(str(error).removeprefix(f"{store.uri}: "))
+        except (LookupError, TypeError, ValueError, AttributeError, NotImplementedError) as error:  # too damaged to say
+            found.append(f"{part} cannot be checked: {type(error).__name__}: {error}")
     return [*dict.fromkeys(found), *report_problems(store._objects)]  # two checks may need the same damaged object
 
 
@@ -69,21 +72,23 @@ def _attributes(store: FeatureStore) -> Iterator[str]:
     own = store.attributes
     if missing := [name for name in _PARTS if not isinstance(own["configuration"].get(name), dict)]:
         yield f"the attribute configuration has no {', '.join(missing)}"
-    if len(own["configuration_hash"]) != 64 or set(own["configuration_hash"]) - set("0123456789abcdef"):
-        yield "the attribute configuration_hash is no SHA-256 in hex"
+    if own["configuration_hash"] != (expected := _sha256(json.dumps(own["configuration"], sort_keys=True).encode())):
+        yield f"the attribute configuration_hash is {own['configuration_hash']}, that of configuration is {expected}"
     _ = store.class_names, store.has_embedding  # reading them checks them
     yield from _appended(store)
     share = own.get("explained_variance")
-    if share is not None and not 0 <= share <= 1 + 1e-6:
-        yield f"the attribute explained_variance is {share}, expected 0 … 1"
+    if share is not None and not (isinstance(share, int | float) and 0 <= share <= 1 + 1e-6):
+        yield f"the attribute explained_variance is {share!r}, expected 0 … 1"
 
 
 def _appended(store: FeatureStore) -> Iterator[str]:
     """Whether the sources that were appended have the rows that the first one does not have."""
     appended, first = store.attributes.get("appended", []), store.attributes["configuration"].get("source", {})
     try:
-        total = first["rows"] + sum(source["rows"] for source in appended)
-        sound = all(isinstance(source[name], str) for source in appended for name in ("images", "keys_sha256"))
+        total = first["rows"] + sum(source["rows"] for source in appended or ())
+        sound = isinstance(appended, list) and all(
+            isinstance(source[name], str) for source in appended for name in ("images", "keys_sha256")
+        )
     except (LookupError, TypeError):
         sound = False
     if appended and not sound:
@@ -100,7 +105,10 @@ def _retired(store: FeatureStore) -> Iterator[str]:
 
 
 def _basis(store: FeatureStore) -> Iterator[str]:
-    k, (channels,) = store.layout.components, store.mean.shape
+    if store.mean.ndim != 1:
+        yield f"pca/mean is {list(store.mean.shape)}, expected [C]"
+        return
+    k, channels = store.layout.components, len(store.mean)
     if store.components.shape != (k, channels):
         yield f"pca/components is {list(store.components.shape)}, expected [{k}, {channels}]"
         return
@@ -113,16 +121,28 @@ def _basis(store: FeatureStore) -> Iterator[str]:
 
 
 def _step(store: FeatureStore) -> Iterator[str]:
-    if store.step is not None and (store.step.ndim != 1 or not (store.step > 0).all()):
+    named = store.attributes.get("step_sha256")
+    if store.step is None:
+        if named is not None:
+            yield "the attribute step_sha256 is not null, and the features are float16"
+        return
+    if store.step.ndim != 1 or not (store.step > 0).all():
         yield "step has values that are not greater than 0, or more than one axis"
+    if store.attributes["setup_complete"] and named != (expected := _sha256(store.step.astype("<f4").tobytes())):
+        yield f"the attribute step_sha256 is {named}, that of step is {expected}"
 
 
 def _index(store: FeatureStore) -> Iterator[str]:
-    index = store.index
+    index, wrong = store.index, False
     for name, kind in _COLUMNS.items():
         if name not in index.column_names or index.schema.field(name).type != kind:
             got = index.schema.field(name).type if name in index.column_names else "nothing"
             yield f"index.parquet: the column {name} is {got}, expected {kind}"
+            wrong = True
+    if wrong:
+        return
+    if index["key"].null_count:
+        yield "index.parquet: rows have no key"
     if unknown := set(index["status"].unique().to_pylist()) - _STATUSES:
         yield f"index.parquet has an unknown status: {', '.join(sorted(map(str, unknown)))}"
     done = index.filter(pc.equal(index["status"], "ok"))
@@ -130,7 +150,10 @@ def _index(store: FeatureStore) -> Iterator[str]:
         yield "index.parquet: rows are ok, and have no chunk"
     elif (index["chunk_offset"].is_valid().to_numpy() != (index["status"].to_numpy() == "ok")).any():
         yield "index.parquet: rows are not ok, and have a chunk"
-    yield from _lists(done, "affine", 6, lambda values: np.isfinite(values).all())
+    for name, least in (("chunk_offset", 0), ("chunk_nbytes", 1), ("height", 1), ("width", 1)):
+        if done[name].null_count or not pc.all(pc.greater_equal(done[name], least), min_count=0).as_py():
+            yield f"index.parquet: {name} of rows that are ok is not always {least} or more"
+    yield from _lists(done, "affine", 6, _scales_and_shifts)
     yield from _lists(done, "valid_box", 4, lambda boxes: _inside(boxes, store.shape[1:]))
 
 
@@ -143,6 +166,27 @@ def _lists(done: pa.Table, name: str, length: int, valid: Callable[[Any], bool])
         yield f"index.parquet: {name} of rows that are ok has values out of range"
 
 
+def _scales_and_shifts(affine: Any) -> bool:
+    """Whether maps [n, 6] are a positive scale and a shift of each axis."""
+    scale_x, xy, _, yx, scale_y, _ = affine.T
+    return bool(
+        np.isfinite(affine).all() and (scale_x > 0).all() and (scale_y > 0).all() and not (xy.any() or yx.any())
+    )
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _inside(boxes: Any, size: tuple[int, int]) -> bool:
     y0, x0, y1, x1 = boxes.T
     return bool(((y0 >= 0) & (x0 >= 0) & (y0 < y1) & (x0 < x1) & (y1 <= size[0]) & (x1 <= size[1])).all())
+
+
+_CHECKS: dict[str, Callable[[FeatureStore], Iterator[str]]] = {
+    "the attributes": _attributes,
+    "the list of retired rows": _retired,
+    "the PCA basis": _basis,
+    "step": _step,
+    "index.parquet": _index,
+}

@@ -37,6 +37,9 @@ def read_embeddings(objects: Objects, rows: Sequence[int], shard_rows: int, chan
     """
     numbers = np.asarray(rows, dtype=np.int64).reshape(-1)
     found = np.empty((len(numbers), channels), dtype=np.float32)
+    order = np.argsort(numbers // shard_rows, kind="stable")
+    shards, first = np.unique(numbers[order] // shard_rows, return_index=True)
+    places = dict(zip(shards.tolist(), np.split(order, first[1:]), strict=True)) if len(numbers) else {}
 
     def fill(shard: int) -> None:
         key = layout.shard_key(shard, layout.EMBEDDING)
@@ -46,9 +49,9 @@ def read_embeddings(objects: Objects, rows: Sequence[int], shard_rows: int, chan
             raise FileNotFoundError(key) from None
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{key} is damaged: {error}") from error
-        here = numbers // shard_rows == shard
+        here = places[shard]
         found[here] = chunk[numbers[here] % shard_rows]
 
-    for _ in in_order(fill, np.unique(numbers // shard_rows).tolist()):
+    for _ in in_order(fill, list(places)):
         pass
     return found

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from densefeat import layout
 from densefeat.align import RECORDED, RowGeometry
-from densefeat.arguments import whole_number
+from densefeat.arguments import is_text, whole_number
 from densefeat.errors import MissingFeatures, StoreError
 from densefeat.layout import FeatureLayout
 from densefeat.rows.blocks import read_blocks
@@ -246,13 +246,12 @@ class IndexedRows:
         self._scans += 1
         if len(self) <= _KEYS_IN_A_DICT or self._scans > _SCANS_BEFORE_A_DICT or "_row_of_key" in self.__dict__:
             return self._row_of_key.get(key)
-        found = np.flatnonzero(pc.equal(self.lookup["key"], key).to_numpy())
+        found = np.flatnonzero(pc.equal(self.lookup["key"], key).to_numpy()) if is_text(key) else []
         return None if len(found) == 0 else int(found[0]) if len(found) == 1 else -1
 
     @cached_property
     def _places(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        columns = (self.lookup[name].fill_null(-1).to_numpy() for name in ("chunk_offset", "chunk_nbytes"))
-        offset, nbytes = columns
+        offset, nbytes = (self.lookup[name].fill_null(-1).to_numpy() for name in ("chunk_offset", "chunk_nbytes"))
         return offset, nbytes
 
     def row_of(self, row_or_key: int | str) -> int:
@@ -289,6 +288,8 @@ class IndexedRows:
         return np.array(numbers, dtype=np.int64)
 
     def _rows_of(self, rows: Rows) -> list[int]:
+        if isinstance(rows, str | bytes):
+            raise TypeError(f"rows must be several rows or keys: got {rows!r}; pass a list of one")
         if isinstance(rows, slice):
             return list(range(len(self))[rows])
         return [self.row_of(row) for row in rows]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from fsspec import AbstractFileSystem
 
@@ -222,13 +223,17 @@ class _Http(_Remote):
     """Objects on a web server: read-only, no listing, and range requests may not be supported."""
 
     def get(self, key: str) -> bytes:
-        return bytes(_http().get(self._fs, self._root + key))
+        return bytes(_http().get(self._fs, self._url(key)))
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
-        return bytes(_http().get_range(self._fs, self._root + key, start, end))
+        return bytes(_http().get_range(self._fs, self._url(key), start, end))
 
     def exists(self, key: str) -> bool:
-        return bool(_http().exists(self._fs, self._root + key))
+        return bool(_http().exists(self._fs, self._url(key)))
+
+    def _url(self, key: str) -> str:
+        """The URL of an object: in a key, "%", "#" and "?" are characters of names."""
+        return self._root + quote(key, errors="surrogateescape")
 
 
 def _http() -> Any:

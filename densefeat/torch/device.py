@@ -33,7 +33,7 @@ class Dequantize(nn.Module):
     def __init__(self, store: FeatureStore | str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
         store, self.dtype = _opened(store), _checked(dtype)
-        self.register_buffer("step", None if store.step is None else torch.from_numpy(store.step)[:, None, None])
+        self.register_buffer("step", None if store.step is None else torch.tensor(store.step)[:, None, None])
         self.last_step = store.last_step
 
     def forward(self, codes: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:
@@ -88,13 +88,13 @@ class Reconstruct(nn.Module):
         store, self.memory_format = _opened(store), memory_format
         if memory_format not in (torch.contiguous_format, torch.channels_last):
             raise ValueError(f"memory_format must be contiguous_format or channels_last: got {memory_format}")
-        basis = torch.from_numpy(store.components)  # [k, C]
+        basis = torch.tensor(store.components)  # [k, C]
         self.quantized = store.step is not None
         self.dequantize = None if store.last_step is None else Dequantize(store, dtype)
         if store.step is not None and self.dequantize is None:
             basis = basis * torch.from_numpy(store.step)[:, None]
         self.register_buffer("basis", basis.to(_checked(dtype)))
-        self.register_buffer("mean", torch.from_numpy(store.mean).to(dtype))
+        self.register_buffer("mean", torch.tensor(store.mean, dtype=dtype))
 
     def forward(self, codes: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:
         """Reconstruct channels [n, C, H, W] in ``dtype`` from int8 (or float16) codes [n, k, H, W].

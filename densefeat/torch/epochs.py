@@ -17,6 +17,8 @@ from densefeat.torch.plan import Reader, Runs
 
 __all__ = ["Epochs", "check_least"]
 
+_MOST_WORKERS = 4096  # of a loader that can resume
+
 Batch = dict[str, Any]
 State = dict[str, Any]
 
@@ -50,7 +52,7 @@ class Epochs(IterableDataset[Batch]):
     ) -> None:
         check_least({"seed": (seed, 0), "request_bytes": (request_bytes, 1)})
         self.store = store if isinstance(store, FeatureStore) else FeatureStore(store)
-        self.seed, self.request_bytes = seed, request_bytes
+        self.seed, self.request_bytes = int(seed), int(request_bytes)  # numpy's are no JSON
         self.rows = self.store.rows_with_features if rows is None else self.store.checked_rows(rows)
         if len(self.rows) == 0:
             raise ValueError(f"{self.store.uri}: there are no rows to read: none has features, or rows is empty")
@@ -62,20 +64,29 @@ class Epochs(IterableDataset[Batch]):
         # In shared memory: workers that a loader keeps between epochs see the new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._loaded: State | None = None
+        # By worker, in shared memory: which have begun where ``_loaded`` says. The process of the loader keeps it, and
+        # gives it to the workers of every later iteration, too.
+        self._resumed_by = torch.zeros(_MOST_WORKERS, dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
         self._at: State | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A spawned worker has no torch.distributed to ask.
-        state = {**self.__dict__, "_ranks": self.ranks, "_at": None}
+        state = {**self.__dict__, "_at": None}
+        if _is_distributed():  # which a spawned worker cannot ask
+            state["_ranks"] = self.ranks
         state.pop("_runs", None)
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for shared in (self._epoch, self._resumed_by):  # those of a copy are not yet
+            shared.share_memory_()
 
     @property
     def ranks(self) -> tuple[int, int]:
         """(rank, world_size) in use."""
         if self._ranks is not None:
             return self._ranks
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _is_distributed():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             return _checked_ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) or (0, 1)
@@ -112,15 +123,20 @@ class Epochs(IterableDataset[Batch]):
         """
         if not {"epoch", "position", "worker"} <= state.keys():
             raise ValueError(f"not a state of {type(self).__name__}: got {sorted(state)}")
+        check_least({"epoch": (state["epoch"], 0)})
         self._loaded, self._at = dict(state), None
+        worker = get_worker_info()
+        self._resumed_by[slice(None) if worker is None else worker.id] = False
 
     def __iter__(self) -> Iterator[Batch]:
         reader = self._reader()
         epoch, position = int(self._epoch), self._START
         if self._loaded is not None:
-            self._check_same(self._loaded, reader)
-            epoch = self._loaded["epoch"]
-            reader, position = self._resumed(self._loaded, reader)
+            if not self._resumed_by[reader.worker]:
+                self._check_same(self._loaded, reader)
+                self._resumed_by[reader.worker] = True
+                epoch = self._loaded["epoch"]
+                reader, position = self._resumed(self._loaded, reader)
             self._loaded = None
         self._at = self._state(epoch, reader, position)
         return self._following(epoch, reader, position)
@@ -181,6 +197,10 @@ class Epochs(IterableDataset[Batch]):
             )
         worker = get_worker_info()
         return Reader(rank, world_size) if worker is None else Reader(rank, world_size, worker.id, worker.num_workers)
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def check_least(values: Mapping[str, tuple[Any, int]]) -> None:

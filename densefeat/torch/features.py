@@ -67,7 +67,7 @@ class TorchFeatures(Dataset[Any]):
     @property
     def step(self) -> torch.Tensor | None:
         """[k] float32 for int8 stores, None for float16."""
-        return None if self.store.step is None else torch.from_numpy(self.store.step)
+        return None if self.store.step is None else torch.tensor(self.store.step)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,6 +77,8 @@ class TorchFeatures(Dataset[Any]):
 
     def __getitems__(self, items: Sequence[int]) -> list[Any]:
         """Samples of these items, whose features are parts of one tensor."""
+        if not len(items):
+            return []
         rows = self.rows[[whole_number(i, "an item of the dataset") for i in items]].numpy()
         images = Images(self.store, self.dequantize)
         batch = images.batch(rows)

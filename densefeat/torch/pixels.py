@@ -15,6 +15,7 @@ import torch
 
 from densefeat import layout
 from densefeat.align import MaskFolder
+from densefeat.arguments import whole_number
 from densefeat.rows.chunks import Chunk
 from densefeat.store import FeatureStore
 from densefeat.torch.batches import Scratch
@@ -114,9 +115,9 @@ class PixelFeatures(Epochs):
             raise ValueError(f'uneven must be "pad" or "keep": got {uneven!r}')
         super().__init__(store, rows, seed, request_bytes, rank, world_size)
         self.masks: Masks = masks if callable(masks) else MaskFolder(masks)
-        self.pixels, self.batch_size, self.threads = pixels, batch_size, threads
-        self.ignore_index, self.balanced = ignore_index, balanced
-        self.buffer_bytes, self.uneven = buffer_bytes, uneven
+        self.pixels, self.batch_size, self.threads = int(pixels), int(batch_size), threads
+        self.ignore_index = None if ignore_index is None else whole_number(ignore_index, "ignore_index")
+        self.balanced, self.buffer_bytes, self.uneven = bool(balanced), int(buffer_bytes), uneven
         if isinstance(self.masks, MaskFolder):
             self._check_masks(self.masks)
 

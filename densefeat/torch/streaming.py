@@ -62,7 +62,8 @@ class StreamingFeatures(Epochs):
     Args:
         store: a ``FeatureStore``, or its location (``str`` or ``Path``).
         batch_size: images per batch.
-        shuffle: False: in the order of the store, e.g. for evaluation.
+        shuffle: False: in the order of the store, e.g. for evaluation. Each worker of a loader has a part of it, and
+            they take turns: the order of all batches is that of the store with one worker or none; ``row`` tells.
         seed: at least 0.
         rows: rows or keys to use, each once. None: all rows with features.
         buffer_bytes: encoded images that a process holds for shuffling. 0: no more than the order of the requests.
@@ -117,8 +118,8 @@ class StreamingFeatures(Epochs):
         if uneven not in ("balance", "drop", "pad"):
             raise ValueError(f'uneven must be "balance", "drop" or "pad": got {uneven!r}')
         super().__init__(store, rows, seed, request_bytes, rank, world_size)
-        self.batch_size, self.shuffle, self.uneven = batch_size, shuffle, uneven
-        self.buffer_bytes, self.threads = buffer_bytes, threads
+        self.batch_size, self.shuffle, self.uneven = int(batch_size), bool(shuffle), uneven
+        self.buffer_bytes, self.threads = int(buffer_bytes), threads
         self.transform, self.dequantize = transform, dequantize
         self.crop, self.box = _checked_crop(crop, box, self.store.shape[1:])
 
@@ -150,7 +151,9 @@ class StreamingFeatures(Epochs):
         if batches > len(self):
             raise ValueError(f"batches must be at most {len(self)}, the batches of an epoch: got {batches}")
         reader = Reader(*self.ranks, 0, max(1, workers))
-        return {**self._state(int(self._epoch), reader, {"batches": batches}), "worker": None}
+        begun = self._loaded or self._at  # loading a state chooses its epoch
+        epoch = int(self._epoch) if begun is None else begun["epoch"]
+        return {**self._state(epoch, reader, {"batches": int(batches)}), "worker": None}
 
     def _resumed(self, state: State, reader: Reader) -> tuple[Reader, dict[str, int]]:
         if state["worker"] is not None:
@@ -162,7 +165,8 @@ class StreamingFeatures(Epochs):
 
     def _options(self) -> dict[str, Any]:
         names = ("batch_size", "shuffle", "buffer_bytes", "uneven")
-        return {**super()._options(), **{name: getattr(self, name) for name in names}}
+        part = {name: value and list(value) for name, value in (("crop", self.crop), ("box", self.box))}
+        return {**super()._options(), **{name: getattr(self, name) for name in names}, **part}
 
     def _batches(self, epoch: int, reader: Reader, position: dict[str, int]) -> Iterator[tuple[dict[str, int], Batch]]:
         start, sizes = piece_of_batches(len(self.rows), reader, self.batch_size, self.uneven)
@@ -224,6 +228,8 @@ def _checked_crop(
         return None, (y.start, x.start, y.stop, x.stop)
     if crop is None:
         return None, None
+    if not isinstance(crop, Iterable):
+        raise TypeError(f"crop must be (height, width): got {crop!r}")
     sides = [whole_number(side, "each side of crop (height, width)") for side in crop]
     if len(sides) != 2 or not all(1 <= side <= most for side, most in zip(sides, size, strict=True)):
         raise ValueError(f"crop must be (height, width), 1 … {size[0]} and 1 … {size[1]}: got {crop!r}")

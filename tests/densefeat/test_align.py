@@ -1,6 +1,8 @@
 """Masks and images on the features' grid, by the recorded affine map, and back."""
 
 import math
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +162,27 @@ def test_masks_by_key(tmp_path: Path) -> None:
         masks("damaged.jpg")
     with pytest.raises(FileNotFoundError, match="has no files"):
         MaskFolder(tmp_path / "other").missing(["a"])
+
+
+def png(samples: np.ndarray, bits: int) -> bytes:
+    """A grey PNG file of 1, 2, 4, 8 or 16 bits."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = []
+    for row in samples.tolist():
+        text = "".join(f"{value:0{bits}b}" for value in row)
+        text += "0" * (-len(text) % 8)
+        rows.append(b"\0" + bytes(int(text[i : i + 8], 2) for i in range(0, len(text), 8)))
+    header = struct.pack(">IIBBBBB", samples.shape[1], samples.shape[0], bits, 0, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_masks_of_any_depth_hold_the_classes(tmp_path: Path, bits: int) -> None:
+    samples = np.random.default_rng(bits).integers(0, 2**bits, (5, 7))
+    samples[0, :2] = 0, 2**bits - 1
+    (tmp_path / "a.png").write_bytes(png(samples, bits))
+    np.testing.assert_array_equal(MaskFolder(tmp_path)("a.jpg").astype(np.int64), samples)

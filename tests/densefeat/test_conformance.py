@@ -69,6 +69,13 @@ def in_attributes(name: str, value: Any) -> Any:
     return damage
 
 
+def two_axes(uri: str) -> None:
+    group = zarr.open_group(uri, mode="r+")
+    mean = group["pca/mean"][:][None]
+    del group["pca/mean"]
+    group.create_array("pca/mean", data=mean, chunks=mean.shape)
+
+
 DAMAGES = {
     "affine of the wrong length": (
         in_index("affine", lambda all: [one and one[:5] for one in all]), "affine of rows that are ok has not always 6"
@@ -90,7 +97,28 @@ DAMAGES = {
     ),
     "a basis that is not orthonormal": (in_array("pca/components", lambda one: 2 * one), "not orthonormal"),
     "a variance above 1": (in_attributes("explained_variance", 1.5), "explained_variance is 1.5, expected 0 … 1"),
-    "a hash of another kind": (in_attributes("configuration_hash", "md5"), "configuration_hash is no SHA-256"),
+    "a hash of another kind": (in_attributes("configuration_hash", "md5"), "configuration_hash is md5, that of"),
+    "another configuration": (
+        in_attributes("configuration", {"backbone": {"name": "x"}}), "configuration has no source(.|\n)*hash is "
+    ),
+    "a variance that is no number": (in_attributes("explained_variance", "0.8"), "explained_variance is '0.8', "),
+    "appended images that are none": (in_attributes("appended", 3), "appended is damaged: 3"),
+    "other steps": (in_attributes("step_sha256", "0" * 64), "step_sha256 (is 0000|is not null)"),
+    "no key": (in_index("key", lambda all: [None, *all[1:]], pa.string()), "rows have no key"),
+    "no size": (in_index("height", lambda all: [None for _ in all]), "height of rows that are ok is not always 1"),
+    "a negative chunk": (
+        in_index("chunk_nbytes", lambda all: [one and -5 for one in all]), "chunk_nbytes of rows that are ok is not"
+    ),
+    "an affine map that mirrors": (
+        in_index("affine", lambda all: [one and [0.5, 0, 0, 0, -0.5, 0] for one in all]), "affine .* out of range"
+    ),
+    "an affine map that shears": (
+        in_index("affine", lambda all: [one and [0.5, 0.1, 0, 0, 0.5, 0] for one in all]), "affine .* out of range"
+    ),
+    "boxes of text": (
+        in_index("valid_box", lambda all: [one and "box" for one in all], pa.string()), "the column valid_box is string"
+    ),
+    "a mean with two axes": (two_axes, r"pca/mean is \[1, \d+\], expected \[C\]"),
     "class names that are none": (in_attributes("class_names", [1]), "class_names is damaged"),
 }  # fmt: skip
 
@@ -103,6 +131,10 @@ def test_damage_is_named(known: KnownStore, name: str, capsys: pytest.CaptureFix
     import re
 
     assert re.search(words, capsys.readouterr().out)
+    for command in ("info", "card"):  # they print, or refuse
+        with pytest.raises(SystemExit) as exit:
+            command_line.main([command, known.uri])
+        assert exit.value.code in (0, 2)
 
 
 def test_every_column_of_the_index_is_in_the_document() -> None:

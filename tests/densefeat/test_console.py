@@ -1,6 +1,7 @@
 """The command ``densefeat``."""
 
 import json
+import os
 import re
 import resource
 import signal
@@ -166,3 +167,14 @@ def test_browse_serves_the_store(known: KnownStore, command: list[str]) -> None:
         finally:
             server.send_signal(signal.SIGINT)
     assert server.returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_terminals_that_lack_characters(tmp_path: Path, encoding: str) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    make_store(str(tmp_path / "store"), source={"images": str(folder)})
+    environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    for command in ("info", "card"):
+        run = [sys.executable, "-m", "densefeat.command_line", command, str(tmp_path / "store")]
+        done = subprocess.run(run, capture_output=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr

@@ -123,6 +123,7 @@ def test_keys_are_found_by_scans_and_by_their_dict(
     assert [store.row_of(keys[row]) for row in (0, 3, 10)] == [0, 3, 10]
     assert keys[4] in store
     assert "nothing" not in store
+    assert "\udce9" not in store
     assert ("_row_of_key" in vars(store)) is not scanned
     with pytest.raises(KeyError, match=r"no row has the key 'nothing'; keys look like 'class/000\.jpg'"):
         store.row_of("nothing")

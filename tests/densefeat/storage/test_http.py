@@ -38,6 +38,7 @@ def test_a_finished_store_reads_the_same_from_any_server(
         for row in GOOD_ROWS:
             assert np.array_equal(store.read(row), local.read(row))
         assert store.index.equals(local.index)
+        assert not store.has_embedding
         assert np.array_equal(store.components, local.components)
         assert np.array_equal(store.mean, local.mean)
         assert np.array_equal(store.sample(3, [[1, 2]]), local.sample(3, [[1, 2]]))
@@ -186,3 +187,16 @@ def test_many_threads(known: KnownStore) -> None:
         store, local = FeatureStore(server.uri), FeatureStore(known.uri)
         for row, features in zip(GOOD_ROWS * 5, pool.map(store.read, GOOD_ROWS * 5), strict=True):
             assert np.array_equal(features, local.read(row))
+
+
+@pytest.mark.parametrize("name", ["x#1.png", "q?.png", "50%20.png", "a b.png", "ü+&=.png", "a%2Fb.png", "x"])
+def test_names_are_not_parts_of_urls(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x").write_bytes(b"another")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / name).write_bytes(b"right")
+    with serve(str(tmp_path)) as server:
+        objects = Objects(server.uri)
+        assert objects.get(f"folder/{name}") == b"right"
+        assert objects.get_range(f"folder/{name}", 1, 3) == b"ig"
+        assert objects.exists(f"folder/{name}")
+        assert not objects.exists(f"folder/{name}#")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from densefeat import FeatureStore, StreamingFeatures
+from densefeat import FeatureStore, StreamingFeatures, TorchFeatures
 from densefeat.torch import Dequantize, Reconstruct, to_device
 from tests.helpers.stores import H, K, KnownStore, W
 
@@ -49,6 +49,20 @@ def test_modules_can_be_saved_and_moved(known: KnownStore) -> None:
     codes = torch.from_numpy(known.codes[:1])
     assert torch.equal(other(codes), module(codes))
     assert module.half()(codes).dtype == torch.float16
+
+
+def test_modules_have_arrays_of_their_own(known: KnownStore) -> None:
+    store = FeatureStore(known.uri)
+    before = store.read(0)
+    for module in (Dequantize(store, torch.float32), Reconstruct(store, torch.float32)):
+        for tensor in module.state_dict().values():
+            tensor.fill_(9)
+    step = TorchFeatures(store).step
+    if step is not None:
+        step.fill_(9)
+    assert np.array_equal(store.read(0), before)
+    assert np.array_equal(store.mean, FeatureStore(known.uri).mean)
+    assert np.array_equal(store.components, FeatureStore(known.uri).components)
 
 
 def test_what_is_refused(known: KnownStore) -> None:

@@ -1,6 +1,9 @@
 """StreamingFeatures in several training processes."""
 
+import copy
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,3 +51,31 @@ def test_two_processes_of_torch_distributed(known8: KnownStore, tmp_path: Path) 
         pass
     rows = [int(row) for rank in range(2) for row in (tmp_path / f"{rank}.txt").read_text().split()]
     assert sorted(rows) == GOOD_ROWS
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda dataset: pickle.loads(pickle.dumps(dataset))])
+@FORKED
+def test_copies_made_before_the_ranks_exist(known8: KnownStore, copied: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As datasets that are passed to torch.multiprocessing.spawn, or by Ray."""
+    dataset = copied(StreamingFeatures(known8.uri, 2, request_bytes=300))
+    assert dataset.ranks == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    seen = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        assert dataset.ranks == copied(dataset).ranks == (rank, 2)
+        seen += [row for batch in rows_of(dataset) for row in batch]
+    assert sorted(seen) == sorted(dataset.rows.tolist())
+    assert copied(StreamingFeatures(known8.uri, 2, rank=1, world_size=3)).ranks == (1, 3)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda dataset: pickle.loads(pickle.dumps(dataset))])
+@FORKED
+def test_workers_of_a_copy_see_the_new_epoch(known8: KnownStore, copied: Any) -> None:
+    dataset = copied(StreamingFeatures(known8.uri, 2, request_bytes=300))
+    loader = DataLoader(dataset, batch_size=None, num_workers=1, persistent_workers=True)
+    orders = []
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        orders.append(rows_of(loader))
+    assert orders[0] != orders[1] != orders[2] != orders[0]
