@@ -246,7 +246,7 @@ class IndexedRows:
         self._scans += 1
         if len(self) <= _KEYS_IN_A_DICT or self._scans > _SCANS_BEFORE_A_DICT or "_row_of_key" in self.__dict__:
             return self._row_of_key.get(key)
-        found = np.flatnonzero(pc.equal(self.lookup["key"], key).to_numpy()) if is_text(key) else []
+        found = np.flatnonzero(pc.equal(self.lookup["key"], key).to_numpy()) if is_text(key) else np.empty(0, np.int64)
         return None if len(found) == 0 else int(found[0]) if len(found) == 1 else -1
 
     @cached_property
