@@ -20,6 +20,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "upsamplers": upsamplers.upsamplers,
     "upsampler_costs": upsamplers.upsampler_costs,
     "quality": upsamplers.quality,
+    "quality_larger": upsamplers.quality_larger,
     "sizes": upsamplers.sizes,
     "fits": upsamplers.fits,
     "training": upsamplers.training,

@@ -153,13 +153,7 @@ def quality() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for (backbone, method), row in latest.items():
-        numbers = []
-        for metric in METRICS:
-            value, difference = Estimate.of(row[metric]), Estimate.of(row[f"{metric}_difference"])
-            numbers += [f"{value.mean:.3f}", "" if method == "bilinear" else formats.gain(difference)]
-        error = Estimate.of(row["held_out_error"])
-        numbers.append(f"{error.mean:.3f} ± {error.half_width:.3f}")
-        table.append(f"| {backbone} | {method} | {row['passes']} | {' | '.join(numbers)} |")
+        table.append(f"| {backbone} | {method} | {row['passes']} | {_qualities(row)} |")
     runs, photos = (
         " or ".join(map(str, dict.fromkeys(row[name] for row in latest.values()))) for name in ("runs", "photos")
     )
@@ -172,6 +166,33 @@ def quality() -> str:
         "of these others, as a share of their variance, ± half of the 95% interval's width. Passes: of the backbone, "
         "per image; the image at 2× has four times the pixels.\n\n"
     ) + "\n".join(table)
+
+
+def quality_larger() -> str:
+    """The same with all channels, and for larger images."""
+    table = [
+        "| | backbone | features | mean IoU | − bilinear | near a border | − bilinear | held-out views |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    measured = [*_quality(224, None).values(), *_quality(448, 64).values()]
+    for row in measured:
+        setting = f"{row['k']} channels, 224 px" if row["size"] == 224 else "448 px"
+        table.append(f"| {setting} | {row['backbone']} | {row['method']} | {_qualities(row)} |")
+    photos = " or ".join(map(str, dict.fromkeys(row["photos"] for row in measured)))
+    return (
+        f"As above, {photos} photographs each: with all channels of the backbone at 224 px, and with 64 components at "
+        "448 px (`python -m benchmarks.upsamplers.quality --components 10000`, `--size 448`).\n\n"
+    ) + "\n".join(table)
+
+
+def _qualities(row: dict[str, Any]) -> str:
+    """Cells of a row: each metric with its difference to bilinear, and the error on held-out views."""
+    cells = []
+    for metric in METRICS:
+        value, difference = Estimate.of(row[metric]), Estimate.of(row[f"{metric}_difference"])
+        cells += [f"{value.mean:.3f}", "" if row["method"] == "bilinear" else formats.gain(difference)]
+    error = Estimate.of(row["held_out_error"])
+    return " | ".join([*cells, f"{error.mean:.3f} ± {error.half_width:.3f}"])
 
 
 def sizes() -> str:
@@ -195,9 +216,12 @@ def held_out_of_jbu() -> str:
     return f"Error on held-out views, `jbu` against `bilinear`: {', '.join(words)}."
 
 
-def _quality(size: int, components: int) -> dict[tuple[str, str], dict[str, Any]]:
-    """The latest row of each backbone and method, in the order of the benchmark."""
-    own = [row for row in rows.read("quality") if (row["size"], row["k"]) == (size, components)]
+def _quality(size: int, components: int | None) -> dict[tuple[str, str], dict[str, Any]]:
+    """The latest row of each backbone and method, in the order of the benchmark; None: with all channels."""
+    own = [
+        row for row in rows.read("quality")
+        if row["size"] == size and (row["k"] == components if components else row["k"] != 64)
+    ]  # fmt: skip
     latest = {(row["backbone"], row["method"]): row for row in own}
     return {key: latest[key] for key in sorted(latest, key=lambda key: _ORDER.index(key[0]))}
 
