@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jobs.command_line import DONE, run
-from schemas.checks import at_least
+from schemas.checks import at_least, check_shard_images
 from schemas.options import SHARD_IMAGES
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         """Check the options that need no access to files."""
         at_least("--error-floor", self.error_floor, 0)
-        at_least("--shard-images", self.shard_images, 1)
+        check_shard_images(self.shard_images)
         at_least("--threads", self.threads, 1)
 
 

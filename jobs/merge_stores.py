@@ -12,7 +12,7 @@ import logging
 from dataclasses import dataclass
 
 from jobs.command_line import DONE, run
-from schemas.checks import at_least
+from schemas.checks import at_least, check_shard_images
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class MergeConfig:
         """Check the options that need no access to files."""
         if not self.stores:
             raise ValueError("--stores names the stores to merge: got none")
-        at_least("--shard-images", self.shard_images, 1)
+        check_shard_images(self.shard_images)
         at_least("--threads", self.threads, 1)
 
 

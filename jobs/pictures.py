@@ -93,7 +93,8 @@ def _fitted(
     text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, *, keep_end: bool = False
 ) -> str:
     """Shorten a text to a width in pixels, marked by an ellipsis; paths keep their end."""
-    shortened = text
+    # Names may hold line breaks, and bytes that are no text.
+    text = shortened = "".join(one if one.isprintable() else "�" for one in text)
     while text and font.getlength(shortened) > width:
         text = text[1:] if keep_end else text[:-1]
         shortened = f"…{text}" if keep_end else f"{text}…"

@@ -11,12 +11,15 @@ __all__ = [
     "check_components",
     "check_method_options",
     "check_seed",
+    "check_shard_images",
     "own_options",
     "parse_layers",
     "parse_size",
     "parse_workers",
     "positive",
 ]
+
+MOST_SHARD_IMAGES = 1 << 20
 
 Options = TypeVar("Options")
 
@@ -110,6 +113,17 @@ def check_seed(option: str, value: int) -> None:
     """
     if not 0 <= value < 2**63:
         raise ValueError(f"{option} must be at least 0 and less than 2^63: got {value}")
+
+
+def check_shard_images(value: int | None) -> None:
+    """Refuse a shard of no images, or of more than a million: its index is made in memory. None passes.
+
+    Raises:
+        ValueError: the value is refused.
+    """
+    at_least("--shard-images", value, 1)
+    if value is not None and value > MOST_SHARD_IMAGES:
+        raise ValueError(f"--shard-images must be at most {MOST_SHARD_IMAGES}: got {value}")
 
 
 def own_options(config: object, kind: type[Options]) -> Options:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from schemas.checks import at_least, check_components, parse_layers, parse_size, parse_workers
+from schemas.checks import at_least, check_components, check_shard_images, parse_layers, parse_size, parse_workers
 from schemas.configuration import MAX_PIXELS, MIN_SIDE, Facet, Fit, Quality, Represent, Space
 from schemas.upsamplers import UpsamplerOptions
 
@@ -175,7 +175,7 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
         """Check everything that needs no access to data."""
         PcaConfig.__post_init__(self)
         UpsamplerOptions.__post_init__(self)
-        at_least("--shard-images", self.shard_images, 1)
+        check_shard_images(self.shard_images)
         at_least("--attempts", self.attempts, 1)
         at_least("--error-floor", self.error_floor, 0)
         if self.dtype == "float16" and self.quality != "high":

@@ -49,6 +49,8 @@ def explain_storage_error(
                 "credentials"
             )
         return JobError(f"no permission to write {place}: {error}; choose another location, or request write access")
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return JobError(f"{place}: a name is too long for this file system ({error.strerror}): choose a shorter one")
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         if access == "read":
             missing = error.filename or (error.args[-1] if error.args else place)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densefeat.errors import DensefeatError
 from densefeat.storage.objects import Objects
 from pipeline.errors import JobError
 from pipeline.train.held_out import ViewError
@@ -124,7 +125,9 @@ def load_newest(objects: Objects) -> TrainState:
                 losses=[LossRow(**row) for row in plain["losses"]],
                 held_out=[_held_out_row(row) for row in plain["held_out"]],
             )
-        except OSError:
+        except FileNotFoundError:  # deleted since it was listed
+            continue
+        except (OSError, DensefeatError, MemoryError):  # says nothing about the checkpoint
             raise
         except Exception as error:  # a damaged pickle can raise nearly anything
             logger.warning("checkpoint %s/%s is damaged: %s", objects.uri, key, type(error).__name__)

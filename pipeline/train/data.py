@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -107,7 +108,7 @@ def training_batches(
         steps: steps to yield.
 
     Raises:
-        JobError: a batch still has an unusable image after `_SUBSTITUTES` replacements.
+        JobError: `_SUBSTITUTES` replacements of one image cannot be used either.
     """
     logged: set[str] = set()
     for first in range(steps.start, steps.stop, _STEPS_LISTED):
@@ -118,13 +119,15 @@ def training_batches(
             start = (step - first) * loader.batch_size
             names, pixels, attempt = keys[start : start + loader.batch_size], batch.pixels, 0
             for place, image in enumerate(batch.decoded):
-                while not isinstance(image, Decoded):
+                for tried in itertools.count():
+                    if isinstance(image, Decoded):
+                        break
                     if names[place] not in logged:
                         logger.warning("%s cannot be used and is replaced: %s", names[place], image)
                         logged.add(names[place])
-                    if attempt == _SUBSTITUTES:
+                    if tried == _SUBSTITUTES:
                         raise JobError(
-                            f"{attempt} images in a row cannot be used; the last one is {names[place]}: {image}"
+                            f"{tried} images in a row cannot be used; the last one is {names[place]}: {image}"
                         )
                     other = references.take([order.substitute(step, rank, attempt)])
                     attempt += 1

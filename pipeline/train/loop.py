@@ -91,7 +91,8 @@ class Training:
         self._objects = Objects(plan.config.output)
         self._optimizer = stages.objective.optimizer(plan.config.effective_learning_rate)
         self.seconds = StageSeconds()
-        self.state = load_newest(self._objects)
+        with storage_explained(f"--output {plan.config.output}", "read"):
+            self.state = load_newest(self._objects)
         self._check_shared()
         self._safe_at = self.state.step
         if self.state.step:

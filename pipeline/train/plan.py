@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +13,7 @@ import pyarrow as pa
 
 from densefeat.errors import StorageUnavailable
 from densefeat.storage.objects import Objects
-from densefeat.storage.places import absolute_place
+from densefeat.storage.places import absolute_place, is_local
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone, build_backbone
 from pipeline.features.layers import choice_label
@@ -106,10 +107,11 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
         config.images, limit=config.limit, image_column=config.image_column, scan_map=cluster_scan_map()
     )
     backbones = [backbone_at(config, choice) for choice in config.backbone_choices]
-    held_out = None if config.held_out_choice is None else backbone_at(config, config.held_out_choice).identity()
+    unseen = [] if config.held_out_choice is None else [backbone_at(config, config.held_out_choice)]
+    held_out = unseen[0].identity() if unseen else None
     identities = [backbone.identity() for backbone in backbones]
     _check_labels(config, identities, held_out)
-    _check_grids(config, backbones)
+    _check_grids(config, backbones, unseen)
     train, val = _split(config, source)
     plan = TrainPlan(
         config=config,
@@ -230,9 +232,9 @@ def _check_labels(config: TrainConfig, identities: list[dict[str, Any]], held_ou
         seen[label] = option
 
 
-def _check_grids(config: TrainConfig, backbones: list[Backbone]) -> None:
-    """Check the grids: at least 2×2, and for lift evenly divisible, with an even number of channels."""
-    for backbone in backbones:
+def _check_grids(config: TrainConfig, backbones: list[Backbone], unseen: list[Backbone]) -> None:
+    """Check the grids, also of a backbone not trained on: at least 2×2; for lift divisible, with even channels."""
+    for backbone in [*backbones, *unseen]:
         if min(backbone.grid) < 2:
             raise JobError(
                 f"{backbone.label} has a grid of {backbone.grid[0]}×{backbone.grid[1]} at "
@@ -253,7 +255,7 @@ def _check_grids(config: TrainConfig, backbones: list[Backbone]) -> None:
 
 def _split(config: TrainConfig, source: Source) -> tuple[ImageTable, ImageTable]:
     """Split into images to train on, and images to measure on in the order of their hashes."""
-    hashes = [key_hash(key) for key in source.references["key"].to_pylist()]
+    hashes = _hashes(source.references)
     if config.val_images is None:
         of_train = pa.array([number >= config.val_share for number in hashes])
         train = ImageTable(source.references.filter(of_train), source.kind, source.image_column)
@@ -281,14 +283,28 @@ def _split(config: TrainConfig, source: Source) -> tuple[ImageTable, ImageTable]
     return train, val._replace(references=val.references.take(candidates))
 
 
+def _hashes(references: pa.Table) -> list[float]:
+    """`key_hash` of each row, 0 … 1; rows of one image, such as those of a list that names it twice, have one."""
+    places, keys = _places(references), references["key"].to_pylist()
+    first: dict[tuple[str, int | None], str] = {}
+    for place, key in zip(places, keys, strict=True):
+        first[place] = min(key, first.get(place, key))
+    return [key_hash(first[place]) for place in places]
+
+
+def _places(references: pa.Table) -> list[tuple[str, int | None]]:
+    """Where each image is: its URI, of a local file without links, and its offset in tars and Parquet."""
+    uris = [os.path.realpath(uri) if is_local(uri) else uri for uri in references["uri"].to_pylist()]
+    return list(zip(uris, references["offset"].to_pylist(), strict=True))
+
+
 def _order(hashes: list[float]) -> list[int]:
     return sorted(range(len(hashes)), key=hashes.__getitem__)
 
 
 def _shared(train: pa.Table, val: pa.Table) -> list[str]:
-    """URIs of images in both tables, compared by URI and offset (in tars and Parquet)."""
-    places = [set(zip(table["uri"].to_pylist(), table["offset"].to_pylist(), strict=True)) for table in (train, val)]
-    return sorted(uri for uri, _ in places[0] & places[1])
+    """URIs of images in both tables."""
+    return sorted(uri for uri, _ in {*_places(train)} & {*_places(val)})
 
 
 def _configuration(

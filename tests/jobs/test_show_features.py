@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from densefeat import FeatureStore
-from jobs.pictures import feature_colours
+from jobs.pictures import _fitted, feature_colours
 from jobs.show_features import ShowConfig, show
 from jobs.upsample_imagenet import upsample
 from pipeline.errors import JobError
@@ -70,6 +70,14 @@ def test_what_cannot_be_shown(tmp_path: Path, options: dict[str, object], words:
     store = make_store(str(tmp_path / "store"))
     with pytest.raises(JobError, match=words):
         show(ShowConfig(**{"store": store.uri, "output": str(tmp_path / "x.png"), **options}))
+
+
+@pytest.mark.parametrize("name", ["a\nb.jpg", "a\u2028b.jpg", "tab\t.jpg", "ü.jpg"])
+def test_keys_with_line_breaks(name: str) -> None:
+    font = ImageFont.load_default(12)
+    shown = _fitted(name, font, 200, keep_end=True)
+    assert shown.isprintable()
+    assert shown.endswith(".jpg")
 
 
 def test_the_picture_has_a_known_kind() -> None:

@@ -16,6 +16,7 @@ from densefeat.layout import ZSTD_LEVEL, FeatureLayout
 from densefeat.rows.embeddings import encode_embeddings
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import emptied, in_order
+from densefeat.storage.places import encloses
 from densefeat.store import FeatureStore
 from kernels.quantization import Encoding
 from pipeline.errors import JobError
@@ -77,6 +78,8 @@ def convert(source: FeatureStore, target: Objects, storage: DenseStorage, *, res
         JobError: the source is not finished; there is a store at the location and ``resume`` is not set, or it is
             another one; or a local disk has no space for it.
     """
+    if encloses(source.uri, target.uri) or encloses(target.uri, source.uri):
+        raise JobError(f"{source.uri} and {target.uri} are the same place, or one is in the other: choose another one")
     if PENDING in source.index["status"].unique().to_pylist():
         raise JobError(f"{source.uri} is not finished: finish it first, with --resume")
     features = FeatureLayout(len(source), *source.shape, storage.dtype, storage.shard_rows)

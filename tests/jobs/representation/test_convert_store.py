@@ -129,6 +129,14 @@ def test_other_stores_are_not_touched(made: UpsampleConfig, tmp_path: Path) -> N
         upsample(UpsampleConfig(**{**vars(made), "store": str(tmp_path / "dense"), "resume": True}))
 
 
+def test_a_store_within_a_store_is_refused(made: UpsampleConfig, tmp_path: Path) -> None:
+    for output in (Path(made.store) / "dense", Path(made.store), Path(made.store).parent):
+        with pytest.raises(JobError, match="are the same place, or one is in the other"):
+            convert(conversion(made, output))
+    with pytest.raises(ValueError, match="--shard-images must be at most 1048576"):
+        ConvertConfig(store=made.store, output=str(tmp_path / "dense"), shard_images=10**9)
+
+
 def test_an_unfinished_store_is_refused(photographs: Path, tmp_path: Path) -> None:
     job = config(photographs, tmp_path / "store", represent="compact", shards="0:1")
     upsample(job)

@@ -5,18 +5,22 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
 
+from densefeat.errors import StorageUnavailable
 from densefeat.storage.objects import Objects
 from densefeat.torch.bilateral import resize
 from pipeline.errors import JobError
 from pipeline.features.checkpoints import read_state_dict
 from pipeline.images.listing.source import list_images
+from pipeline.train import plan
 from pipeline.train.build import build_stages
 from pipeline.train.checkpoints import HeldOutRow, LossRow, TrainState, load_newest, save, tables
 from pipeline.train.curves import curves
@@ -77,10 +81,30 @@ def test_images_that_cannot_be_used_are_replaced(photographs: Path, tmp_path: Pa
     assert len(first_usable(source.references, loader, 3)[0]) == 3
     with pytest.raises(JobError, match=r"3 of 5 images can be used, expected --val-count 4; 03\.png cannot"):
         first_usable(source.references, loader, 4)
+    # However many images of a batch have to be replaced.
+    large = ImageTable(source.references, source.kind, None).loader(config, 60, 1)
+    ((keys, _),) = training_batches(source.references, large, TrainingOrder(5, 60, 1, 0), 0, range(1))
+    assert (len(keys), set(keys)) == (60, {"01.png", "02.png", "04.png"})
     for path in folder.iterdir():
         path.write_bytes(b"")
     with pytest.raises(JobError, match="16 images in a row"):
         batches(range(1))
+
+
+def test_one_image_is_on_one_side_whatever_names_it_has(photographs: Path, tmp_path: Path) -> None:
+    """Rows of a list, under several keys or through links."""
+    folder = write_photographs(tmp_path / "images", 5)
+    (tmp_path / "links").symlink_to(folder)
+    lines = ["key,path"]
+    for number, path in enumerate(sorted(folder.iterdir())):
+        lines += [f"{number}-{i},{(tmp_path / 'links' if i % 2 else folder) / path.name}" for i in range(6)]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    hashes = np.array(plan._hashes(list_images(str(tmp_path / "list.csv")).references)).reshape(5, 6)
+    assert (hashes == hashes[:, :1]).all()
+    assert len(set(hashes[:, 0])) == 5
+    config = train_config(photographs, tmp_path / "output", images=str(folder), val_images=str(tmp_path / "links"))
+    with pytest.raises(JobError, match="5 of them are also in --images"):
+        plan.make_train_plan(config)
 
 
 # --- Several processes ---
@@ -155,7 +179,9 @@ def state_at(step: int) -> TrainState:
     return TrainState(step, {"weight": torch.full((2,), float(step))}, {"state": {0: {"step": 1}}}, rows, held_out)
 
 
-def test_checkpoints_come_back_and_old_ones_go(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_checkpoints_come_back_and_old_ones_go(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     objects = Objects(str(tmp_path))
     assert load_newest(objects).step == 0
     for step in (2, 4, 6):
@@ -173,6 +199,11 @@ def test_checkpoints_come_back_and_old_ones_go(tmp_path: Path, caplog: pytest.Lo
         caplog.clear()
         assert load_newest(objects).step == 4
         assert "step_00000006.pt is damaged: BadZipFile" in caplog.text
+    for error in (StorageUnavailable("no answer"), PermissionError(13, "no"), MemoryError()):  # not damage
+        with monkeypatch.context() as failing:
+            failing.setattr(Objects, "get", Mock(side_effect=error))
+            with pytest.raises(type(error)):
+                load_newest(objects)
     (tmp_path / "checkpoints" / "step_00000004.pt").write_bytes(b"")
     with pytest.raises(JobError, match="all checkpoints"):
         load_newest(objects)

@@ -101,9 +101,13 @@ def test_lift_needs_enough_to_begin_as_interpolation(photographs: Path, tmp_path
         ({"backbones": ("resnet81",)}, "resnet18"),
         ({"backbones": ("resnet18@9",)}, "layer 9"),
         ({"backbones": ("resnet18@4=random",), "size": "32"}, "a grid of 1×1 at --size 32"),
+        ({"held_out_backbone": "resnet18@4=random", "size": "32"}, "a grid of 1×1 at --size 32"),
         ({"upsampler": "lift", "size": "72"}, "expected multiples of 16"),
         ({"upsampler": "lift", "size": "80", "lift_octaves": 2}, "expected multiples of 32"),
         ({"output": "/proc/training"}, "--output /proc/training"),
+        ({"output": "/tmp/" + "n" * 300}, "a name is too long for this file system"),
+        ({"featup_checkpoint": "/tmp/" + "n" * 250 + ".pth"}, "a name is too long for this file system"),
+        ({"featup_checkpoint": "{folder}/jbu.pth"}, "jbu.pth is a folder: expected the name of a file"),
         ({"featup_checkpoint": "/proc/here/jbu.pth"}, "--featup-checkpoint /proc/here/jbu.pth"),
         ({"output": "{images}"}, "overlap: use a separate folder for --output"),
         ({"device": "cuda"}, "CUDA"),
@@ -114,7 +118,10 @@ def test_what_is_refused_before_work(photographs: Path, tmp_path: Path, changed:
         pytest.skip("there is a CUDA device")
     if changed.get("val_images"):
         changed = {"val_images": str(photographs / "train")}
-    asked = dict(changed)
+    (tmp_path / "jbu.pth").mkdir()
+    asked = {
+        name: str(value).format(folder=tmp_path) if "checkpoint" in name else value for name, value in changed.items()
+    }
     output = asked.pop("output", str(tmp_path / "training")).format(images=photographs / "train" / "training")
     with pytest.raises(JobError) as caught:
         train_upsampler(train_config(photographs, output, **asked))
