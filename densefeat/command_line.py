@@ -39,9 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # for terminals that lack characters, and paths that are no text
+        # For terminals that lack characters, and paths that are no text.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         options.command(options)
         sys.stdout.flush()

@@ -1,6 +1,5 @@
 """Check a store against its format (docs/format.md), without reading features."""
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -72,7 +71,7 @@ def _attributes(store: FeatureStore) -> Iterator[str]:
     own = store.attributes
     if missing := [name for name in _PARTS if not isinstance(own["configuration"].get(name), dict)]:
         yield f"the attribute configuration has no {', '.join(missing)}"
-    if own["configuration_hash"] != (expected := _sha256(json.dumps(own["configuration"], sort_keys=True).encode())):
+    if own["configuration_hash"] != (expected := layout.configuration_sha256(own["configuration"])):
         yield f"the attribute configuration_hash is {own['configuration_hash']}, that of configuration is {expected}"
     _ = store.class_names, store.has_embedding  # reading them checks them
     yield from _appended(store)
@@ -128,7 +127,7 @@ def _step(store: FeatureStore) -> Iterator[str]:
         return
     if store.step.ndim != 1 or not (store.step > 0).all():
         yield "step has values that are not greater than 0, or more than one axis"
-    if store.attributes["setup_complete"] and named != (expected := _sha256(store.step.astype("<f4").tobytes())):
+    if store.attributes["setup_complete"] and named != (expected := layout.step_sha256(store.step)):
         yield f"the attribute step_sha256 is {named}, that of step is {expected}"
 
 
@@ -172,10 +171,6 @@ def _scales_and_shifts(affine: Any) -> bool:
     return bool(
         np.isfinite(affine).all() and (scale_x > 0).all() and (scale_y > 0).all() and not (xy.any() or yx.any())
     )
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _inside(boxes: Any, size: tuple[int, int]) -> bool:

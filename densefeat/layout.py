@@ -24,9 +24,11 @@ Chunks are encoded here rather than by zarr-python, because a shard is built in 
 bytes are the same (tests/densefeat/test_store_names.py compares them).
 """
 
+import hashlib
 import io
+import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -323,3 +325,13 @@ def without_crc(data: bytes, what: str) -> bytes:
     if google_crc32c.value(body) != crc:
         raise ValueError(f"{what} does not match its crc32c checksum: its bytes changed after they were written")
     return body
+
+
+def configuration_sha256(configuration: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of a store's configuration as canonical JSON."""
+    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
+
+
+def step_sha256(step: npt.NDArray[Any] | None) -> str | None:
+    """SHA-256, in hex, of the quantization steps; None for float16."""
+    return None if step is None else hashlib.sha256(step.astype("<f4").tobytes()).hexdigest()

@@ -19,7 +19,7 @@ __all__ = [
     "positive",
 ]
 
-MOST_SHARD_IMAGES = 1 << 20
+_MOST_SHARD_IMAGES = 1 << 20
 
 Options = TypeVar("Options")
 
@@ -105,14 +105,14 @@ def positive(option: str, value: float) -> None:
         raise ValueError(f"{option} must be positive and finite: got {value}")
 
 
-def check_seed(option: str, value: int) -> None:
+def check_seed(value: int) -> None:
     """Refuse a seed that torch's generators do not take.
 
     Raises:
         ValueError: the value is refused.
     """
     if not 0 <= value < 2**63:
-        raise ValueError(f"{option} must be at least 0 and less than 2^63: got {value}")
+        raise ValueError(f"--seed must be at least 0 and less than 2^63: got {value}")
 
 
 def check_shard_images(value: int | None) -> None:
@@ -122,8 +122,8 @@ def check_shard_images(value: int | None) -> None:
         ValueError: the value is refused.
     """
     at_least("--shard-images", value, 1)
-    if value is not None and value > MOST_SHARD_IMAGES:
-        raise ValueError(f"--shard-images must be at most {MOST_SHARD_IMAGES}: got {value}")
+    if value is not None and value > _MOST_SHARD_IMAGES:
+        raise ValueError(f"--shard-images must be at most {_MOST_SHARD_IMAGES}: got {value}")
 
 
 def own_options(config: object, kind: type[Options]) -> Options:

@@ -4,7 +4,6 @@ Two stores with the same hash hold the same features, up to floating-point diffe
 values determine whether a job may work on a store; *results* (a fitted basis, measured steps) are taken from the store.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -181,7 +180,9 @@ class StoreConfiguration:
     @property
     def hash(self) -> str:
         """SHA-256 (hex) of the configuration as canonical JSON."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        from densefeat.layout import configuration_sha256  # imports numpy, which options do without
+
+        return configuration_sha256(self.to_dict())
 
     def with_basis(self, digest: str, components: int) -> "StoreConfiguration":
         """Return a copy with the digest of the basis, and its number of components."""

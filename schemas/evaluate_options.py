@@ -82,7 +82,7 @@ class EvaluateConfig:
             raise ValueError(f"--task {self.task} trains nothing: leave out --train and --val")
         for option in ("limit", "runs", "pixels", "video_rows", "discovery_rows"):
             at_least(f"--{option.replace('_', '-')}", getattr(self, option), 1)
-        check_seed("--seed", self.seed)
+        check_seed(self.seed)
         at_least("--shown", self.shown, 0)
         at_least("--classes", self.classes, 2)
         if (self.train is None) != (self.val is None):

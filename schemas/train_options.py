@@ -121,7 +121,7 @@ class SharedTrainOptions:
         for option, least in _LEAST.items():
             at_least(f"--{option.replace('_', '-')}", getattr(self, option), least)
         parse_size("--size", self.size)
-        check_seed("--seed", self.seed)
+        check_seed(self.seed)
         if not 0 < self.val_share < 1:
             raise ValueError(f"--val-share is a share: got {self.val_share}, expected between 0 and 1")
         positive("--learning-rate", self.effective_learning_rate)

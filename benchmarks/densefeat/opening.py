@@ -21,11 +21,11 @@ import pyarrow as pa
 from benchmarks import rows
 from benchmarks.jobs.driver import references_of
 from densefeat import FeatureStore
-from densefeat.layout import INDEX, MANIFEST, FeatureLayout
+from densefeat.layout import INDEX, MANIFEST, FeatureLayout, step_sha256
 from densefeat.storage.objects import Objects
 from densefeat.storage.parquet import parquet_bytes
 from pipeline.features.pca import Basis
-from pipeline.store.layout import set_up, step_sha256
+from pipeline.store.layout import set_up
 from schemas.attributes import StoreAttributes
 from schemas.configuration import (
     GeometryConfiguration,

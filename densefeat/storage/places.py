@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from densefeat.errors import PlaceError, missing_package
 
-__all__ = ["absolute_place", "encloses", "is_local", "open_place", "open_uri", "split_place"]
+__all__ = ["absolute_place", "encloses", "is_local", "open_place", "open_uri", "overlap", "split_place"]
 
 _LOCAL_PROTOCOLS = ("file", "local")
 # The first part of a path is a bucket: nothing can be written above it, and no path begins with a slash.
@@ -143,6 +143,11 @@ def encloses(outer: str | os.PathLike[str], inner: str | os.PathLike[str]) -> bo
     """Whether ``inner`` is ``outer`` or below it; symbolic links are followed."""
     top, place = _identity(outer), _identity(inner)
     return place == top or place.startswith(f"{top.rstrip('/')}/")
+
+
+def overlap(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two places are the same, or one is below the other."""
+    return encloses(one, other) or encloses(other, one)
 
 
 def _identity(place: str | os.PathLike[str]) -> str:

@@ -73,9 +73,7 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     with torch.inference_mode():
         for key in keys:
             for side in comparison.sides:
-                photo, heat, number = _map(side, classifiers[side.name], key)
-                valid = on_image(side.store, key, (heat.shape[0], heat.shape[1]))
-                found[side.name].append(measures(classifiers[side.name], photo, heat, number, valid))
+                found[side.name].append(measures(classifiers[side.name], *_map(side, classifiers[side.name], key)))
     values = {side: torch.stack(own)[None] for side, own in found.items()}
 
     def figure(name: str, place: int, higher_is_better: bool) -> Figure:
@@ -86,7 +84,7 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
         panels: list[Panel] = []
         with torch.inference_mode():
             for side in comparison.sides:
-                photo, heat, number = _map(side, classifiers[side.name], keys[unit])
+                photo, heat, number, _ = _map(side, classifiers[side.name], keys[unit])
                 if not panels:
                     panels.append(Panel(f"{keys[unit]}, class {number}", photo.permute(1, 2, 0).numpy()))
                 panels.append(Panel(side.name, ramp_colours(heat.double().numpy(), 0, 1)))
@@ -122,8 +120,8 @@ def _doubts(sides: Sequence[Side]) -> Iterator[str]:
             )
 
 
-def _map(side: Side, classifier: Classifier, key: str) -> tuple[Tensor, Tensor, int]:
-    """The photograph [3, H, W] uint8, the map [H, W] of the most probable class, and the class.
+def _map(side: Side, classifier: Classifier, key: str) -> tuple[Tensor, Tensor, int, Tensor]:
+    """As for `measures`: photograph [3, H, W] uint8, map [H, W] of the most probable class, class, and pixels [H, W].
 
     The map is 0 … 1 on the image; padding does not count.
     """
@@ -135,7 +133,7 @@ def _map(side: Side, classifier: Classifier, key: str) -> tuple[Tensor, Tensor, 
     valid = on_image(side.store, key, (photo.shape[1], photo.shape[2]))
     inside = large[valid] if valid.any() else large
     low, high = inside.min(), inside.max()
-    return photo, ((large - low) / (high - low).clamp(min=1e-12)).clamp(0, 1), number
+    return photo, ((large - low) / (high - low).clamp(min=1e-12)).clamp(0, 1), number, valid
 
 
 def measures(classifier: Classifier, photo: Tensor, heat: Tensor, number: int, valid: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ keypoints, or of the target image. As in PF-WILLOW, the box is that of the keypo
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +78,7 @@ def check(config: EvaluateConfig, sides: Sequence[PlannedSide], keys: Sequence[s
     """
     listed = read_keypoints(str(config.labels))
     points = {key: listed[key] for key in spread(_with_keypoints(listed, keys, config), config.limit)}
-    if not any(_targets(points, config.same_folder).values()):
+    if not any(found for _, found in _targets(points, config.same_folder)):
         raise JobError(_why_no_pair(points, config, ()))
 
 
@@ -90,7 +90,7 @@ def evaluate(comparison: Comparison, config: EvaluateConfig) -> Outcome:
     """
     images = _images(comparison, config)
     points = {key: one.points for key, one in images.items()}
-    targets = _targets(points, config.same_folder)
+    targets = dict(_targets(points, config.same_folder))
     sources = [key for key in images if targets[key]]
     if not sources:
         raise JobError(_why_no_pair(points, config, comparison.notes))
@@ -209,19 +209,18 @@ def _folder(key: str) -> str:
     return key.split("/")[0]
 
 
-def _targets(points: Mapping[str, Points], same_folder: bool) -> dict[str, list[str]]:
-    """For every source image, the target images; those next in the order come first."""
+def _targets(points: Mapping[str, Points], same_folder: bool) -> Iterator[tuple[str, list[str]]]:
+    """Every source image with its target images; those next in the order come first."""
     keys = list(points)
-    targets: dict[str, list[str]] = {}
     for place, key in enumerate(keys):
         others = keys[place + 1 :] + keys[:place]
-        targets[key] = [
+        found = [
             other
             for other in others
             if not same_folder or _folder(other) == _folder(key)
             if len(points[other]) == len(points[key]) and _in_common(points[key], points[other]).any()
         ]
-    return targets
+        yield key, found
 
 
 def _of_other_lengths(points: Mapping[str, Points], same_folder: bool) -> int:

@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 
 from densefeat import layout
+from densefeat.layout import step_sha256
 from densefeat.store import FeatureStore
 from pipeline.errors import JobError
 from pipeline.features.pca import Basis
-from pipeline.store.layout import step_sha256
 from pipeline.upsamplers.fitting import UpsamplerFit
 from schemas.attributes import StoreAttributes
 from schemas.configuration import FITTED, StoreConfiguration

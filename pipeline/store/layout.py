@@ -8,7 +8,6 @@ none of them can overwrite later changes. A job with another configuration is re
 """
 
 import base64
-import hashlib
 import io
 import json
 import re
@@ -219,11 +218,6 @@ def _claimed_outcome(
 def _delete_all(objects: Objects, keys: Iterable[str]) -> None:
     for _ in in_order(objects.delete, keys):
         pass
-
-
-def step_sha256(step: np.ndarray[Any, Any] | None) -> str | None:
-    """SHA-256 of the quantization steps; None for float16."""
-    return None if step is None else hashlib.sha256(step.astype("<f4").tobytes()).hexdigest()
 
 
 def reopen(objects: Objects) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from densefeat import layout
 from densefeat.conformance import report_problems
 from densefeat.errors import StoreError
+from densefeat.layout import step_sha256
 from densefeat.rows.blocks import read_blocks
 from densefeat.rows.index import read_index
 from densefeat.rows.ledger import recorded_shards
@@ -23,7 +24,6 @@ from pipeline.features.pca import Basis
 from pipeline.store.appending.grown_shard import decision
 from pipeline.store.appending.growth import has_keys_of
 from pipeline.store.fitted import stored_fit
-from pipeline.store.layout import step_sha256
 from pipeline.store.shard import read_record
 from schemas.attributes import StoreAttributes
 from schemas.index import INDEX, OK, OUTCOMES

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import itertools
 import logging
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -119,9 +118,8 @@ def training_batches(
             start = (step - first) * loader.batch_size
             names, pixels, attempt = keys[start : start + loader.batch_size], batch.pixels, 0
             for place, image in enumerate(batch.decoded):
-                for tried in itertools.count():
-                    if isinstance(image, Decoded):
-                        break
+                tried = 0
+                while not isinstance(image, Decoded):
                     if names[place] not in logged:
                         logger.warning("%s cannot be used and is replaced: %s", names[place], image)
                         logged.add(names[place])
@@ -130,7 +128,7 @@ def training_batches(
                             f"{tried} images in a row cannot be used; the last one is {names[place]}: {image}"
                         )
                     other = references.take([order.substitute(step, rank, attempt)])
-                    attempt += 1
+                    tried, attempt = tried + 1, attempt + 1
                     (single,) = loader.batches(other, StageSeconds())
                     names[place], pixels[place], image = other["key"][0].as_py(), single.pixels[0], single.decoded[0]
             yield names, pixels

@@ -111,7 +111,7 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
     held_out = unseen[0].identity() if unseen else None
     identities = [backbone.identity() for backbone in backbones]
     _check_labels(config, identities, held_out)
-    _check_grids(config, backbones, unseen)
+    _check_grids(config, [*backbones, *unseen])
     train, val = _split(config, source)
     plan = TrainPlan(
         config=config,
@@ -232,9 +232,9 @@ def _check_labels(config: TrainConfig, identities: list[dict[str, Any]], held_ou
         seen[label] = option
 
 
-def _check_grids(config: TrainConfig, backbones: list[Backbone], unseen: list[Backbone]) -> None:
-    """Check the grids, also of a backbone not trained on: at least 2×2; for lift divisible, with even channels."""
-    for backbone in [*backbones, *unseen]:
+def _check_grids(config: TrainConfig, backbones: list[Backbone]) -> None:
+    """Check the grids: at least 2×2, and for lift evenly divisible, with an even number of channels."""
+    for backbone in backbones:
         if min(backbone.grid) < 2:
             raise JobError(
                 f"{backbone.label} has a grid of {backbone.grid[0]}×{backbone.grid[1]} at "
@@ -255,8 +255,8 @@ def _check_grids(config: TrainConfig, backbones: list[Backbone], unseen: list[Ba
 
 def _split(config: TrainConfig, source: Source) -> tuple[ImageTable, ImageTable]:
     """Split into images to train on, and images to measure on in the order of their hashes."""
-    hashes = _hashes(source.references)
     if config.val_images is None:
+        hashes = _hashes(source.references)
         of_train = pa.array([number >= config.val_share for number in hashes])
         train = ImageTable(source.references.filter(of_train), source.kind, source.image_column)
         val = ImageTable(source.references, source.kind, source.image_column)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from densefeat import layout
-from densefeat.layout import FeatureLayout
+from densefeat.layout import FeatureLayout, step_sha256
 from densefeat.rows.embeddings import encode_embeddings
 from densefeat.storage.guidance import QUALITY, encode_guidance
 from densefeat.storage.objects import Objects
@@ -16,7 +16,7 @@ from pipeline.features.pca import Basis
 from pipeline.images.listing.source import keys_digest
 from pipeline.store.appending.grown_shard import done_or_kept
 from pipeline.store.appending.growth import Growth
-from pipeline.store.layout import claim, complete_setup, finish, set_up, step_sha256
+from pipeline.store.layout import claim, complete_setup, finish, set_up
 from pipeline.store.shard import NewShard, finished_shards, write_shard
 from pipeline.upsamplers.fitting import UpsamplerFit
 from schemas.attributes import AppendedSource, StoreAttributes

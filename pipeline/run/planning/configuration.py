@@ -3,14 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
-from densefeat.layout import ZSTD_LEVEL
+from densefeat.layout import ZSTD_LEVEL, step_sha256
 from densefeat.storage.guidance import QUALITY
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.pca import Basis
 from pipeline.run.recipe import UpsampleRecipe
 from pipeline.store.fitted import Fitted
-from pipeline.store.layout import step_sha256
 from pipeline.upsamplers.interface import Upsampler
 from pipeline.upsamplers.jbu import JBU, WIDE
 from schemas.configuration import (

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import numpy.typing as npt
 
+from densefeat.layout import step_sha256
 from densefeat.storage.objects import Objects
 from pipeline.errors import JobError
 from pipeline.features.pca import Basis, fit
@@ -21,7 +22,7 @@ from pipeline.run.recipe import UpsampleRecipe
 from pipeline.run.shard_worker import ShardWorker, StoreEncoding, make_worker
 from pipeline.run.workers import InlineWorkers, TaskFailed
 from pipeline.store.calibration import Calibration, choose_steps
-from pipeline.store.layout import claim, step_sha256
+from pipeline.store.layout import claim
 from pipeline.store.shard import finished_shards
 from pipeline.upsamplers.fitting import UpsamplerFit
 from schemas.attributes import StoreAttributes

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from densefeat.storage.objects import Objects
-from densefeat.storage.places import absolute_place, encloses, is_local
+from densefeat.storage.places import absolute_place, is_local, overlap
 from pipeline.errors import JobError
 from pipeline.io.storage import storage_explained
 from pipeline.store.layout import existing_store, foreign_keys, remains
@@ -71,7 +71,7 @@ def check_apart(images: str, option: str, place: str) -> None:
     """
     if is_local(images) and not Path(absolute_place(images)).is_dir():
         return  # files or a pattern: an output folder that holds them is refused as not empty
-    if encloses(images, place) or encloses(place, images):
+    if overlap(images, place):
         raise JobError(f"{option} {place} and the images {images} overlap: use a separate folder for {option}")
 
 

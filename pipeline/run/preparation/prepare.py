@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from densefeat.layout import FEATURES, FeatureLayout
+from densefeat.layout import FEATURES, FeatureLayout, step_sha256
 from densefeat.storage.objects import Objects
 from densefeat.store import FeatureStore
 from pipeline.errors import JobError
@@ -24,7 +24,7 @@ from pipeline.run.shard_worker import ShardWorker, StoreEncoding
 from pipeline.run.workers import Workers
 from pipeline.store.calibration import choose_steps
 from pipeline.store.fitted import stored_fitted
-from pipeline.store.layout import claim, complete_setup, delete_store, existing_store, step_sha256, stored_attributes
+from pipeline.store.layout import claim, complete_setup, delete_store, existing_store, stored_attributes
 from pipeline.store.space import check_space
 from pipeline.upsamplers.fitting import UpsamplerFit
 from schemas.attributes import StoreAttributes

@@ -12,11 +12,11 @@ import numpy.typing as npt
 import torch
 
 from densefeat import layout
-from densefeat.layout import ZSTD_LEVEL, FeatureLayout
+from densefeat.layout import ZSTD_LEVEL, FeatureLayout, step_sha256
 from densefeat.rows.embeddings import encode_embeddings
 from densefeat.storage.objects import Objects
 from densefeat.storage.parallel import emptied, in_order
-from densefeat.storage.places import encloses
+from densefeat.storage.places import overlap
 from densefeat.store import FeatureStore
 from kernels.quantization import Encoding
 from pipeline.errors import JobError
@@ -27,7 +27,7 @@ from pipeline.store.calibration import Calibration, choose_steps
 from pipeline.store.converting.copying import outcomes_of
 from pipeline.store.converting.places import FREE_SOME, finish_with, source_differences, store_at
 from pipeline.store.fitted import stored_fit
-from pipeline.store.layout import claim, complete_setup, step_sha256, stored_attributes
+from pipeline.store.layout import claim, complete_setup, stored_attributes
 from pipeline.store.retirement import add
 from pipeline.store.shard import NewShard, finished_shards, write_shard
 from pipeline.store.space import check_space, check_space_for_rest
@@ -78,7 +78,7 @@ def convert(source: FeatureStore, target: Objects, storage: DenseStorage, *, res
         JobError: the source is not finished; there is a store at the location and ``resume`` is not set, or it is
             another one; or a local disk has no space for it.
     """
-    if encloses(source.uri, target.uri) or encloses(target.uri, source.uri):
+    if overlap(source.uri, target.uri):
         raise JobError(f"{source.uri} and {target.uri} are the same place, or one is in the other: choose another one")
     if PENDING in source.index["status"].unique().to_pylist():
         raise JobError(f"{source.uri} is not finished: finish it first, with --resume")

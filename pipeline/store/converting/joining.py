@@ -16,7 +16,7 @@ from densefeat.rows.index import stored_index
 from densefeat.rows.retired import SCHEMA
 from densefeat.storage.objects import Objects
 from densefeat.storage.parquet import read_parquet
-from densefeat.storage.places import encloses
+from densefeat.storage.places import overlap
 from densefeat.store import FeatureStore
 from pipeline.errors import JobError
 from pipeline.images.new_rows import joined_names, with_labels
@@ -128,7 +128,7 @@ def joined(
         StoreError: there is no store, or it is damaged.
     """
     for one, other in combinations((*uris, output), 2):
-        if encloses(one, other) or encloses(other, one):
+        if overlap(one, other):
             raise JobError(f"{one} and {other} are the same place, or one is in the other: name each store once")
     parts = tuple(_part(uri) for uri in uris)
     first = parts[0]

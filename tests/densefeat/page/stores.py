@@ -10,10 +10,10 @@ import pyarrow as pa
 from PIL import Image
 
 from densefeat import layout
-from densefeat.layout import INDEX, FeatureLayout
+from densefeat.layout import INDEX, FeatureLayout, step_sha256
 from densefeat.storage.objects import Objects
 from densefeat.storage.parquet import parquet_bytes, read_parquet
-from pipeline.store.layout import finish, set_up, step_sha256
+from pipeline.store.layout import finish, set_up
 from pipeline.store.shard import NewShard, write_shard
 from schemas.attributes import StoreAttributes
 from schemas.index import OK, REFERENCES, pending_index

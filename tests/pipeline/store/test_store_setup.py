@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from densefeat import FeatureStore, StoreError, layout
-from densefeat.layout import FeatureLayout
+from densefeat.layout import FeatureLayout, step_sha256
 from densefeat.storage.objects import Objects
 from pipeline.errors import JobError
 from pipeline.features.pca import Basis
@@ -22,7 +22,6 @@ from pipeline.store.layout import (
     complete_setup,
     existing_store,
     finish,
-    step_sha256,
 )
 from pipeline.store.verify import StoreCheck
 from schemas.attributes import StoreAttributes

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from densefeat import FeatureStore, layout
+from densefeat.layout import step_sha256
 from densefeat.storage.objects import Objects
 from jobs.upsample_imagenet import upsample
 from jobs.verify_store import VerifyConfig, verify
@@ -21,7 +22,7 @@ from pipeline.run.planning.plan import Plan, make_plan
 from pipeline.run.preparation.prepare import prepare
 from pipeline.run.shard_worker import ShardWorker, StoreEncoding
 from pipeline.run.workers import InlineWorkers
-from pipeline.store.layout import claim, delete_store, existing_store, step_sha256
+from pipeline.store.layout import claim, delete_store, existing_store
 from schemas.attributes import StoreAttributes
 from schemas.configuration import PcaConfiguration, StoreConfiguration, incompatibilities
 from schemas.options import UpsampleConfig
