@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jobs.command_line import DONE, run
-from schemas.checks import at_least, check_shard_images
-from schemas.options import SHARD_IMAGES
+from schemas.checks import at_least, check_error_floor, check_shard_images
+from schemas.options import ERROR_FLOOR, SHARD_IMAGES
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ class ConvertConfig:
     output: str
     # Data type of the stored features.
     dtype: Literal["int8", "float16"] = "int8"
-    # int8 only: error floor common to all components, in units of their root mean square.
-    error_floor: float = 0.1
+    # int8 only: error floor common to all components, in units of their root mean square; if omitted, 0.1.
+    error_floor: float | None = None
     # Images per shard; if omitted, 64 for int8, 8 for float16.
     shard_images: int | None = None
     # Continue a conversion.
@@ -38,7 +38,7 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         """Check the options that need no access to files."""
-        at_least("--error-floor", self.error_floor, 0)
+        check_error_floor(self.error_floor, self.dtype)
         check_shard_images(self.shard_images)
         at_least("--threads", self.threads, 1)
 
@@ -58,7 +58,8 @@ def convert(config: ConvertConfig) -> int:
 
     source, target = FeatureStore(config.store), Objects(config.output)
     check_writable(target, f"--output {config.output}")
-    storage = DenseStorage(config.dtype, config.error_floor, config.shard_images or SHARD_IMAGES[config.dtype])
+    floor = ERROR_FLOOR if config.error_floor is None else config.error_floor
+    storage = DenseStorage(config.dtype, floor, config.shard_images or SHARD_IMAGES[config.dtype])
     with storage_explained(target.uri), Lease(target, None):
         shards = convert(source, target, storage, resume=config.resume, threads=config.threads)
     logger.info("%s: %d shards, converted from %s", config.output, shards, config.store)

@@ -33,8 +33,8 @@ def train_upsampler(config: TrainConfig) -> int:
     from pipeline.run.feature_worker import pick_device
     from pipeline.run.resources import all_cores, available_cores
     from pipeline.train.loop import train
-    from pipeline.train.plan import claimed_output, make_train_plan
-    from pipeline.train.result import WEIGHTS
+    from pipeline.train.output import WEIGHTS, claimed_output
+    from pipeline.train.plan import make_train_plan
     from pipeline.train.world import World
 
     device = torch.device(pick_device(config.device)) if config.workers == 1 else None
@@ -43,7 +43,7 @@ def train_upsampler(config: TrainConfig) -> int:
     if config.dry_run:
         return DONE
     try:
-        with claimed_output(plan):
+        with claimed_output(config.output, plan.configuration, begun=plan.begun):
             if device is None:
                 from pipeline.train import ray_train  # deferred: importing ray takes a second
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 __all__ = [
     "at_least",
     "check_components",
+    "check_error_floor",
     "check_method_options",
     "check_seed",
     "check_shard_images",
@@ -93,6 +94,25 @@ def check_components(option: str, value: float | None) -> None:
         f"{option} is a number of components, such as 64, or a share of the variance to explain, between 0 and 1, such "
         f"as 0.95: got {value}"
     )
+
+
+def check_error_floor(value: float | None, dtype: str) -> None:
+    """Refuse an error floor outside of 0 … 1, and any for float16, which has no steps.
+
+    Args:
+        value: the floor; None, an omitted option, passes.
+        dtype: data type of the stored features.
+
+    Raises:
+        ValueError: the value is refused.
+    """
+    at_least("--error-floor", value, 0)
+    if value is None:
+        return
+    if value > 1:
+        raise ValueError(f"--error-floor must be at most 1, or next to nothing of the features is left: got {value}")
+    if dtype != "int8":
+        raise ValueError(f"--error-floor {value} is for --dtype int8: got {dtype}, expected one of the two")
 
 
 def positive(option: str, value: float) -> None:

@@ -4,7 +4,15 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from schemas.checks import at_least, check_components, check_shard_images, parse_layers, parse_size, parse_workers
+from schemas.checks import (
+    at_least,
+    check_components,
+    check_error_floor,
+    check_shard_images,
+    parse_layers,
+    parse_size,
+    parse_workers,
+)
 from schemas.configuration import MAX_PIXELS, MIN_SIDE, Facet, Fit, Quality, Represent, Space
 from schemas.upsamplers import UpsamplerOptions
 
@@ -14,6 +22,7 @@ SHARD_IMAGES = {"int8": 64, "float16": 8}
 COMPACT_SHARD_IMAGES = 256  # about 25 kB each
 MOST_SHARD_BYTES = 512 << 20  # before compression: a worker holds several shards
 DEFAULT_COMPONENTS = 64
+ERROR_FLOOR = 0.1  # of int8, as a share of the features' root mean square
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +186,7 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
         UpsamplerOptions.__post_init__(self)
         check_shard_images(self.shard_images)
         at_least("--attempts", self.attempts, 1)
-        at_least("--error-floor", self.error_floor, 0)
+        check_error_floor(self.error_floor, self.dtype)
         if self.dtype == "float16" and self.quality != "high":
             raise ValueError(f"--quality {self.quality} is for int8: got --dtype float16, expected one of the two")
         at_least("--stall-timeout-s", self.stall_timeout_s, 1)
@@ -220,7 +229,7 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
         """The error floor of int8."""
         if self.error_floor is not None:
             return self.error_floor
-        return 0.35 if self.quality == "small" else 0.1
+        return 0.35 if self.quality == "small" else ERROR_FLOOR
 
     def shard_rows(self, image_nbytes: int) -> int:
         """Images per shard of a new store, given the bytes of an image's features before compression."""

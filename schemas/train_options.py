@@ -11,6 +11,9 @@ from schemas.configuration import MAX_PIXELS, MIN_SIDE, Fit
 _BATCH_SIZE = {"jbu": 4, "lift": 16}
 # FeatUp's published rate. LiFT's, 1e-3, is too high for weights that start close to a solution.
 _LEARNING_RATE = {"jbu": 1e-3, "lift": 3e-4}
+_VAL_SHARE = 0.1
+# Outside of this range, kernels are a point or flat in float32, and nothing is learned.
+_LEAST_SIGMA, _MOST_SIGMA = 0.01, 100.0
 # Options of jbu that only one --target has.
 OF_TARGET = {
     "views": ("jitters", "crf_weight", "initial_sigma", "downsampler", "final"),
@@ -71,14 +74,15 @@ class SharedTrainOptions:
     size: str = "224"
     # How to fit images of another shape: centre crop, pad at the right or bottom, or squash.
     fit: Fit = "crop"
-    # Parquet: column with image bytes, URIs or base64. Tars: file extension. Detected if omitted.
+    # Parquet, CSV: column with image bytes, URIs or base64. Tars: file extension. Detected if omitted. Also that of
+    # --val-images.
     image_column: str | None = None
     # Use only the first N images.
     limit: int | None = None
     # Images for measurements on held-out views; if omitted, a share of --images, chosen by a hash of their keys.
     val_images: str | None = None
-    # Without --val-images: share of --images reserved for measurements.
-    val_share: float = 0.1
+    # Without --val-images: share of --images reserved for measurements; if omitted, 0.1.
+    val_share: float | None = None
     # Number of images for measurements on held-out views.
     val_count: int = 32
     # Held-out views per image.
@@ -122,15 +126,37 @@ class SharedTrainOptions:
             at_least(f"--{option.replace('_', '-')}", getattr(self, option), least)
         parse_size("--size", self.size)
         check_seed(self.seed)
-        if not 0 < self.val_share < 1:
-            raise ValueError(f"--val-share is a share: got {self.val_share}, expected between 0 and 1")
+        self._check_val_share()
         positive("--learning-rate", self.effective_learning_rate)
         at_least("--max-pixels", self.max_pixels, self.min_side**2)
+        if self.max_zoom > min(self.size_px):
+            raise ValueError(
+                f"--max-zoom {self.max_zoom} leaves less than a pixel of an image of --size {self.size}: use at most "
+                f"{min(self.size_px)}"
+            )
         if self.max_pad_px >= min(self.size_px):
             raise ValueError(
                 f"--max-pad-px {self.max_pad_px} is too large to reflect an image of --size {self.size}: use at most "
                 f"{min(self.size_px) - 1}"
             )
+
+    def _check_val_share(self) -> None:
+        if self.val_share is None:
+            return
+        if not 0 < self.val_share < 1:
+            raise ValueError(f"--val-share is a share: got {self.val_share}, expected between 0 and 1")
+        if self.val_images is not None:
+            raise ValueError(
+                f"--val-share {self.val_share} reserves a share of --images, but --val-images {self.val_images} are "
+                "measured on: omit one of the two"
+            )
+
+    @property
+    def held_out_share(self) -> float:
+        """Share of --images that is reserved for measurements: 0 with --val-images."""
+        if self.val_images is not None:
+            return 0
+        return _VAL_SHARE if self.val_share is None else self.val_share
 
     @property
     def size_px(self) -> tuple[int, int]:
@@ -203,7 +229,10 @@ class JBUTrainOptions(_CacheOptions):
         at_least("--jitters", self.jitters, 1)
         at_least("--projection-chs", self.projection_chs, 1)
         at_least("--crf-weight", self.crf_weight, 0)
-        positive("--initial-sigma", self.initial_sigma)
+        if not _LEAST_SIGMA <= self.initial_sigma <= _MOST_SIGMA:
+            raise ValueError(
+                f"--initial-sigma must be {_LEAST_SIGMA} … {_MOST_SIGMA:.0f} kernel radii: got {self.initial_sigma}"
+            )
         if self.featup_checkpoint is not None and not self.featup_checkpoint.endswith((".pth", ".ckpt")):
             raise ValueError(f"--featup-checkpoint is a .pth or .ckpt file: got {self.featup_checkpoint!r}")
 

@@ -1,4 +1,4 @@
-"""A job's lease on the shards that it makes, so that a second job on the same shards is refused and not a waste.
+"""A job's lease on the shards that it makes, or on all of a store or a training; it refuses a second job on the same.
 
 The lease is an object in the store, which its job writes anew every few seconds with a higher count. Another job tells
 by its own monotonic clock whether the count goes on: clocks of machines are never compared. A lease that stands still
@@ -58,7 +58,7 @@ class _Held:
         return self.shards is None or shards is None or max(self.shards[0], shards[0]) < min(self.shards[1], shards[1])
 
     def __str__(self) -> str:
-        which = "all shards" if self.shards is None else f"shards {self.shards[0]} to {self.shards[1] - 1}"
+        which = "all of it" if self.shards is None else f"shards {self.shards[0]} to {self.shards[1] - 1}"
         if self.process is None:
             return f"{which}, since {self.since}"
         return f"{which}, in process {self.process.pid} on {self.process.host}, since {self.since}"
@@ -224,10 +224,8 @@ class Lease:
     def _refuse(self, rival: _Held) -> None:
         if not rival.making and rival.name > self._name:
             return  # it asks as well, and will be refused
-        raise JobError(
-            f"another job is at work on {self._objects.uri}: {rival}. Wait for its end, stop it, or give each job its "
-            "own --shards"
-        )
+        share = "" if self._shards is None else ", or give each job its own --shards"
+        raise JobError(f"another job is at work on {self._objects.uri}: {rival}. Wait for its end, or stop it{share}")
 
     def _others(self, objects: Objects | None = None) -> Iterator[_Held]:
         """Other leases on the same shards."""

@@ -216,7 +216,14 @@ class Training:
 
     def _advice(self) -> str:
         kept = f"The checkpoint of step {self._safe_at} is good" if self._safe_at else "There is no checkpoint yet"
-        return f"{kept} ({self._objects.uri}). Check these images, or start over with a lower --learning-rate"
+        config, lower = self._plan.config, "--learning-rate"
+        if config.upsampler == "lift":
+            lower += " or --lift-consistency"
+        elif config.target == "views":
+            lower += " or --crf-weight"
+        return (
+            f"{kept} ({self._objects.uri}). Check these images, or start over with a lower {lower} in another --output"
+        )
 
     def _measure(self) -> None:
         """Measure the current upsampler on held-out views; the first time, also those that are not trained."""

@@ -1,18 +1,12 @@
 """Plan a training: collect and check everything before it starts."""
 
-import json
 import logging
 import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from densefeat.errors import StorageUnavailable
-from densefeat.storage.objects import Objects
 from densefeat.storage.places import absolute_place, is_local
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone, build_backbone
@@ -20,23 +14,17 @@ from pipeline.features.layers import choice_label
 from pipeline.features.provenance import backbone_name
 from pipeline.images.listing.findings import Finding, describe_findings
 from pipeline.images.listing.source import Source, keys_digest, list_images
-from pipeline.io.outputs import check_output_file
-from pipeline.io.storage import check_writable, storage_explained
-from pipeline.reporting.software import software_versions
 from pipeline.run.planning.places import check_apart
 from pipeline.run.planning.sources import cluster_scan_map
-from pipeline.train.checkpoints import has_checkpoints
 from pipeline.train.data import ImageTable, key_hash
 from pipeline.train.objectives.lift import lift_scales
+from pipeline.train.output import CURVES, check_outputs_writable, stored_configuration
 from schemas.configuration import differences
 from schemas.train_options import OF_TARGET, BackboneChoice, TrainConfig
 
-__all__ = ["TrainPlan", "backbone_at", "build_backbones", "claimed_output", "make_train_plan"]
+__all__ = ["TrainPlan", "backbone_at", "build_backbones", "make_train_plan"]
 
 logger = logging.getLogger(__name__)
-
-# The object that claims --output. It holds the configuration, which --resume must match.
-_CLAIM = "training.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +89,8 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
         JobError: they are not; the message says why and what to do.
     """
     for images in filter(None, (config.images, config.val_images)):
-        check_apart(images, "--output", config.output)
-    stored = _stored_configuration(config)
+        check_apart(images, "--output", config.output, [CURVES])
+    stored = stored_configuration(config)
     source = list_images(
         config.images, limit=config.limit, image_column=config.image_column, scan_map=cluster_scan_map()
     )
@@ -130,41 +118,8 @@ def make_train_plan(config: TrainConfig) -> tuple[TrainPlan, list[Backbone]]:
             + "\nUse the original options, or choose another --output"
         )
     if not config.dry_run:
-        _check_writable(config)
+        check_outputs_writable(config)
     return plan, backbones
-
-
-@contextmanager
-def claimed_output(plan: TrainPlan) -> Iterator[None]:
-    """Write the configuration to --output, unless it is there already, for the training in the ``with`` block.
-
-    If the block ends without a checkpoint, the claim is removed, and the folder if it was created for it, so that other
-    options can be tried there.
-
-    Raises:
-        JobError: another training was started there in the meantime.
-    """
-    if plan.begun:
-        yield
-        return
-    objects = Objects(plan.config.output)
-    with objects.leaving_no_folders():
-        _claim(plan, objects)
-        try:
-            yield
-        finally:
-            with suppress(OSError, StorageUnavailable):  # do not mask an error from the block
-                if not has_checkpoints(objects):
-                    objects.delete(_CLAIM)
-
-
-def _claim(plan: TrainPlan, objects: Objects) -> None:
-    claim = {"configuration": plan.configuration, "versions": software_versions(), "claimed_by": uuid.uuid4().hex}
-    with storage_explained(f"--output {plan.config.output}"):
-        try:
-            objects.create(_CLAIM, json.dumps(claim, indent=2).encode())
-        except FileExistsError:
-            raise JobError(f"another training was started in {plan.config.output}: choose another --output") from None
 
 
 def build_backbones(plan: TrainPlan, choice: BackboneChoice, built: Backbone | None = None) -> list[Backbone]:
@@ -183,37 +138,6 @@ def backbone_at(config: TrainConfig, choice: BackboneChoice, scale: float = 1) -
     """Build a backbone on the CPU for images of ``scale`` times --size."""
     height, width = (round(scale * side) for side in config.size_px)
     return build_backbone(choice.name, size=(height, width), weights=choice.weights, layer=choice.layers)
-
-
-def _stored_configuration(config: TrainConfig) -> dict[str, Any] | None:
-    with storage_explained(f"--output {config.output}"):
-        objects = Objects(config.output)
-        try:
-            stored: dict[str, Any] = json.loads(objects.get(_CLAIM))["configuration"]
-        except FileNotFoundError:
-            if has_checkpoints(objects):
-                raise JobError(
-                    f"--output {config.output} has checkpoints, but no {_CLAIM} with their configuration: choose "
-                    "another --output, or delete the checkpoints"
-                ) from None
-            return None
-        except (ValueError, LookupError, TypeError) as error:
-            raise JobError(
-                f"--output {config.output}: its {_CLAIM} is damaged ({error}), so the configuration of its checkpoints "
-                "is unknown: start over with another --output"
-            ) from error
-    if not config.resume:
-        raise JobError(
-            f"--output {config.output} already holds a training: pass --resume to continue it, or choose another"
-        )
-    return stored
-
-
-def _check_writable(config: TrainConfig) -> None:
-    """Check that all outputs are writable before training for hours. The last check, because it writes."""
-    check_writable(Objects(config.output), f"--output {config.output}")
-    if config.featup_checkpoint is not None:
-        check_output_file("--featup-checkpoint", config.featup_checkpoint)
 
 
 def _check_labels(config: TrainConfig, identities: list[dict[str, Any]], held_out: dict[str, Any] | None) -> None:
@@ -257,10 +181,10 @@ def _split(config: TrainConfig, source: Source) -> tuple[ImageTable, ImageTable]
     """Split into images to train on, and images to measure on in the order of their hashes."""
     if config.val_images is None:
         hashes = _hashes(source.references)
-        of_train = pa.array([number >= config.val_share for number in hashes])
+        of_train = pa.array([number >= config.held_out_share for number in hashes])
         train = ImageTable(source.references.filter(of_train), source.kind, source.image_column)
         val = ImageTable(source.references, source.kind, source.image_column)
-        candidates = [row for row in _order(hashes) if hashes[row] < config.val_share]
+        candidates = [row for row in _order(hashes) if hashes[row] < config.held_out_share]
     else:
         other = list_images(config.val_images, image_column=config.image_column, scan_map=cluster_scan_map())
         for line in describe_findings(other.findings):
@@ -279,7 +203,9 @@ def _split(config: TrainConfig, source: Source) -> tuple[ImageTable, ImageTable]
             "(--val-images, --val-share), or a lower --val-count"
         )
     if train.references.num_rows == 0:
-        raise JobError(f"--images {config.images}: no image is left to train on with --val-share {config.val_share}")
+        raise JobError(
+            f"--images {config.images}: no image is left to train on with --val-share {config.held_out_share}"
+        )
     return train, val._replace(references=val.references.take(candidates))
 
 

@@ -15,11 +15,10 @@ from pipeline.train.build import TrainStages
 from pipeline.train.checkpoints import TrainState, tables
 from pipeline.train.curves import curves
 from pipeline.train.objectives.base import Objective
+from pipeline.train.output import CURVES, WEIGHTS
 from pipeline.train.plan import TrainPlan
 
-__all__ = ["CURVES", "WEIGHTS", "provenance", "write_record", "write_result"]
-
-WEIGHTS, CURVES = "upsampler.safetensors", "curves.png"
+__all__ = ["provenance", "write_record", "write_result"]
 
 
 def write_result(plan: TrainPlan, stages: TrainStages, state: TrainState) -> None:

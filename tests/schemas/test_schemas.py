@@ -35,6 +35,8 @@ def test_sizes(text: str, size: tuple[int, int]) -> None:
         ({"batch_size": -1}, "--batch-size"),
         ({"error_floor": -0.1}, "--error-floor"),
         ({"error_floor": float("nan")}, "--error-floor must be a finite number: got nan"),
+        ({"error_floor": 1e300}, "--error-floor must be at most 1, .*: got 1e\\+300"),
+        ({"error_floor": 0.1, "dtype": "float16"}, "--error-floor 0.1 is for --dtype int8: got float16"),
         ({"stall_timeout_s": float("inf")}, "--stall-timeout-s must be a finite number: got inf"),
         ({"max_failed_share": 2}, "--max-failed-share is a share"),
         ({"resume": True, "overwrite": True}, "pass only one"),

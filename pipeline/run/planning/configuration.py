@@ -86,7 +86,7 @@ def with_stored_defaults(config: UpsampleConfig, stored: StoreConfiguration) -> 
     if config.quality == "high":  # the default
         if config.represent is None:
             adopted["represent"] = stored.storage.represent or "dense"
-        if config.error_floor is None:
+        if config.error_floor is None and config.dtype == "int8":
             adopted["error_floor"] = stored.storage.error_floor
     if stored.storage.embedding is not None:
         adopted["embedding"] = True

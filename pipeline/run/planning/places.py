@@ -1,10 +1,12 @@
 """Check the locations that a job names: a store that may exist already, and images that must not overlap with it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from densefeat.storage.objects import Objects
 from densefeat.storage.places import absolute_place, is_local, overlap
 from pipeline.errors import JobError
+from pipeline.images.listing.files import pattern_finds
 from pipeline.io.storage import storage_explained
 from pipeline.store.layout import existing_store, foreign_keys, remains
 from schemas.attributes import StoreAttributes
@@ -58,17 +60,24 @@ def check_same(stored: StoreAttributes, configuration: StoreConfiguration, confi
         )
 
 
-def check_apart(images: str, option: str, place: str) -> None:
+def check_apart(images: str, option: str, place: str, names: Sequence[str] = ()) -> None:
     """Refuse an output location that overlaps with the images: the next listing would mix the two.
 
     Args:
         images: folder or URI of images.
         option: command-line option that names the output location.
         place: folder or URI of the output.
+        names: of files that will be written there, and that a listing of images could take.
 
     Raises:
-        JobError: one encloses the other.
+        JobError: one encloses the other, or a pattern finds the output or one of the files.
     """
+    root = place.rstrip("/")
+    if any(pattern_finds(images, found) for found in (root, *(f"{root}/{name}" for name in names))):
+        raise JobError(
+            f"the images {images} would include {option} {place}: use a folder for {option} that the pattern does not "
+            "match"
+        )
     if is_local(images) and not Path(absolute_place(images)).is_dir():
         return  # files or a pattern: an output folder that holds them is refused as not empty
     if overlap(images, place):

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from densefeat.errors import StoreError
-from densefeat.layout import MANIFEST, FeatureLayout
+from densefeat.layout import INDEX, MANIFEST, FeatureLayout, ledger_key
 from densefeat.storage.objects import Objects
 from densefeat.storage.places import split_place
 from densefeat.store import FeatureStore
@@ -121,7 +121,7 @@ def make_plan(config: UpsampleConfig, listed: Callable[[int], None] = lambda ima
     Raises:
         JobError: they do not fit; the message says why and what to do.
     """
-    check_apart(config.images, "--store", config.store)
+    check_apart(config.images, "--store", config.store, [INDEX, MANIFEST, ledger_key(0)])
     stored = stored_attributes_at(config)
     resumed = stored if config.continues else None
     if resumed:

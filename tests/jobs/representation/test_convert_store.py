@@ -42,7 +42,8 @@ def made(request: pytest.FixtureRequest, photographs: Path, tmp_path_factory: py
 
 
 def conversion(made: UpsampleConfig, output: Path, **options: Any) -> ConvertConfig:
-    return ConvertConfig(store=made.store, output=str(output), error_floor=0.01, shard_images=3, **options)
+    steps = {} if options.get("dtype") == "float16" else {"error_floor": 0.01}
+    return ConvertConfig(store=made.store, output=str(output), shard_images=3, **steps, **options)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16"])
@@ -135,6 +136,12 @@ def test_a_store_within_a_store_is_refused(made: UpsampleConfig, tmp_path: Path)
             convert(conversion(made, output))
     with pytest.raises(ValueError, match="--shard-images must be at most 1048576"):
         ConvertConfig(store=made.store, output=str(tmp_path / "dense"), shard_images=10**9)
+    for options, words in (
+        ({"error_floor": 1.5}, "at most 1"),
+        ({"error_floor": 0.1, "dtype": "float16"}, "for --dtype"),
+    ):
+        with pytest.raises(ValueError, match=f"--error-floor .*{words}"):
+            ConvertConfig(store=made.store, output=str(tmp_path / "dense"), **options)
 
 
 def test_an_unfinished_store_is_refused(photographs: Path, tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ def test_a_second_job_on_the_same_shards_is_refused(
     objects = Objects(tmp_path / "store")
     with lease(objects, first), ExitStack() as stack:
         if refused:
-            with pytest.raises(JobError, match=rf"at work on .*store: .* in process {os.getpid()} on .*--shards"):
+            advice = "or stop it$" if second is None else "or give each job its own --shards$"
+            with pytest.raises(JobError, match=rf"at work on .*store: .* in process {os.getpid()} on .*{advice}"):
                 stack.enter_context(lease(objects, second))
         else:
             stack.enter_context(lease(objects, second))

@@ -185,15 +185,23 @@ def test_what_is_compared_and_what_is_adopted() -> None:
         ("s3://b", "s3://b/store", False), ("s3://b/store/photos", "s3://b/store", False),
         ("s3://b/photos", "s3://b/photos2", True), ("s3://b/photos", "gs://b/photos", True),
         ("s3://b/{{000..099}}.tar", "s3://b/store", True), ("{t}/photos", "s3://b/store", True),
+        ("s3://b/{{000..099}}/*.tar", "s3://b/store", True), ("s3://b/{{000..099}}", "s3://b/042/store", False),
+        ("{t}/photos/*", "{t}/photos/store", False), ("{t}/photos/*.png", "{t}/photos/store", True),
+        ("{t}/photos/*.png", "{t}/photos", False), ("{t}/photos/*.jpg", "file://{t}/photos", True),
+        ("{t}/*/*.png", "{t}/link/store/", True), ("{t}/**/*.png", "{t}/photos/store", False),
+        ("{t}/photos/{{1,2}}.png", "{t}/photos", True), ("{t}/{{photos,link}}/[a-z]*", "{t}/link/store", False),
+        ("s3://b/**/*.parquet", "s3://b/store", False), ("s3://b/[!s]*/*", "s3://b/store", True),
+        ("{t}/[1]", "{t}/1", True),
     ],
 )  # fmt: skip
 def test_images_and_results_are_kept_apart(tmp_path: Path, images: str, store: str, apart: bool) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "1.png").touch()
+    (tmp_path / "[1]").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "photos")
     images, store = images.format(t=tmp_path), store.format(t=tmp_path)
     if apart:
-        check_apart(images, "--store", store)
+        check_apart(images, "--store", store, ["a.png", "_ledger/a.parquet"])
     else:
-        with pytest.raises(JobError, match="overlap"):
-            check_apart(images, "--store", store)
+        with pytest.raises(JobError, match=r"overlap|would include"):
+            check_apart(images, "--store", store, ["a.png", "_ledger/a.parquet"])

@@ -14,6 +14,8 @@ import torch
 from jobs.train_upsampler import train_upsampler
 from pipeline.errors import JobError
 from pipeline.train.objectives import jbu_views as jbu_training
+from pipeline.train.output import claimed_output
+from pipeline.train.plan import make_train_plan
 from tests.helpers.trainings import (
     ROOT,
     arguments,
@@ -67,9 +69,11 @@ def test_a_loss_that_is_not_finite_stops_it(
 def test_weights_that_overflow_stop_it(photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert train_upsampler(train_config(photographs, tmp_path / "training", learning_rate=1e38)) == 1
     assert "There is no checkpoint yet" in caplog.text
+    assert "a lower --learning-rate or --crf-weight in another --output" in caplog.text
     assert newest_step(tmp_path / "training") == 0
-    # Nothing is lost if it begins anew there, as the message says.
-    assert train_upsampler(train_config(photographs, tmp_path / "training", steps=1)) == 0
+    # Its record stays until somebody has seen it.
+    with pytest.raises(JobError, match=r"holds curves.png and losses.csv and held_out.csv"):
+        train_upsampler(train_config(photographs, tmp_path / "training", steps=1))
 
 
 def test_what_cannot_begin_leaves_the_place_to_others(photographs: Path, tmp_path: Path) -> None:
@@ -127,6 +131,41 @@ def test_what_is_refused_before_work(photographs: Path, tmp_path: Path, changed:
         train_upsampler(train_config(photographs, output, **asked))
     assert words in str(caught.value)
     assert not (tmp_path / "training").exists()
+
+
+def test_files_that_a_training_would_replace(photographs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "training"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    (output / "losses.csv").write_text("mine")
+    (output / "curves.png").write_text("mine")
+    with pytest.raises(JobError, match=r"holds curves.png and losses.csv, but no training.json: .* Choose another"):
+        train_upsampler(train_config(photographs, output))
+    assert {path.name: path.read_text() for path in output.iterdir()} == dict.fromkeys(
+        ("notes.txt", "losses.csv", "curves.png"), "mine"
+    )
+
+
+def test_curves_among_the_images_of_a_pattern(photographs: Path) -> None:
+    images = photographs / "train"
+    with pytest.raises(JobError, match=r"the images .*/train/\*\.png would include --output"):
+        train_upsampler(replace(train_config(photographs, images), images=f"{images}/*.png"))
+    assert not (images / "training.json").exists()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_training_that_another_job_is_at(photographs: Path, tmp_path: Path, begun: bool) -> None:
+    config = train_config(photographs, tmp_path / "training", steps=2)
+    if begun:
+        assert train_upsampler(replace(config, steps=1)) == 0
+    plan, _ = make_train_plan(replace(config, resume=begun))
+    with (
+        claimed_output(config.output, plan.configuration, begun=begun),
+        pytest.raises(JobError, match=r"another job is at work on .*/training: all of it, in process \d+"),
+    ):
+        train_upsampler(replace(config, resume=True))
+    assert train_upsampler(replace(config, resume=begun)) == 0
+    assert not (tmp_path / "training" / "_jobs").exists()
 
 
 @pytest.mark.slow
