@@ -187,13 +187,15 @@ def _export(options: argparse.Namespace) -> None:
     from densefeat.arguments import row_numbers
     from densefeat.console import export
     from densefeat.storage.failures import is_full
+    from densefeat.storage.local_files import create_from
     from densefeat.store import FeatureStore
 
     write = {".npz": export.write_npz, ".parquet": export.write_pixels}.get(options.output.suffix.lower())
     if write is None:
         raise _Refused(f"--output must end with .npz or .parquet: got {options.output}")
+    taken = _Refused(f"--output {options.output} exists: delete it, or choose another name")
     if options.output.exists():
-        raise _Refused(f"--output {options.output} exists: delete it, or choose another name")
+        raise taken
     if not options.output.absolute().parent.is_dir():
         raise _Refused(f"--output {options.output}: the folder {options.output.parent} does not exist")
     if not options.rows and not options.keys:
@@ -206,7 +208,9 @@ def _export(options: argparse.Namespace) -> None:
     partial = options.output.with_name(f".export-{os.getpid()}.tmp")
     try:
         write(store, rows.tolist(), partial)
-        partial.replace(options.output)
+        create_from(partial, options.output)
+    except FileExistsError:  # since it was checked
+        raise taken from None
     except OSError as error:
         if not is_full(error):  # of the store, or has the name of a file
             raise

@@ -11,8 +11,10 @@ import pyarrow.compute as pc
 
 from densefeat import layout
 from densefeat.errors import StoreError
+from densefeat.rows.ledger import check_columns
 from densefeat.rows.retired import RETIRED
 from densefeat.storage.objects import Objects
+from densefeat.storage.parquet import read_parquet
 from densefeat.store import FeatureStore
 
 __all__ = ["problems", "report_problems"]
@@ -22,6 +24,11 @@ _COLUMNS = {
     "label": pa.int64(), "status": pa.string(), "error": pa.string(), "height": pa.int32(), "width": pa.int32(),
     "affine": pa.list_(pa.float64()), "valid_box": pa.list_(pa.int32()),
     "chunk_offset": pa.int64(), "chunk_nbytes": pa.int64(),
+}  # fmt: skip
+_MANIFEST = {
+    "shard": pa.int64(), "rows_ok": pa.int64(), "rows_failed": pa.int64(), "nbytes": pa.int64(), "sha256": pa.string(),
+    "configuration_hash": pa.string(), "clipped": pa.int64(),
+    "seconds": pa.map_(pa.string(), pa.float64()), "made_by": pa.map_(pa.string(), pa.string()),
 }  # fmt: skip
 _FAILED = (
     "unreadable", "corrupt", "unsupported", "too_large", "too_small", "nonfinite", "constant", "diverged", "crashed",
@@ -156,6 +163,40 @@ def _index(store: FeatureStore) -> Iterator[str]:
     yield from _lists(done, "valid_box", 4, lambda boxes: _inside(boxes, store.shape[1:]))
 
 
+def _manifest(store: FeatureStore) -> Iterator[str]:
+    """Whether the shards of a finished store are in its manifest and its ledger, as the index has them."""
+    objects, shards = store._objects, store.layout.shards
+    try:
+        manifest = read_parquet(objects.get(layout.MANIFEST))
+    except FileNotFoundError:
+        return  # it is not finished
+    except ValueError as error:
+        yield f"{layout.MANIFEST} is damaged: {error}"
+        return
+    if objects.can_list:
+        records = set(objects.list(layout.LEDGER))
+        if missing := [shard for shard in range(shards) if layout.ledger_key(shard) not in records]:
+            yield f"the ledger has no record of shard {missing[0]}, and the store is finished"
+    try:
+        check_columns(manifest, _MANIFEST)
+    except ValueError as error:
+        yield f"{layout.MANIFEST}: {error}"
+        return
+    if manifest["shard"].to_pylist() != list(range(shards)):
+        yield f"{layout.MANIFEST} has other shards than 0 … {shards - 1}"
+        return
+    done, unused = (_rows_by_shard(store, status) for status in ("ok", RETIRED))
+    ok, failed = (manifest[name].to_numpy() for name in ("rows_ok", "rows_failed"))
+    rows = np.array([len(store.layout.rows_of(shard)) for shard in range(shards)])
+    if len(wrong := np.flatnonzero((ok < done) | (ok > done + unused) | (ok + failed != rows))):
+        yield f"{layout.MANIFEST} and index.parquet differ in shard {wrong[0]}"
+
+
+def _rows_by_shard(store: FeatureStore, status: str) -> Any:
+    rows = np.flatnonzero(pc.equal(store.index["status"], status).to_numpy())
+    return np.bincount(rows // store.layout.shard_rows, minlength=store.layout.shards)
+
+
 def _lists(done: pa.Table, name: str, length: int, valid: Callable[[Any], bool]) -> Iterator[str]:
     column = done[name].combine_chunks()
     lengths = pc.list_value_length(column)
@@ -184,4 +225,5 @@ _CHECKS: dict[str, Callable[[FeatureStore], Iterator[str]]] = {
     "the PCA basis": _basis,
     "step": _step,
     "index.parquet": _index,
+    "manifest.parquet": _manifest,
 }

@@ -17,6 +17,7 @@ Pixels = npt.NDArray[np.uint8]
 
 _GAP_PX = 8
 _FONT_PX = 12
+_HEADING_PX = 2 * _FONT_PX  # above the columns, and below each tile
 # Number of components, at most three -> indices of the red, green and blue component.
 _CHANNELS = {1: [0, 0, 0], 2: [0, 1, 1], 3: [0, 1, 2]}
 _PERCENTILES = (1, 99)  # so that a few extreme values do not make everything else grey
@@ -60,6 +61,12 @@ def comparison(store: FeatureStore, rows: Sequence[int], backbone: Backbone | No
     return _grid(columns, headings, [store.keys[row] for row in rows], photos[0].shape[1:])
 
 
+def comparison_size(tile: tuple[int, int], columns: int, rows: int) -> tuple[int, int]:
+    """(height, width) in pixels of a picture of so many tiles of (height, width) pixels."""
+    height, width = tile
+    return _HEADING_PX + rows * (height + _HEADING_PX), columns * (width + _GAP_PX) - _GAP_PX
+
+
 def _grid(
     columns: Sequence[Sequence[Pixels]], headings: Sequence[str], captions: Sequence[str], size: tuple[int, ...]
 ) -> Image.Image:
@@ -74,17 +81,16 @@ def _grid(
     height, width = size
     # matplotlib brings a font of many scripts; Pillow's own has ASCII only.
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _FONT_PX)
-    line_px = 2 * _FONT_PX
-    across, down = width + _GAP_PX, height + line_px
-    picture = Image.new("RGB", (len(columns) * across - _GAP_PX, line_px + len(captions) * down), "white")
+    across, down = width + _GAP_PX, height + _HEADING_PX
+    picture = Image.new("RGB", comparison_size((height, width), len(columns), len(captions))[::-1], "white")
     draw = ImageDraw.Draw(picture)
     for x, column in enumerate(columns):
-        draw.text((x * across, line_px // 4), _fitted(headings[x], font, width), "black", font)
+        draw.text((x * across, _HEADING_PX // 4), _fitted(headings[x], font, width), "black", font)
         for y, tile in enumerate(column):
             enlarged = Image.fromarray(np.ascontiguousarray(tile)).resize((width, height), Image.Resampling.NEAREST)
-            picture.paste(enlarged, (x * across, line_px + y * down))
+            picture.paste(enlarged, (x * across, _HEADING_PX + y * down))
     for y, caption in enumerate(captions):
-        below = line_px + y * down + height + line_px // 8
+        below = _HEADING_PX + y * down + height + _HEADING_PX // 8
         draw.text((0, below), _fitted(caption, font, width, keep_end=True), "dimgrey", font)
     return picture
 

@@ -11,7 +11,6 @@ have stands for all of them.
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.command_line import DONE, run
@@ -34,8 +33,8 @@ class RetireConfig:
     rows: tuple[str, ...] = ()
     # Keys of rows.
     keys: tuple[str, ...] = ()
-    # Text file with a key on each line.
-    keys_file: Path | None = None
+    # Text file or URI with a key on each line.
+    keys_file: str | None = None
     # Leave out keys that the store does not have: of a list for several stores.
     ignore_unknown: bool = False
     # Why the rows are retired, in words: readers show it.
@@ -131,14 +130,20 @@ def _rows(config: RetireConfig, store: "FeatureStore") -> set[int]:
     return found
 
 
-def _keys_of(file: Path) -> list[str]:
+def _keys_of(file: str) -> list[str]:
+    from densefeat.storage.objects import Objects
+    from densefeat.storage.places import split_place
     from pipeline.errors import JobError
+    from pipeline.io.storage import storage_explained
 
+    folder, name = split_place(file)
     try:
-        # Not splitlines: a key may have other characters that it takes for the end of a line.
-        keys = [key for line in file.read_bytes().decode("utf-8-sig").split("\n") if (key := line.removesuffix("\r"))]
+        with storage_explained(f"--keys-file {file}", "read"):
+            text = Objects(folder).get(name).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"--keys-file {file} cannot be read: {error}") from error
+    # Not splitlines: a key may have other characters that it takes for the end of a line.
+    keys = [key for line in text.split("\n") if (key := line.removesuffix("\r"))]
     if not keys:
         raise JobError(f"--keys-file {file} has no keys")
     return keys

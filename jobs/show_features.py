@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from densefeat.store import FeatureStore
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+# Longest side in pixels: what WebP and libjpeg take; of PNG, what programs still open.
+_LONGEST_PX = {"PNG": 65_500, "JPEG": 65_500, "WEBP": 16_383}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,8 @@ def show(config: ShowConfig) -> int:
 
     Raises:
         StoreError: there is no store, or it is damaged.
-        JobError: the picture cannot be written, the weights are not those that made the store, an image cannot be
-            read, or a row has no features.
+        JobError: the picture cannot be written, or is too large for its format; the weights are not those that made the
+            store; an image cannot be read; or a row has no features.
     """
     from densefeat.store import FeatureStore
     from jobs.pictures import comparison
@@ -56,6 +58,7 @@ def show(config: ShowConfig) -> int:
     store = FeatureStore(config.store)
     check_output_file("--output", config.output)  # before the work
     rows = _rows(store, config)
+    _check_size(store, config, len(rows))
     picture = io.BytesIO()
     backbone = None if config.weights is None else stored_backbone(store, config.weights)
     comparison(store, rows, backbone).save(picture, _FORMATS[_suffix(config.output)])
@@ -77,6 +80,20 @@ def _rows(store: "FeatureStore", config: ShowConfig) -> Sequence[int]:
     if not rows:
         raise JobError(f"no row of {config.store} has features: all failed, or their shards are not done yet")
     return rows
+
+
+def _check_size(store: "FeatureStore", config: ShowConfig, rows: int) -> None:
+    from jobs.pictures import comparison_size
+    from pipeline.evaluate.data.originals import stored_geometry
+
+    columns = 2 if config.weights is None else 3
+    height, width = comparison_size(stored_geometry(store).size, columns, rows)
+    kind = _FORMATS[_suffix(config.output)]
+    if max(height, width) > _LONGEST_PX[kind]:
+        raise JobError(
+            f"--output {config.output}: {rows} rows make a picture of {height}×{width} pixels (height × width), "
+            f"expected at most {_LONGEST_PX[kind]} on a side of a {kind} file: name fewer --rows"
+        )
 
 
 def _suffix(output: str) -> str:

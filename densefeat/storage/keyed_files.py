@@ -28,8 +28,9 @@ class KeyedFiles:
 
     def names(self, key: str) -> list[str]:
         """Names that the file of a key may have, in the order of preference."""
-        stem = str(PurePosixPath(key).with_suffix(""))
-        return [f"{base}{suffix}" for base in dict.fromkeys((key, stem)) for suffix in self._suffixes]
+        path = PurePosixPath(key)  # without "." and double slashes, as the names of a listing are
+        bases = (str(path), str(path.with_suffix("")))
+        return [f"{base}{suffix}" for base in dict.fromkeys(bases) for suffix in self._suffixes]
 
     def get(self, key: str) -> tuple[str, bytes]:
         """The name of a key's file, and its bytes.

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["STALE_S", "LocalFolder", "is_temporary"]
+__all__ = ["STALE_S", "LocalFolder", "create_from", "is_temporary"]
 
 STALE_S = 24 * 3600.0  # age at which a temporary file is stale: no write takes a day
 _CLAIM_STALE_S = 60.0  # the same for a claim on a name, which is held for a few milliseconds
@@ -33,6 +33,26 @@ _NO_SYNC = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUP
 def is_temporary(name: str) -> bool:
     """Whether the name is that of a temporary file: one being written, or left by a killed writer."""
     return _TEMPORARY.fullmatch(name) is not None
+
+
+def create_from(temporary: Path, target: Path) -> None:
+    """Give a complete file, on the same file system, an unused name; it may keep its temporary name as well.
+
+    With hard links this is one atomic step. Otherwise a claim file, created with O_EXCL, ensures that only one writer
+    at a time checks for the target and moves the file into place: as exclusive as O_EXCL is on that file system, and
+    readers still never see a partial file. The claim of a killed writer expires after a minute.
+
+    Raises:
+        FileExistsError: the name is in use.
+    """
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        _create_claimed(temporary, target)
 
 
 class LocalFolder:
@@ -83,22 +103,10 @@ class LocalFolder:
             _sync_folder(target.parent)
 
     def create(self, key: str, data: bytes) -> None:
-        """Write the file, or raise ``FileExistsError`` if it exists.
-
-        With hard links this is one atomic step. Otherwise a claim file, created with O_EXCL, ensures that only one
-        writer at a time checks for the target and moves it into place: as exclusive as O_EXCL is on that file system,
-        and readers still never see a partial file. The claim of a killed writer expires after a minute.
-        """
+        """Write the file, or raise ``FileExistsError`` if it exists; see `create_from`."""
         target = self._path(key)
         with self._temporary(target, data) as temporary:
-            try:
-                os.link(temporary, target)
-            except FileExistsError:
-                raise
-            except OSError as error:
-                if error.errno not in _NO_HARD_LINKS:
-                    raise
-                _create_claimed(temporary, target)
+            create_from(temporary, target)
             _sync_folder(target.parent)
 
     def delete(self, key: str) -> None:
@@ -194,7 +202,7 @@ def _beside(target: Path, what: str) -> Path:
 
 
 def _create_claimed(temporary: Path, target: Path) -> None:
-    """Move a file to an unused name, protected by a claim on that name (see `LocalFolder.create`).
+    """Move a file to an unused name, protected by a claim on that name (see `create_from`).
 
     Raises:
         FileExistsError: the name is in use.

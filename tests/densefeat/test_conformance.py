@@ -39,16 +39,22 @@ def test_unfinished_stores_do_too(tmp_path: Path) -> None:
     assert problems(FeatureStore(set_up_store(str(tmp_path / "store")).uri)) == []
 
 
-def in_index(column: str, change: Callable[[list[Any]], list[Any]], kind: pa.DataType | None = None) -> Any:
+def in_index(
+    column: str, change: Callable[[list[Any]], list[Any]], kind: pa.DataType | None = None, table: str = layout.INDEX
+) -> Any:
     def damage(uri: str) -> None:
         objects = Objects(uri)
-        index = read_parquet(objects.get(layout.INDEX))
+        index = read_parquet(objects.get(table))
         number = index.schema.get_field_index(column)
         field = index.schema.field(number) if kind is None else pa.field(column, kind)
         values = pa.array(change(index[column].to_pylist()), field.type)
-        objects.put(layout.INDEX, parquet_bytes(index.set_column(number, field, values)))
+        objects.put(table, parquet_bytes(index.set_column(number, field, values)))
 
     return damage
+
+
+def in_manifest(column: str, change: Callable[[list[Any]], list[Any]], kind: pa.DataType | None = None) -> Any:
+    return in_index(column, change, kind, layout.MANIFEST)
 
 
 def in_array(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Any:
@@ -119,6 +125,21 @@ DAMAGES = {
         in_index("valid_box", lambda all: [one and "box" for one in all], pa.string()), "the column valid_box is string"
     ),
     "a mean with two axes": (two_axes, r"pca/mean is \[1, \d+\], expected \[C\]"),
+    "no manifest in the manifest": (
+        lambda uri: (Path(uri) / layout.MANIFEST).write_bytes(b"PAR1"), "manifest.parquet is damaged: "
+    ),
+    "a manifest of other shards": (
+        in_manifest("shard", lambda all: [one + 1 for one in all]), r"manifest.parquet has other shards than 0 … \d"
+    ),
+    "a manifest of other rows": (
+        in_manifest("rows_ok", lambda all: [one + 1 for one in all]), "manifest.parquet and .* differ in shard 0"
+    ),
+    "a manifest of another type": (
+        in_manifest("sha256", lambda all: [0 for _ in all], pa.int64()), "column 'sha256' holds int64, expected string"
+    ),
+    "a shard without a record": (
+        lambda uri: (Path(uri) / layout.ledger_key(1)).unlink(), "the ledger has no record of shard 1"
+    ),
     "class names that are none": (in_attributes("class_names", [1]), "class_names is damaged"),
 }  # fmt: skip
 
@@ -137,12 +158,14 @@ def test_damage_is_named(known: KnownStore, name: str, capsys: pytest.CaptureFix
         assert exit.value.code in (0, 2)
 
 
-def test_every_column_of_the_index_is_in_the_document() -> None:
-    from densefeat.conformance import _COLUMNS, _STATUSES
+def test_every_column_is_in_the_document() -> None:
+    from densefeat.conformance import _COLUMNS, _MANIFEST, _STATUSES
     from densefeat.rows.retired import RETIRED
     from schemas.index import FAILED, INDEX, OK, PENDING
+    from schemas.ledger import MANIFEST
 
     assert pa.schema(list(_COLUMNS.items())).equals(pa.schema([(field.name, field.type) for field in INDEX]))
+    assert pa.schema(list(_MANIFEST.items())).equals(pa.schema([(field.name, field.type) for field in MANIFEST]))
     assert {OK, PENDING, RETIRED, *FAILED} == _STATUSES
     text = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
-    assert all(f"`{name}`" in text for name in [*INDEX.names, *_STATUSES])
+    assert all(f"`{name}`" in text for name in [*INDEX.names, *MANIFEST.names, *_STATUSES])

@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from densefeat import FeatureStore, command_line
+from densefeat.console import export
+from densefeat.console.export import write_npz
 from tests.helpers.stores import FAILED_ROWS, ROWS, H, K, KnownStore, W, make_store
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +95,21 @@ def test_export_to_a_full_disk(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert re.search(rf"error: --output {tmp_path / name} cannot be written: .*File too large", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export_to_a_name_that_is_taken_meanwhile(
+    known: KnownStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def slowly(*arguments: Any) -> None:
+        write_npz(*arguments)
+        output.write_text("mine")
+
+    output = tmp_path / "x.npz"
+    monkeypatch.setattr(export, "write_npz", slowly)
+    assert exit_code("export", known.uri, "--rows", "9:11", "--output", output) == 2
+    assert "x.npz exists: delete it, or choose another name" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["x.npz"]
+    assert output.read_text() == "mine"
 
 
 def test_export_of_pixels(known: KnownStore, tmp_path: Path) -> None:

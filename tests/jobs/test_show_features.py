@@ -63,6 +63,8 @@ def test_pictures_of_images_within_files(tmp_path: Path, kind: str) -> None:
     [
         ({"rows": (0, 2, -3)}, r"--rows \[2, -3\] have no features: row 2 \(class/002\.jpg\) is corrupt; row -3 .*008"),
         ({"rows": (99,)}, r"--rows \[99\]: the store has rows 0 … 10"),
+        ({"rows": (0,) * 700, "output": "/tmp/x.webp"}, r"700 rows make a picture of \d+×\d+ .* at most 16383 .* WEBP"),
+        ({"rows": (0,) * 3000}, r"at most 65500 on a side of a PNG file: name fewer --rows"),
         ({"output": "/proc/picture.png"}, r"--output /proc/picture.png cannot be written"),
     ],
 )

@@ -27,6 +27,16 @@ def test_a_name_with_the_images_extension_is_preferred(tmp_path: Path) -> None:
         own.get("a/4.jpg")
 
 
+@pytest.mark.parametrize("key", ["./a/1.jpg", "a//1.jpg", "a/./1.jpg", "a/1.jpg"])
+def test_keys_that_are_written_otherwise(tmp_path: Path, key: str) -> None:
+    """As in tars; a listing has names without "." and double slashes."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_bytes(b"mask")
+    own = files(tmp_path)
+    assert own.get(key) == ("a/1.png", b"mask")
+    assert (own.missing([key]), own.first([key])) == ([], key)
+
+
 @pytest.mark.parametrize("labelled", [0, 5, 30])
 def test_the_first_key_with_a_file(tmp_path: Path, labelled: int) -> None:
     keys = [f"{number:02}.jpg" for number in range(40)]
