@@ -22,7 +22,7 @@ from benchmarks import rows
 from benchmarks.chaos.run import Quiet, run
 from benchmarks.chaos.schedule import SCENARIOS, shortened
 
-IMAGES, SHORT_IMAGES = 512, 160
+IMAGES, SHORT_IMAGES = 512, 120
 MOST_SAID = 20
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help=f"number of images; {IMAGES}, or {SHORT_IMAGES} with --short")
     parser.add_argument("--faults", type=int, help="number of faults that strike each scenario; else its own")
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
-    parser.add_argument("--short", action="store_true", help="every kind of fault a few times; no row is kept")
+    parser.add_argument("--short", action="store_true", help="every kind of fault once; no row is kept")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, datefmt="%H:%M:%S")
     images = arguments.images or (SHORT_IMAGES if arguments.short else IMAGES)
