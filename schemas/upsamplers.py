@@ -26,13 +26,18 @@ class NoOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JBUOptions:
-    """Options of ``jbu``."""
+class _KernelOptions:
+    """Options shared by the upsamplers with training-free JBU kernels."""
 
-    # jbu without weights: kernels of the first two stages. "wide" averages more within the regions of the image: better
-    # for classifying pixels, worse for finding corresponding points and in fidelity to the backbone. If omitted,
-    # "narrow".
+    # jbu without weights: kernels of the first two stages; multiview: of the first one after its solver. "wide"
+    # averages more within the regions of the image: better for classifying pixels, worse for finding corresponding
+    # points and in fidelity to the backbone. If omitted, "narrow".
     jbu_kernels: Literal["narrow", "wide"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JBUOptions(_KernelOptions):
+    """Options of ``jbu``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,7 @@ class _ViewsOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiviewOptions(_ViewsOptions):
+class MultiviewOptions(_ViewsOptions, _KernelOptions):
     """Options of ``multiview``."""
 
     # multiview: how strongly the solver smooths between neighbours of similar colour; if omitted, it is fitted, or

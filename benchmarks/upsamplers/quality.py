@@ -70,7 +70,7 @@ class Methods:
             self.backbone, self.fit.settings["sigma_px"], torch.tensor(self.fit.arrays["bias"]), self.basis
         )
 
-    def fitted(self, views: int, **options: float) -> tuple[Upsampler, UpsamplerFit]:
+    def fitted(self, views: int, **options: Any) -> tuple[Upsampler, UpsamplerFit]:
         """Multiview, fitted to photographs; the options are such that no fit depends on."""
         upsampler = build_upsampler("multiview", None, self.backbone, MultiviewOptions(views=views, **options))
         if views not in self._fits:
@@ -92,7 +92,7 @@ class Methods:
 
         return Method(high, 1, less is not None)
 
-    def multiview(self, views: int, **options: float) -> Method:
+    def multiview(self, views: int, **options: Any) -> Method:
         stage = self.projected(self.fitted(views, **options)[0])
         return Method(lambda photos: stage(self.backbone(photos), photos, self.size), views, True)
 
@@ -134,6 +134,8 @@ class Methods:
             "multiview, 21 views": lambda: self.multiview(21),
             "multiview, not smoothed": lambda: self.multiview(9, smoothing=0.0),
             "multiview, smoothed more": lambda: self.multiview(9, smoothing=30.0),
+            "multiview, wide kernels": lambda: self.multiview(9, jbu_kernels="wide"),
+            "multiview, smoothed more, wide kernels": lambda: self.multiview(9, smoothing=30.0, jbu_kernels="wide"),
         }
 
 

@@ -133,6 +133,16 @@ def test_a_given_regularisation_is_kept(pictures: Path, tmp_path: Path) -> None:
     assert upsample(replace(job, resume=True)) == 0
 
 
+def test_omitted_kernels_are_those_of_the_store(pictures: Path, tmp_path: Path) -> None:
+    begun = config(pictures, tmp_path / "store", jbu_kernels="wide", shards="0:1")
+    assert upsample(begun) == 0
+    assert [stage["radius"] for stage in configuration(begun.store)["upsampler"]["finish"]["stages"]] == [7, 3]
+    rest = replace(begun, shards=None, resume=True)
+    with pytest.raises(JobError, match=r"upsampler\.finish"):
+        upsample(replace(rest, jbu_kernels="narrow"))
+    assert upsample(replace(rest, jbu_kernels=None)) == 0
+
+
 @pytest.mark.parametrize("images", [1, 7])
 def test_with_few_images_there_is_no_bias(pictures: Path, tmp_path: Path, images: int) -> None:
     job = config(pictures, tmp_path / "store", limit=images, components=3)

@@ -65,6 +65,7 @@ def test_shard_ranges(shards: str | None, expected: range) -> None:
         ("--upsampler bilinear", NoOptions()),
         ("--upsampler lift --lift-iterations 3", LiFTOptions(lift_iterations=3)),
         ("--upsampler multiview --views 5 --regularisation 0.5", MultiviewOptions(views=5, regularisation=0.5)),
+        ("--upsampler multiview --jbu-kernels wide", MultiviewOptions(jbu_kernels="wide")),
         ("--upsampler implicit --views 3000 --fit-steps 7", ImplicitOptions(views=3000, fit_steps=7)),
     ],
 )
@@ -78,7 +79,10 @@ def test_every_upsampler_has_its_own_options_flat_on_the_command_line(line: str,
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"jbu_kernels": "wide", "upsampler": "bilinear"}, "--jbu-kernels wide is for --upsampler jbu: got bilinear"),
+        (
+            {"jbu_kernels": "wide", "upsampler": "bilinear"},
+            "--jbu-kernels wide is for --upsampler jbu or multiview: got bilinear",
+        ),
         ({"lift_iterations": 2}, "--lift-iterations 2 is for --upsampler lift: got jbu"),
         ({"views": 5, "upsampler": "bilinear"}, "--views 5 is for --upsampler multiview or implicit: got bilinear"),
         ({"fit_steps": 9, "upsampler": "multiview"}, "--fit-steps 9 is for --upsampler implicit: got multiview"),

@@ -12,6 +12,7 @@ from pipeline.run.recipe import UpsampleRecipe
 from pipeline.store.fitted import Fitted
 from pipeline.upsamplers.interface import Upsampler
 from pipeline.upsamplers.jbu import JBU, WIDE
+from pipeline.upsamplers.multiview.upsampler import WIDE_FINISH
 from schemas.configuration import (
     GeometryConfiguration,
     PcaConfiguration,
@@ -100,10 +101,15 @@ def with_stored_defaults(config: UpsampleConfig, stored: StoreConfiguration) -> 
             adopted["components"] = stored.pca.explained_share or stored.pca.components
     if config.upsampler == stored.upsampler.get("name") == "multiview" and config.views is None:
         adopted["views"] = stored.upsampler["views"]
-    free = config.upsampler == "jbu" and config.jbu_kernels is None and config.upsampler_weights is None
-    if free and stored.upsampler == JBU(settings=WIDE).identity():
+    if config.jbu_kernels is None and config.upsampler == stored.upsampler.get("name") and _has_wide_kernels(stored):
         adopted["jbu_kernels"] = "wide"
     return replace(config, **adopted)
+
+
+def _has_wide_kernels(stored: StoreConfiguration) -> bool:
+    if stored.upsampler.get("name") == "multiview":
+        return bool(stored.upsampler.get("finish") == JBU(settings=WIDE_FINISH).identity())
+    return bool(stored.upsampler == JBU(settings=WIDE).identity())
 
 
 def stored_size(config: UpsampleConfig, upsampler: Upsampler, backbone: Backbone) -> tuple[int, int]:

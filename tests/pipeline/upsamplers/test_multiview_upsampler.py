@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save, save_file
 
+from densefeat.torch.bilateral import StageSettings
 from kernels.multiview import Solution
 from kernels.quantization import Encoding
 from pipeline.errors import JobError
 from pipeline.features.backbone import build_backbone
 from pipeline.upsamplers.build import build_upsampler
+from pipeline.upsamplers.jbu import JBU
 from pipeline.upsamplers.multiview.pooling import FitSettings, Origin, PoolingModel
 from pipeline.upsamplers.multiview.upsampler import _unsolved
 from pipeline.upsamplers.multiview.views import solver_views
@@ -148,11 +150,13 @@ def test_what_is_no_such_file_is_refused(tmp_path, backbone, weights):
 def test_identity_says_what_the_features_depend_on(weights, backbone):
     identities = [
         build_upsampler("multiview", weights, backbone, MultiviewOptions(**options)).identity()
-        for options in ({}, {"views": 3}, {"regularisation": 2.0})
+        for options in ({}, {"views": 3}, {"regularisation": 2.0}, {"jbu_kernels": "wide"}, {"jbu_kernels": "narrow"})
     ]
-    assert len({json.dumps(identity, sort_keys=True) for identity in identities}) == 3
-    assert json.loads(json.dumps(identities[0])) == identities[0]
-    assert [identity["views"] for identity in identities] == [4, 3, 4]
+    assert len({json.dumps(identity, sort_keys=True) for identity in identities}) == 4
+    assert identities[4] == identities[0]
+    for identity in identities:
+        assert json.loads(json.dumps(identity)) == identity
+    assert [identity["views"] for identity in identities] == [4, 3, 4, 4, 4]
     with pytest.raises(JobError, match="--views: got 2000"):
         build_upsampler("multiview", weights, backbone, MultiviewOptions(views=2000))
 
@@ -184,6 +188,24 @@ def test_features_codes_and_batches(weights, backbone, size):
     assert_close(halves.codes, high, 1e-3)
     alone = stage(features[2:], images[2:], size)
     assert_close(alone, high[2:], 1e-3)  # the backbone's batches
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [SIZE, (50, 70), (128, 192)])
+def test_the_last_step_with_wide_kernels(weights, backbone, size):
+    narrow, wide = (
+        projected(build_upsampler("multiview", weights, backbone, MultiviewOptions(jbu_kernels=kernels)), 128)
+        for kernels in ("narrow", "wide")
+    )
+    images = random_images(2)
+    features = backbone(images)
+    solved, failures = wide.before_last_step(features, images, size)
+    assert failures == {}
+    assert_close(solved, narrow.before_last_step(features, images, size)[0], 1e-6)
+    last = JBU(settings=(StageSettings(7, 3.5, 0.05), StageSettings(3, 1.5, 0.1)))
+    assert_close(wide(features, images, size), last(solved, images, size), 1e-5)
+    assert (wide(features, images, size) - narrow(features, images, size)).abs().mean() > 1e-3
+    assert wide.upsampler.last_step() == last.identity()
 
 
 @torch.inference_mode()
