@@ -71,6 +71,9 @@ def test_features_rows_and_reasons_are_kept(made: UpsampleConfig, tmp_path: Path
     assert "represent" not in storage
 
 
+@pytest.mark.parametrize(
+    "made", ["compact", *(pytest.param(name, marks=pytest.mark.slow) for name in ("half", "dense"))], indirect=True
+)
 def test_a_killed_conversion_goes_on(made: UpsampleConfig, tmp_path: Path) -> None:
     """Killed before one of its writes after the other, and continued, it makes the same bytes as at once."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -223,7 +223,7 @@ def test_a_task_that_kills_its_worker(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 @pytest.mark.usefixtures("ray_here")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_worker_that_ends_between_two_maps(number: signal.Signals, caplog: pytest.LogCaptureFixture) -> None:
     with on_ray(attempts=1, stall_timeout_s=2) as workers:
         first = results(workers, ScriptedWorker.where, ())[0][0]
