@@ -119,7 +119,7 @@ def vectors_of(vectors: npt.ArrayLike, channels: int, names: Sequence[str] | Non
 
     Raises:
         TypeError: the vectors are not real numbers.
-        ValueError: their shape is another, or one is not finite or has the length 0, so that it has no direction.
+        ValueError: their shape is another, or one is not finite or all 0, so that it has no direction.
     """
     array = np.asarray(vectors)
     if array.dtype.kind not in "iuf":
@@ -127,8 +127,7 @@ def vectors_of(vectors: npt.ArrayLike, channels: int, names: Sequence[str] | Non
     if array.ndim not in (1, 2) or array.shape[-1] != channels or channels == 0:
         raise ValueError(f"vectors must be [C={channels}] or [Q, C={channels}]: got shape {list(array.shape)}")
     array = array.astype(np.float64).reshape(-1, channels)
-    lengths = np.linalg.norm(array, axis=1)
-    bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    bad = np.flatnonzero(~(np.isfinite(array).all(axis=1) & array.any(axis=1)))
     if len(bad):
         shown = ", ".join(repr(names[i]) if names else str(i) for i in bad[:_SHOWN])
         more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""

@@ -45,6 +45,8 @@ class Directions:
     @classmethod
     def of(cls, vectors: npt.NDArray[np.float64], components: Floats, mean: Floats) -> "Directions":
         """Project vectors [Q, C], none of length 0, on a basis: components [k, C], mean [C]."""
+        exponents = np.frexp(np.abs(vectors).max(axis=1, keepdims=True))[1]
+        vectors = np.ldexp(vectors, -exponents)  # squares of extreme numbers would overflow
         unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         basis, centre = components.astype(np.float64), mean.astype(np.float64)
         weights, offsets, shift = unit @ basis.T, unit @ centre, basis @ centre

@@ -22,6 +22,7 @@ SHARD_IMAGES = {"int8": 64, "float16": 8}
 COMPACT_SHARD_IMAGES = 256  # about 25 kB each
 MOST_SHARD_BYTES = 512 << 20  # before compression: a worker holds several shards
 DEFAULT_COMPONENTS = 64
+LEAST_FIT_IMAGES = 4
 ERROR_FLOOR = 0.1  # of int8, as a share of the features' root mean square
 
 
@@ -135,8 +136,9 @@ class UpsampleConfig(UpsamplerOptions, PcaConfig):
     # PCA basis: a .npz file from jobs/fit_pca.py or the URI of another store; if omitted, fitted on these images.
     pca: str | None = None
     # Another store, to merge with this one later (jobs/merge_stores.py): its PCA basis, its quantization steps and its
-    # upsampler's fit are taken, and not fitted on these images. Options that are omitted are those of that store, but
-    # for --backbone, --weights, --size, --upsampler and --dtype; all must be equal. Replaces --pca.
+    # upsampler's fit are taken, and not fitted on these images. All options that features depend on must be equal; of
+    # them, --layer, --components, --quality, --represent, --error-floor, --embedding, --shard-images, --views and
+    # --jbu-kernels are those of that store if they are omitted. Replaces --pca.
     like: str | None = None
     # Quality of the stored features: "high", within .9995 of cosine similarity; "balanced", stored at half the
     # resolution: .9994, at 0.4 of the bytes; "small": .995, at 0.2. It chooses --represent and --error-floor.
@@ -286,7 +288,7 @@ class FitPoolingConfig(FeatureConfig):
         super().__post_init__()
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"--output: got {self.output!r}, expected a name that ends in .safetensors")
-        at_least("--fit-images", self.fit_images, 4)
+        at_least("--fit-images", self.fit_images, LEAST_FIT_IMAGES)
         at_least("--components", self.components, 1)
         at_least("--views", self.views, 2)
         at_least("--held-out-views", self.held_out_views, 1)

@@ -20,6 +20,9 @@ __all__ = [
 ]
 
 
+_MOST_STRENGTH = 1000.0  # of multiview's smoothing: above 100 its solver's steps limit what it does
+
+
 @dataclass(frozen=True, kw_only=True)
 class NoOptions:
     """Options of an upsampler that has none."""
@@ -72,15 +75,19 @@ class MultiviewOptions(_ViewsOptions, _KernelOptions):
     # multiview: how strongly the solver smooths between neighbours of similar colour; if omitted, it is fitted, or
     # the value in the weights.
     regularisation: float | None = None
-    # multiview: how strongly to smooth the solution within the regions of the image. More is better for a linear probe,
-    # 0 comes closest to the views; if omitted, 10, or the value in the weights.
+    # multiview: how strongly to smooth the solution within the regions of the image. More, up to about 100, is better
+    # for a linear probe, 0 comes closest to the views; if omitted, 10, or the value in the weights.
     smoothing: float | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        at_least("--regularisation", self.regularisation, 0)
-        at_least("--smoothing", self.smoothing, 0)
+        for option, strength in (("--regularisation", self.regularisation), ("--smoothing", self.smoothing)):
+            at_least(option, strength, 0)
+            if strength is not None and strength > _MOST_STRENGTH:
+                raise ValueError(
+                    f"{option} must be at most {_MOST_STRENGTH:.0f}, as more changes nothing: got {strength}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,16 @@ from fsspec.implementations.local import LocalFileSystem
 
 from densefeat.errors import PlaceError, missing_package
 
-__all__ = ["absolute_place", "encloses", "is_local", "open_place", "open_uri", "overlap", "split_place"]
+__all__ = [
+    "absolute_place",
+    "encloses",
+    "is_local",
+    "open_place",
+    "open_uri",
+    "overlap",
+    "place_identity",
+    "split_place",
+]
 
 _LOCAL_PROTOCOLS = ("file", "local")
 # The first part of a path is a bucket: nothing can be written above it, and no path begins with a slash.
@@ -141,7 +150,7 @@ def split_place(place: str | os.PathLike[str]) -> tuple[str, str]:
 
 def encloses(outer: str | os.PathLike[str], inner: str | os.PathLike[str]) -> bool:
     """Whether ``inner`` is ``outer`` or below it; symbolic links are followed."""
-    top, place = _identity(outer), _identity(inner)
+    top, place = place_identity(outer), place_identity(inner)
     return place == top or place.startswith(f"{top.rstrip('/')}/")
 
 
@@ -150,7 +159,8 @@ def overlap(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
     return encloses(one, other) or encloses(other, one)
 
 
-def _identity(place: str | os.PathLike[str]) -> str:
+def place_identity(place: str | os.PathLike[str]) -> str:
+    """Like `absolute_place`, and the same for all names of a place: links are followed, ``s3a`` is ``s3``."""
     text = absolute_place(place)
     if is_local(text):
         return os.path.realpath(text)

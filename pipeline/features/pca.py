@@ -166,9 +166,10 @@ def fit(moments: Moments, components: float, *, at_most: bool = False) -> Basis:
     if at_most:
         k = max(1, min(k, rank))
     if rank < k:
+        advice = "give other images" if rank == 0 else f"use --components {rank} or less"
         raise JobError(
-            f"PCA found {rank} independent components in {moments.count:,} feature vectors, fewer than the {k} "
-            "requested: lower --components, or fit on more images (--pca-images)"
+            f"PCA found {rank} independent components in {moments.count:,} feature vectors, fewer than --components "
+            f"{k}: {advice}, or fit on more images"
         )
     strongest = np.abs(directions[:k]).argmax(1)
     signs = np.sign(directions[np.arange(k), strongest])

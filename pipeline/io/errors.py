@@ -55,5 +55,7 @@ def explain_storage_error(
         if access == "read":
             missing = error.filename or (error.args[-1] if error.args else place)
             return JobError(f"{place}: {missing} does not exist. Check the spelling")
+        if isinstance(error, NotADirectoryError):
+            return JobError(f"{place} cannot be written: a file has that name, or that of a folder above: {error}")
         return JobError(f"{place} cannot be written: {error}; the bucket or file system must exist")
     return None

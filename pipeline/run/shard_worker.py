@@ -101,7 +101,11 @@ class ShardWorker(FeatureWorker):
                     sample = fitting.sample(batch.pixels[batch.usable_rows].to(self.device), *projection)
             if sample is None:
                 total = total.merged(
-                    Part(Gathered(()), 0, error or "its features do not vary, or contain NaN or infinity")
+                    Part(
+                        Gathered(()),
+                        0,
+                        error or "its features do not vary, or contain NaN or infinity, or it has one colour",
+                    )
                 )
             else:
                 total = total.merged(Part(Gathered((sample,)), len(sample), error))
@@ -136,11 +140,13 @@ class ShardWorker(FeatureWorker):
         with self.computing, torch.inference_mode():
             pixels = pixels.to(self.device)
             features = self.backbone(pixels)
-            values = self._values(self._projected(basis, fit), features, pixels)[0]
+            upsampler = self._projected(basis, fit)
+            values = self._values(upsampler, features, pixels)[0]
             guidance = len(_encode_guidance(pixels[0].cpu(), StageSeconds())) if self.recipe.guided else 0
             calibration = Calibration.of(values, self.recipe.dtype, self.recipe.error_floor, guidance)
-        if calibration is None:
-            return Part(Calibration.none(len(basis.components)), 0, "its features contain NaN or infinity")
+            if calibration is None:
+                reason = self._failures(upsampler, features, pixels).get(0, "its features contain NaN or infinity")
+                return Part(Calibration.none(len(basis.components)), 0, str(reason))
         return Part(calibration, 1, None)
 
     def try_rows(self, references: pa.Table, encoding: StoreEncoding) -> None:
@@ -291,6 +297,12 @@ class ShardWorker(FeatureWorker):
             return upsampler.before_last_step(features, pixels, self.geometry.output_size)[0]
         high: Tensor = upsampler(features, pixels, self.recipe.stored_size)
         return high
+
+    def _failures(self, upsampler: Projected, features: Tensor, pixels: Tensor) -> dict[int, ImageError]:
+        """Why images fail whose `_values` are not finite; computes them again."""
+        if self.recipe.represent == "compact":
+            return upsampler.before_last_step(features, pixels, self.geometry.output_size)[1]
+        return upsampler.encode(features, pixels, self.recipe.stored_size, Encoding(None)).failures
 
     def _projected(self, basis: Basis, fit: UpsamplerFit | None) -> Projected:
         """The upsampler, fitted, with the basis folded in; call it only while holding ``computing``."""

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+from densefeat.storage.objects import Objects
 from pipeline.errors import JobError
 from pipeline.features.backbone import Backbone
 from pipeline.features.provenance import backbone_name
 from pipeline.images.batches import BatchLoader
 from pipeline.images.sample import usable_images
 from pipeline.reporting.seconds import StageSeconds
+from pipeline.train.checkpoints import has_checkpoints
 from pipeline.train.data import first_usable
 from pipeline.train.held_out import HeldOutViews
 from pipeline.train.objectives.base import FeatureSample, Objective
@@ -98,22 +100,24 @@ def _objective(
     config = plan.config
     if config.upsampler == "lift":
         values = sum(backbone.num_chs * math.prod(backbone.grid) for backbone in by_scale[0])
-        return LiFTObjective(config, by_scale[0], samples[0], *_caches(plan, world, [values]))
+        return LiFTObjective(config, by_scale[0], samples[0], *_caches(plan, world, [values], "features of"))
     backbones = [backbone for (backbone,) in by_scale]
     if config.target == "multiview":
         solutions = [Solutions(*both) for both in zip(backbones, samples, strict=True)]
-        caches = _caches(plan, world, [own.values for own in solutions])
-        return JBUSolutionsObjective(config, solutions, caches, samples[0].images)
+        caches = _caches(plan, world, [own.values for own in solutions], "solutions for")
+        sample = None if has_checkpoints(Objects(config.output)) else samples[0].images
+        return JBUSolutionsObjective(config, solutions, caches, sample)
     return JBUViewsObjective(config, backbones, [sample.statistics for sample in samples])
 
 
-def _caches(plan: TrainPlan, world: World, values: list[int]) -> list[FeatureCache]:
-    """Caches of so many values of each image, all of which keep theirs, or none."""
+def _caches(plan: TrainPlan, world: World, values: list[int], what: str) -> list[FeatureCache]:
+    """Caches of so many values of each image, all of which keep theirs, or none; ``what`` they are, for the log."""
     max_bytes = 1e9 * plan.config.cache_gb / sum(values)
     caches = [FeatureCache(plan.train.references.num_rows, own, max_bytes * own) for own in values]
     if world.leads:
         logger.info(
-            "features of all images take %.3g GB per worker: %s (--cache-gb %g)",
+            "%s all images take %.3g GB per worker: %s (--cache-gb %g)",
+            what,
             sum(cache.bytes for cache in caches) / 1e9,
             "kept from the first epoch on" if caches[0].keeps else "recomputed in every epoch",
             plan.config.cache_gb,

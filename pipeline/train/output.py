@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+from densefeat import layout
 from densefeat.errors import StorageUnavailable
 from densefeat.storage.objects import Objects
 from pipeline.errors import JobError
@@ -41,6 +42,8 @@ def stored_configuration(config: TrainConfig) -> dict[str, Any] | None:
                     f"--output {config.output} has checkpoints, but no {_CLAIM} with their configuration: choose "
                     "another --output, or delete the checkpoints"
                 ) from None
+            if objects.exists(layout.ATTRIBUTES):
+                raise JobError(f"--output {config.output} is a feature store: choose another --output") from None
             if others := [name for name in _RESULTS if objects.exists(name)]:
                 raise JobError(
                     f"--output {config.output} holds {' and '.join(others)}, but no {_CLAIM}: a training would replace "

@@ -24,7 +24,7 @@ from pipeline.upsamplers.multiview.pooling import Origin, PoolingModel
 from pipeline.upsamplers.multiview.spool import full_bias, sampled_views
 from pipeline.upsamplers.multiview.trials import Outcome, Trial, ViewSample, run_trial
 from pipeline.upsamplers.multiview.views import MOST_VIEWS
-from schemas.options import FitPoolingConfig
+from schemas.options import LEAST_FIT_IMAGES, FitPoolingConfig
 
 __all__ = ["make_pooling_model"]
 
@@ -94,7 +94,5 @@ def _sample_images(worker: FeatureWorker, references: pa.Table, count: int) -> T
 
 
 def _too_few(got: int, asked: int, what: str) -> str:
-    return (
-        f"--fit-images {asked}, but only {got} of the sample {what}: give more images, or a smaller --fit-images; with "
-        "fewer than 18 the bias is worse"
-    )
+    less = f", or --fit-images {got}; with fewer than 18 the bias is worse" if got >= LEAST_FIT_IMAGES else ""
+    return f"--fit-images {asked}, but only {got} of the sample {what}: give more images{less}"

@@ -65,6 +65,15 @@ def test_tensors_and_lists_are_vectors(store: FeatureStore) -> None:
     assert store.similarity(0, np.zeros((0, C))).shape == (0, H, W)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("length", [1e300, 1e-310, 5e-324])
+def test_lengths_do_not_matter(store: FeatureStore, length: float) -> None:
+    vector = np.eye(C)[3]
+    np.testing.assert_allclose(store.similarity(0, length * vector), store.similarity(0, vector), atol=1e-6)
+    both = store.similarity(0, np.stack([length * vector, vector]))
+    np.testing.assert_allclose(both[0], both[1], atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1, 1e3])
 @pytest.mark.parametrize(("k", "c", "pixels"), [(1, 2, 1), (8, 64, 4097), (64, 384, 9000), (12, 12, 50)])
 def test_sizes(k: int, c: int, pixels: int, scale: float) -> None:

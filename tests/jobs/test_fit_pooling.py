@@ -82,6 +82,8 @@ def test_too_few_images(pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "none.safetensors"
     for options, words in [
         ({"fit_images": 9}, "only 6 of the sample are available"),
+        ({"fit_images": 9}, "give more images, or --fit-images 6; with fewer than 18 the bias is worse$"),
+        ({"fit_images": 9, "limit": 3}, "give more images$"),
         ({"fit_images": 8, "limit": None}, "only 7 of the sample can be used .the first error: "),
     ]:
         with pytest.raises(JobError, match=words):

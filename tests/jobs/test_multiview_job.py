@@ -160,6 +160,18 @@ def test_no_usable_image_is_said(tmp_path: Path) -> None:
         upsample(job)
 
 
+@pytest.mark.parametrize("upsampler", ["multiview", "implicit"])
+def test_why_no_image_is_usable(tmp_path: Path, upsampler: str) -> None:
+    """Images of one colour, whose features vary with the position."""
+    (tmp_path / "images").mkdir()
+    for shade in (50, 150):
+        Image.new("RGB", (90, 90), (shade, 99, 199)).save(tmp_path / "images" / f"{shade}.png")
+    steps = {"fit_steps": 2} if upsampler == "implicit" else {}
+    job = config(tmp_path / "images", tmp_path / "store", components=2, upsampler=upsampler, views=4, **steps)
+    with pytest.raises(JobError, match=r"none of the 2 sampled images is usable; first error: .* one colour"):
+        upsample(job)
+
+
 def test_a_damaged_bias_is_found(made: UpsampleConfig, tmp_path: Path) -> None:
     job = replace(made, store=str(tmp_path / "store"), shards="0:1")
     assert upsample(job) == 0

@@ -12,16 +12,15 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import glob_translate
 
 from densefeat.errors import DensefeatError
-from densefeat.storage.places import absolute_place, is_local, open_place
+from densefeat.storage.places import absolute_place, is_local, open_place, place_identity
 from densefeat.storage.retries import retried
 from pipeline.errors import JobError
 from pipeline.images.listing.findings import Finding, Tally
 from pipeline.images.listing.labels import Labels
 from pipeline.images.listing.names import IMAGE_SUFFIXES, escaped, looks_like_image, suffix_of
-from pipeline.images.listing.walk import MAGIC, Entry, glob_local, outermost, walk_local
+from pipeline.images.listing.walk import MAGIC, Entry, glob_finds, glob_local, outermost, walk_local
 from pipeline.io.errors import explain_storage_error
 
 __all__ = ["File", "Found", "Scan", "ScanMap", "explained", "find_files", "pattern_finds", "scan_in_order", "uri_of"]
@@ -29,7 +28,6 @@ __all__ = ["File", "Found", "Scan", "ScanMap", "explained", "find_files", "patte
 _PARALLEL_SCANS = 8
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_PRIVATE = 0xE000  # the first character that Unicode assigns to nobody
 # Packages whose exceptions derive from neither OSError nor ValueError.
 _STORAGE_PACKAGES = ("aiohttp", "botocore", "aiobotocore", "gcsfs", "google")
 
@@ -152,24 +150,19 @@ def find_files(
 
 
 def pattern_finds(images: str, place: str) -> bool:
-    """Whether ``images`` is a pattern, a listing of which would find ``place``, or all of a folder that it is in.
+    """Whether ``images`` is a pattern, a listing of which would find ``place``, or files in it.
+
+    Links are followed on the way to the first wildcard, and on the way to ``place``.
 
     Args:
         images: as for `find_files`.
         place: path or URI of a file or a folder that need not exist.
     """
-    pattern, wanted = absolute_place(images), absolute_place(place)
+    pattern = absolute_place(images)
     if not _has_any(pattern, MAGIC + "{") or (is_local(pattern) and Path(pattern).exists()):
         return False
-    folders = itertools.accumulate(wanted.split("/"), lambda folder, name: f"{folder}/{name}")
-    braces = list(_BRACES.finditer(pattern))
-    marks = [chr(_PRIVATE + number) for number in range(len(braces))]  # which are ordinary letters to a glob
-    unmarked = iter(marks)
-    translated = glob_translate(_BRACES.sub(lambda _: next(unmarked), pattern))
-    for mark, brace in zip(marks, braces, strict=True):
-        translated = translated.replace(mark, f"(?:{'|'.join(map(re.escape, _choices(brace)))})")
-    matches = re.compile(translated).match
-    return any(matches(folder) for folder in folders)
+    spellings = [(pattern, absolute_place(place)), (place_identity(images), place_identity(place))]
+    return any(glob_finds(one, path) for pattern, path in spellings for one in _expand_braces(pattern))
 
 
 def scan_in_order(
@@ -209,17 +202,13 @@ def _expand_braces(pattern: str) -> list[str]:
     match = _BRACES.search(pattern)
     if not match:
         return [pattern]
-    heads = [pattern[: match.start()] + choice for choice in _choices(match)]
+    choices = match[1].split(",")
+    if bounds := _RANGE.fullmatch(match[1]):
+        first, last = bounds.groups()
+        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    heads = [pattern[: match.start()] + choice for choice in choices]
     tails = _expand_braces(pattern[match.end() :])
     return [head + tail for head in heads for tail in tails]
-
-
-def _choices(braces: re.Match[str]) -> list[str]:
-    """What a pair of braces, as `_BRACES` finds them, stands for."""
-    if bounds := _RANGE.fullmatch(braces[1]):
-        first, last = bounds.groups()
-        return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return braces[1].split(",")
 
 
 def _has_any(path: str, characters: str) -> bool:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pipeline.images.listing.findings import Tally
 from pipeline.images.listing.names import IMAGE_SUFFIXES, escaped, looks_like_image, suffix_of
 
-__all__ = ["MAGIC", "Entry", "glob_local", "outermost", "walk_local"]
+__all__ = ["MAGIC", "Entry", "glob_finds", "glob_local", "outermost", "walk_local"]
 
 MAGIC = "*?["
 _Identity = tuple[int, int]
@@ -71,6 +71,34 @@ def glob_local(pattern: str, tally: Tally) -> Iterator[Entry]:
             yield file
 
 
+def glob_finds(pattern: str, path: str) -> bool:
+    """Whether `glob_local` would yield a file of this path, or files below a folder of this path; it need not exist.
+
+    Args:
+        pattern: as for `glob_local`.
+        path: absolute.
+    """
+    return _parts_find(pattern.split("/"), path.split("/"))
+
+
+def _parts_find(parts: list[str], names: list[str]) -> bool:
+    if not parts:  # all below is listed, but what is hidden
+        return not any(name.startswith(".") for name in names)
+    part, *rest = parts
+    if part == "**":
+        deeper = bool(names) and not names[0].startswith(".") and _parts_find(parts, names[1:])
+        return deeper or _parts_find(rest, names)
+    return bool(names) and _matcher(part)(names[0]) and _parts_find(rest, names[1:])
+
+
+def _matcher(part: str) -> Callable[[str], bool]:
+    """Whether a name matches a part of a pattern other than ``**``."""
+    if not any(character in part for character in MAGIC):
+        return part.__eq__
+    matches, hidden = re.compile(fnmatch.translate(part)).match, part.startswith(".")
+    return lambda name: name.startswith(".") == hidden and matches(name) is not None
+
+
 def outermost(paths: Iterable[str]) -> Iterator[str]:
     """Yield, sorted, the paths that are not below another one; those below are found with their folder."""
     last = None
@@ -95,12 +123,7 @@ def _matches(folder: str, parts: list[str], ancestors: tuple[_Identity, ...] = (
                 yield from _matches(_join(folder, name), parts, (*ancestors, identity))
         return
     if any(character in part for character in MAGIC):
-        matches = re.compile(fnmatch.translate(part)).match
-        hidden = part.startswith(".")
-
-        def wanted(name: str) -> bool:
-            return name.startswith(".") == hidden and matches(name) is not None
-
+        wanted = _matcher(part)
         names = _folders(folder, wanted) if rest else filter(wanted, os.listdir(folder))  # noqa: PTH208
         for name in names:
             yield from _matches(_join(folder, name), rest)

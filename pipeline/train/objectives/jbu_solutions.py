@@ -48,14 +48,16 @@ class JBUSolutionsObjective(StackObjective):
         config: the job's options.
         solutions: of the backbones to train on.
         caches: of each backbone's solutions, which are the same in every epoch.
-        sample: training images, [n, 3, H, W] uint8, on the CPU.
+        sample: training images, [n, 3, H, W] uint8, on the CPU, to fit the initial kernels to; None: a checkpoint
+            will be loaded.
     """
 
     def __init__(
-        self, config: TrainConfig, solutions: Sequence[Solutions], caches: Sequence[FeatureCache], sample: Tensor
+        self, config: TrainConfig, solutions: Sequence[Solutions], caches: Sequence[FeatureCache], sample: Tensor | None
     ) -> None:
         stack = JBUStack(None)
-        begin_as_bilateral(stack, sample)
+        if sample is not None:
+            begin_as_bilateral(stack, sample)
         super().__init__(stack)
         self._directions, self._solutions, self._caches = config.projection_chs, tuple(solutions), tuple(caches)
         self.averaged = averaged_copy(self.upsampler)

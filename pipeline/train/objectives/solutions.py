@@ -35,14 +35,13 @@ class Solutions:
         values: number of values of what `solve` returns for an image.
 
     Raises:
-        JobError: the features of the sampled images are the same everywhere.
+        JobError: the features of the sampled images are the same everywhere, or each image has one colour.
     """
 
     def __init__(self, backbone: Backbone, sample: FeatureSample) -> None:
         device = backbone.get_buffer("mean").device
-        constant = JobError(f"{backbone.label}: its features of the sampled training images are the same everywhere")
         if sample.features.var((0, 2, 3)).sum() == 0:
-            raise constant
+            raise JobError(f"{backbone.label}: its features of the sampled training images are the same everywhere")
         usable = torch.ones_like(sample.features[:, 0], dtype=torch.bool)
         basis = fit(Moments.of(sample.features, usable), _COMPONENTS, at_most=True).tensors
         mean, components = (tensor.float().to(device) for tensor in basis)
@@ -52,7 +51,10 @@ class Solutions:
         assert fitting is not None
         seen = fitting.sample(sample.images[: fitting.images].to(device), mean, components)
         if seen is None:
-            raise constant
+            raise JobError(
+                f"{backbone.label}: multiview can use none of the sampled training images: each has one colour, or "
+                "views whose features do not vary"
+            )
         self._backbone, self._upsampler = backbone, upsampler.fitted(fitted_on(device, fitting, seen))
         self._basis = mean, components
         self._with = self._without = 0  # images with a solution, and without

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.features.backbone import Backbone
 from pipeline.upsamplers.fitting import UpsamplerFit
+from pipeline.upsamplers.images import one_colour
 from pipeline.upsamplers.multiview.fit import Run, fit_pooling
 from pipeline.upsamplers.multiview.pooling import FitSettings
 from pipeline.upsamplers.multiview.trials import Outcome, Trial, ViewSample, run_trial
@@ -42,13 +43,13 @@ class PoolingFitting:
     def sample(self, images: Tensor, mean: Tensor, components: Tensor) -> ViewSample | None:
         """Run the backbone on all views of images; None if none can be used.
 
-        An image is left out if its features are not finite or do not vary.
+        An image is left out if its features are not finite or do not vary, or if it has one colour, as in the job.
         """
         size, views = self._backbone.size, self._settings.views
         jitters = solver_views(size, views, self._settings.order) + held_out_views(size, HELD_OUT_VIEWS)
         matrices = JitterMatrices.of(jitters, images.device)
         low = view_features(self._backbone, images, matrices, (mean, components))
-        usable = low.isfinite().flatten(1).all(1) & (low.var((1, 3, 4)).sum(1) > 0)
+        usable = low.isfinite().flatten(1).all(1) & (low.var((1, 3, 4)).sum(1) > 0) & ~one_colour(images)
         return ViewSample(images[usable].cpu(), low[usable].cpu(), views) if usable.any() else None
 
     def trial(self, sample: ViewSample, trial: Trial, device: torch.device) -> Outcome:

@@ -6,6 +6,7 @@ the metadata.
 
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch.nn.functional as F
@@ -133,6 +134,8 @@ class PoolingModel:
         Raises:
             JobError: the file is missing, damaged, or not a pooling model.
         """
+        if (suffix := PurePosixPath(uri).suffix.lower()) != ".safetensors":
+            raise JobError(f"Weights {uri!r}: got the suffix {suffix!r}, expected a .safetensors file. {_MAKE_ONE}")
         try:
             metadata = read_metadata(uri)
             provenance = Provenance.from_metadata(metadata, uri)

@@ -25,6 +25,7 @@ from pipeline.features.backbone import Backbone
 from pipeline.features.pca import Moments, fit
 from pipeline.io.storage import temporary_folder
 from pipeline.reporting.progress import ProgressLine
+from pipeline.upsamplers.images import one_colour
 from pipeline.upsamplers.multiview.fit import improved_bias
 from pipeline.upsamplers.multiview.pooling import FitSettings
 from pipeline.upsamplers.multiview.trials import Outcome, Trial, ViewSample
@@ -60,7 +61,7 @@ class SpooledViews:
 def sampled_views(
     backbone: Backbone, images: Tensor, *, views: int, order: ViewOrder, held_out: int, components: int
 ) -> Iterator[SpooledViews]:
-    """Run the backbone on all views, skipping images whose features are not finite or do not vary.
+    """Run the backbone on all views, skipping images of one colour, or whose features are not finite or do not vary.
 
     Args:
         backbone: on the device to compute on.
@@ -85,7 +86,7 @@ def sampled_views(
         line = ProgressLine("features of the views", len(images), "images")
         for n, image in enumerate(images):
             seen = view_features(backbone, image[None].to(device), matrices, None)[0]
-            if seen.isfinite().all() and seen.var((0, 2, 3)).sum() > 0:
+            if seen.isfinite().all() and seen.var((0, 2, 3)).sum() > 0 and not one_colour(image[None]).any():
                 spool[len(kept)] = seen.cpu().numpy()
                 moments = moments.merged(Moments.of(seen, torch.ones_like(seen[:, 0], dtype=torch.bool)))
                 kept.append(n)

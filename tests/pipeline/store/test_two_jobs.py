@@ -191,7 +191,12 @@ def test_what_is_compared_and_what_is_adopted() -> None:
         ("{t}/*/*.png", "{t}/link/store/", True), ("{t}/**/*.png", "{t}/photos/store", False),
         ("{t}/photos/{{1,2}}.png", "{t}/photos", True), ("{t}/{{photos,link}}/[a-z]*", "{t}/link/store", False),
         ("s3://b/**/*.parquet", "s3://b/store", False), ("s3://b/[!s]*/*", "s3://b/store", True),
-        ("{t}/[1]", "{t}/1", True),
+        ("{t}/[1]", "{t}/1", True), ("{t}/photos/**.jpg", "{t}/photos/store", True),
+        ("{t}/photos/**.png", "{t}/photos", False), ("{t}/link/*", "{t}/photos/store", False),
+        ("{t}/photos/*", "{t}/link/store", False), ("{t}/photos/*", "{t}/photos/.store", True),
+        ("{t}/photos/.*", "{t}/photos/.store", False), ("s3a://b/*", "s3://b/store", False),
+        ("s3://b/**.tar", "s3://b/store", True), ("{t}/*/x**/*", "{t}/photos/xy/store", False),
+        ("{t}/**/photos/*", "{t}/photos/store", False), ("{t}/photos/*", "{t}/store", True),
     ],
 )  # fmt: skip
 def test_images_and_results_are_kept_apart(tmp_path: Path, images: str, store: str, apart: bool) -> None:

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from jobs.train_upsampler import train_upsampler
+from jobs.upsample_imagenet import upsample
 from pipeline.errors import JobError
 from pipeline.train.objectives import jbu_views as jbu_training
 from pipeline.train.output import claimed_output
 from pipeline.train.plan import make_train_plan
+from schemas.options import UpsampleConfig
 from tests.helpers.trainings import (
     ROOT,
     arguments,
@@ -109,6 +111,7 @@ def test_lift_needs_enough_to_begin_as_interpolation(photographs: Path, tmp_path
         ({"upsampler": "lift", "size": "72"}, "expected multiples of 16"),
         ({"upsampler": "lift", "size": "80", "lift_octaves": 2}, "expected multiples of 32"),
         ({"output": "/proc/training"}, "--output /proc/training"),
+        ({"output": __file__}, "cannot be written: a file has that name, or that of a folder above"),
         ({"output": "/tmp/" + "n" * 300}, "a name is too long for this file system"),
         ({"featup_checkpoint": "/tmp/" + "n" * 250 + ".pth"}, "a name is too long for this file system"),
         ({"featup_checkpoint": "{folder}/jbu.pth"}, "jbu.pth is a folder: expected the name of a file"),
@@ -144,6 +147,18 @@ def test_files_that_a_training_would_replace(photographs: Path, tmp_path: Path) 
     assert {path.name: path.read_text() for path in output.iterdir()} == dict.fromkeys(
         ("notes.txt", "losses.csv", "curves.png"), "mine"
     )
+
+
+def test_a_feature_store_is_no_output(photographs: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    assert upsample(UpsampleConfig(
+        images=str(photographs / "val"), store=str(store), backbone="resnet18", weights="random", layer="3", size="64",
+        components=4, device="cpu", workers=0,
+    )) == 0  # fmt: skip
+    before = sorted(store.rglob("*"))
+    with pytest.raises(JobError, match=r"store is a feature store: choose another --output"):
+        train_upsampler(train_config(photographs, store))
+    assert sorted(store.rglob("*")) == before
 
 
 def test_curves_among_the_images_of_a_pattern(photographs: Path) -> None:

@@ -1,6 +1,7 @@
 """Training JBU to copy multiview's solutions: where it begins, what it learns, and what it leaves out."""
 
 import copy
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import skimage
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from jobs.demo import write_weights
@@ -124,7 +126,18 @@ def test_solutions_are_kept_if_they_fit(photographs: Tensor, objective: JBUSolut
     handle.remove()
 
 
-def test_the_job_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_one_colour_are_refused(tmp_path: Path) -> None:
+    for name, count in (("train", 3), ("val", 2)):
+        (tmp_path / name).mkdir()
+        for shade in range(count):
+            Image.new("RGB", (80, 80), (60 * shade, 99, 199)).save(tmp_path / name / f"{name}{shade}.png")
+    config = train_config(tmp_path, tmp_path / "out", target="multiview", jitters=5, backbones=("resnet18@2=random",))
+    with pytest.raises(JobError, match=r"multiview can use none of the sampled training images: each has one colour"):
+        train_upsampler(config)
+
+
+def test_the_job_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr("pipeline.train.objectives.jbu_initial._STEPS", 20)  # each training begins, also a resumed one
     folder = tmp_path / "photographs"
     write_photographs(folder / "train", 6)
@@ -134,7 +147,10 @@ def test_the_job_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert set(table(tmp_path / "out", "losses.csv")) == {"step", "backbone", LOSS, "error", "edges", "sums"}
     weights = tmp_path / "out" / "upsampler.safetensors"
     assert read_metadata(str(weights))["final"] == "off"
+    assert "solutions for all images take" in caplog.text
+    assert caplog.text.count("begins at the training-free kernels") == 1
     assert train_upsampler(replace(config, steps=6, resume=True)) == 0
+    assert caplog.text.count("begins at the training-free kernels") == 1
     whole = replace(config, steps=6, output=str(tmp_path / "whole"))
     assert train_upsampler(whole) == 0
     assert record(tmp_path / "out") == record(tmp_path / "whole")

@@ -139,7 +139,8 @@ def test_what_is_no_such_file_is_refused(tmp_path, backbone, weights):
     torch.save({"bias": torch.zeros(1)}, tmp_path / "damaged.pth")
     for name, words in (
         (damaged.name, "are not a pooling model, they belong to the upsampler lift"),
-        ("damaged.pth", "are no"),
+        ("damaged.pth", r"got the suffix '\.pth', expected a \.safetensors file"),
+        ("", r"got the suffix '', expected a \.safetensors file"),
     ):
         with pytest.raises(JobError, match=rf"{words}.*jobs/fit_pooling"):
             build_upsampler("multiview", str(tmp_path / name), backbone)
