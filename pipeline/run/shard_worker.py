@@ -44,6 +44,7 @@ from schemas.ledger import LedgerRecord, RowOutcome
 
 logger = logging.getLogger(__name__)
 
+_UNUSABLE = "it has one colour, or features that do not vary, or contain NaN or infinity"
 _COPIES_IN_UPSAMPLING = 3  # of a batch's values: floats of two steps, and the codes being encoded
 
 
@@ -100,13 +101,7 @@ class ShardWorker(FeatureWorker):
                 with self.computing, torch.inference_mode():
                     sample = fitting.sample(batch.pixels[batch.usable_rows].to(self.device), *projection)
             if sample is None:
-                total = total.merged(
-                    Part(
-                        Gathered(()),
-                        0,
-                        error or "its features do not vary, or contain NaN or infinity, or it has one colour",
-                    )
-                )
+                total = total.merged(Part(Gathered(()), 0, error or _UNUSABLE))
             else:
                 total = total.merged(Part(Gathered((sample,)), len(sample), error))
             self.images_done += len(batch.decoded)
@@ -140,13 +135,12 @@ class ShardWorker(FeatureWorker):
         with self.computing, torch.inference_mode():
             pixels = pixels.to(self.device)
             features = self.backbone(pixels)
-            upsampler = self._projected(basis, fit)
-            values = self._values(upsampler, features, pixels)[0]
+            values, failures = self._values(features, pixels, self._projected(basis, fit))
             guidance = len(_encode_guidance(pixels[0].cpu(), StageSeconds())) if self.recipe.guided else 0
-            calibration = Calibration.of(values, self.recipe.dtype, self.recipe.error_floor, guidance)
-            if calibration is None:
-                reason = self._failures(upsampler, features, pixels).get(0, "its features contain NaN or infinity")
-                return Part(Calibration.none(len(basis.components)), 0, str(reason))
+            calibration = Calibration.of(values[0], self.recipe.dtype, self.recipe.error_floor, guidance)
+        if calibration is None:
+            reason = str(failures.get(0, "its features contain NaN or infinity"))
+            return Part(Calibration.none(len(basis.components)), 0, reason)
         return Part(calibration, 1, None)
 
     def try_rows(self, references: pa.Table, encoding: StoreEncoding) -> None:
@@ -291,18 +285,13 @@ class ShardWorker(FeatureWorker):
             self._synchronize()
         return stored
 
-    def _values(self, upsampler: Projected, features: Tensor, pixels: Tensor) -> Tensor:
-        """The values to be stored [B, k, …] before they are encoded; not finite for an image that failed."""
+    def _values(self, features: Tensor, pixels: Tensor, upsampler: Projected) -> tuple[Tensor, dict[int, ImageError]]:
+        """The values to be stored [B, k, …] before they are encoded, and the images that failed, not finite in them."""
         if self.recipe.represent == "compact":
-            return upsampler.before_last_step(features, pixels, self.geometry.output_size)[0]
-        high: Tensor = upsampler(features, pixels, self.recipe.stored_size)
-        return high
-
-    def _failures(self, upsampler: Projected, features: Tensor, pixels: Tensor) -> dict[int, ImageError]:
-        """Why images fail whose `_values` are not finite; computes them again."""
-        if self.recipe.represent == "compact":
-            return upsampler.before_last_step(features, pixels, self.geometry.output_size)[1]
-        return upsampler.encode(features, pixels, self.recipe.stored_size, Encoding(None)).failures
+            return upsampler.before_last_step(features, pixels, self.geometry.output_size)
+        arguments = features, pixels, self.recipe.stored_size
+        high: Tensor = upsampler(*arguments)
+        return high, {} if high.isfinite().all() else upsampler.encode(*arguments, Encoding(None)).failures
 
     def _projected(self, basis: Basis, fit: UpsamplerFit | None) -> Projected:
         """The upsampler, fitted, with the basis folded in; call it only while holding ``computing``."""
