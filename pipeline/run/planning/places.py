@@ -1,7 +1,7 @@
 """Check the locations that a job names: a store that may exist already, and images that must not overlap with it."""
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from densefeat.storage.objects import Objects
 from densefeat.storage.places import absolute_place, is_local, overlap
@@ -78,7 +78,7 @@ def check_apart(images: str, option: str, place: str, names: Sequence[str] = ())
             f"the images {images} would include {option} {place}: use a folder for {option} that the pattern does not "
             "match"
         )
-    if is_local(images) and not Path(absolute_place(images)).is_dir():
+    if is_local(images) and not os.path.isdir(absolute_place(images)):  # noqa: PTH112 - a pattern may be a long one
         return  # files or a pattern: an output folder that holds them is refused as not empty
     if overlap(images, place):
         raise JobError(f"{option} {place} and the images {images} overlap: use a separate folder for {option}")

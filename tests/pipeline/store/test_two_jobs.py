@@ -196,6 +196,8 @@ def test_what_is_compared_and_what_is_adopted() -> None:
         ("{t}/photos/*", "{t}/link/store", False), ("{t}/photos/*", "{t}/photos/.store", True),
         ("{t}/photos/.*", "{t}/photos/.store", False), ("s3a://b/*", "s3://b/store", False),
         ("s3://b/**.tar", "s3://b/store", True), ("{t}/*/x**/*", "{t}/photos/xy/store", False),
+        ("{t}/{{" + "0123456789.tar," * 30 + "}}", "{t}/store", True),
+        ("{t}/{{" + "0123456789.tar," * 30 + "photos}}/*", "{t}/photos/store", False),
         ("{t}/**/photos/*", "{t}/photos/store", False), ("{t}/photos/*", "{t}/store", True),
     ],
 )  # fmt: skip
