@@ -22,7 +22,7 @@ from benchmarks import rows
 from benchmarks.chaos.run import Quiet, run
 from benchmarks.chaos.schedule import SCENARIOS, shortened
 
-IMAGES, SHORT_IMAGES = 512, 120
+IMAGES, SHORT_IMAGES = 512, 160
 MOST_SAID = 20
 
 
