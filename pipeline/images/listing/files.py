@@ -149,21 +149,25 @@ def find_files(
     return Found(filesystem, list(files.values()))
 
 
-def pattern_finds(images: str, place: str) -> bool:
-    """Whether ``images`` is a pattern, a listing of which would find ``place``, or files in it.
+def pattern_finds(images: str, *places: str) -> bool:
+    """Whether ``images`` is a pattern, a listing of which would find one of ``places``, or files in it.
 
-    Links are followed on the way to the first wildcard, and on the way to ``place``.
+    Links are followed on the way to the first wildcard, and on the way to a place.
 
     Args:
         images: as for `find_files`.
-        place: path or URI of a file or a folder that need not exist.
+        places: paths or URIs of files or folders that need not exist.
     """
     pattern = absolute_place(images)
     # Not pathlib, which raises for a pattern that is too long for a name.
     if not _has_any(pattern, MAGIC + "{") or (is_local(pattern) and os.path.exists(pattern)):  # noqa: PTH110
         return False
-    spellings = [(pattern, absolute_place(place)), (place_identity(images), place_identity(place))]
-    return any(glob_finds(one, path) for pattern, path in spellings for one in _expand_braces(pattern))
+    return any(
+        glob_finds(alternative, path)
+        for spelled in (absolute_place, place_identity)
+        for alternative in _expand_braces(spelled(images))
+        for path in map(spelled, places)
+    )
 
 
 def scan_in_order(

@@ -1,5 +1,6 @@
 """The configuration of a store from the options of a job, and options that a resumed store decides."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -101,15 +102,17 @@ def with_stored_defaults(config: UpsampleConfig, stored: StoreConfiguration) -> 
             adopted["components"] = stored.pca.explained_share or stored.pca.components
     if config.upsampler == stored.upsampler.get("name") == "multiview" and config.views is None:
         adopted["views"] = stored.upsampler["views"]
-    if config.jbu_kernels is None and config.upsampler == stored.upsampler.get("name") and _has_wide_kernels(stored):
+    if config.jbu_kernels is None and _had_wide_kernels(config, stored.upsampler):
         adopted["jbu_kernels"] = "wide"
     return replace(config, **adopted)
 
 
-def _has_wide_kernels(stored: StoreConfiguration) -> bool:
-    if stored.upsampler.get("name") == "multiview":
-        return bool(stored.upsampler.get("finish") == JBU(settings=WIDE_FINISH).identity())
-    return bool(stored.upsampler == JBU(settings=WIDE).identity())
+def _had_wide_kernels(config: UpsampleConfig, stored: Mapping[str, Any]) -> bool:
+    """Whether the store's upsampler is the one asked for, with wide kernels; those of jbu's weights are learned."""
+    if config.upsampler == stored.get("name") == "multiview":
+        return bool(stored.get("finish") == JBU(settings=WIDE_FINISH).identity())
+    free = config.upsampler == "jbu" and config.upsampler_weights is None
+    return free and bool(stored == JBU(settings=WIDE).identity())
 
 
 def stored_size(config: UpsampleConfig, upsampler: Upsampler, backbone: Backbone) -> tuple[int, int]:

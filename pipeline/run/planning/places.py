@@ -73,7 +73,7 @@ def check_apart(images: str, option: str, place: str, names: Sequence[str] = ())
         JobError: one encloses the other, or a pattern finds the output or one of the files.
     """
     root = place.rstrip("/")
-    if any(pattern_finds(images, found) for found in (root, *(f"{root}/{name}" for name in names))):
+    if pattern_finds(images, root, *(f"{root}/{name}" for name in names)):
         raise JobError(
             f"the images {images} would include {option} {place}: use a folder for {option} that the pattern does not "
             "match"
